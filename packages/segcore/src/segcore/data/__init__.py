@@ -1,0 +1,1 @@
+"""Semantic segmentation datasets: readers, transforms and the training loader."""

@@ -1,0 +1,8 @@
+"""The one exception that is written for users."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used. The text is one line that names the file, the value and the remedy.
+
+    The command line prints it without a traceback and ends with status 1; from Python it is an ordinary ValueError.
+    """

@@ -1,0 +1,1 @@
+"""Inference on whole images, metrics and reports."""

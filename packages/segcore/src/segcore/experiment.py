@@ -1,0 +1,341 @@
+"""The typed description of a run, and how one is found by name or file.
+
+An `Experiment` is plain frozen data: no strings that stand for classes, no YAML, no inheritance. A published row is a Python
+function that returns one. Nothing here imports torch, so that `--help` and listing configurations are instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import io
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from segcore.errors import UserError
+
+if TYPE_CHECKING:
+    from segcore.models.segmentor import Segmentor
+
+
+@dataclass(frozen=True)
+class Model(ABC):
+    """What every method's model dataclass has. Each method adds its own fields and `build`."""
+
+    num_classes: int = 19
+    """Number of classes K; labels are 0..K-1."""
+    in_channels: int = 3
+    """Channels of the images; must equal `data.channels`."""
+
+    @abstractmethod
+    def build(self) -> Segmentor:
+        """Return the model with random weights; downloads nothing."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images are and what training does to them."""
+
+    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = "toy"
+    """Layout of the files. `toy` generates street scenes in the Cityscapes layout when the folder is not there yet."""
+    root: Path = Path("data/toy")
+    """Folder of the dataset."""
+    train_images: str = "images/train/*"
+    """`folder` only: glob of the training images, relative to the root."""
+    train_masks: str = "masks/train/*"
+    """`folder` only: glob of the training masks, paired with the images by file stem."""
+    val_images: str = "images/val/*"
+    """`folder` only: glob of the validation images."""
+    val_masks: str = "masks/val/*"
+    """`folder` only: glob of the validation masks."""
+    classes: tuple[str, ...] = ()
+    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
+    background: bool = False
+    """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
+    channels: int = 3
+    """Channels per image: 1 grey, 3 RGB, more for multi-band files."""
+    bit_depth: Literal[8, 16] = 8
+    """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalised."""
+    scale: tuple[int, int] | None = (2048, 1024)
+    """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
+    ratio_range: tuple[float, float] = (0.5, 2.0)
+    """The ratio is drawn uniformly from this range."""
+    crop: tuple[int, int] = (512, 1024)
+    """Training crop (height, width)."""
+    max_class_ratio: float = 0.75
+    """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
+    flip: float = 0.5
+    """Probability of the horizontal flip."""
+    photometric: bool = True
+    """Photometric distortion (brightness, contrast, saturation, hue); 8-bit RGB only."""
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    """Mean per channel, RGB, in units of the file (0..255)."""
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    """Standard deviation per channel, likewise."""
+    workers: int = 4
+    """Processes that read and transform images; 0 does it in the main process. Samples do not depend on it."""
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """Optimizer settings of every parameter whose published name contains `key`.
+
+    The longest key that matches wins, equal lengths in alphabetical order; then no other rule applies.
+    """
+
+    key: str
+    lr_mult: float = 1.0
+    decay_mult: float = 1.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 6e-5
+    """Base learning rate at the stated global batch."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    momentum: float = 0.9
+    """SGD only."""
+    clip_norm: float | None = None
+    """Clip the gradients' total L2 norm to this; None: no clipping."""
+    rules: tuple[ParamRule, ...] = ()
+    """Per-parameter multipliers, matched against published parameter names."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
+
+    iterations: int = 160_000
+    kind: Literal["poly", "step"] = "poly"
+    power: float = 1.0
+    """poly only: lr = (base - min) * (1 - i / iterations) ^ power + min."""
+    step: int = 20_000
+    """step only: multiply by gamma after every `step` iterations."""
+    gamma: float = 0.5
+    """step only."""
+    min_lr: float = 0.0
+    warmup_iterations: int = 1500
+    warmup_ratio: float = 1e-6
+    """The warm-up starts at this fraction of the scheduled rate."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training loop."""
+
+    batch: int = 16
+    """Images per optimizer step, over all devices."""
+    max_per_device: int = 4
+    """Images per forward pass on one device; gradients are accumulated up to `batch`. Lower it when memory is short."""
+    init: str | None = None
+    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
+    channels_last: bool = False
+    """Memory layout of images and convolutions; often faster with bf16 and fp16."""
+    log_every: int = 50
+    evaluate_every: int = 16_000
+    """Iterations between evaluations on the validation set; 0: never."""
+    save_every: int = 16_000
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the best one."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Inference on whole images and the metrics."""
+
+    scale: tuple[int, int] | None = (2048, 1024)
+    """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
+    mode: Literal["whole", "slide"] = "whole"
+    crop: tuple[int, int] = (512, 1024)
+    """slide only: window (height, width)."""
+    stride: tuple[int, int] = (341, 683)
+    """slide only: window stride (vertical, horizontal)."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Scales of multi-scale testing; probabilities are averaged."""
+    flip: bool = False
+    """Add the horizontally flipped view of every scale."""
+    batch: int = 1
+    """Images per forward pass, where sizes are equal."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps to report, one column each; empty: as the model is configured. Methods without steps ignore it."""
+    metrics: tuple[Literal["mIoU", "mDice", "mFscore"], ...] = ("mIoU",)
+
+
+MULTI_SCALE = {"ratios": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
+"""The published multi-scale + flip setting: `dataclasses.replace(evaluate, **MULTI_SCALE)`."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: the model, the data, the recipe. Published rows are functions that return one."""
+
+    name: str
+    model: Model
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    seed: int = 0
+    """Every random draw of the run follows from it."""
+
+    def __post_init__(self) -> None:
+        data, train = self.data, self.train
+        for name, value in (
+            ("data.channels", data.channels),
+            ("train.batch", train.batch),
+            ("train.max_per_device", train.max_per_device),
+            ("train.keep", train.keep),
+            ("train.save_every", train.save_every),
+            ("train.log_every", train.log_every),
+            ("schedule.iterations", self.schedule.iterations),
+            ("evaluate.batch", self.evaluate.batch),
+            *((f"{group}.{key}", v) for group, key, pair in _pairs(self) for v in pair),
+        ):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.model.in_channels != data.channels:
+            raise UserError(
+                f"model.in_channels is {self.model.in_channels} but data.channels is {data.channels}; set both alike"
+            )
+        if not len(data.mean) == len(data.std) == data.channels:
+            raise UserError(
+                f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for {data.channels} channels; "
+                "give one value per channel"
+            )
+        if data.photometric and (data.channels != 3 or data.bit_depth != 8):
+            raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
+        if train.max_per_device < train.batch and train.batch % train.max_per_device:
+            raise UserError(
+                f"train.batch {train.batch} does not divide into passes of train.max_per_device {train.max_per_device}"
+            )
+
+    def with_overrides(self, overrides: Sequence[str]) -> Experiment:
+        """Return a copy with `"model.timesteps=10"`-style changes; tuples are written `"data.crop=256 512"`.
+
+        Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
+        """
+        args: list[str] = []
+        for override in overrides:
+            name, sign, value = override.partition("=")
+            if not sign:
+                raise UserError(f"override {override!r} has no '='; write it as name=value")
+            current = _get(self, name)
+            args += [f"--{name}", *(shlex.split(value.replace(",", " ")) if isinstance(current, tuple) else [value])]
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+                return tyro.cli(Experiment, default=self, args=args, config=(tyro.conf.FlagConversionOff,))
+        except SystemExit:
+            text = " ".join(word for word in errors.getvalue().split() if not set(word) <= set("│╭╮╰╯─-"))
+            text = text.split(" For full helptext")[0]
+            raise UserError(f"cannot apply {', '.join(overrides)}: {text}") from None
+
+
+def _pairs(exp: Experiment) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (group, field, value) of every (height, width) and (long, short) setting that is given."""
+    pairs = [("data", "crop"), ("data", "scale"), ("evaluate", "crop"), ("evaluate", "stride"), ("evaluate", "scale")]
+    return [(group, key, getattr(getattr(exp, group), key) or ()) for group, key in pairs]
+
+
+def _get(node: Any, path: str) -> Any:
+    """Return the value at a dotted path of nested dataclasses, None where there is no such path."""
+    for part in path.split("."):
+        node = getattr(node, part, None)
+    return node
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the authors publish for a row: figures and weights."""
+
+    miou: dict[str, float]
+    """Condition -> mIoU in percent, for example {"single scale": 82.60, "multi scale": 83.15}."""
+    url: str | None = None
+    """Where the weights are hosted; None: the authors offer none."""
+    note: str = ""
+
+
+def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
+    """Return every named configuration of the installed methods, or of one method's import package only.
+
+    A method announces itself through the entry-point group `segcore.methods`; its module `<package>.configs` has a function
+    `experiments()` that maps names to the functions that build them.
+    """
+    found: dict[str, Callable[[], Experiment]] = {}
+    for point in sorted(entry_points(group="segcore.methods"), key=lambda point: point.name):
+        if package in (None, point.value):
+            found |= importlib.import_module(f"{point.value}.configs").experiments()
+    return found
+
+
+def published(name: str) -> Published | None:
+    """Return the published figures and weights of a row, None for a configuration that is not a published one."""
+    for point in entry_points(group="segcore.methods"):
+        rows: dict[str, Published] = importlib.import_module(f"{point.value}.official").PUBLISHED
+        if _key(name) in rows:
+            return rows[_key(name)]
+    return None
+
+
+def load_experiment(name: str, package: str | None = None) -> Experiment:
+    """Return the configuration of that name, or the one that `file.py:function` builds.
+
+    `name` may be spelled with `-` or `_`. Raises ValueError naming the nearest configuration when there is none.
+    """
+    if ".py" in name:
+        return _from_file(name)
+    known = experiments(package)
+    if _key(name) not in known:
+        where = "" if known else " (no method package is installed)"
+        raise UserError(f"there is no configuration {name!r}{where}{_nearest(_key(name), known)}; `configs` lists all")
+    return known[_key(name)]()
+
+
+def _from_file(spec: str) -> Experiment:
+    path, _, function = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such configuration file")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    if not function and len(own) == 1:
+        function = own[0]
+    if function not in own:
+        choice = f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that returns an Experiment"
+        raise UserError(f"{spec}: name the configuration as {choice}")
+    experiment = getattr(module, function)()
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{spec}: {function} returned {type(experiment).__name__}, not an Experiment")
+    return experiment
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` with the most similar known name, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

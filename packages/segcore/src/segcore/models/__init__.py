@@ -1,0 +1,1 @@
+"""The segmentor contract and the parts that methods share."""

@@ -1,0 +1,131 @@
+"""The contract between a method and everything else: training, evaluation, prediction and export see only this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from segcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a checkpoint. Names are the checkpoint's own."""
+
+    loaded: int
+    """Tensors that set a parameter or buffer of the model."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of a part that this model does not have on purpose, such as an auxiliary head for training."""
+    ignored: tuple[str, ...] = ()
+    """Buffers that the model computes itself."""
+    mapped: int = 0
+    """Loaded tensors whose name differs here."""
+
+    def __str__(self) -> str:
+        text = f"loaded {self.loaded} tensors ({self.mapped} under other names)"
+        if self.dropped:
+            text += f", dropped {len(self.dropped)} of {', '.join(sorted({n.split('.')[0] for n in self.dropped}))}"
+        return text + (f", ignored {len(self.ignored)} recomputable buffers" if self.ignored else "")
+
+
+class Segmentor(nn.Module, ABC):
+    """A segmentation model.
+
+    Attributes:
+        num_classes: number of classes K.
+        ignore_index: label value that takes no part in loss and metric.
+        align_corners: convention of the second resize, from the network's input size to the original image's.
+        min_size: shortest image side in pixels; smaller images raise ValueError.
+
+    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An image's
+    answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
+    """
+
+    num_classes: int
+    ignore_index: int = 255
+    align_corners: bool = False
+    min_size: int = 1
+
+    @abstractmethod
+    def predict_steps(
+        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return logits (N, K, H, W) per step entry for normalised images (N, C, H, W), at the images' size.
+
+        With `steps` None the last entry is the configured answer. Methods without sampling steps have one entry, "final".
+        """
+
+    @abstractmethod
+    def losses(
+        self, images: Tensor, labels: Tensor, seeds: Sequence[int] | None = None, draws: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return scalars by name for images (N, C, H, W) and labels (N, H, W) int64; "loss" is the one to step on.
+
+        `draws` hands in every random tensor of the step under the method's names, instead of drawing from `seeds`.
+        """
+
+    @abstractmethod
+    def official_names(self) -> dict[str, str]:
+        """Return the published name of every entry of `state_dict()`. Optimizer rules are matched against these."""
+
+    def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return logits (N, K, H, W) for normalised images (N, C, H, W), at the images' size."""
+        return list(self.predict_steps(images, seeds=seeds).values())[-1]
+
+    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a published tensor in this model's layout; `name` is the published name."""
+        return tensor
+
+    def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load a published checkpoint's tensors, given under their published names, and report what was used.
+
+        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing then. Only
+        buffers that the model computes itself may be absent or are ignored, and the published auxiliary head is dropped when
+        this model has none.
+        """
+        names = self.official_names()
+        own = self.state_dict()
+        ours = {official: name for name, official in names.items()}
+        has_auxiliary = any(name.startswith(AUXILIARY) for name in ours)
+        dropped = tuple(n for n in state if n.startswith(AUXILIARY) and n not in ours and not has_auxiliary)
+        ignored = tuple(n for n in state if n.endswith(RECOMPUTABLE) and n not in ours)
+        unknown = [n for n in state if n not in ours and n not in dropped and n not in ignored]
+        missing = [n for n in ours if n not in state and not n.endswith(RECOMPUTABLE)]
+        if unknown or missing:
+            raise UserError(
+                f"the checkpoint does not fit {type(self).__name__}: {len(missing)} tensors missing{_some(missing)}, "
+                f"{len(unknown)} unknown{_some(unknown)}; name the configuration that it was trained with"
+            )
+        new = {ours[n]: self.convert_official(n, tensor) for n, tensor in state.items() if n in ours}
+        wrong = [
+            f"{names[n]} is {tuple(t.shape)}, not {tuple(own[n].shape)}" for n, t in new.items() if t.shape != own[n].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit {type(self).__name__}: {len(wrong)} shapes differ{_some(wrong)}; "
+                "name the configuration that it was trained with"
+            )
+        self.load_state_dict(new, strict=False)
+        return LoadReport(len(new), dropped, ignored, sum(names[n] != n for n in new))
+
+    def check_size(self, images: Any) -> None:
+        """Raise ValueError when images (N, C, H, W) are smaller than `min_size`."""
+        if min(images.shape[-2:]) < self.min_size:
+            raise UserError(
+                f"an image of {images.shape[-2]}x{images.shape[-1]} pixels is too small: "
+                f"{type(self).__name__} needs at least {self.min_size} on each side"
+            )
+
+
+AUXILIARY = "auxiliary_head."
+RECOMPUTABLE = ("num_batches_tracked", "relative_position_index")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first few of `names` in brackets, nothing for none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({', '.join(names[:3])}{more})" if names else ""
