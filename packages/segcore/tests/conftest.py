@@ -1,0 +1,37 @@
+"""Where the reference numbers and the few real images are. Tests that need them skip, with the reason, on a clone without."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of the reference specifications and golden numbers: the environment variable SEG_REFERENCE."""
+    folder = os.environ.get("SEG_REFERENCE")
+    if not folder:
+        pytest.skip("SEG_REFERENCE is not set: no reference numbers to compare with")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def golden(reference: Path) -> Callable[[str], dict[str, np.ndarray]]:
+    """Return `load(path)`, which reads an .npz below the reference folder, such as `eval/golden/resize.npz`."""
+
+    def load(path: str) -> dict[str, np.ndarray]:
+        with np.load(reference / path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def real_data(reference: Path) -> Path:
+    """Folder with a few real image and label pairs, one sub-folder per dataset in its own layout."""
+    folder = reference.parent / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder `data` beside SEG_REFERENCE: no real images to read")
+    return folder
