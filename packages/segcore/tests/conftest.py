@@ -1,4 +1,4 @@
-"""Where the reference numbers and the few real images are. Tests that need them skip, with the reason, on a clone without."""
+"""Where the reference numbers and the few real images are. Tests that need them skip without, saying so."""
 
 import os
 from collections.abc import Callable
