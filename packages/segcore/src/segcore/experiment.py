@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import io
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -233,34 +234,55 @@ class Experiment:
 
         Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
         """
+        known = settings(self)
         args: list[str] = []
         for override in overrides:
             name, sign, value = override.partition("=")
             if not sign:
                 raise UserError(f"override {override!r} has no '='; write it as name=value")
-            current = _get(self, name)
-            args += [f"--{name}", *(shlex.split(value.replace(",", " ")) if isinstance(current, tuple) else [value])]
+            name = _key(name.strip())
+            if name not in known:
+                raise UserError(f"there is no setting {name!r}{_nearest(name, known)}")
+            args += _arguments(name, value, several=known[name])
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
                 return tyro.cli(Experiment, default=self, args=args, config=(tyro.conf.FlagConversionOff,))
         except SystemExit:
             text = " ".join(word for word in errors.getvalue().split() if not set(word) <= set("│╭╮╰╯─-"))
-            text = text.split(" For full helptext")[0]
+            text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
             raise UserError(f"cannot apply {', '.join(overrides)}: {text}") from None
+
+
+def settings(node: Any, prefix: str = "") -> dict[str, bool]:
+    """Return the dotted name of every setting below a dataclass instance, and whether it takes several values."""
+    found: dict[str, bool] = {}
+    for item in dataclasses.fields(node):
+        name, value = prefix + item.name, getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= settings(value, f"{name}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, rule in enumerate(value):
+                found |= settings(rule, f"{name}.{index}.")
+        else:
+            found[name] = "tuple" in str(item.type)  # the value may be None, so only the annotation tells
+    return found
+
+
+def _arguments(name: str, value: str, several: bool) -> list[str]:
+    """Return the command-line words that set one setting."""
+    if not several:
+        return [f"--{name}={value}"]  # one word: the value may begin with a dash
+    try:
+        return [f"--{name}", *shlex.split(value.replace(",", " "))]
+    except ValueError as error:
+        raise UserError(f"{name} cannot be read from {value!r}: {str(error).lower()}") from None
 
 
 def _pairs(exp: Experiment) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return (group, field, value) of every (height, width) and (long, short) setting that is given."""
     pairs = [("data", "crop"), ("data", "scale"), ("evaluate", "crop"), ("evaluate", "stride"), ("evaluate", "scale")]
     return [(group, key, getattr(getattr(exp, group), key) or ()) for group, key in pairs]
-
-
-def _get(node: Any, path: str) -> Any:
-    """Return the value at a dotted path of nested dataclasses, None where there is no such path."""
-    for part in path.split("."):
-        node = getattr(node, part, None)
-    return node
 
 
 @dataclass(frozen=True)
@@ -311,13 +333,16 @@ def load_experiment(name: str, package: str | None = None) -> Experiment:
 
 
 def _from_file(spec: str) -> Experiment:
-    path, _, function = spec.partition(":")
+    stem, _, function = spec.rpartition(".py")
+    path, function = f"{stem}.py", function.removeprefix(":")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # Of a name that hides no installed module, and registered because dataclasses look their annotations up there.
+    module_spec = importlib.util.spec_from_file_location(f"segcore_config_{Path(path).stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module
     module_spec.loader.exec_module(module)
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     if not function and len(own) == 1:
