@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,8 @@ class Segmentor(nn.Module, ABC):
         align_corners: convention of the second resize, from the network's input size to the original image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
 
-    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An image's
-    answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
+    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An
+    image's answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
     """
 
     num_classes: int
@@ -56,12 +56,17 @@ class Segmentor(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """Return logits (N, K, H, W) per step entry for normalised images (N, C, H, W), at the images' size.
 
-        With `steps` None the last entry is the configured answer. Methods without sampling steps have one entry, "final".
+        With `steps` None the last entry is the configured answer. Methods without sampling steps have one entry,
+        "final".
         """
 
     @abstractmethod
     def losses(
-        self, images: Tensor, labels: Tensor, seeds: Sequence[int] | None = None, draws: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+        draws: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return scalars by name for images (N, C, H, W) and labels (N, H, W) int64; "loss" is the one to step on.
 
@@ -83,11 +88,27 @@ class Segmentor(nn.Module, ABC):
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a published checkpoint's tensors, given under their published names, and report what was used.
 
-        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing then. Only
-        buffers that the model computes itself may be absent or are ignored, and the published auxiliary head is dropped when
-        this model has none.
+        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing then.
+        Only buffers that the model computes itself may be absent or are ignored, and the published auxiliary head is
+        dropped when this model has none.
         """
-        names = self.official_names()
+        return self._load(state, self.official_names(), self.convert_official)
+
+    def load_own(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load tensors under the names of this model's own `state_dict()`, as strictly as `load_official`."""
+        return self._load(state, {name: name for name in self.state_dict()}, lambda _, tensor: tensor)
+
+    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load the backbone alone, from a timm state dict or from official names `backbone.*`.
+
+        A method that starts from ImageNet weights overrides this; the default raises ValueError.
+        """
+        raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
+
+    def _load(
+        self, state: Mapping[str, Tensor], names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
+    ) -> LoadReport:
+        """Load `state`, whose names `names` gives for every entry of `state_dict()`; strict."""
         own = self.state_dict()
         ours = {official: name for name, official in names.items()}
         has_auxiliary = any(name.startswith(AUXILIARY) for name in ours)
@@ -100,9 +121,11 @@ class Segmentor(nn.Module, ABC):
                 f"the checkpoint does not fit {type(self).__name__}: {len(missing)} tensors missing{_some(missing)}, "
                 f"{len(unknown)} unknown{_some(unknown)}; name the configuration that it was trained with"
             )
-        new = {ours[n]: self.convert_official(n, tensor) for n, tensor in state.items() if n in ours}
+        new = {ours[n]: convert(n, tensor) for n, tensor in state.items() if n in ours}
         wrong = [
-            f"{names[n]} is {tuple(t.shape)}, not {tuple(own[n].shape)}" for n, t in new.items() if t.shape != own[n].shape
+            f"{names[n]} is {tuple(t.shape)}, not {tuple(own[n].shape)}"
+            for n, t in new.items()
+            if t.shape != own[n].shape
         ]
         if wrong:
             raise UserError(
