@@ -1,0 +1,40 @@
+"""The published ADE20K rows: 512x512 crops, 16 images per iteration, accumulated steps, whole-image testing."""
+
+from pathlib import Path
+
+from ddp_seg.configs import DDP, Backbone
+from ddp_seg.configs.cityscapes import DECAY_RULES, INIT
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+def recipe(backbone: Backbone, window: int = 7) -> Experiment:
+    """Return the 160k recipe for a Swin backbone."""
+    return Experiment(
+        name=f"ddp_{backbone}_2x8_512x512_160k_ade20k",
+        model=DDP(num_classes=150, backbone=backbone, drop_path=0.3, window=window, accumulation=True),
+        data=Data("ade20k", Path("data/ade/ADEChallengeData2016"), scale=(2048, 512), crop=(512, 512)),
+        optimizer=Optimizer("adamw", lr=6e-5, weight_decay=0.01, clip_norm=0.1, rules=DECAY_RULES),
+        schedule=Schedule(iterations=160_000, warmup_iterations=1500),
+        train=Train(batch=16, max_per_device=2, init=INIT[backbone]),
+        evaluate=Evaluate(scale=(2048, 512)),
+    )
+
+
+def ddp_swin_t_2x8_512x512_160k_ade20k() -> Experiment:
+    """Swin-T."""
+    return recipe("swin_t")
+
+
+def ddp_swin_s_2x8_512x512_160k_ade20k() -> Experiment:
+    """Swin-S."""
+    return recipe("swin_s")
+
+
+def ddp_swin_b_2x8_512x512_160k_ade20k() -> Experiment:
+    """Swin-B; the window-7 ImageNet weights start a window of 12."""
+    return recipe("swin_b", window=12)
+
+
+def ddp_swin_l_2x8_512x512_160k_ade20k() -> Experiment:
+    """Swin-L."""
+    return recipe("swin_l", window=12)

@@ -1,0 +1,98 @@
+"""The published Cityscapes rows: 512x1024 crops, 16 images per iteration, whole-image testing at 1024x2048."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ddp_seg.configs import DDP, Backbone
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
+
+# Matched against published names: "head" wins over "norm", so norms inside the heads keep their decay, as published.
+DECAY_RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head"))
+
+# ImageNet start weights: the timm tags of the weights that the published configurations name.
+INIT = {
+    "convnext_t": "convnext_tiny.fb_in1k",
+    "convnext_s": "convnext_small.fb_in1k",
+    "convnext_b": "convnext_base.fb_in1k",
+    "convnext_l": "convnext_large.fb_in22k",
+    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_s": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_b": "swin_base_patch4_window7_224.ms_in1k",
+    "swin_l": "swin_large_patch4_window12_384.ms_in22k",
+}
+
+
+def recipe(backbone: Backbone, **model: Any) -> Experiment:
+    """Return the 160k recipe for a backbone; `model` holds further fields of `DDP`."""
+    return Experiment(
+        name=f"ddp_{backbone}_4x4_512x1024_160k_cityscapes",
+        model=DDP(num_classes=19, backbone=backbone, **model),
+        data=Data("cityscapes", Path("data/cityscapes"), scale=(2048, 1024), crop=(512, 1024)),
+        optimizer=Optimizer("adamw", lr=6e-5, weight_decay=0.01, rules=DECAY_RULES),
+        schedule=Schedule(iterations=160_000, warmup_iterations=1500),
+        train=Train(batch=16, max_per_device=4, init=INIT[backbone]),
+        evaluate=Evaluate(scale=(2048, 1024)),
+    )
+
+
+def aligned(start: Experiment) -> Experiment:
+    """Return the self-aligned fine-tuning of a trained row: 5k iterations at a tenth of the rate, 10 steps."""
+    return replace(
+        start,
+        name=start.name.replace("160k_cityscapes", "5k_cityscapes_aligned"),
+        model=replace(start.model, self_aligned=True, timesteps=10),
+        optimizer=replace(start.optimizer, lr=6e-6),
+        schedule=replace(start.schedule, iterations=5_000),
+        train=replace(start.train, init=f"official:{start.name}", evaluate_every=500, save_every=500),
+    )
+
+
+def ddp_convnext_t_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """ConvNeXt-T."""
+    return recipe("convnext_t", drop_path=0.4)
+
+
+def ddp_convnext_s_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """ConvNeXt-S."""
+    return recipe("convnext_s", drop_path=0.3)
+
+
+def ddp_convnext_b_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """ConvNeXt-B."""
+    return recipe("convnext_b", drop_path=0.4)
+
+
+def ddp_convnext_l_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """ConvNeXt-L."""
+    return recipe("convnext_l", drop_path=0.4)
+
+
+def ddp_swin_t_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """Swin-T."""
+    return recipe("swin_t", drop_path=0.3)
+
+
+def ddp_swin_s_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """Swin-S."""
+    return recipe("swin_s", drop_path=0.3)
+
+
+def ddp_swin_b_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """Swin-B."""
+    return recipe("swin_b", drop_path=0.3, window=7)
+
+
+def ddp_swin_l_4x4_512x1024_160k_cityscapes() -> Experiment:
+    """Swin-L."""
+    return recipe("swin_l", drop_path=0.3, window=12)
+
+
+def ddp_convnext_t_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
+    """ConvNeXt-T, self-aligned denoising on top of the 160k row."""
+    return aligned(ddp_convnext_t_4x4_512x1024_160k_cityscapes())
+
+
+def ddp_convnext_l_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
+    """ConvNeXt-L, self-aligned denoising on top of the 160k row."""
+    return aligned(ddp_convnext_l_4x4_512x1024_160k_cityscapes())

@@ -1,0 +1,21 @@
+"""A small DDP on generated street scenes: what `ddp-seg demo` trains, on a laptop's CPU, from scratch."""
+
+from pathlib import Path
+
+from ddp_seg.configs import DDP
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+def ddp_resnet18_toy() -> Experiment:
+    """ResNet-18, 64 channels, 2 decoder layers."""
+    return Experiment(
+        name="ddp_resnet18_toy",
+        model=DDP(num_classes=19, backbone="resnet18", drop_path=0.0, width=64, decoder_layers=2, heads=4),
+        data=Data("toy", Path("data/toy"), scale=(512, 256), ratio_range=(0.75, 1.5), crop=(256, 512), workers=0),
+        optimizer=Optimizer("adamw", lr=1e-3, weight_decay=0.01, clip_norm=1.0),
+        schedule=Schedule(iterations=400, warmup_iterations=40),
+        train=Train(
+            batch=2, max_per_device=2, precision="bf16", channels_last=True, log_every=10, evaluate_every=0, save_every=100
+        ),
+        evaluate=Evaluate(scale=(512, 256), batch=2, steps=(1, 10, 3)),
+    )

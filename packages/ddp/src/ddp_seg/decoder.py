@@ -1,0 +1,148 @@
+"""The map decoder: deformable self-attention layers modulated by time, and the time embedding (SPEC of the paper, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segcore.ops import ms_deform_attn
+
+
+class TimeEmbedding(nn.Module):
+    """Log-SNR (n,) -> embedding (n, dim): learned sinusoids of the log-SNR, then a two-layer MLP. Never in half precision."""
+
+    def __init__(self, dim: int, frequencies: int = 8) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(frequencies))
+        self.fc1 = nn.Linear(2 * frequencies + 1, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def sinusoid(self, log_snr: Tensor) -> Tensor:
+        """Return (n, 2 * frequencies + 1): the log-SNR, then sines, then cosines."""
+        phase = log_snr[:, None] * self.frequencies * 2 * math.pi
+        return torch.cat([log_snr[:, None], phase.sin(), phase.cos()], 1)
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        # Autocast would round a log-SNR of -18.907 to -18.875, far more than neighbouring times differ by.
+        with torch.autocast(log_snr.device.type, enabled=False):
+            return self.fc2(F.gelu(self.fc1(self.sinusoid(log_snr.to(self.frequencies)))))
+
+
+class DeformableAttention(nn.Module):
+    """Deformable self-attention on one map (Zhu et al. 2021, one level), with the residual added by the caller."""
+
+    def __init__(self, dim: int, heads: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.points = heads, points
+        self.sampling_offsets = nn.Linear(dim, heads * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Start as in the paper: head k looks along compass direction k, point i at i + 1 pixels, all weighted alike."""
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the attended tokens (N, S, C), row-major over a map of `size` (h, w), S = h * w.
+
+        position: (1, S, C), added to the queries only. reference: (S, 2) pixel centres (x, y), normalised to 0..1.
+        """
+        n, s, c = tokens.shape
+        value = self.value_proj(tokens).view(n, s, self.heads, c // self.heads)
+        query = tokens + position
+        offsets = self.sampling_offsets(query).view(n, s, self.heads, 1, self.points, 2)
+        weights = self.attention_weights(query).view(n, s, self.heads, 1, self.points).softmax(-1)
+        # Offsets are in pixels. Locations must not be in half precision: on wide maps that is off by a pixel.
+        scale = reference.new_tensor([size[1], size[0]])
+        locations = reference[:, None, None, None] + offsets.to(reference.dtype) / scale
+        return self.output_proj(ms_deform_attn(value, [size], locations, weights))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, norm, feed-forward, norm, then scale and shift by time."""
+
+    def __init__(self, dim: int, heads: int, points: int, time_dim: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(dim, heads, points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.time = nn.Linear(time_dim, 2 * dim)
+
+    def forward(
+        self, tokens: Tensor, time: Tensor, position: Tensor, reference: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        tokens = self.norm1(tokens + self.attention(tokens, position, reference, size))
+        tokens = self.norm2(tokens + self.fc2(F.gelu(self.fc1(tokens))))
+        scale, shift = self.time(F.silu(time))[:, None].chunk(2, -1)
+        return tokens * (scale + 1) + shift
+
+
+class MapDecoder(nn.Module):
+    """Layers over the tokens of a map, then a 1x1 classifier."""
+
+    def __init__(self, dim: int, num_classes: int, layers: int, heads: int, points: int, time_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, points, time_dim) for _ in range(layers))
+        self.classifier = nn.Conv2d(dim, num_classes, 1)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.layers:
+            layer.attention.reset_parameters()
+
+    def encode(self, x: Tensor, time: Tensor) -> Tensor:
+        """Return the map (N, C, h, w) after all layers; `time` (N or 1, time_dim)."""
+        n, c, h, w = x.shape
+        position, reference = positional_encoding(h, w, c, x), pixel_centres(h, w, x)
+        tokens = x.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens = layer(tokens, time, position, reference, (h, w))
+        return tokens.transpose(1, 2).reshape(n, c, h, w)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Return logits (N, K, h, w) for a map (N, C, h, w)."""
+        return self.classifier(self.encode(x, time))
+
+
+def _float(like: Tensor) -> dict[str, object]:
+    return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+
+
+def pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """Return (height * width, 2) normalised (x, y) of the pixel centres, row-major, in at least float32."""
+    options = _float(like)
+    y = (torch.arange(height, **options) + 0.5) / height
+    x = (torch.arange(width, **options) + 0.5) / width
+    return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1).flatten(0, 1)
+
+
+def positional_encoding(height: int, width: int, dim: int, like: Tensor) -> Tensor:
+    """Return (1, height * width, dim) sine encodings: half the channels for y, then half for x, sine and cosine in turn."""
+    options = _float(like)
+    k = torch.arange(dim // 2, **options)
+    period = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor") / (dim // 2))
+
+    def encode(size: int) -> Tensor:
+        position = (torch.arange(1, size + 1, **options) - 0.5) / (size + 1e-6) * (2 * math.pi)
+        angle = position[:, None] / period
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
+
+    y, x = encode(height)[:, None], encode(width)[None]
+    return torch.cat([y.expand(height, width, -1), x.expand(height, width, -1)], -1).flatten(0, 1)[None]

@@ -1,0 +1,241 @@
+"""DDP: a segmentation model that denoises a label map, conditioned on image features (arXiv 2303.17559).
+
+The image is encoded once; every sampling step runs the light decoder on the features and the current noisy map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddp_seg.configs import DDP
+from ddp_seg.decoder import MapDecoder, TimeEmbedding
+from ddp_seg.diffusion import add_noise, ddim_step, ddpm_step, log_snr, noise_at, time_pairs
+from ddp_seg.official import official_name
+from segcore.models.backbones import build_backbone
+from segcore.models.heads import FPN, FCNHead
+from segcore.models.layers import ConvNorm, resize
+from segcore.models.losses import cross_entropy, pixel_accuracy
+from segcore.models.segmentor import LoadReport, Segmentor
+
+AUXILIARY_WEIGHT = 0.4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampling step: the noisy map (N*R, C, h, w) at its start, at time `now`, and the logits (N*R, K, h, w) it gave."""
+
+    now: float
+    noisy: Tensor
+    logits: Tensor
+
+
+class DDPSegmentor(Segmentor):
+    """DDP and self-aligned DDP. Built by `DDP.build`; strides, shapes and names as in the paper's section 3."""
+
+    def __init__(self, config: DDP) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        width = config.width
+        self.backbone = build_backbone(
+            config.backbone, in_channels=config.in_channels, drop_path=config.drop_path, window=config.window
+        )
+        self.min_size = self.backbone.min_size
+        self.fpn = FPN(self.backbone.channels, width)
+        self.merge = ConvNorm(4 * width, width, 1, partial(nn.GroupNorm, 32))
+        self.transform = nn.Conv2d(2 * width, width, 1)
+        self.label_codes = nn.Embedding(config.num_classes + 1, width)  # the last row stands for ignored pixels
+        self.time_embedding = TimeEmbedding(4 * width)
+        self.decoder = MapDecoder(
+            width, config.num_classes, config.decoder_layers, config.heads, config.points, time_dim=4 * width
+        )
+        self.auxiliary_head = FCNHead(width, width, config.num_classes) if config.auxiliary else None
+        for conv in (self.merge.conv, self.transform):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        assert self.transform.bias is not None
+        nn.init.zeros_(self.transform.bias)
+
+    # Inference
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return image features (N, width, H/4, W/4) for normalised images (N, C, H, W); run once per image."""
+        self.check_size(images)
+        maps = self.fpn(self.backbone(images))
+        return self.merge(torch.cat([resize(x, maps[0].shape[-2:]) for x in maps], 1))
+
+    def codes(self, labels: Tensor) -> Tensor:
+        """Return the label codes (N, width, h, w) in [-bit_scale, bit_scale] of labels (N, h, w) in 0..K; K is ignored."""
+        codes = (torch.sigmoid(self.label_codes(labels)) * 2 - 1) * self.config.bit_scale
+        return codes.permute(0, 3, 1, 2)
+
+    def decode(self, features: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
+        """Return logits (N, K, h, w) from features and a noisy map (N, width, h, w) at log-SNRs (N,) or (1,)."""
+        return self.decoder(self.transform(torch.cat([features, noisy], 1)), self.time_embedding(log_snr))
+
+    def trace(
+        self,
+        features: Tensor,
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        time_difference: int | None = None,
+        step_noise: Tensor | None = None,
+    ) -> Iterator[Step]:
+        """Yield every sampling step of a run; arguments as for `denoise`."""
+        config = self.config
+        if noise.shape[0] % features.shape[0] or noise.shape[1:] != features.shape[1:]:
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)} does not fit features {tuple(features.shape)}: "
+                "it must be (N*R, C, h, w)"
+            )
+        starts = noise.shape[0] // features.shape[0]
+        width = config.width
+        # A 1x1 convolution is linear: the image's half of `transform` is the same in every step.
+        weight = self.transform.weight
+        image_part = F.conv2d(features, weight[:, :width], self.transform.bias).repeat_interleave(starts, 0)
+        difference = config.time_difference if time_difference is None else time_difference
+        pairs = time_pairs(steps or config.timesteps, difference, config.sample_range[0])
+        noisy = noise
+        for k, (time, next_time) in enumerate(pairs):
+            now = noise_at(time, config.noise_schedule, noise)
+            mixed = image_part + F.conv2d(noisy, weight[:, width:])
+            logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]))
+            yield Step(time, noisy, logits)
+            if k + 1 == len(pairs):
+                return
+            codes = self.codes(logits.argmax(1)).to(noisy.dtype)
+            after = noise_at(next_time, config.noise_schedule, noise)
+            if (sampler or config.sampler) == "ddim":
+                noisy = ddim_step(noisy, codes, now, after)
+            elif next_time > 0:
+                z = torch.randn_like(noisy) if step_noise is None else step_noise[k]
+                noisy = ddpm_step(noisy, codes, now, after, z)
+            else:
+                noisy = ddpm_step(noisy, codes, now, after, None)
+
+    def denoise(
+        self,
+        features: Tensor,
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        accumulate: bool | None = None,
+        time_difference: int | None = None,
+        step_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Return the answer (N, K, h, w) of one sampling run at the features' resolution.
+
+        Args:
+            features: (N, width, h, w) from `encode`.
+            noise: (N*R, width, h, w) standard normal start, image-major; the answer is the mean over the R starts.
+            steps: sampling steps; this and the following default to the configuration.
+            sampler: "ddim" or "ddpm".
+            accumulate: True returns the mean probability over all steps and starts, False the last step's mean logits.
+            time_difference: see `ddp_seg.diffusion.time_pairs`.
+            step_noise: (steps, N*R, width, h, w), the standard normal draws of "ddpm"; None draws them from torch's generator.
+        """
+        accumulate = self.config.accumulation if accumulate is None else accumulate
+        total, last, count = None, None, 0
+        for step in self.trace(
+            features, noise, steps=steps, sampler=sampler, time_difference=time_difference, step_noise=step_noise
+        ):
+            last, count = step.logits, count + 1
+            if accumulate:
+                probabilities = step.logits.float().softmax(1) if step.logits.dtype.itemsize < 4 else step.logits.softmax(1)
+                total = probabilities if total is None else total + probabilities
+        answer = last if total is None else total / count
+        assert answer is not None
+        return answer.unflatten(0, (features.shape[0], -1)).mean(1)
+
+    def draw_noise(self, features: Tensor, seeds: Sequence[int] | None, steps: int) -> tuple[Tensor, Tensor | None]:
+        """Return the start noise (N*R, C, h, w) and, for the DDPM sampler, the step noise (steps, N*R, C, h, w)."""
+        starts, shape = self.config.randsteps, features.shape[1:]
+        noise, step_noise = [], []
+        for generator in _generators(seeds, len(features)):
+            noise.append(torch.randn(starts, *shape, generator=generator))
+            if self.config.sampler == "ddpm":
+                step_noise.append(torch.randn(steps, starts, *shape, generator=generator))
+        return torch.cat(noise).to(features), torch.cat(step_noise, 1).to(features) if step_noise else None
+
+    def predict_steps(
+        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return one entry per number of sampling steps, each a run of its own from the same noise; see `Segmentor`.
+
+        With `accumulation` the entries are probability maps instead of logits, as published.
+        """
+        features = self.encode(images)
+        results = {}
+        for count in steps or (self.config.timesteps,):
+            noise, step_noise = self.draw_noise(features, seeds, count)
+            answer = self.denoise(features, noise, steps=count, step_noise=step_noise)
+            results[str(count)] = resize(answer, images.shape[-2:])
+        return results
+
+    # Training
+
+    def losses(
+        self, images: Tensor, labels: Tensor, seeds: Sequence[int] | None = None, draws: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the losses of one training step; see `Segmentor`.
+
+        draws: "times" (N,) in the sample range and "noise" (N, width, h, w). Ignored pixels count in the mean, as published.
+        """
+        features = self.encode(images)
+        times, noise = (draws["times"], draws["noise"]) if draws else self._draw(features, seeds)
+        if self.config.self_aligned:
+            with torch.no_grad():  # the model's own answer from pure noise takes the place of the labels
+                first = log_snr(torch.ones(1), self.config.noise_schedule).to(noise.device)
+                targets = self.decode(features, noise, first).argmax(1)
+        else:
+            targets = F.interpolate(labels[:, None].float(), features.shape[-2:], mode="nearest")[:, 0].long()
+            targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
+        level = log_snr(times, self.config.noise_schedule).to(noise.device)
+        logits = self.decode(features, add_noise(self.codes(targets), noise, level), level)
+        losses = {"decode.loss_ce": cross_entropy(logits, labels, ignore_index=self.ignore_index)}
+        losses["decode.acc_seg"] = pixel_accuracy(logits, labels, ignore_index=self.ignore_index)
+        if self.auxiliary_head is not None:
+            auxiliary = self.auxiliary_head(features)
+            losses["aux.loss_ce"] = AUXILIARY_WEIGHT * cross_entropy(auxiliary, labels, ignore_index=self.ignore_index)
+            losses["aux.acc_seg"] = pixel_accuracy(auxiliary, labels, ignore_index=self.ignore_index)
+        losses["loss"] = sum((value for name, value in losses.items() if "loss" in name), torch.zeros(()).to(logits))
+        return losses
+
+    def _draw(self, features: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        low, high = self.config.sample_range
+        times, noise = [], []
+        for generator in _generators(seeds, len(features)):
+            times.append(torch.rand(1, generator=generator) * (high - low) + low)
+            noise.append(torch.randn(1, *features.shape[1:], generator=generator))
+        return torch.cat(times), torch.cat(noise).to(features.device)
+
+    # Weights
+
+    def official_names(self) -> dict[str, str]:
+        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.official_names().items()}
+        return {name: backbone.get(name) or official_name(name) for name in self.state_dict()}
+
+    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("backbone."):
+            return self.backbone.convert_official(name.removeprefix("backbone."), tensor)
+        return tensor
+
+    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
+        return self.backbone.load_pretrained(state)
+
+
+def _generators(seeds: Sequence[int] | None, images: int) -> Iterator[torch.Generator]:
+    """Yield a CPU generator per image."""
+    if seeds is not None and len(seeds) != images:
+        raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
+    for seed in seeds or [0] * images:
+        yield torch.Generator().manual_seed(seed)
