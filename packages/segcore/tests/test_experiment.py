@@ -1,0 +1,339 @@
+import dataclasses
+import importlib.metadata
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from segcore import experiment
+from segcore.errors import UserError
+from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train, load_experiment
+
+
+@dataclass(frozen=True)
+class Backbone:
+    depths: tuple[int, ...] = (2, 2)
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Tiny(Model):
+    timesteps: int = 3
+    accumulation: bool = False
+    bit_scale: float = 0.01
+    backbone: Backbone = Backbone()
+
+    def build(self):
+        raise NotImplementedError
+
+
+EXPERIMENT = Experiment(
+    name="tiny",
+    model=Tiny(),
+    optimizer=Optimizer(rules=(ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))),
+)
+
+
+def value_at(node, path):
+    """Return the value at a dotted path; digits index a tuple."""
+    for part in path.split("."):
+        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    return node
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.timesteps=10", 10),
+        ("model.accumulation=True", True),
+        ("model.bit_scale=1e-3", 1e-3),
+        ("model.backbone.depths=3 4 6 3", (3, 4, 6, 3)),
+        ("model.backbone.tag=a name with spaces", "a name with spaces"),
+        ("data.root=/data/city scapes", Path("/data/city scapes")),
+        ("data.crop=256 512", (256, 512)),
+        ("data.crop=256,512", (256, 512)),
+        ("data.scale=None", None),
+        ("data.classes='traffic light' car", ("traffic light", "car")),
+        ("data.mean=-1e-05 0 1", (-1e-5, 0.0, 1.0)),
+        ("evaluate.metrics=mIoU mDice", ("mIoU", "mDice")),
+        ("evaluate.steps=1,3,10", (1, 3, 10)),
+        ("optimizer.clip_norm=1", 1.0),
+        ("optimizer.rules.1.lr_mult=2.5", 2.5),
+        ("train.max-per-device=2", 2),
+        ("train.init=official:a=b", "official:a=b"),
+        ("name=--odd", "--odd"),
+        ("name=", ""),
+    ],
+)
+def test_override_changes_one_setting(override, value):
+    path = override.partition("=")[0].replace("-", "_")
+    changed = EXPERIMENT.with_overrides([override])
+    assert value_at(changed, path) == value
+    assert type(value_at(changed, path)) is type(value)
+    assert changed.with_overrides([_override(path, value_at(EXPERIMENT, path))]) == EXPERIMENT
+
+
+def test_overrides_apply_together_and_leave_the_original():
+    changed = EXPERIMENT.with_overrides(["data.crop=64 128", "seed=7", "schedule.iterations=10"])
+    assert (changed.data.crop, changed.seed, changed.schedule.iterations) == ((64, 128), 7, 10)
+    assert EXPERIMENT.data.crop == Data().crop
+    assert EXPERIMENT.with_overrides([]) == EXPERIMENT
+
+
+def test_pair_that_is_none_takes_two_numbers():
+    experiment = EXPERIMENT.with_overrides(["evaluate.scale=None"])
+    assert experiment.with_overrides(["evaluate.scale=20 10"]).evaluate.scale == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.timestep=3", ["model.timestep'", "did you mean model.timesteps?"]),
+        ("train_init=x", ["did you mean train.init?"]),
+        ("optimizer.rules.2.key=x", ["optimizer.rules.2.key", "did you mean optimizer.rules."]),
+        ("model=x", ["no setting 'model'"]),
+        ("help=1", ["no setting 'help'"]),
+        ("seed", ["'seed' has no '='", "name=value"]),
+        ("model.timesteps=ten", ["--model.timesteps", "'ten'"]),
+        ("model.accumulation=maybe", ["--model.accumulation", "'maybe'", "True", "False"]),
+        ("schedule.kind=poli", ["--schedule.kind", "'poli'", "poly"]),
+        ("data.crop=256", ["--data.crop", "2"]),
+        ("data.crop='256 512", ["data.crop", "no closing quotation"]),
+        ("evaluate.metrics=IoU", ["--evaluate.metrics", "'IoU'", "mIoU"]),
+    ],
+)
+def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
+    with pytest.raises(UserError) as caught:
+        EXPERIMENT.with_overrides([override])
+    text = str(caught.value)
+    assert "\n" not in text
+    assert [word for word in words if word not in text] == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("train.batch=0", "train.batch is 0"),
+        ("data.crop=0 64", "data.crop is 0"),
+        ("evaluate.stride=1 -1", "evaluate.stride is -1"),
+        ("schedule.iterations=0", "schedule.iterations is 0"),
+        ("model.in_channels=4", "model.in_channels is 4 but data.channels is 3"),
+        ("data.mean=1 2", "data.mean and data.std have 2 and 3 values"),
+        ("data.bit_depth=16", "data.photometric"),
+        ("train.max_per_device=3", "train.batch 16 does not divide"),
+    ],
+)
+def test_settings_that_contradict_are_refused(override, text):
+    with pytest.raises(UserError, match=text):
+        EXPERIMENT.with_overrides([override])
+
+
+def test_more_bands_are_accepted_when_every_setting_says_so():
+    bands = ["data.channels=4", "model.in_channels=4", "data.mean=0 0 0 0", "data.std=1 1 1 1", "data.bit_depth=16"]
+    assert EXPERIMENT.with_overrides([*bands, "data.photometric=False"]).data.channels == 4
+
+
+def _override(path, value):
+    """Write a setting the way a user would."""
+    if isinstance(value, tuple):
+        return f"{path}={' '.join(shlex.quote(str(item)) for item in value)}"
+    return f"{path}={value}"
+
+
+counts = st.integers(1, 10**9)
+sizes = st.tuples(counts, counts)
+reals = st.floats(allow_nan=False, allow_infinity=False)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",))).filter(
+    lambda word: word != "None"
+)
+class_names = st.lists(st.from_regex(r"[a-z][a-z '\"-]*", fullmatch=True), max_size=4).map(tuple)
+rules = st.tuples(*[st.builds(ParamRule, words, reals, reals)] * 2)
+channels = st.integers(1, 5)
+
+
+@st.composite
+def experiments(draw):
+    n = draw(channels)
+    eight = draw(st.booleans())
+    data = st.builds(
+        Data,
+        root=st.from_regex(r"[\w /.-]+", fullmatch=True).map(Path),
+        classes=class_names,
+        channels=st.just(n),
+        bit_depth=st.just(8 if eight else 16),
+        scale=st.none() | sizes,
+        crop=sizes,
+        photometric=st.booleans() if n == 3 and eight else st.just(False),
+        mean=st.tuples(*[reals] * n),
+        std=st.tuples(*[reals] * n),
+    )
+    passes = draw(st.integers(1, 100))
+    train = st.builds(
+        Train, batch=st.just(passes * 4), init=st.none() | words, precision=st.sampled_from(["fp32", "bf16"])
+    )
+    return Experiment(
+        name=draw(words),
+        model=draw(
+            st.builds(
+                Tiny,
+                num_classes=counts,
+                in_channels=st.just(n),
+                accumulation=st.booleans(),
+                bit_scale=reals,
+                backbone=st.builds(Backbone, st.lists(st.integers(), max_size=4).map(tuple), st.none() | words),
+            )
+        ),
+        data=draw(data),
+        optimizer=draw(st.builds(Optimizer, betas=st.tuples(reals, reals), clip_norm=st.none() | reals, rules=rules)),
+        schedule=draw(st.builds(Schedule, iterations=counts, kind=st.sampled_from(["poly", "step"]), power=reals)),
+        train=draw(train),
+        evaluate=draw(
+            st.builds(
+                Evaluate,
+                scale=st.none() | sizes,
+                steps=st.lists(counts, max_size=3).map(tuple),
+                metrics=st.sampled_from([(), ("mIoU",), ("mDice", "mFscore")]),
+            )
+        ),
+        seed=draw(st.integers()),
+    )
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a command line of 70 words each
+@given(experiments())
+def test_every_experiment_can_be_written_as_overrides(wanted):
+    overrides = [_override(path, value_at(wanted, path)) for path in experiment.settings(EXPERIMENT)]
+    assert EXPERIMENT.with_overrides(overrides) == wanted
+
+
+METHOD = """
+from dataclasses import dataclass
+from segcore.experiment import Experiment, Model
+
+@dataclass(frozen=True)
+class Net(Model):
+    def build(self):
+        raise NotImplementedError
+
+def experiments():
+    method = __name__.split(".")[0]
+    return {f"{method}_{size}": lambda size=size: Experiment(size, Net()) for size in ("small", "large")}
+"""
+
+
+@pytest.fixture
+def two_methods(tmp_path, monkeypatch):
+    """Two installed method packages, `alpha_net` and `beta_net`, with two configurations each."""
+    points = []
+    for name in ("alpha_net", "beta_net"):
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "configs.py").write_text(METHOD)
+        published = (
+            f"PUBLISHED = {{'{name}_large': Published({{'single scale': 50.5}}, 'https://example.org/{name}.pth')}}"
+        )
+        (package / "official.py").write_text(f"from segcore.experiment import Published\n{published}\n")
+        points.append(importlib.metadata.EntryPoint(name, name, "segcore.methods"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(experiment, "entry_points", lambda group: points if group == "segcore.methods" else [])
+    yield
+    for module in [module for module in sys.modules if module.startswith(("alpha_net", "beta_net"))]:
+        del sys.modules[module]
+
+
+@pytest.mark.usefixtures("two_methods")
+def test_configurations_are_found_by_name_with_either_dash():
+    assert list(experiment.experiments()) == ["alpha_net_small", "alpha_net_large", "beta_net_small", "beta_net_large"]
+    assert list(experiment.experiments("beta_net")) == ["beta_net_small", "beta_net_large"]
+    assert load_experiment("alpha_net_large") == load_experiment("alpha-net-large")
+    assert load_experiment("beta_net_small").name == "small"
+
+
+@pytest.mark.usefixtures("two_methods")
+def test_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"no configuration 'alpha-net-smal'; did you mean alpha_net_small\?"):
+        load_experiment("alpha-net-smal")
+    with pytest.raises(UserError, match=r"did you mean beta_net_small\?"):
+        load_experiment("alpha_net_small", package="beta_net")
+    with pytest.raises(UserError, match="no configuration 'x'; `configs` lists all"):
+        load_experiment("x")
+
+
+@pytest.mark.usefixtures("two_methods")
+def test_published_figures_belong_to_their_row():
+    row = experiment.published("beta-net-large")
+    assert row is not None
+    assert row.miou == {"single scale": 50.5}
+    assert row.url == "https://example.org/beta_net.pth"
+    assert experiment.published("beta_net_small") is None
+
+
+def test_without_methods_the_error_says_so(monkeypatch):
+    monkeypatch.setattr(experiment, "entry_points", lambda group: [])
+    with pytest.raises(UserError, match="no method package is installed"):
+        load_experiment("alpha_net_small")
+
+
+CONFIG = """
+from __future__ import annotations
+from dataclasses import dataclass
+from segcore.experiment import Experiment, Model
+
+@dataclass(frozen=True)
+class Net(Model):
+    width: int = 8
+    def build(self):
+        raise NotImplementedError
+
+def wide():
+    return Experiment("wide", Net(width=64))
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "json.py"  # the name of a module that must not be replaced
+    path.write_text(CONFIG)
+    return path
+
+
+def test_file_configuration_and_its_own_dataclass(config):
+    import json
+
+    wide = load_experiment(f"{config}:wide")
+    assert (wide.name, wide.model.width) == ("wide", 64)
+    assert wide.with_overrides(["model.width=32"]).model == dataclasses.replace(wide.model, width=32)
+    assert sys.modules["json"] is json
+
+
+def test_file_with_one_function_needs_no_name(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(
+        "import segcore.experiment as s\nfrom json import dumps\ndef only():\n    return s.load_experiment\n"
+    )
+    with pytest.raises(UserError, match="only returned function, not an Experiment"):
+        load_experiment(str(path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("json.py:narrow", "name the configuration as .*json.py:FUNCTION with FUNCTION one of .*wide, number"),
+        ("json.py", "FUNCTION one of .*wide, number"),
+        ("json.py:number", "json.py:number: number returned int, not an Experiment"),
+        ("absent.py:wide", "absent.py: no such configuration file"),
+        ("empty.py", "empty.py: name the configuration as a function that returns an Experiment"),
+    ],
+)
+def test_wrong_file_is_named_with_the_remedy(config, spec, text):
+    (config.parent / "empty.py").touch()
+    with pytest.raises(UserError, match=text):
+        load_experiment(str(config.parent / spec))

@@ -1,0 +1,152 @@
+"""The rules of the house: who may import whom, what imports torch, and what a wheel holds."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = {path.parent.name: path.parent for path in ROOT.glob("packages/*/src/*/__init__.py")}
+METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
+
+LAYERS = {
+    "errors": "",
+    "seeds": "",
+    "experiment": "errors",
+    "ops": "errors",
+    "models": "errors seeds experiment ops",
+    "data": "errors seeds experiment",
+    "visualize": "errors seeds experiment data",
+    "evaluation": "errors seeds experiment ops models data visualize",
+    "training": "errors seeds experiment ops models data visualize evaluation",
+}
+"""Room of segcore -> the other rooms it may import. Rooms that are not listed may import all but those on top."""
+ON_TOP = {"cli", "__main__", "testing"}
+
+
+def runtime_imports(path: Path) -> Iterator[str]:
+    """Yield the dotted name of everything a file imports, at any depth, except for type checking only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import; write the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def room(name: str) -> str:
+    """Return the room of segcore that a dotted name lies in; what the package itself offers counts as `experiment`."""
+    part = (name + ".").split(".")[1]
+    inside = PACKAGES["segcore"] / part
+    return part if part and (inside.is_dir() or inside.with_suffix(".py").is_file()) else "experiment"
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_packages_import_only_what_the_house_allows(package):
+    may = {"segcore": {"segcore", "seg_cuda_ops"}, "seg_cuda_ops": {"seg_cuda_ops"}}.get(package, {package, "segcore"})
+    wrong = []
+    for path in modules(package):
+        plugin = path.name == ("openmmlab.py" if package == "segcore" else "mmseg.py")
+        forbidden = set(PACKAGES) - may | (set() if plugin else {"mmcv", "mmseg", "mmengine"})
+        wrong += [
+            f"{path.relative_to(ROOT)}: {name}" for name in runtime_imports(path) if name.split(".")[0] in forbidden
+        ]
+    assert not wrong
+
+
+def test_arrows_inside_segcore_go_one_way():
+    wrong = []
+    for path in modules("segcore"):
+        here = path.relative_to(PACKAGES["segcore"]).parts[0].removesuffix(".py")
+        if here == "__init__" or here in ON_TOP:
+            continue
+        for name in runtime_imports(path):
+            there = room(name) if name.split(".")[0] == "segcore" else here
+            allowed = there in LAYERS[here].split() if here in LAYERS else there not in ON_TOP
+            if there != here and not allowed:
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not wrong
+
+
+def test_import_rules_see_what_they_must(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "import segcore.data.toy\n"
+        "if TYPE_CHECKING:\n    import torch\n"
+        "def f():\n    from segcore.models import segmentor\n"
+    )
+    assert list(runtime_imports(file)) == ["typing.TYPE_CHECKING", "segcore.data.toy", "segcore.models.segmentor"]
+    rooms = {
+        "segcore.data.toy": "data",
+        "segcore.errors.UserError": "errors",
+        "segcore.load_experiment": "experiment",
+        "segcore": "experiment",
+    }
+    assert {name: room(name) for name in rooms} == rooms
+
+
+def test_configuration_imports_no_torch():
+    names = ["segcore", "segcore.errors", "segcore.seeds", "segcore.experiment", "segcore.cli"]
+    for method in METHODS:
+        names += [method, f"{method}.__main__", f"{method}.official", f"{method}.configs"]
+        names += [f"{method}.configs.{path.stem}" for path in sorted((PACKAGES[method] / "configs").glob("[!_]*.py"))]
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, f'{name} imports torch'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_wheel_is_pure_and_complete(package, tmp_path):
+    hatchling = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
+    source = PACKAGES[package].parents[1]
+    (wheel,) = hatchling.WheelBuilder(str(source)).build(directory=str(tmp_path), versions=["standard"])
+    assert wheel.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (licence,) = [archive.read(name) for name in names if name.endswith("/LICENSE")]
+    assert f"{package}/py.typed" in names
+    assert {path.relative_to(PACKAGES[package].parent).as_posix() for path in modules(package)} <= names
+    assert licence == (ROOT / "LICENSE").read_bytes()
+
+
+def test_versions_agree():
+    found = {"CITATION.cff": re.findall(r"(?m)^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))}
+    for name, folder in PACKAGES.items():
+        project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        found[f"{name}/pyproject.toml"] = [project["version"]]
+        found[name] = re.findall(r'(?m)^__version__ = "(.+)"$', (folder / "__init__.py").read_text(encoding="utf-8"))
+    assert {tuple(versions) for versions in found.values()} == {tuple(found["segcore"])}, found
+
+
+def test_constraints_cover_every_dependency():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    for folder in PACKAGES.values():
+        project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        wanted = {re.split(r"[>=\[ ]", need)[0] for need in project["dependencies"]} - {"segcore"}
+        assert wanted <= pinned
