@@ -88,9 +88,9 @@ class Segmentor(nn.Module, ABC):
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a published checkpoint's tensors, given under their published names, and report what was used.
 
-        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing then.
-        Only buffers that the model computes itself may be absent or are ignored, and the published auxiliary head is
-        dropped when this model has none.
+        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing
+        then. Only buffers that the model computes itself may be absent or are ignored, and the published auxiliary head
+        is dropped when this model has none.
         """
         return self._load(state, self.official_names(), self.convert_official)
 
