@@ -11,8 +11,9 @@ from pathlib import Path
 import nox
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "uv|venv"
+nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint"]
 
