@@ -1,0 +1,280 @@
+"""Whole, sliding-window and multi-scale inference against published numbers and against exact properties."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from segcore.errors import UserError
+from segcore.evaluation.inference import predict_classes, predict_probabilities, view_sizes, window_boxes
+from segcore.experiment import MULTI_SCALE, Data, Evaluate
+from segcore.models.segmentor import Segmentor
+from segcore.seeds import derive
+from torch.nn import functional as F
+
+PLAIN = Evaluate(scale=None)
+RAW = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+class Stub(Segmentor):
+    """What tests of inference do not use."""
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        raise NotImplementedError
+
+
+class Pooled(Stub):
+    """The reference case's network: a convolution, means of 4x4 blocks, back up; padded to multiples of `divisor`."""
+
+    num_classes = 4
+
+    def __init__(self, case, align_corners=False, divisor=1):
+        super().__init__()
+        self.weight, self.bias = (torch.from_numpy(case[f"conv_{name}"]) for name in ("weight", "bias"))
+        self.align_corners, self.divisor = align_corners, divisor
+        self.inputs = []
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        self.inputs.append(images)
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
+        x = F.avg_pool2d(F.conv2d(padded, self.weight, self.bias, padding=1), 4, ceil_mode=True)
+        x = F.interpolate(x, size=padded.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+        return {"final": x[..., :height, :width]}
+
+
+class Pixels(Stub):
+    """Logits are the pixels themselves, plus noise by seed; records what it is called with."""
+
+    num_classes = 3
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.noise = noise
+        self.calls = []
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        self.calls.append((images, steps, seeds))
+        draws = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        logits = images / 50 + self.noise * torch.stack(draws)
+        return {str(step): logits * step for step in steps or (1,)}
+
+
+def predict(model, images, evaluate=PLAIN, data=RAW, seeds=None, **options):
+    seeds = list(range(len(images))) if seeds is None else seeds
+    return predict_probabilities(model, images, evaluate, data, seeds, device="cpu", **options)
+
+
+def random_image(height, width, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def assert_same_classes(classes, probabilities, published):
+    """Compare where the two best classes are clearly apart."""
+    best = probabilities.topk(2, dim=0).values
+    clear = best[0] - best[1] > 1e-4
+    assert clear.float().mean() > 0.9
+    assert torch.equal(classes[clear], torch.from_numpy(published).long()[clear])
+
+
+SLIDE = {
+    "slide32_24": {"mode": "slide", "crop": (32, 32), "stride": (24, 24)},
+    "slide48x64_31x43": {"mode": "slide", "crop": (48, 64), "stride": (31, 43)},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "rows"),
+    [
+        ("whole_logits", {}, 70),
+        ("whole_logits_ac1", {}, 70),
+        *((f"{key}_logits{suffix}", settings, 70) for key, settings in SLIDE.items() for suffix in ("", "_ac1")),
+        ("slide_small_h20_logits", SLIDE["slide32_24"], 20),
+    ],
+)
+def test_published_logits(golden, key, settings, rows):
+    case = golden("eval/golden/inference.npz")
+    model = Pooled(case, align_corners=key.endswith("_ac1"))
+    (found,) = predict(model, [case["image_rgb_uint8"][:rows]], Evaluate(scale=None, **settings), Data())
+    torch.testing.assert_close(found["final"], torch.from_numpy(case[key]).softmax(0), atol=1e-5, rtol=0)
+    windows = {"slide32_24_logits": "slide32_24_windows", "slide_small_h20_logits": "slide_small_windows"}.get(key)
+    if windows:
+        assert [list(x.shape[-2:]) for x in model.inputs] == case[windows].tolist()
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_published_multi_scale_and_flip(golden, mode):
+    case = golden("eval/golden/inference.npz")
+    model, image = Pooled(case), case["image_rgb_uint8"]
+    evaluate = Evaluate((110, 70), mode, crop=(32, 32), stride=(24, 24), ratios=(0.5, 1.0, 1.5), flip=True)
+    views = view_sizes(70, 110, evaluate)
+    assert views == [
+        (*s, f) for s, f in zip(case["aug_shapes"][:, 2:].tolist(), case["aug_flip"].tolist(), strict=True)
+    ]
+    (found,) = predict(model, [image], evaluate, Data())
+    expected = torch.from_numpy(case[f"aug_{mode}_mean_probs"])
+    torch.testing.assert_close(found["final"], expected, atol=1e-5, rtol=0)
+    (classes,) = predict_classes(model, [image], evaluate, Data(), [0], device="cpu")
+    assert classes["final"].dtype == torch.int64
+    assert_same_classes(classes["final"], found["final"], case[f"aug_{mode}_pred"])
+    if mode == "whole":
+        for view in (0, 1):
+            torch.testing.assert_close(
+                model.inputs[view][0], torch.from_numpy(case[f"aug_input_{view}"]), atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("key", ["pad16_whole", "pad16_whole_ac1", "aug_pad16_whole"])
+def test_published_padding_by_the_model(golden, key):
+    case = golden("eval/golden/inference.npz")
+    evaluate = Evaluate((83, 53)) if key.startswith("pad") else Evaluate((110, 70), ratios=(0.5, 1.0, 1.5), flip=True)
+    model = Pooled(case, align_corners="ac1" in key, divisor=16)
+    (found,) = predict(model, [case["image_rgb_uint8"]], evaluate, Data())
+    published = case.get(f"{key}_probs", case.get(f"{key}_mean_probs"))
+    tolerance = 1e-3 if published.dtype == np.float16 else 1e-5
+    torch.testing.assert_close(found["final"], torch.from_numpy(published).float(), atol=tolerance, rtol=0)
+    assert_same_classes(found["final"].argmax(0), found["final"], case[f"{key}_pred"])
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "crop", "stride"),
+    [
+        ("32_24", (70, 110), (32, 32), (24, 24)),
+        ("769_513_1025x2049", (1025, 2049), (769, 769), (513, 513)),
+        ("512x1024_341x683_1024x2048", (1024, 2048), (512, 1024), (341, 683)),
+    ],
+)
+def test_published_windows(golden, key, size, crop, stride):
+    expected = golden("eval/golden/inference.npz")[f"window_boxes_{key}"]
+    assert window_boxes(*size, crop, stride) == [tuple(box) for box in expected.tolist()]
+
+
+def test_windows_by_hand():
+    assert window_boxes(5, 10, (4, 6), (3, 4)) == [(0, 0, 4, 6), (0, 4, 4, 10), (1, 0, 5, 6), (1, 4, 5, 10)]
+    assert window_boxes(3, 4, (8, 8), (5, 5)) == [(0, 0, 3, 4)]
+    with pytest.raises(UserError, match="leave gaps"):
+        window_boxes(64, 64, (16, 16), (16, 17))
+
+
+SIDE = st.integers(1, 90)
+
+
+@given(SIDE, SIDE, st.tuples(SIDE, SIDE), st.data())
+def test_windows_cover_everything_in_order(height, width, crop, data):
+    stride = data.draw(st.tuples(st.integers(1, crop[0]), st.integers(1, crop[1])))
+    boxes = window_boxes(height, width, crop, stride)
+    covered = np.zeros((height, width), bool)
+    for y1, x1, y2, x2 in boxes:
+        covered[y1:y2, x1:x2] = True
+        assert (y2 - y1, x2 - x1) == (min(crop[0], height), min(crop[1], width))
+    assert covered.all()
+    assert len(set(boxes)) == len(boxes)
+    assert boxes == sorted(boxes)
+    rows, columns = (max(-(-(n - c) // s), 0) + 1 for n, c, s in zip((height, width), crop, stride, strict=True))
+    assert len(boxes) == rows * columns
+
+
+def test_views_by_hand():
+    assert view_sizes(375, 500, Evaluate(scale=(2048, 512))) == [(512, 683, False)]
+    assert view_sizes(300, 2000, Evaluate(scale=(2048, 512))) == [(307, 2048, False)]
+    assert view_sizes(500, 375, Evaluate(scale=(2048, 1024))) == [(1365, 1024, False)]
+    assert view_sizes(33, 21, dataclasses.replace(PLAIN, ratios=(1.0, 0.5))) == [(33, 21, False), (16, 10, False)]
+    views = view_sizes(1024, 2048, Evaluate(**MULTI_SCALE))
+    assert len(views) == 12
+    assert views[:3] == [(512, 1024, False), (512, 1024, True), (768, 1536, False)]
+
+
+def test_pixelwise_model_does_not_see_windows_and_flips():
+    image = random_image(21, 34)
+    expected = (torch.from_numpy(image).permute(2, 0, 1).float() / 50).softmax(0)
+    for evaluate in (PLAIN, Evaluate(None, "slide", (8, 10), (5, 7)), Evaluate(None, flip=True), Evaluate((34, 21))):
+        (found,) = predict(Pixels(), [image], evaluate)
+        torch.testing.assert_close(found["1"], expected, atol=1e-6, rtol=0)
+        assert found["1"].dtype == torch.float32
+
+
+def test_softmax_follows_the_resize_and_views_are_averaged_after_it():
+    model = Pixels()
+    (found,) = predict(model, [random_image(20, 30)], Evaluate((30, 20), ratios=(0.5, 1.0)))
+    small, large = (images / 50 for images, *_ in model.calls)
+    assert small.shape == (1, 3, 10, 15)
+    up = F.interpolate(small, size=(20, 30), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found["1"], ((up.softmax(1) + large.softmax(1)) / 2)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("evaluate", [Evaluate(None, flip=True), Evaluate(None, "slide", (12, 12), (8, 8))])
+def test_answer_does_not_depend_on_the_other_images(evaluate):
+    images = [random_image(*size, seed=i) for i, size in enumerate([(16, 20), (20, 16), (16, 20), (16, 20)])]
+    together = predict(Pixels(noise=1.0), images, evaluate, seeds=[7, 8, 9, 7])
+    for image, seed, found in zip(images, [7, 8, 9, 7], together, strict=True):
+        (alone,) = predict(Pixels(noise=1.0), [image], evaluate, seeds=[seed])
+        torch.testing.assert_close(found["1"], alone["1"], atol=1e-6, rtol=0)
+    model = Pixels()
+    predict(model, images, evaluate, seeds=[7, 8, 9, 7])
+    assert sorted({len(call[0]) for call in model.calls}) == [1, 3]
+
+
+def test_every_view_and_window_has_its_own_seed():
+    model = Pixels()
+    predict(model, [random_image(16, 20)] * 2, Evaluate(None, "slide", (16, 12), (16, 8), flip=True), seeds=[3, 4])
+    expected = [[derive(3, view, window), derive(4, view, window)] for view in (0, 1) for window in (0, 1)]
+    assert [seeds for _, _, seeds in model.calls] == expected
+
+
+def test_one_entry_per_step():
+    (found,) = predict(Pixels(), [random_image(8, 8)], dataclasses.replace(PLAIN, steps=(1, 3, 10), flip=True))
+    assert list(found) == ["1", "3", "10"]
+    assert not torch.allclose(found["1"], found["10"])
+    model = Pixels()
+    predict(model, [random_image(8, 8)])
+    assert model.calls[0][1] is None
+
+
+def test_one_class_is_thresholded():
+    class One(Pixels):
+        num_classes = 1
+
+        def predict_steps(self, images, steps=None, seeds=None):
+            return {"final": images[:, :1] - 100}
+
+    image = np.array([[[90, 0, 0], [100, 0, 0], [110, 0, 0]]], np.uint8)
+    (probabilities,) = predict(One(), [image])
+    torch.testing.assert_close(probabilities["final"], torch.tensor([[[-10.0, 0.0, 10.0]]]).sigmoid())
+    (classes,) = predict_classes(One(), [image], PLAIN, RAW, [0], device="cpu")
+    assert classes["final"].tolist() == [[0, 0, 1]]
+
+
+def test_equal_probabilities_give_the_first_class():
+    image = np.full((2, 2, 3), 9, np.uint8)
+    image[0, 0] = (0, 200, 200)
+    (classes,) = predict_classes(Pixels(), [image], PLAIN, RAW, [0], device="cpu")
+    assert classes["1"].tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_network_precision_and_layout(channels_last):
+    class Mixed(Pixels):
+        def predict_steps(self, images, steps=None, seeds=None):
+            self.calls.append((images, torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return {"final": F.conv2d(images, torch.ones(2, 3, 1, 1))}
+
+    model = Mixed()
+    evaluate = Evaluate(None, "slide", (8, 8), (6, 6))
+    (found,) = predict(model, [random_image(9, 13)], evaluate, precision="bf16", channels_last=channels_last)
+    assert found["final"].dtype == torch.float32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(images.is_contiguous(memory_format=layout) for images, *_ in model.calls)
+    assert all(flags == [False, False] for _, *flags in model.calls)
+    torch.testing.assert_close(found["final"], torch.full_like(found["final"], 0.5))
+
+
+def test_images_of_16_bits():
+    image = random_image(6, 8)
+    deep = Data(bit_depth=16, mean=(0.0, 0.0, 0.0), std=(256.0, 256.0, 256.0))
+    (found,) = predict(Pixels(), [image.astype(np.uint16) * 256], data=deep)
+    torch.testing.assert_close(found, predict(Pixels(), [image])[0])
