@@ -1,0 +1,144 @@
+"""Run a model over a labelled data set and measure it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segcore.data.dataset import Dataset
+from segcore.data.loader import eval_samples
+from segcore.errors import UserError
+from segcore.evaluation.inference import Precision, predict_classes
+from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.experiment import Data, Evaluate
+from segcore.models.segmentor import Segmentor
+from segcore.seeds import derive
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found."""
+
+    classes: tuple[str, ...]
+    """Class names, in the order of the per-class values."""
+    entries: dict[str, dict[str, Any]]
+    """Step entry -> the metrics of `ConfusionMatrix.compute`, fractions 0..1."""
+    images: int
+    """Number of images."""
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The metrics of the last step entry, which is the configured answer."""
+        return list(self.entries.values())[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data at full precision: NaN is None, per-class values are lists in the order of `classes`."""
+
+        def plain(value: float | Tensor) -> Any:
+            if isinstance(value, Tensor):
+                return [plain(x) for x in value.tolist()]
+            return None if math.isnan(value) else value
+
+        entries = {name: {key: plain(x) for key, x in metrics.items()} for name, metrics in self.entries.items()}
+        return {"images": self.images, "classes": list(self.classes), "entries": entries}
+
+
+def check_fit(model: Segmentor, dataset: Dataset) -> None:
+    """Raise UserError when the model's classes or its ignored label are not the data set's."""
+    if model.num_classes != len(dataset.classes):
+        raise UserError(
+            f"the model has {model.num_classes} classes but the data set {len(dataset.classes)}; "
+            "set model.num_classes or name the data set that it was trained on"
+        )
+    if model.ignore_index != dataset.ignore_index:
+        raise UserError(
+            f"the model ignores label {model.ignore_index} but the data set {dataset.ignore_index}; "
+            "set data.background as the model expects it"
+        )
+
+
+def evaluate(
+    model: Segmentor,
+    dataset: Dataset,
+    evaluate: Evaluate,
+    data: Data,
+    *,
+    device: torch.device | str,
+    seed: int = 0,
+    workers: int = 0,
+    precision: Precision = "fp32",
+    channels_last: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    limit: int | None = None,
+) -> Results:
+    """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
+
+    The model is on `device`; it is put into evaluation mode meanwhile. The noise of an image follows from (seed, its
+    index), so neither `evaluate.batch` nor `workers` changes the results. `on_progress(done, total)` is called after
+    every batch. Raises UserError when model and data set do not fit together, or an image has no label.
+    """
+    check_fit(model, dataset)
+    total = min(len(dataset), len(dataset) if limit is None else limit)
+    if total < 1:
+        raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
+    empty = partial(ConfusionMatrix, model.num_classes, model.ignore_index, device)
+    matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
+    done = 0
+    with evaluation_mode(model):
+        for batch in _equal_sized(islice(eval_samples(dataset, workers), total), evaluate.batch):
+            predictions = predict_classes(
+                model,
+                [image for _, image, _ in batch],
+                evaluate,
+                data,
+                [derive(seed, index) for index, _, _ in batch],
+                device=device,
+                precision=precision,
+                channels_last=channels_last,
+            )
+            for (index, _, label), by_entry in zip(batch, predictions, strict=True):
+                if label is None:
+                    raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
+                for entry, classes in by_entry.items():
+                    matrices[entry].update(classes, label)
+            done += len(batch)
+            if on_progress:
+                on_progress(done, total)
+    return Results(tuple(dataset.classes), {entry: matrix.compute() for entry, matrix in matrices.items()}, done)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode, and every module back into its own mode afterwards, frozen ones included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+Sample = tuple[int, np.ndarray, np.ndarray | None]
+
+
+def _equal_sized(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
+    """Collect up to `batch` consecutive samples whose images have one shape."""
+    group: list[Sample] = []
+    for sample in samples:
+        if group and (len(group) == batch or sample[1].shape != group[0][1].shape):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group

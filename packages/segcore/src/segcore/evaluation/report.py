@@ -1,0 +1,67 @@
+"""Results as text tables in the published shape, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from segcore.evaluation.evaluate import Results
+
+COLUMNS = {"mIoU": ("IoU", "Acc"), "mDice": ("Dice", "Acc"), "mFscore": ("Fscore", "Precision", "Recall")}
+"""What each name in `Evaluate.metrics` reports, besides aAcc."""
+
+
+def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
+    """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured answer.
+
+    Several step entries get a table with a column each in front of it; the configured answer is the last of them.
+    """
+    names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
+    final = _table(names, [[_percent(results.final[name]) for name in names]])
+    if len(results.entries) == 1:
+        return f"Summary:\n\n{final}"
+    rows = [[name, *(_percent(entry[name]) for entry in results.entries.values())] for name in names]
+    steps = _table(["Steps", *results.entries], rows)
+    return f"By step entry:\n\n{steps}\n\nSummary (step entry {list(results.entries)[-1]}):\n\n{final}"
+
+
+def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
+    """Return the table `| Class | IoU | Acc |` (percent, two decimals); several step entries get a column each."""
+    several = len(results.entries) > 1
+    header, columns = ["Class"], [list(results.classes)]
+    for name in _columns(metrics):
+        for step, entry in results.entries.items():
+            header.append(f"{name} {step}" if several else name)
+            columns.append([_percent(value) for value in entry[name]])
+    return f"per class results:\n\n{_table(header, list(zip(*columns, strict=True)))}"
+
+
+def write_json(path: Path, results: Results, extra: Mapping[str, Any] | None = None) -> None:
+    """Write `extra` and the results at full precision (fractions; NaN is null) to `path`: whole, or not at all."""
+    text = json.dumps({**(extra or {}), **results.to_json()}, indent=1, allow_nan=False)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _columns(metrics: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(column for metric in metrics for column in COLUMNS[metric]))
+
+
+def _percent(fraction: Any) -> str:
+    """Return 61.5 for 0.615, nan for NaN: the published tables do not pad with zeros."""
+    return str(round(float(fraction) * 100, 2))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an ASCII table with centred cells."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = "+-" + "-+-".join("-" * width for width in widths) + "-+"
+    head, *body = ("| " + " | ".join(map(str.center, row, widths)) + " |" for row in (header, *rows))
+    return "\n".join([rule, head, rule, *body, rule])

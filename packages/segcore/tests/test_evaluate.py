@@ -1,0 +1,147 @@
+"""A model over a data set on disk: the same answer however it is batched, and clear words where it cannot be."""
+
+import dataclasses
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from segcore.data.dataset import Dataset, Sample, index_table
+from segcore.errors import UserError
+from segcore.evaluation.evaluate import Results, evaluate
+from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.experiment import Data, Evaluate
+from segcore.models.segmentor import Segmentor
+from segcore.seeds import derive
+from torch import nn
+
+DATA = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = Evaluate(scale=None)
+
+
+def draw(seed, size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+class Redness(Segmentor):
+    """Class k where red is nearest to 10 k; `noise` times the step count disturbs the red, drawn by seed."""
+
+    num_classes = 4
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.noise = noise
+        self.batches = []
+        self.frozen, self.trained = nn.BatchNorm2d(1).eval(), nn.Dropout()
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        assert not self.training
+        assert not self.trained.training
+        self.batches.append(len(images))
+        noise = self.noise * torch.stack([draw(seed, images.shape[-2:]) for seed in seeds])[:, None]
+        centres = 10 * torch.arange(4.0).view(1, 4, 1, 1)
+        counts = {str(step): step for step in steps} if steps else {"final": 1}
+        return {entry: -(images[:, :1] + count * noise - centres).abs() for entry, count in counts.items()}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five images of two sizes whose red channel is ten times the label; 255 is ignored and class 3 never occurs."""
+    samples = []
+    for i, size in enumerate([(12, 16), (12, 16), (16, 12), (12, 16), (12, 16)]):
+        label = np.random.RandomState(i).choice(np.array([0, 1, 2, 255], np.uint8), size)
+        sample = Sample(tmp_path / f"{i}.png", tmp_path / f"{i}_label.png")
+        red = np.where(label == 255, 0, label * 10).astype(np.uint8)
+        cv2.imwrite(str(sample.image), np.dstack([red * 0, red * 0, red]))  # OpenCV writes BGR
+        cv2.imwrite(str(sample.label), label)
+        samples.append(sample)
+    palette = np.zeros((4, 3), np.uint8)
+    return Dataset(("sky", "road", "car", "pole"), palette, 255, tuple(samples), tmp_path, index_table(4))
+
+
+def run(model, dataset, config=PLAIN, **options):
+    return evaluate(model, dataset, config, DATA, device="cpu", **options)
+
+
+def test_a_perfect_model(dataset):
+    results = run(Redness(), dataset)
+    assert results.images == 5
+    assert list(results.entries) == ["final"]
+    assert results.final["mIoU"] == results.final["aAcc"] == 1
+    np.testing.assert_array_equal(results.final["IoU"], [1, 1, 1, math.nan])
+
+
+def test_noise_follows_the_seed_and_the_index(dataset):
+    results = run(Redness(noise=6.0), dataset, seed=3)
+    matrix = ConfusionMatrix(4)
+    for i in range(len(dataset)):
+        red = torch.from_numpy(dataset.image(i)[..., 0]).float()
+        red += 6.0 * draw(derive(derive(3, i), 0, 0), red.shape)
+        matrix.update((red / 10).round().clamp(0, 3).long(), dataset.label(i))
+    assert results.final["aAcc"] == matrix.compute()["aAcc"] < 1
+    assert torch.equal(results.final["IoU"], matrix.compute()["IoU"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"flip": True}, {"mode": "slide", "crop": (8, 8), "stride": (5, 5)}])
+def test_batches_do_not_change_results(dataset, settings):
+    config = dataclasses.replace(PLAIN, **settings)
+    one = run(Redness(noise=6.0), dataset, config)
+    model = Redness(noise=6.0)
+    three = run(model, dataset, dataclasses.replace(config, batch=3))
+    assert one.to_json() == three.to_json()
+    assert sorted(set(model.batches)) == [1, 2]  # consecutive images of one size: 2, 1, 2
+
+
+def test_step_entries(dataset):
+    results = run(Redness(noise=4.0), dataset, dataclasses.replace(PLAIN, steps=(1, 20)))
+    assert list(results.entries) == ["1", "20"]
+    assert results.final is results.entries["20"]
+    assert results.entries["1"]["mIoU"] > results.final["mIoU"]
+
+
+def test_modes_come_back(dataset):
+    model = Redness().train()
+    model.frozen.eval()
+    run(model, dataset)
+    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
+    with pytest.raises(UserError):
+        run(model, dataclasses.replace(dataset, samples=(dataclasses.replace(dataset.samples[0], label=None),)))
+    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
+
+
+def test_limit_and_progress(dataset):
+    seen = []
+    results = run(
+        Redness(), dataset, dataclasses.replace(PLAIN, batch=2), limit=3, on_progress=lambda *x: seen.append(x)
+    )
+    assert seen == [(2, 3), (3, 3)]
+    assert results.images == 3
+    assert run(Redness(), dataset, limit=9).images == 5
+    with pytest.raises(UserError, match="limit 0"):
+        run(Redness(), dataset, limit=0)
+
+
+def test_json_is_plain(dataset):
+    found = run(Redness(), dataset).to_json()
+    assert found["images"] == 5
+    assert found["classes"] == ["sky", "road", "car", "pole"]
+    assert found["entries"]["final"]["IoU"] == [1.0, 1.0, 1.0, None]
+    third = Results(("a",), {"final": {"mIoU": 1 / 3, "IoU": torch.tensor([1 / 3], dtype=torch.float64)}}, 1)
+    assert third.to_json()["entries"]["final"] == {"mIoU": 1 / 3, "IoU": [1 / 3]}
+
+
+def test_says_what_does_not_fit(dataset):
+    with pytest.raises(UserError, match="4 classes but the data set 2"):
+        run(Redness(), dataclasses.replace(dataset, classes=("a", "b")))
+    with pytest.raises(UserError, match="ignores label 255 but the data set 0"):
+        run(Redness(), dataclasses.replace(dataset, ignore_index=0))
+    bare = dataclasses.replace(dataset.samples[0], label=None)
+    with pytest.raises(UserError, match=r"0\.png: has no label"):
+        run(Redness(), dataclasses.replace(dataset, samples=(bare,)))
