@@ -1,0 +1,159 @@
+"""Training transforms with the semantics of MMSegmentation 0.x, which DDP, DDPS and DGMN2 train with, on numpy arrays.
+
+Images are (H, W, C) uint8 or uint16 RGB, labels (H, W) uint8. Randomness comes from a numpy RandomState, whose
+streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets, flip, photometric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import RandomState
+from torch import Tensor
+
+from segcore.data.dataset import IGNORE
+from segcore.experiment import Data
+
+_MAX_CV_CHANNELS = 128  # what every OpenCV version takes in one call
+
+
+def rescale_size(height: int, width: int, scale: tuple[int, int] | float) -> tuple[int, int]:
+    """Return the (height, width) after resizing by a factor, or to fit a (long, short) box, keeping the aspect ratio.
+
+    The box has no orientation: its larger entry bounds the longer side. Sides are rounded half up, and at least 1.
+    """
+    if isinstance(scale, tuple):
+        scale = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the image at `size` (height, width): OpenCV's bilinear resize, no antialiasing; uint8 is exact."""
+    if image.shape[:2] == size:
+        return image
+    step, channels = _MAX_CV_CHANNELS, image.shape[2]
+    parts = [cv2.resize(image[..., i : i + step], size[::-1]) for i in range(0, channels, step)]
+    return (parts[0] if len(parts) == 1 else np.dstack(parts)).reshape(*size, channels)
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the label at `size` (height, width): nearest, source index floor(i * old / new) as OpenCV computes it."""
+    if label.shape == size:
+        return label
+    rows, columns = (
+        np.minimum((np.arange(new) * (1 / (new / old))).astype(np.intp), old - 1)
+        for new, old in zip(size, label.shape, strict=True)
+    )
+    return label.take(rows, axis=0).take(columns, axis=1)
+
+
+def is_varied(label: np.ndarray, max_class_ratio: float) -> bool:
+    """Return whether the label has two values or more (255 left out) and the most frequent one is below that share."""
+    counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_ratio)
+
+
+def random_crop_box(
+    label: np.ndarray, crop: tuple[int, int], max_class_ratio: float, rng: RandomState
+) -> tuple[int, int, int, int]:
+    """Return (y1, y2, x1, x2) of a random window of at most `crop` (height, width), inside the label.
+
+    With `max_class_ratio` below 1, a window that is not `is_varied` is drawn again up to 10 times; the 11th is not
+    checked.
+    """
+    for trial in range(11):
+        y = rng.randint(0, max(label.shape[0] - crop[0], 0) + 1)
+        x = rng.randint(0, max(label.shape[1] - crop[1], 0) + 1)
+        box = y, min(y + crop[0], label.shape[0]), x, min(x + crop[1], label.shape[1])
+        if max_class_ratio >= 1 or trial == 10 or is_varied(label[box[0] : box[1], box[2] : box[3]], max_class_ratio):
+            break
+    return box
+
+
+def flip(array: np.ndarray) -> np.ndarray:
+    """Return an image or label mirrored left to right (a view)."""
+    return array[:, ::-1]
+
+
+def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
+    """Return an 8-bit RGB image with random brightness, contrast, saturation and hue, each with probability 1/2.
+
+    Every step clips and truncates to 8 bits. Brightness adds [-32, 32), contrast multiplies by [0.5, 1.5) before or
+    after the colour steps, saturation by [0.5, 1.5) and hue adds -18 .. 17 (of 180) in 8-bit HSV, each in a round
+    trip of its own.
+    """
+    values = np.arange(256, dtype=np.float32)
+    image = np.ascontiguousarray(image)
+
+    def scaled(factor: float, shift: float = 0.0) -> np.ndarray:
+        return np.clip(values * np.float32(factor) + np.float32(shift), 0, 255).astype(np.uint8)
+
+    def in_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
+        tables = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+        tables[0, :, channel] = table
+        return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables), cv2.COLOR_HSV2RGB)
+
+    if rng.randint(2):
+        image = cv2.LUT(image, scaled(1, rng.uniform(-32, 32)))
+    contrast_first = rng.randint(2) == 1
+    if contrast_first and rng.randint(2):
+        image = cv2.LUT(image, scaled(rng.uniform(0.5, 1.5)))
+    if rng.randint(2):
+        image = in_hsv(image, 1, scaled(rng.uniform(0.5, 1.5)))
+    if rng.randint(2):
+        image = in_hsv(image, 0, ((np.arange(256) + rng.randint(-18, 18)) % 180).astype(np.uint8))
+    if not contrast_first and rng.randint(2):
+        image = cv2.LUT(image, scaled(rng.uniform(0.5, 1.5)))
+    return image
+
+
+def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Return (image - mean) / std as float32 (H, W, C), computed in float32; `mean`, `std` in units of the image."""
+    centre, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if (
+        image.dtype == np.uint8 and image.shape[2] <= _MAX_CV_CHANNELS
+    ):  # the same numbers from a table, several times faster
+        table = (np.arange(256, dtype=np.float32)[:, None] - centre) / width
+        return cv2.LUT(np.ascontiguousarray(image), table[None]).reshape(image.shape)
+    return (image.astype(np.float32) - centre) / width
+
+
+def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarray:
+    """Return an image (H, W, C) or label (H, W), filled up with `value` to the right and bottom to at least `size`."""
+    missing = [(0, max(new - old, 0)) for new, old in zip(size, array.shape[:2], strict=True)]
+    if not any(after for _, after in missing):
+        return array
+    return np.pad(array, missing + [(0, 0)] * (array.ndim - 2), constant_values=value)
+
+
+class TrainTransform:
+    """The published training pipeline: resize by a random ratio, crop, flip, photometric distortion, normalise, pad.
+
+    `ignore_index` fills the padding of labels; that of images is 0 after normalising, the mean colour. The crop's
+    class limit always leaves out 255 only, so a `background` class counts, as published.
+    """
+
+    def __init__(self, data: Data, ignore_index: int = IGNORE) -> None:
+        self.data = data
+        self.ignore_index = ignore_index
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: RandomState) -> tuple[Tensor, Tensor]:
+        """Return the image as float32 (C, *crop) and the label as int64 (*crop)."""
+        data, (height, width) = self.data, image.shape[:2]
+        low, high = data.ratio_range
+        ratio = rng.random_sample() * (high - low) + low
+        long, short = data.scale or (width, height)
+        size = rescale_size(height, width, (int(long * ratio), int(short * ratio)))
+        image, label = resize_image(image, size), resize_label(label, size)
+        y1, y2, x1, x2 = random_crop_box(label, data.crop, data.max_class_ratio, rng)
+        image, label = image[y1:y2, x1:x2], label[y1:y2, x1:x2]
+        if rng.rand() < data.flip:
+            image, label = flip(image), flip(label)
+        if data.photometric:
+            image = photometric_distortion(image, rng)
+        image = pad(normalize(image, data.mean, data.std), data.crop)
+        label = pad(label, data.crop, self.ignore_index).astype(np.int64)
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(label)
