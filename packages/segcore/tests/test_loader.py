@@ -1,0 +1,196 @@
+"""Order and draws are pure functions of (seed, iteration, position); processes only read ahead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from segcore.data.dataset import open_dataset
+from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
+from segcore.data.transforms import TrainTransform
+from segcore.errors import UserError
+from segcore.experiment import Data
+from segcore.seeds import derive
+
+LENGTH = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.RandomState(0)
+    for kind in ("images", "masks"):
+        (root / kind / "train").mkdir(parents=True)
+    for i in range(LENGTH):
+        cv2.imwrite(f"{root}/images/train/{i}.png", rng.randint(0, 256, (30, 40, 3)))
+        cv2.imwrite(f"{root}/masks/train/{i}.png", rng.randint(0, 3, (30, 40)))
+    return Data("folder", root, classes=("a", "b", "c"), scale=None, crop=(24, 32))
+
+
+def batches(data, **changes):
+    options = {"batch": 4, "micro": 2, "seed": 5, "start": 0, "stop": 4, "workers": 0} | changes
+    return train_batches(open_dataset(data, "train"), TrainTransform(data), **options)
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert (a.iteration, a.seeds) == (b.iteration, b.seeds)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 12), st.integers(1, 50), st.integers(0, 5))
+def test_every_epoch_is_a_permutation(seed, batch, length, epoch):
+    stream = range(epoch * length, (epoch + 1) * length)
+    indices = [sample_index(seed, *divmod(position, batch), batch, length) for position in stream]
+    assert sorted(indices) == list(range(length))
+
+
+@given(st.integers(0, 9), st.integers(0, 300))
+def test_the_order_does_not_depend_on_the_batch_size(seed, position):
+    expected = sample_index(seed, position, 0, 1, 100)
+    for batch in (2, 3, 16):
+        assert sample_index(seed, *divmod(position, batch), batch, 100) == expected
+
+
+def test_epochs_and_seeds_differ():
+    def epoch(seed, n):
+        return [sample_index(seed, n * 50 + i, 0, 1, 50) for i in range(50)]
+
+    assert epoch(0, 0) != epoch(0, 1)
+    assert epoch(0, 0) != epoch(1, 0)
+
+
+def test_batches_have_the_stated_parts_and_seeds(data):
+    found = list(batches(data, start=2, stop=4))
+    assert [b.iteration for b in found] == [2, 2, 3, 3]
+    assert found[1].seeds == [derive(5, 2, 2), derive(5, 2, 3)]
+    assert found[0].images.shape == (2, 3, 24, 32)
+    assert (found[0].images.dtype, found[0].labels.dtype) == (torch.float32, torch.int64)
+    assert found[0].labels.shape == (2, 24, 32)
+
+
+def test_a_sample_is_its_file_transformed_with_its_own_draws(data):
+    dataset, transform = open_dataset(data, "train"), TrainTransform(data)
+    part = next(iter(batches(data, start=3, stop=4)))
+    index = sample_index(5, 3, 1, 4, LENGTH)
+    image, label = transform(*dataset.pair(index), np.random.RandomState(derive(5, 3, 1)))
+    assert torch.equal(part.images[1], image)
+    assert torch.equal(part.labels[1], label)
+
+
+def test_a_run_goes_on_anywhere_and_parts_only_divide_the_batch(data):
+    whole = list(batches(data))
+    assert_equal(whole[6:], list(batches(data, start=3)))  # in the second epoch of seven images
+    joined = list(batches(data, micro=4))
+    assert torch.equal(torch.cat([whole[0].images, whole[1].images]), joined[0].images)
+    assert joined[0].seeds == whole[0].seeds + whole[1].seeds
+    with pytest.raises(ValueError, match="does not divide"):
+        batches(data, micro=3)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_change_nothing_and_end(data, workers):
+    state = torch.get_rng_state()
+    assert_equal(list(batches(data)), list(batches(data, workers=workers)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not multiprocessing.active_children()
+
+
+def test_closing_early_ends_the_workers(data):
+    loader = batches(data, stop=1000, workers=1)
+    assert isinstance(next(loader), Batch)
+    assert multiprocessing.active_children()
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_is_one_line_from_any_process(data, workers, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "images/x.png").write_bytes(b"")
+    cv2.imwrite(f"{tmp_path}/masks/x.png", np.zeros((30, 40), np.uint8))
+    broken = Data("folder", tmp_path, "images/*", "masks/*", classes=("a",), crop=(24, 32))
+    with pytest.raises(UserError) as caught:
+        list(batches(broken, workers=workers))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "images/x.png") in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+def test_training_needs_labels(data):
+    unlabelled = Data("folder", data.root, val_images="images/train/*", val_masks="", classes=("a",), crop=(24, 32))
+    dataset = open_dataset(unlabelled, "val")
+    with pytest.raises(UserError, match=r"\d\.png: has no label file"):
+        list(train_batches(dataset, TrainTransform(data), batch=7, micro=7, seed=0, start=0, stop=1, workers=0))
+    assert [(i, label) for i, _, label in eval_samples(dataset, 0)] == [(i, None) for i in range(LENGTH)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_eval_samples_come_in_order(data, workers):
+    dataset = open_dataset(data, "train")
+    samples = list(eval_samples(dataset, workers))
+    assert [index for index, _, _ in samples] == list(range(LENGTH))
+    for index, image, label in samples:
+        np.testing.assert_array_equal(image, dataset.image(index))
+        np.testing.assert_array_equal(label, dataset.label(index))
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from segcore.data import dataset, loader, transforms
+from segcore.experiment import Data
+
+if __name__ == "__main__":
+    data = Data("folder", Path(sys.argv[1]), classes=("a", "b", "c"), scale=None, crop=(24, 32))
+    opened, transform = dataset.open_dataset(data, "train"), transforms.TrainTransform(data)
+    try:
+        for _ in loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=2):
+            print("batch", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
+def test_interrupt_ends_everything_quietly(data, tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, "script.py", str(data.root)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "batch\n"
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to every process of the group
+    out, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert out.endswith("interrupted\n")
+    for _ in range(100):  # helpers of the interpreter may need a moment
+        if not group_alive(process.pid):
+            return
+        time.sleep(0.1)
+    pytest.fail("a process is left over")
+
+
+def group_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
