@@ -180,6 +180,14 @@ class DDPSegmentor(Segmentor):
             results[str(count)] = resize(answer, images.shape[-2:])
         return results
 
+    def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the logits after every step of the configured run, of the first random start; see `Segmentor`."""
+        features = self.encode(images)
+        noise, step_noise = self.draw_noise(features, seeds, self.config.timesteps)
+        steps = self.trace(features, noise, step_noise=step_noise)
+        maps = (step.logits.unflatten(0, (len(images), -1))[:, 0] for step in steps)
+        return {f"step {k}": resize(x, images.shape[-2:]) for k, x in enumerate(maps, 1)}
+
     # Training
 
     def losses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -71,9 +70,5 @@ def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
     from ddp_seg.configs import ade20k, cityscapes, toy
 
-    return {
-        name: function
-        for module in (toy, cityscapes, ade20k)
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if name.startswith("ddp_")
-    }
+    modules = (toy, cityscapes, ade20k)
+    return {name: build for module in modules for name, build in vars(module).items() if name.startswith("ddp_")}

@@ -60,6 +60,10 @@ class Segmentor(nn.Module, ABC):
         "final".
         """
 
+    def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return logits (N, K, H, W) after every denoising step of the configured run; empty for methods without steps."""
+        return {}
+
     @abstractmethod
     def losses(
         self,

@@ -1,0 +1,82 @@
+"""DDP keeps the contract of every segmentor."""
+
+import pytest
+import torch
+
+from ddp_seg.configs import DDP
+from segcore.testing import contract
+
+SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 1, "heads": 4, "drop_path": 0.0}
+VARIANTS = {
+    "resnet": DDP(backbone="resnet18", **SMALL),
+    "convnext": DDP(backbone="convnext_t", **SMALL),
+    "swin": DDP(backbone="swin_t", accumulation=True, **SMALL),
+    "ddpm": DDP(backbone="resnet18", sampler="ddpm", randsteps=2, **SMALL),
+    "aligned": DDP(backbone="resnet18", self_aligned=True, auxiliary=False, **SMALL),
+}
+
+
+def build(variant):
+    torch.manual_seed(0)
+    return VARIANTS[variant].build()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward(variant):
+    contract.check_forward(build(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_seeds(variant):
+    contract.check_seeds(build(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps(variant):
+    contract.check_steps(build(variant), (1, 2, 3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_backward(variant):
+    contract.check_backward(build(variant))
+
+
+@pytest.mark.parametrize("variant", ["resnet", "aligned"])
+def test_training_draws_and_ignored_batches(variant):
+    contract.check_training_draws(build(variant))
+    contract.check_all_ignored(build(variant))
+
+
+@pytest.mark.parametrize("variant", ["resnet", "convnext", "swin"])
+def test_state_dict(variant):
+    contract.check_state_dict(lambda: VARIANTS[variant].build())
+
+
+def test_configs():
+    contract.check_configs("ddp_seg")
+
+
+def test_help():
+    contract.check_help("ddp_seg")
+
+
+def test_wrong_number_of_seeds_is_refused():
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
+        build("resnet")(contract.images(3), seeds=[1, 2])
+
+
+def test_other_channel_counts():
+    model = DDP(backbone="resnet18", in_channels=5, **SMALL).build().eval()
+    assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
+
+
+def test_half_precision_keeps_the_time_embedding_exact():
+    model = build("resnet").eval()
+    level = torch.tensor([-18.907475])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.time_embedding(level), build("resnet").time_embedding(level))
+
+
+def test_float64_model():
+    model = build("resnet").double().eval()
+    assert model(contract.images(1).double()).dtype == torch.float64

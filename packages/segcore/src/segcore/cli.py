@@ -1,0 +1,267 @@
+"""The command line of every method: `<method>-seg COMMAND …`, and `segcore COMMAND …` over all installed methods.
+
+A command is a dataclass: its fields are its options, read by tyro, and `run` does it. Options of the configuration
+(`--model.timesteps 10`) stand beside the command's own. Nothing imports torch before a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Positional, arg
+
+from segcore.errors import UserError
+from segcore.experiment import MULTI_SCALE, Experiment, experiments, load_experiment, published, source
+
+if TYPE_CHECKING:
+    import torch
+
+# The configuration's own options, without a prefix, and `--flag True` instead of `--flag / --no-flag` for its booleans.
+Config = Annotated[FlagConversionOff[Experiment], arg(name="")]
+Flag = FlagCreatePairsOff[bool]
+Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What all commands with a configuration have."""
+
+    experiment: Config
+    device: str = "auto"
+    """Where to compute: auto (CUDA if there is one), cpu, cuda, cuda:1 …"""
+    offline: Flag = False
+    """Never use the network; say instead which file belongs where."""
+
+    def run(self, package: str | None) -> None:
+        """Do it; `package` is the method's import package, None for `segcore`."""
+
+    @property
+    def default_dir(self) -> Path:
+        return Path("runs") / self.experiment.name
+
+
+@dataclass(frozen=True)
+class Train(Command):
+    """Train a configuration and evaluate it."""
+
+    work_dir: Path | None = None
+    """Folder for checkpoints, log and results; runs/<configuration> if not given."""
+    resume: Flag = False
+    """Go on from the newest valid checkpoint in the folder, if there is one."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.training.loop import train
+
+        work_dir = self.work_dir or self.default_dir
+        train(self.experiment, work_dir, device=_device(self.device), resume=self.resume, offline=self.offline)
+
+
+@dataclass(frozen=True)
+class Test(Command):
+    """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
+
+    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
+    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    multi_scale: Flag = False
+    """Average over the six published scales, each also flipped."""
+    limit: int | None = None
+    """Evaluate the first images only."""
+    json: Path | None = None
+    """Where the figures go at full precision; runs/<configuration>/test.json if not given."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.data.dataset import open_dataset
+        from segcore.evaluation import report
+        from segcore.evaluation.evaluate import evaluate
+        from segcore.progress import progress
+
+        exp = self.experiment
+        settings = dataclasses.replace(exp.evaluate, **MULTI_SCALE) if self.multi_scale else exp.evaluate
+        dataset = open_dataset(exp.data, "val")
+        device = _device(self.device)
+        model = load_model(self, self.checkpoint, device)
+        with progress("evaluating") as advance:
+            results = evaluate(
+                model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,
+                precision=exp.train.precision, channels_last=exp.train.channels_last,
+                on_progress=advance, limit=self.limit,
+            )  # fmt: skip
+        print(report.per_class(results, settings.metrics), report.summary(results, settings.metrics), sep="\n\n")
+        if (row := published(exp.name)) and row.miou:
+            print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
+        path = self.json or self.default_dir / "test.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json(path, results, {"name": exp.name, "checkpoint": self.checkpoint, "seed": exp.seed})
+        print(f"\n{path}")
+
+
+@dataclass(frozen=True)
+class Predict(Command):
+    """Segment an image, or every image of a folder: class-index PNGs and colour overlays."""
+
+    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
+    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    input: Annotated[Positional[Path], arg(metavar="INPUT")] = dataclasses.field(kw_only=True)
+    """An image file or a folder of images."""
+    output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
+    """A folder; for one image also a .png file."""
+    palette: str = "auto"
+    """Colours: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
+    opacity: float = 0.5
+    """Share of the colours in the overlay, 0 to 1."""
+
+    def run(self, package: str | None) -> None:
+        from segcore import predict
+
+        jobs = predict.plan(self.input, self.output)
+        classes, palette = predict.classes_and_palette(self.experiment.data, self.palette)
+        model = load_model(self, self.checkpoint, _device(self.device))
+        predict.check_classes(model, classes)
+        predict.run(model, self.experiment, jobs, palette, opacity=self.opacity)
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Train a small model on generated street scenes, evaluate it and write a page with pictures. Goes on if interrupted."""
+
+    work_dir: Path = Path("runs/demo")
+    """Folder for the scenes, the run and the page."""
+
+    def run(self, package: str | None) -> None:
+        from segcore import demo
+
+        print(demo.run(self.experiment, self.work_dir, device=_device(self.device)))
+
+
+@dataclass(frozen=True)
+class Configs:
+    """List the configurations with their published figures, or show one."""
+
+    name: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
+    """Show this configuration: a name, or file.py:function."""
+    write: Path | None = None
+    """Write the configuration as a Python file to edit; run it as `train FILE.py`."""
+
+    def run(self, package: str | None) -> None:
+        if self.name is None:
+            for name in experiments(package):
+                row = published(name)
+                figures = ", ".join(f"{value:.2f} {key}" for key, value in row.miou.items()) if row else ""
+                print(f"{name:55}{figures and 'mIoU ' + figures}{' (weights: official)' if row and row.url else ''}".rstrip())
+            return
+        text = source(load_experiment(self.name, package))
+        if self.write is None:
+            print(text)
+            return
+        if self.write.exists():
+            raise UserError(f"{self.write}: exists already; choose another name or remove it")
+        self.write.write_text(text, encoding="utf-8")
+        print(f"{self.write}: edit it, then `train {self.write}`")
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train,
+    "test": Test,
+    "predict": Predict,
+    "configs": Configs,
+    "demo": Demo,
+}
+
+
+def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 for what the user must mend, 2 for wrong usage, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parse(words, package).run(package)
+    except UserError as error:
+        _exit(f"error: {error}", 1)
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _exit(f"error: {error.filename}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def parse(words: list[str], package: str | None = None) -> Any:
+    """Return the command that `words` describe. Raises UserError or SystemExit (wrong usage, --help)."""
+    prog = f"{package.removesuffix('_seg')}-seg" if package else "segcore"
+    name, *rest = words or ["--help"]
+    if name not in COMMANDS:
+        lines = "\n".join(f"  {key:10}{command.__doc__}" for key, command in COMMANDS.items())
+        usage = f"usage: {prog} COMMAND …\n\n{lines}\n\n{prog} COMMAND --help tells more."
+        if name in ("-h", "--help"):
+            print(usage)
+            raise SystemExit(0)
+        _exit(f"{prog}: there is no command {name!r}\n{usage}", 2)
+    command = COMMANDS[name]
+    if not issubclass(command, Command):
+        return tyro.cli(command, args=rest, prog=f"{prog} {name}", description=command.__doc__)
+    default = demo_experiment(package)
+    if command is Demo:
+        experiment = default
+    elif rest and not rest[0].startswith("-"):
+        experiment = load_experiment(rest.pop(0), package)
+    elif rest and rest[0] in ("-h", "--help"):
+        experiment = default  # any will do: the help then shows this one's values
+    else:
+        raise UserError(f"{prog} {name} needs a configuration first: `{prog} {name} CONFIG …`; `{prog} configs` lists them")
+    fields = {f.name: tyro.MISSING for f in dataclasses.fields(command) if f.kw_only}
+    config = "" if command is Demo else " CONFIG"
+    return tyro.cli(
+        command,
+        default=command(experiment=experiment, **fields),
+        args=rest,
+        prog=f"{prog} {name}{config}",
+        description=command.__doc__,
+    )
+
+
+def demo_experiment(package: str | None) -> Experiment:
+    """Return the configuration that `demo` runs: the first of the method that trains on the toy set."""
+    for build in experiments(package).values():
+        experiment = build()
+        if experiment.data.dataset == "toy":
+            return experiment
+    raise UserError("no installed method has a configuration for the toy set")
+
+
+def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
+    """Return the command's model with the weights of `checkpoint`, in evaluation mode on `device`; prints the report."""
+    import torch
+
+    from segcore.training.weights import load_weights, resolve
+
+    path = resolve(checkpoint, command.experiment.name, offline=command.offline)
+    model = command.experiment.model.build()
+    print(f"{path}: {load_weights(model, path)}", file=sys.stderr)
+    layout = torch.channels_last if command.experiment.train.channels_last else torch.contiguous_format
+    return model.eval().to(device, memory_format=layout)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not available here; use cpu, or cuda with an NVIDIA GPU and driver") from None
+    return device
+
+
+def _exit(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,131 @@
+"""`predict`: a user's own images in; class-index PNGs and colour overlays out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from segcore.data.dataset import IMAGE_SUFFIXES, palette_of, read_image
+from segcore.errors import UserError
+from segcore.evaluation.inference import predict_classes
+from segcore.experiment import Data, Experiment
+from segcore.models.segmentor import Segmentor
+from segcore.progress import progress
+from segcore.visualize import overlay, write_class_png, write_image
+
+
+class Job(NamedTuple):
+    """One image and the two files it becomes."""
+
+    image: Path
+    mask: Path
+    overlay: Path
+
+
+def plan(source: Path, target: Path) -> list[Job]:
+    """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
+
+    A single image goes to `target` itself when that ends in .png, otherwise everything goes below the folder `target`:
+    `NAME.png` and `NAME_overlay.png`. Raises UserError when there is nothing to read or two images would share a name.
+    """
+    if source.is_dir():
+        images = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
+        masks = [target / p.relative_to(source).with_suffix(".png") for p in images]
+    elif source.is_file():
+        images = [source]
+        masks = [target if target.suffix.lower() == ".png" else target / f"{source.stem}.png"]
+    else:
+        raise UserError(f"{source}: no such image or folder")
+    if len(set(masks)) < len(masks):
+        twice = next(m for m in masks if masks.count(m) > 1)
+        raise UserError(f"{twice}: two images of {source} would both be written here; rename one")
+    for image, mask in zip(images, masks, strict=True):
+        if mask.resolve() == image.resolve():
+            raise UserError(f"{image}: the result would overwrite the image; choose another output folder")
+    return [Job(image, mask, mask.with_name(f"{mask.stem}_overlay.png")) for image, mask in zip(images, masks, strict=True)]
+
+
+def classes_and_palette(data: Data, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return class names and (K, 3) uint8 RGB colours.
+
+    `palette`: "auto" takes the dataset's own colours, a dataset's name that one's, anything else is a text file with one line
+    `r g b` per class. Raises UserError when it does not have a colour for every class.
+    """
+    classes, colours = palette_of(data)
+    if palette in ("cityscapes", "ade20k"):
+        colours = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
+    elif palette != "auto":
+        try:
+            lines = Path(palette).read_text(encoding="utf-8").splitlines()
+            rows = np.array([[int(v) for v in line.replace(",", " ").split()] for line in lines if line.strip()])
+            colours = rows.astype(np.uint8)
+            valid = rows.ndim == 2 and rows.shape[1] == 3 and (colours == rows).all()
+        except (OSError, ValueError):
+            valid = False
+        if not valid:
+            raise UserError(f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line")
+    if len(colours) < len(classes):
+        raise UserError(f"--palette {palette} has {len(colours)} colours for {len(classes)} classes; add the missing ones")
+    return classes, colours[: len(classes)]
+
+
+def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
+    """Raise UserError when the model does not have the dataset's number of classes."""
+    if model.num_classes != len(classes):
+        raise UserError(
+            f"the model has {model.num_classes} classes but data.dataset {len(classes)}; "
+            "set data.dataset and data.classes to what the model was trained on"
+        )
+
+
+def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray, *, opacity: float = 0.5) -> None:
+    """Predict every image at its own size and write its mask (class indices) and overlay, each whole or not at all.
+
+    The noise follows from `exp.seed` alone, so an image's answer does not depend on the other files. Images that cannot be
+    read are left out; then a UserError at the end names them.
+    """
+    if not 0 <= opacity <= 1:
+        raise UserError(f"--opacity {opacity} is not between 0 and 1")
+    device = next(model.parameters()).device
+    failures: list[str] = []
+    with progress("predicting") as advance:
+        for done, job in enumerate(jobs):
+            try:
+                image = read_image(job.image, exp.data.channels, exp.data.bit_depth)
+                classes = predict_image(model, exp, image, device)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            job.mask.parent.mkdir(parents=True, exist_ok=True)
+            write_class_png(job.mask, classes, palette)
+            write_image(job.overlay, overlay(_displayable(image), classes, palette, opacity))
+            advance(done + 1, len(jobs))
+    written = len(jobs) - len(failures)
+    print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
+    if failures:
+        more = f" (and {len(failures) - 1} more images)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}")
+
+
+def predict_image(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> np.ndarray:
+    """Return the classes (H, W) of an image (H, W, C) in the units of its file."""
+    [entries] = predict_classes(
+        model, [image], exp.evaluate, exp.data, [exp.seed],
+        device=device, precision=exp.train.precision, channels_last=exp.train.channels_last,
+    )  # fmt: skip
+    return list(entries.values())[-1].cpu().numpy()
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8 of an image with any channels and depth."""
+    if image.dtype != np.uint8:
+        image = (image >> 8).astype(np.uint8)
+    return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)

@@ -1,0 +1,153 @@
+"""What the rest of segcore expects of a `Segmentor`, as functions that raise AssertionError.
+
+A method's `tests/test_contract.py` calls each with a small model built from its own dataclass.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from segcore.cli import COMMANDS
+from segcore.experiment import experiments, load_experiment
+from segcore.models.segmentor import AUXILIARY, Segmentor
+
+ODD_SIZES = ((51, 70), (64, 33), (97, 64))
+
+
+def images(count: int, height: int = 64, width: int = 96, channels: int = 3) -> Tensor:
+    """Return reproducible normalised images (count, channels, height, width)."""
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(count))
+
+
+def labels(model: Segmentor, count: int, height: int = 64, width: int = 96) -> Tensor:
+    """Return reproducible labels (count, height, width) int64 with an ignored border."""
+    generator = torch.Generator().manual_seed(count)
+    values = torch.randint(model.num_classes, (count, height, width), generator=generator)
+    values[:, :3] = model.ignore_index
+    return values
+
+
+@torch.no_grad()
+def check_forward(model: Segmentor, atol: float = 1e-4) -> None:
+    """Batches of 1 and 3, odd sizes, finite logits at the input's size; too small images are refused."""
+    model.eval()
+    for count in (1, 3):
+        assert model(images(count)).shape == (count, model.num_classes, 64, 96)
+    for height, width in ODD_SIZES:
+        logits = model(images(1, height, width))
+        assert logits.shape == (1, model.num_classes, height, width)
+        assert logits.isfinite().all()
+    if model.min_size > 1:
+        try:
+            model(images(1, model.min_size - 1, 64))
+        except ValueError as error:
+            assert str(model.min_size) in str(error)
+        else:
+            raise AssertionError("an image below min_size was accepted")
+
+
+@torch.no_grad()
+def check_seeds(model: Segmentor, atol: float = 1e-4) -> None:
+    """An image answers alike alone and in a batch; the same seeds repeat, None is seed 0, a wrong number is refused."""
+    model.eval()
+    batch, seeds = images(3), [5, 6, 5]
+    together = model(batch, seeds=seeds)
+    assert torch.equal(together, model(batch, seeds=seeds)), "the same seeds gave another answer"
+    assert torch.equal(model(batch), model(batch, seeds=[0, 0, 0]))
+    for i, seed in enumerate(seeds):
+        alone = model(batch[i : i + 1], seeds=[seed])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=atol, rtol=1e-4)
+
+
+@torch.no_grad()
+def check_steps(model: Segmentor, steps: tuple[int, ...]) -> None:
+    """Entries are logits at the input's size; the configured answer is the last; traces have one entry per step."""
+    model.eval()
+    batch = images(2)
+    entries = model.predict_steps(batch, seeds=[1, 2])
+    assert torch.equal(list(entries.values())[-1], model(batch, seeds=[1, 2]))
+    asked = model.predict_steps(batch, steps=steps or None, seeds=[1, 2])
+    assert list(asked) == ([str(s) for s in steps] or ["final"])
+    for logits in (*asked.values(), *model.predict_trace(batch, seeds=[1, 2]).values()):
+        assert logits.shape == (2, model.num_classes, 64, 96)
+
+
+def check_backward(model: Segmentor) -> None:
+    """Batches of 2 and 3: a finite loss that is the sum of its parts, and a gradient for every parameter that trains."""
+    model.train()
+    for count in (2, 3):
+        model.zero_grad()
+        losses = model.losses(images(count), labels(model, count), seeds=list(range(count)))
+        parts = [value for name, value in losses.items() if "loss" in name and name != "loss"]
+        torch.testing.assert_close(losses["loss"], torch.stack(parts).sum())
+        losses["loss"].backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} got no gradient"
+            assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+
+
+def check_training_draws(model: Segmentor) -> None:
+    """Training draws follow from the seeds, image by image."""
+    model.eval()  # no stochastic layers: what is left to chance are the seeds
+    batch, target = images(2), labels(model, 2)
+    first, again = (model.losses(batch, target, seeds=[3, 4])["loss"] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def check_all_ignored(model: Segmentor) -> None:
+    """A batch without a single labelled pixel has a finite loss and finite gradients."""
+    model.train()
+    model.zero_grad()
+    target = torch.full((2, 64, 96), model.ignore_index)
+    loss = model.losses(images(2), target, seeds=[0, 1])["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def check_state_dict(build: Callable[[], Segmentor]) -> None:
+    """Weights make the round trip under our names and under the published ones, which are unique; a gap is refused."""
+    first, second, third = build().eval(), build().eval(), build().eval()
+    state, names = first.state_dict(), first.official_names()
+    assert set(names) == set(state)
+    assert len(set(names.values())) == len(names)
+    assert all(names[n].startswith(AUXILIARY) for n in names if n.startswith(AUXILIARY))
+    second.load_own(state)
+    assert torch.equal(first(images(1)), second(images(1)))
+    missing = {names[n]: t for n, t in state.items()}
+    missing.pop(next(names[n] for n, _ in first.named_parameters()))
+    try:
+        third.load_official(missing)
+    except ValueError as error:
+        assert "1 tensors missing" in str(error)
+    else:
+        raise AssertionError("a checkpoint with a missing tensor was accepted")
+
+
+def check_configs(package: str) -> None:
+    """Every configuration builds (on the meta device) under its own name and fits its data set."""
+    for name in experiments(package):
+        exp = load_experiment(name)
+        assert exp.name == name
+        with torch.device("meta"):
+            model = exp.model.build()
+        assert model.num_classes == exp.model.num_classes
+        assert set(model.official_names()) == set(model.state_dict())
+
+
+def check_help(package: str) -> None:
+    """`--help` of every command works and imports no torch."""
+    for command in COMMANDS:
+        code = (
+            "import sys\nfrom segcore.cli import main\n"
+            f"try:\n    main({package!r}, [{command!r}, '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            "assert 'torch' not in sys.modules, 'torch was imported'"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert command in result.stdout
