@@ -23,7 +23,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".j
 """Files that count as images where a folder is searched, lower case."""
 _FORBIDDEN = 254  # what a label table holds for values that may not occur
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # unreadable files raise UserError: one line, not two
+# Unreadable files raise UserError: one line, without OpenCV's own in front. Its version 5 moved the function.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
 @dataclass(frozen=True)
