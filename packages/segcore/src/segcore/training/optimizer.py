@@ -1,0 +1,76 @@
+"""The optimizer: which parameter gets which learning rate and weight decay, and its state by parameter name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segcore.errors import UserError
+from segcore.experiment import Optimizer, ParamRule
+from segcore.models.segmentor import Segmentor
+
+OptimizerState = dict[str, dict[str, Tensor]]
+"""Parameter name -> what the optimizer keeps for it, such as its moments."""
+
+
+def param_rule(name: str, optimizer: Optimizer) -> ParamRule:
+    """Return the rule for a parameter's published name; one that changes nothing when none matches.
+
+    The longest key that is a part of the name wins, equal lengths in alphabetical order; then no other rule applies.
+    """
+    rules = sorted(optimizer.rules, key=lambda rule: (-len(rule.key), rule.key))
+    return next((rule for rule in rules if rule.key in name), ParamRule(""))
+
+
+def param_settings(names: Iterable[str], optimizer: Optimizer) -> dict[str, tuple[float, float]]:
+    """Return (base learning rate, weight decay) by published parameter name."""
+    rules = {name: param_rule(name, optimizer) for name in names}
+    return {n: (optimizer.lr * r.lr_mult, optimizer.weight_decay * r.decay_mult) for n, r in rules.items()}
+
+
+def build_optimizer(model: Segmentor, optimizer: Optimizer) -> torch.optim.Optimizer:
+    """Return AdamW or SGD over the parameters of `model` that are trained. The model is already on its device.
+
+    Parameters with equal settings share a group, which the fused kernels like; the outcome for each is the same as in a
+    group of its own. A group carries `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
+    rule for its first name. Frozen parameters are left out.
+    """
+    official = model.official_names()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = param_settings((official[name] for name in parameters), optimizer)
+    groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        groups[settings[official[name]]].append(parameter)
+    param_groups = [
+        {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    if optimizer.kind == "adamw":
+        return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=fused)
+    return torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """Return the optimizer's state by parameter name, so that it does not depend on how parameters are grouped."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` returned. Groups and their settings stay as `optimizer` has them.
+
+    Raises UserError when the state belongs to other parameters.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    trained = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    if unknown := sorted(set(state) - set(trained)):
+        raise UserError(
+            f"the optimizer state is for {len(unknown)} parameters that are not trained here (first: {unknown[0]}); "
+            "resume with the configuration that the run was started with"
+        )
+    own = optimizer.state_dict()
+    own["state"] = {index: state[name] for index, name in enumerate(trained) if name in state}
+    optimizer.load_state_dict(own)

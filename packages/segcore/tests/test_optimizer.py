@@ -1,0 +1,138 @@
+"""Which parameter gets which settings, and what one step does."""
+
+import pytest
+import torch
+from torch import nn
+
+from segcore.errors import UserError
+from segcore.experiment import Optimizer, ParamRule
+from segcore.models.segmentor import Segmentor
+from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, param_settings
+
+RULES = {
+    "ddp": (ParamRule("pos_block", decay_mult=0), ParamRule("norm", decay_mult=0), ParamRule("head")),
+    "swin_like": tuple(
+        ParamRule(key, decay_mult=0) for key in ("absolute_pos_embed", "relative_position_bias_table", "norm")
+    ),
+    "longest_first": (
+        ParamRule("back", lr_mult=0.1),
+        ParamRule("head", lr_mult=10),
+        ParamRule("decode_head.norm", lr_mult=2, decay_mult=0),
+        ParamRule("backbone", lr_mult=0.5, decay_mult=0.3),
+    ),
+    "same_length": (ParamRule("norm", decay_mult=0), ParamRule("neck", lr_mult=3), ParamRule("conv", lr_mult=7)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "lr", "decay"),
+    [
+        ("ddp", "backbone.norm1.weight", 1, 0),
+        ("ddp", "decode_head.norm1.weight", 1, 1),  # `head` has the length of `norm` and comes first
+        ("ddp", "decode_head.pos_block.bias", 1, 0),
+        ("ddp", "backbone.bn.weight", 1, 1),
+        ("longest_first", "decode_head.norm1.weight", 2, 0),
+        ("longest_first", "backbone.conv.bias", 0.5, 0.3),
+        ("same_length", "neck.conv.weight", 7, 1),
+    ],
+)
+def test_one_rule_supplies_both_settings(case: str, name: str, lr: float, decay: float) -> None:
+    settings = param_settings([name], Optimizer(lr=6e-5, rules=RULES[case]))
+    assert settings[name] == pytest.approx((6e-5 * lr, 0.01 * decay), rel=1e-12)
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_settings_of_the_published_constructor(golden, case: str) -> None:
+    expected = golden("eval/golden/schedules.npz")
+    names = [str(name) for name in expected[f"paramwise_{case}_names"]]
+    lr, decay = zip(*param_settings(names, Optimizer(lr=6e-5, rules=RULES[case])).values(), strict=True)
+    assert lr == pytest.approx(expected[f"paramwise_{case}_lr"], rel=1e-12)
+    assert decay == pytest.approx(expected[f"paramwise_{case}_wd"], rel=1e-12)
+
+
+class Tiny(Segmentor):
+    """Two convolutions with a tied bias, a norm, and a frozen scale; published names differ from its own."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.second.bias = self.first.bias
+        self.bn = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        return {"final": self.second(self.bn(self.first(images))) * self.scale}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        return {"loss": nn.functional.softplus(self(images)).mean()}
+
+    def official_names(self):
+        return {name: name.replace("bn.", "backbone.norm.") for name in self.state_dict()}
+
+
+def tiny(optimizer: Optimizer, **layout: torch.memory_format) -> tuple[Tiny, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Tiny().to(**layout)
+    return model, build_optimizer(model, optimizer)
+
+
+def steps(model: Tiny, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for i in range(count):
+        optimizer.zero_grad()
+        images = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(i))
+        model.losses(images, images)["loss"].backward()
+        optimizer.step()
+
+
+def test_parameters_with_equal_settings_share_a_group() -> None:
+    rules = (ParamRule("norm", lr_mult=2, decay_mult=0), ParamRule("second", decay_mult=0.5))
+    model, optimizer = tiny(Optimizer(lr=0.1, rules=rules))
+    groups = [(len(g["params"]), g["initial_lr"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert groups == [(2, 0.1, 0.1, 0.01), (1, 0.1, 0.1, 0.005), (2, 0.2, 0.2, 0.0)]
+    trained = [p for g in optimizer.param_groups for p in g["params"]]
+    assert sum(p is model.first.bias for p in trained) == 1  # tied: once, by its first name
+    assert not any(p is model.scale for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_step_is_the_textbook_one(kind: str) -> None:
+    """Against a group per parameter and the unfused step, in a layout that the fused one must cope with."""
+    settings = Optimizer(kind, lr=0.01, weight_decay=0.1, rules=(ParamRule("norm", lr_mult=3, decay_mult=0),))
+    model, optimizer = tiny(settings, memory_format=torch.channels_last)
+    twin, _ = tiny(settings)
+    by_name = param_settings(twin.official_names().values(), settings)
+    groups = []
+    for name, parameter in twin.named_parameters():
+        lr, decay = by_name[twin.official_names()[name]]
+        groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    plain = torch.optim.AdamW(groups) if kind == "adamw" else torch.optim.SGD(groups, momentum=0.9)
+    steps(model, optimizer, 3)
+    steps(twin, plain, 3)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_state_by_name_survives_another_grouping(kind: str) -> None:
+    model, optimizer = tiny(Optimizer(kind, lr=0.01))
+    steps(model, optimizer, 2)
+    saved = {name: {k: v.clone() for k, v in s.items()} for name, s in optimizer_state(model, optimizer).items()}
+    assert set(saved) == {"first.weight", "first.bias", "second.weight", "bn.weight", "bn.bias"}
+    # a rule that changes nothing by its multipliers but splits the parameters otherwise
+    other, regrouped = tiny(Optimizer(kind, lr=0.01, rules=(ParamRule("first", decay_mult=1 + 1e-12),)))
+    assert len(regrouped.param_groups) == 2
+    other.load_state_dict(model.state_dict())
+    load_optimizer_state(other, regrouped, saved)
+    assert [g["initial_lr"] for g in regrouped.param_groups] == [0.01, 0.01]
+    steps(model, optimizer, 1)
+    steps(other, regrouped, 1)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    model, optimizer = tiny(Optimizer())
+    with pytest.raises(UserError, match=r"1 parameters that are not trained here \(first: third.weight\)"):
+        load_optimizer_state(model, optimizer, {"third.weight": {}})
