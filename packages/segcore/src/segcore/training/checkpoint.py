@@ -1,0 +1,219 @@
+"""Checkpoints: folders `<work_dir>/checkpoints/iter_<N>/` after N finished iterations, each whole or not there at all.
+
+A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (what else a run needs
+to go on), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of the other three). It
+is written under a temporary name beside its place, synced to disk with the manifest last, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from segcore.errors import UserError
+
+FILES = ("model.safetensors", "state.pt", "experiment.json")
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds, on the CPU."""
+
+    model: dict[str, Tensor]
+    """The model's state dict."""
+    state: dict[str, Any]
+    """What the loop saved besides: iteration, optimizer, gradient scaler, best figure."""
+    experiment: dict[str, Any]
+    """Settings and versions of the run, see `segcore.training.log.describe`."""
+
+
+def folder_of(work_dir: Path, iteration: int) -> Path:
+    """Return where the checkpoint after `iteration` finished iterations is or would be."""
+    return work_dir / "checkpoints" / f"iter_{iteration}"
+
+
+def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
+    """Write a checkpoint, replacing one of the same name.
+
+    `model` is a state dict; `state` is plain data and tensors. Raises UserError when it cannot be written (a full disk
+    …); earlier checkpoints are untouched then.
+    """
+    temporary, replaced = (folder.with_name(f".{folder.name}.{kind}.tmp") for kind in ("new", "old"))
+    try:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_separate(model), temporary / FILES[0])
+        torch.save(dict(state), temporary / FILES[1])
+        (temporary / FILES[2]).write_text(json.dumps(experiment, indent=1) + "\n", encoding="utf-8")
+        paths = [temporary / name for name in FILES]
+        files = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        for path in (*paths, temporary / MANIFEST, temporary):
+            sync(path)
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: cannot write the checkpoint ({reason}); make room there, then go on with --resume"
+        ) from None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Return the contents of a checkpoint after comparing every file with the manifest; nothing in it is executed.
+
+    Raises UserError that names the damaged file and the checkpoint to use instead.
+    """
+    _require_whole(folder)
+    try:
+        state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{folder / FILES[1]}: refused, nothing was executed ({reason}); {_instead(folder)}") from None
+    experiment = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+    return Checkpoint(load_file(folder / FILES[0]), state, experiment)
+
+
+def read_model_state(folder: Path) -> dict[str, Tensor]:
+    """Return the model's state dict of a checkpoint, on the CPU; raises UserError when any of its files is damaged."""
+    _require_whole(folder)
+    return load_file(folder / FILES[0])
+
+
+def newest(work_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, None without one. Says on stderr which damaged ones it skips."""
+    for _, folder in _numbered(work_dir / "checkpoints"):
+        if damage := _damage(folder):
+            print(f"{damage}; skipping this checkpoint", file=sys.stderr)
+        else:
+            return folder
+    return None
+
+
+def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
+    """Record in best.json that the checkpoint after `iteration` iterations is the best one, with its mIoU (0..1)."""
+    replace_text(work_dir / "best.json", json.dumps({"iteration": iteration, "mIoU": figure}) + "\n")
+
+
+def best(work_dir: Path) -> Path | None:
+    """Return the checkpoint recorded as the best, None when there is none or it is gone."""
+    try:
+        record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
+        folder = folder_of(work_dir, int(record["iteration"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return folder if folder.is_dir() else None
+
+
+def prune(work_dir: Path, keep: int, iteration: int) -> None:
+    """Remove all but the best checkpoint and the `keep` newest up to `iteration`, the one just saved.
+
+    Later ones go, because resume has found them damaged, and so do leftovers of saves that were cut off.
+    """
+    folders = _numbered(work_dir / "checkpoints")
+    kept = [folder for number, folder in folders if number <= iteration][:keep]
+    extra = [folder for _, folder in folders if folder not in kept and folder != best(work_dir)]
+    for folder in (*extra, *(work_dir / "checkpoints").glob(".*.tmp")):
+        (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut off leaves nothing that looks whole
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file: whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names where the system can do that, is on the disk."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous, none sharing memory with another: what safetensors can hold."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return tensors
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Return (iteration, checkpoint) of all in the folder, newest first."""
+    found = [(re.fullmatch(r"iter_(\d+)", path.name), path) for path in folder.glob("iter_*")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file, or None when it is whole."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{path}: format {manifest['format']!r} instead of {FORMAT}"
+        for name in FILES:
+            path = folder / name
+            listed = manifest["files"][name]
+            if path.stat().st_size != listed["size"]:
+                return f"{path}: has {path.stat().st_size} bytes instead of {listed['size']}"
+            if _digest(path) != listed["sha256"]:
+                return f"{path}: damaged, its SHA-256 is not the one in {MANIFEST}"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return f"{folder / MANIFEST}: damaged"
+    return None
+
+
+def _require_whole(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint; {_instead(folder)}")
+    if damage := _damage(folder):
+        raise UserError(f"{damage}; {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """Return which other checkpoint beside `folder` to use: the newest that is whole."""
+    others = (path for _, path in _numbered(folder.parent) if path.name != folder.name and not _damage(path))
+    other = next(others, None)
+    return f"use {other} instead" if other else "there is no other checkpoint beside it: train again"
