@@ -1,0 +1,118 @@
+"""Generated street scenes in the Cityscapes layout: what the demo and the tests train on when there is no dataset.
+
+17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colours vary more
+between scenes than between classes, so that a class is told by shape, texture and place. `segcore.data.street` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from segcore.data.cityscapes import RAW_IDS
+from segcore.data.street import draw_scene
+from segcore.errors import UserError
+from segcore.seeds import derive
+
+CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
+VERSION = 1
+"""Changes whenever the same seed gives other pictures."""
+
+TO_RAW = np.ones(256, np.uint8)
+"""Train id -> raw id. All that is ignored here is raw 1, "ego vehicle"."""
+TO_RAW[: len(RAW_IDS)] = RAW_IDS
+
+
+def generate(
+    root: Path,
+    *,
+    train: int = 200,
+    val: int = 50,
+    height: int = 256,
+    width: int = 512,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `train` + `val` images of height x width pixels, with labels in both Cityscapes forms, under `root`.
+
+    The files depend on the parameters only, image i of a split on (seed, split, i) and the size: a smaller set is the
+    beginning of a larger one. Every file is written whole and the marker `toy.json` says `complete` last; the next call
+    continues an interrupted one. `progress(done, total)` is called after every image. Nothing is ever deleted.
+
+    Raises UserError when a parameter is too small, or when `root` holds a toy set with other parameters.
+    """
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("height", height, 32), ("width", width, 32)):
+        if value < least:
+            raise UserError(f"toy {name} is {value}; it must be at least {least}")
+    parameters = {"version": VERSION, "train": train, "val": val, "height": height, "width": width, "seed": seed}
+    marker = root / MARKER
+    if _read(marker) | {"complete": True} not in ({"complete": True}, parameters | {"complete": True}):
+        raise UserError(f"{marker}: here is a toy set with other parameters; delete its folder or name another one")
+    _write(marker, json.dumps(parameters | {"complete": False}).encode())
+    items = _items(parameters)
+    for done, (split, index) in enumerate(items, 1):
+        image_file, raw_file, label_file = files = _files(root, split, index)
+        if not all(file.is_file() for file in files):
+            # RandomState and not default_rng: NumPy promises that its stream never changes.
+            rng = np.random.RandomState(derive(seed, SPLITS.index(split), index))
+            image, label = draw_scene(rng, height, width)
+            for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
+                _write(file, cv2.imencode(".png", array)[1].tobytes())
+        if progress:
+            progress(done, len(items))
+    _write(marker, json.dumps(parameters | {"complete": True}).encode())
+
+
+def is_complete(root: Path) -> bool:
+    """Return whether `root` holds a toy set that was generated to its end and still has all of its files.
+
+    Raises UserError when the marker cannot be read.
+    """
+    marker = _read(root / MARKER)
+    return bool(marker.get("complete")) and all(
+        file.is_file() for split, index in _items(marker) for file in _files(root, split, index)
+    )
+
+
+def _items(parameters: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(split, index) for split in SPLITS for index in range(parameters[split])]
+
+
+def _files(root: Path, split: str, index: int) -> tuple[Path, Path, Path]:
+    """Return the image, its raw ids and its train ids."""
+    images, labels = root / "leftImg8bit" / split / CITY, root / "gtFine" / split / CITY
+    stem = f"{CITY}_{index:06d}_000000"
+    return (
+        images / f"{stem}_leftImg8bit.png",
+        labels / f"{stem}_gtFine_labelIds.png",
+        labels / f"{stem}_gtFine_labelTrainIds.png",
+    )
+
+
+def _read(marker: Path) -> dict[str, Any]:
+    """Return what the marker says, nothing where there is none."""
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        if not all(isinstance(content[split], int) for split in SPLITS):
+            raise ValueError("counts are not integers")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{marker}: is not a toy set's marker ({error!r}); delete the folder or name another one"
+        ) from None
+    return dict(content)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
