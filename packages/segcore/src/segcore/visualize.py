@@ -1,0 +1,185 @@
+"""Pictures of classes and of runs: overlays, class-index PNGs, labelled strips, legends and curves.
+
+Images are (H, W, 3) uint8 RGB; a palette is (K, 3), RGB 0..255 in the order of the classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from segcore.errors import UserError
+
+LINES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+"""Colours of the curves, in order; they repeat."""
+FONT_SIZE = 14
+
+
+def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+    """Return the colours of classes (H, W) as an image; `ignore_index` and what has no colour is black."""
+    palette = np.asarray(palette, np.uint8)
+    known = (classes >= 0) & (classes < len(palette)) & (classes != ignore_index)
+    return np.where(known[..., None], palette[np.where(known, classes, 0)], np.uint8(0))
+
+
+def overlay(
+    image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255
+) -> np.ndarray:
+    """Return the image painted with the colours of `classes` (H, W) as MMSegmentation 0.x paints.
+
+    That is image * (1 - opacity) + colour * opacity in float64, truncated; ignored pixels are painted black.
+
+    Raises UserError when the sizes differ or `opacity` is outside 0..1.
+    """
+    if image.shape[:2] != classes.shape:
+        raise UserError(
+            f"classes of size {classes.shape} do not cover an image of {image.shape[:2]}; resize one of them"
+        )
+    if not 0 <= opacity <= 1:
+        raise UserError(f"opacity is {opacity}; it must be between 0 and 1")
+    return (image * (1 - opacity) + colorize(classes, palette, ignore_index) * opacity).astype(np.uint8)
+
+
+def write_class_png(path: Path, classes: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """Write classes (H, W) as an 8-bit PNG whose values are the class indices; with a palette, viewers show colours.
+
+    Raises UserError when an index or the number of colours does not fit into 8 bits.
+    """
+    if classes.size and not 0 <= classes.min() <= classes.max() <= 255:
+        raise UserError(
+            f"{path}: classes {classes.min()}..{classes.max()} do not fit into an 8-bit PNG, which holds 0..255"
+        )
+    picture = Image.fromarray(classes.astype(np.uint8))
+    if palette is not None:
+        if len(palette) > 256:
+            raise UserError(
+                f"{path}: {len(palette)} colours do not fit into a PNG, which holds 256; write without a palette"
+            )
+        # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no colour.
+        picture.putpalette(np.asarray(palette, np.uint8).tobytes().ljust(3 * 256, b"\0"))
+    _write(path, _png(picture))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an image as PNG, whole or not at all; the folder is made."""
+    _write(path, _png(Image.fromarray(image)))
+
+
+def png_data_uri(image: np.ndarray) -> str:
+    """Return an image as a `data:` address, for a page that needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(_png(Image.fromarray(image))).decode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:
+    """Return the images side by side on white, each below its caption, all scaled to the height of the first."""
+    height = images[0].shape[0]
+    columns = []
+    for image, caption in zip(images, captions, strict=True):
+        if image.shape[0] != height:
+            width = round(image.shape[1] * height / image.shape[0])
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        columns.append(np.concatenate([_text_line(caption, image.shape[1]), image]))
+        columns.append(np.full((columns[0].shape[0], gap, 3), 255, np.uint8))
+    return np.concatenate(columns[:-1], 1)
+
+
+def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int = 130) -> np.ndarray:
+    """Return a table of colours and class names, `columns` cells of `cell` pixels wide."""
+    rows = -(-len(classes) // columns)
+    line = _text_line("", 1).shape[0]
+    table = np.full((rows * line, columns * cell, 3), 255, np.uint8)
+    for i, (name, colour) in enumerate(zip(classes, palette, strict=True)):
+        y, x = i // columns * line, i % columns * cell
+        table[y + 3 : y + line - 3, x + 2 : x + line - 2] = colour
+        table[y : y + line, x + line : x + cell] = _text_line(name, cell - line)
+    return table
+
+
+def _text_line(text: str, width: int) -> np.ndarray:
+    """Return a line of black text on white, cut off at `width` pixels."""
+    line = Image.new("RGB", (width, FONT_SIZE + 8), "white")
+    ImageDraw.Draw(line).text((3, 2), text, "black", ImageFont.load_default(FONT_SIZE))
+    return np.array(line)
+
+
+def curve_svg(
+    xs: Sequence[float],
+    ys: Sequence[float] | Mapping[str, Sequence[float]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    size: tuple[int, int] = (640, 300),
+) -> str:
+    """Return a line chart as one SVG element of size (width, height) that needs nothing else.
+
+    `ys` is one series over `xs`, or several by name, which the chart then shows. A value that is not finite is a gap.
+    """
+    series = dict(ys) if isinstance(ys, Mapping) else {"": ys}
+    (width, height), (left, right, top, bottom) = size, (58, 16, 34, 44)
+    x_ticks, y_ticks = _ticks(xs, 8), _ticks([y for line in series.values() for y in line], 5)
+
+    def across(x: float) -> float:
+        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
+
+    def down(y: float) -> float:
+        return height - bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (height - top - bottom)
+
+    parts = [f'<text x="{left}" y="18" font-weight="bold">{escape(title)}</text>']
+    for y in y_ticks:
+        parts.append(f'<path d="M{left} {down(y):.1f}H{width - right}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in x_ticks:
+        parts.append(f'<text x="{across(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#6b7280"/>')
+    middle = f'x="{(left + width - right) / 2:.1f}" y="{height - 8}"'
+    parts.append(f'<text {middle} text-anchor="middle">{escape(xlabel)}</text>')
+    turned = f'transform="translate(14 {(top + height - bottom) / 2:.1f}) rotate(-90)"'
+    parts.append(f'<text {turned} text-anchor="middle">{escape(ylabel)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        path, pen = "", "M"
+        for x, y in zip(xs, line, strict=True):
+            finite = math.isfinite(x) and math.isfinite(y)
+            dot = "h0" if pen == "M" else ""  # shows a value between two gaps
+            path += f"{pen}{across(x):.1f} {down(y):.1f}{dot}" if finite else ""
+            pen = "L" if finite else "M"
+        ink = LINES[i % len(LINES)]
+        parts.append(f'<path d="{path}" fill="none" stroke="{ink}" stroke-width="1.6" stroke-linecap="round"/>')
+        label = f'x="{width - right}" y="{top + 4 + 15 * i}" fill="{ink}"'
+        parts.append(f'<text {label} text-anchor="end">{escape(name)}</text>' if name else "")
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="#111827">{"".join(parts)}</svg>'
+
+
+def _ticks(values: Sequence[float], count: int) -> list[float]:
+    """Return round numbers, about `count`, from below the least to above the greatest finite value."""
+    finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    if high - low <= 1e-9 * max(1, abs(low), abs(high)):
+        low, high = (low, low + 1) if low >= 0 else (high - 1, high)
+    rough = (high - low) / count
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]

@@ -1,0 +1,144 @@
+"""Overlays, class PNGs, strips, legends and curves."""
+
+import base64
+import io
+import math
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from segcore import visualize
+from segcore.errors import UserError
+
+PALETTE = np.array([(200, 0, 10), (0, 255, 0), (3, 2, 1)], np.uint8)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_overlay_truncates_as_published():
+    image = np.full((1, 3, 3), 101, np.uint8)
+    classes = np.array([[0, 1, 255]])
+    # 101 * 0.5 + 200 * 0.5 = 150.5, 101 * 0.5 + 0 = 50.5, 101 * 0.5 + 10 * 0.5 = 55.5, …: cut off, not rounded
+    assert visualize.overlay(image, classes, PALETTE).tolist() == [[[150, 50, 55], [50, 178, 50], [50, 50, 50]]]
+    # 101 * 0.7 = 70.7 and + 200 * 0.3 = 130.7
+    assert visualize.overlay(image, classes, PALETTE, 0.3)[0, 0].tolist() == [130, 70, 73]
+    np.testing.assert_array_equal(visualize.overlay(image, classes, PALETTE, 0), image)
+    np.testing.assert_array_equal(visualize.overlay(image, classes, PALETTE, 1), visualize.colorize(classes, PALETTE))
+
+
+def test_overlay_refuses_what_does_not_fit():
+    image = np.zeros((2, 3, 3), np.uint8)
+    with pytest.raises(UserError, match="do not cover an image"):
+        visualize.overlay(image, np.zeros((3, 2), int), PALETTE)
+    with pytest.raises(UserError, match=r"opacity is 1\.5"):
+        visualize.overlay(image, np.zeros((2, 3), int), PALETTE, 1.5)
+
+
+def test_colorize_paints_the_ignored_black():
+    classes = np.array([[0, 1, 2], [255, 3, -1]], np.int64)
+    expected = [[[200, 0, 10], [0, 255, 0], [3, 2, 1]], [[0, 0, 0]] * 3]
+    assert visualize.colorize(classes, PALETTE).tolist() == expected
+    assert visualize.colorize(classes, PALETTE, ignore_index=0)[0, 0].tolist() == [0, 0, 0]
+    assert visualize.colorize(classes[:1].astype(np.uint8), PALETTE.tolist()).tolist() == expected[:1]
+
+
+@pytest.mark.parametrize("palette", [None, PALETTE])
+def test_class_png_holds_the_indices(tmp_path, palette):
+    classes = np.random.RandomState(0).randint(0, 256, (7, 5))
+    classes[0, :3] = 0, 1, 2
+    path = tmp_path / "new" / "mask.png"
+    visualize.write_class_png(path, classes, palette)
+    with Image.open(path) as picture:
+        assert picture.mode == ("L" if palette is None else "P")
+        np.testing.assert_array_equal(np.array(picture), classes)
+        if palette is not None:
+            assert np.array(picture.convert("RGB"))[0, :3].tolist() == palette.tolist()
+
+
+def test_class_png_refuses_what_does_not_fit_into_8_bits(tmp_path):
+    path = tmp_path / "mask.png"
+    for wrong in (256, -1):
+        with pytest.raises(UserError, match=r"mask\.png: classes .* do not fit"):
+            visualize.write_class_png(path, np.array([[0, wrong]]))
+    with pytest.raises(UserError, match=r"mask\.png: 257 colours do not fit"):
+        visualize.write_class_png(path, np.array([[0]]), np.zeros((257, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_written_and_embedded_unchanged(tmp_path):
+    image = np.random.RandomState(1).randint(0, 256, (6, 9, 3), np.uint8)
+    visualize.write_image(tmp_path / "a" / "b.png", image)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.png"]
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a" / "b.png")), image)
+    kind, _, data = visualize.png_data_uri(image).partition(",")
+    assert kind == "data:image/png;base64"
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(base64.b64decode(data)))), image)
+
+
+def test_strip_puts_captioned_images_side_by_side():
+    a, b = np.full((30, 40, 3), 10, np.uint8), np.full((60, 20, 3), 99, np.uint8)
+    picture = visualize.strip([a, b], ["left", ""], gap=6)
+    head = picture.shape[0] - 30
+    assert picture.shape == (head + 30, 40 + 6 + 10, 3)
+    assert (picture[head:, :40] == 10).all()
+    assert (picture[head:, 46:] == 99).all()
+    assert (picture[:, 40:46] == 255).all()
+    assert picture[:head, :40].min() < 100, "the caption is black on white"
+    assert (picture[:head, 46:] == 255).all()
+    with pytest.raises(ValueError, match="zip"):
+        visualize.strip([a, b], ["one"])
+
+
+def test_legend_shows_every_colour_and_name():
+    table = visualize.legend(["road", "sky", "car"], PALETTE, columns=2, cell=80)
+    assert table.shape[1] == 160
+    for colour in PALETTE:
+        assert (table == colour).all(-1).any()
+    half = table.shape[0] // 2
+    assert (table[half:, 80:] == 255).all(), "the fourth cell is empty"
+    assert (table[:half, 110:].min(-1) < 100).any(), "the second name is written"
+
+
+def draw(*args):
+    return ElementTree.fromstring(visualize.curve_svg(*args))
+
+
+def curves(root):
+    return [path.get("d") for path in root.iter(f"{SVG}path") if path.get("stroke-linecap")]
+
+
+def test_curve_is_an_svg_with_labels_and_one_line_per_series():
+    root = draw([0, 50, 100], {"a": [3, 2, 1], "b <c>": [1, 1.5, 2]}, "t & t", "iteration", "loss")
+    texts = {text.text for text in root.iter(f"{SVG}text")}
+    assert {"t & t", "iteration", "loss", "a", "b <c>", "0", "100", "1", "3"} <= texts
+    first, second = curves(root)
+    assert first.count("L") == second.count("L") == 2
+    x, y = zip(*(point.split() for point in first.replace("h0", "")[1:].split("L")), strict=True)
+    assert [float(v) for v in x] == sorted(float(v) for v in x)
+    assert [float(v) for v in y] == sorted(float(v) for v in y), "y points down in an SVG: a falling curve's y rises"
+
+
+def test_curve_leaves_gaps_where_values_are_not_finite():
+    (line,) = curves(draw([0, 1, 2, 3, 4], [1, 2, math.nan, 2, math.inf], "", "", ""))
+    assert line.count("M") == 2
+    assert line.count("L") == 1
+    assert "nan" not in line
+
+
+@pytest.mark.parametrize("ys", [[], [0.0], [-2.0], [math.nan]])
+def test_curve_of_almost_nothing(ys):
+    (line,) = curves(draw(list(range(len(ys))), ys, "", "", ""))
+    assert line.count("M") == sum(map(math.isfinite, ys))
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(3, 10))
+def test_ticks_are_few_ordered_and_cover_the_values(values, count):
+    low, high = min(values), max(values)
+    ticks = visualize._ticks(values, count)
+    slack = (ticks[-1] - ticks[0]) * 1e-6
+    assert ticks == sorted(set(ticks))
+    assert 2 <= len(ticks) <= count + 2
+    assert ticks[0] - slack <= low
+    assert high <= ticks[-1] + slack
