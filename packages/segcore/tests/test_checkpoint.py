@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from segcore.errors import UserError
 from segcore.training import checkpoint
 

@@ -1,0 +1,178 @@
+"""What a run says: a line per interval or a progress bar for people, and `<work_dir>/log.jsonl` for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from segcore.experiment import Experiment
+from segcore.training.checkpoint import replace_text
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "segcore")
+
+
+def describe(exp: Experiment) -> dict[str, Any]:
+    """Return the resolved settings of a run, the versions of what it runs on and the code's git hash, as plain data."""
+    settings = json.loads(json.dumps(dataclasses.asdict(exp), default=str))
+    settings["model"] = {"class": f"{type(exp.model).__module__}:{type(exp.model).__qualname__}", **settings["model"]}
+    points = [point.dist for point in entry_points(group="segcore.methods")]
+    methods = {dist.name: dist.version for dist in points if dist is not None}
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **methods}
+    return {"experiment": settings, "versions": versions, "platform": platform.platform(), "git": _git_hash()}
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Return `name: old -> new` for every setting in which two `describe(…)["experiment"]` differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        parts = (differences(before.get(key), after.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [line for part in parts for line in part]
+    return [] if before == after else [f"{name}: {before} -> {after}"]
+
+
+class RunLog:
+    """The log of one run; use it in a `with` statement.
+
+    On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
+    gets one object per line at full precision: `{"mode": "meta", …}` at every start, then `train` and `val`, each with
+    `iteration`, the number of finished iterations. A value that is not finite becomes null. Where the extra
+    `tensorboard` is installed, the figures go to `<work_dir>/tensorboard` as well.
+
+    `start` is the iteration that a resumed run goes on from: what the log says beyond it is dropped, so that curves are
+    clean.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path,
+        iterations: int,
+        meta: Mapping[str, Any],
+        *,
+        start: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.path, self.iterations, self.start = work_dir / "log.jsonl", iterations, start
+        self.console = console or Console()
+        self.began = time.perf_counter()
+        if self.path.exists():
+            replace_text(self.path, _until(self.path, start))
+        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (name, BarColumn(None), MofNCompleteColumn(), text)
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.training = self.bar.add_task("train", total=iterations, completed=start, text="")
+        self.evaluation = self.bar.add_task("evaluate", visible=False, text="")
+        self.board = _board(work_dir / "tensorboard", start)
+        self._write({"mode": "meta", "iteration": start, **meta})
+
+    def __enter__(self) -> RunLog:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.bar.stop()
+        if self.board:
+            self.board.close()
+
+    def line(self, text: str) -> None:
+        """Print a text for people, above the bar where there is one."""
+        if self.console.is_terminal:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.console.file, flush=True)
+
+    def advance(self, iteration: int) -> None:
+        """Move the bar to `iteration` finished iterations."""
+        self.bar.update(self.training, completed=iteration)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is, in images."""
+        self.bar.update(self.evaluation, completed=done, total=total, visible=done < total)
+
+    def train(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Log means over the last interval: lr, loss, seconds, data_seconds, images_per_second and whatever else."""
+        self._write({"mode": "train", "iteration": iteration, **values})
+        pace = (time.perf_counter() - self.began) / max(iteration - self.start, 1)
+        rate, eta = values["images_per_second"], timedelta(seconds=round(pace * (self.iterations - iteration)))
+        text = f"loss {values['loss']:.4f}  {rate:.1f} images/s  eta {eta}"
+        self.bar.update(self.training, completed=iteration, text=text)
+        if not self.console.is_terminal:
+            known = {"lr": f"{values['lr']:.3e}", "eta": eta, "time": f"{values['seconds']:.3f}"}
+            known |= {"data_time": f"{values['data_seconds']:.3f}", "images/s": f"{rate:.1f}"}
+            others = {key: _short(value) for key, value in values.items() if key not in _NAMED}
+            text = ", ".join(f"{key}: {value}" for key, value in (known | others).items())
+            self.line(f"Iter [{iteration}/{self.iterations}]  {text}")
+
+    def val(self, iteration: int, values: Mapping[str, Any], text: str) -> None:
+        """Log an evaluation: plain data for the file, tables for people."""
+        self._write({"mode": "val", "iteration": iteration, **values})
+        self.line(f"Iter(val) [{iteration}]\n{text}")
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
+        for key, value in record.items():
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
+
+
+_NAMED = ("lr", "seconds", "data_seconds", "images_per_second")
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _board(folder: Path, start: int) -> Any:
+    """Return a TensorBoard writer where the extra `tensorboard` is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def _until(path: Path, iteration: int) -> str:
+    """Return the lines of a log up to `iteration`, without a last one that was cut off."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            wanted = json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            continue
+        if wanted:
+            lines.append(line + "\n")
+    return "".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_hash() -> str | None:
+    """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

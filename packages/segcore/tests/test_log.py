@@ -1,0 +1,100 @@
+"""The log of a run: what programs read, what people see, and what is left of it after a resume."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from segcore.experiment import Data, Experiment, Model
+from segcore.training.log import RunLog, describe, differences
+
+VALUES = {"loss": 4.0426, "loss_ce": 2.8875, "grad_norm": 1.3938}
+VALUES |= {"images_per_second": 3.5, "seconds": 0.586, "data_seconds": 0.01}
+
+
+def records(work_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+
+
+def write(work_dir: Path, iterations: tuple[int, ...], *, start: int = 0, terminal: bool = False) -> str:
+    """Log some iterations of 160000 and return what was shown."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with RunLog(work_dir, 160_000, {"git": None}, start=start, console=console) as log:
+        for iteration in iterations:
+            log.advance(iteration)
+            log.train(iteration, {"lr": 1.96e-6 / 3, **VALUES})
+        log.evaluating(1, 2)
+        log.line("best [so far]")
+        log.val(iterations[-1], {"mIoU": float("nan"), "classes": ["road"]}, "| aAcc | mIoU | mAcc |")
+    return console.file.getvalue()
+
+
+def test_file_has_full_precision_and_no_bare_nan(tmp_path: Path) -> None:
+    write(tmp_path, (50, 100))
+    meta, first, second, val = records(tmp_path)
+    assert meta == {"mode": "meta", "iteration": 0, "git": None}
+    assert first == {"mode": "train", "iteration": 50, "lr": 1.96e-6 / 3, **VALUES}
+    assert second["iteration"] == 100
+    assert val == {"mode": "val", "iteration": 100, "mIoU": None, "classes": ["road"]}
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    line, best, val, table = write(tmp_path, (50,)).splitlines()
+    assert line.startswith("Iter [50/160000]  lr: 6.533e-07, eta: ")
+    assert line.endswith(
+        "time: 0.586, data_time: 0.010, images/s: 3.5, loss: 4.0426, loss_ce: 2.8875, grad_norm: 1.3938"
+    )
+    assert (best, val, table) == ("best [so far]", "Iter(val) [50]", "| aAcc | mIoU | mAcc |")
+
+
+def test_bar_on_a_terminal(tmp_path: Path) -> None:
+    shown = write(tmp_path, (50,), terminal=True)
+    for text in ("50/160000", "loss 4.0426", "3.5 images/s", "eta ", "1/2", "best [so far]", "| aAcc | mIoU | mAcc |"):
+        assert text in shown
+    assert "Iter [" not in shown
+
+
+def test_resume_drops_what_was_logged_beyond_it(tmp_path: Path) -> None:
+    write(tmp_path, (50, 100, 150))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"mode": "train", "itera')  # cut off
+    write(tmp_path, (150,), start=100)
+    assert [(r["mode"], r["iteration"]) for r in records(tmp_path)] == [
+        ("meta", 0),
+        ("train", 50),
+        ("train", 100),
+        ("meta", 100),
+        ("train", 150),
+        ("val", 150),
+    ]
+
+
+class Tiny(Model):
+    def build(self):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def exp(tmp_path: Path) -> Experiment:
+    return Experiment("tiny", Tiny(num_classes=3), Data(root=tmp_path))
+
+
+def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> None:
+    described = describe(exp)
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+    settings = described["experiment"]
+    assert settings["model"] == {"class": f"{Tiny.__module__}:Tiny", "num_classes": 3, "in_channels": 3}
+    assert settings["data"]["root"] == str(tmp_path)
+    assert settings["data"]["crop"] == [512, 1024]
+    assert settings["seed"] == 0
+    assert all(described["versions"][name] for name in ("python", "torch", "segcore"))
+    assert described["git"] is None or len(described["git"].removesuffix("-dirty")) == 40
+
+
+def test_differences_name_the_setting(exp: Experiment) -> None:
+    before = describe(exp)["experiment"]
+    after = describe(exp.with_overrides(["train.batch=4", "seed=1"]))["experiment"]
+    assert sorted(differences(before, after)) == ["seed: 0 -> 1", "train.batch: 16 -> 4"]
+    assert differences(before, before) == []

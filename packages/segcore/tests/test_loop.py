@@ -1,0 +1,350 @@
+"""The training loop on a tiny model and a folder of eight images."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from segcore.errors import UserError
+from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.models.segmentor import Segmentor
+from segcore.training import checkpoint
+from segcore.training.loop import train
+from torch import nn
+from torch.nn import functional as F
+
+FAULT: dict[str, Callable[[], float]] = {}
+"""What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""
+
+
+class Net(Segmentor):
+    """A convolution, a norm, dropout and seeded noise: all kinds of state and of randomness."""
+
+    def __init__(self, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Conv2d(8, num_classes, 1)
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        FAULT.get("predict", lambda: 1.0)()
+        return {"final": self.head(self.dropout(self.bn(self.conv(images)).relu())).float()}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        factor = FAULT.get("losses", lambda: 1.0)()
+        images = images if math.isfinite(factor) else images * factor  # the running statistics see it as well
+        noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        hidden = self.bn(self.conv(images + 0.1 * torch.stack(noise))).relu()
+        loss = F.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)
+        return {"loss_ce": loss.detach(), "loss": factor * loss}
+
+    def official_names(self):
+        return {name: name for name in self.state_dict()}
+
+
+@dataclass(frozen=True)
+class TinyModel(Model):
+    num_classes: int = 3
+    dropout: float = 0.3
+
+    def build(self) -> Segmentor:
+        return Net(self.num_classes, self.dropout)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Noisy images whose brighter stripe is class 1, with the darkest pixels ignored; class 2 does not occur."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.RandomState(0)
+    for i in range(8):
+        label = np.zeros((32, 64), np.uint8)
+        label[:, 8 * i : 8 * i + 16] = 1
+        image = (rng.randint(0, 100, (32, 64, 3)) + 120 * label[..., None]).astype(np.uint8)
+        label[image.max(2) < 20] = 255
+        for folder, pixels in (("images", image), ("masks", label)):
+            (root / folder / "train").mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(root / folder / "train" / f"{i}.png"), pixels)
+    val = {"val_images": "images/train/[01].png", "val_masks": "masks/train/[01].png"}
+    classes = ("dark", "bright", "absent")
+    return Data("folder", root, classes=classes, scale=(64, 32), crop=(32, 32), workers=0, **val)
+
+
+@pytest.fixture
+def exp(data: Data) -> Experiment:
+    """Six iterations of batch 3: the run crosses an epoch of 8 images at iteration 2, inside a batch."""
+    return Experiment(
+        "tiny",
+        TinyModel(),
+        data,
+        Optimizer(lr=0.01, clip_norm=1.0),
+        Schedule(iterations=6, warmup_iterations=2),
+        Train(batch=3, max_per_device=1, log_every=1, evaluate_every=2, save_every=2, keep=2),
+        Evaluate(scale=(64, 32)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_fault():
+    FAULT.clear()
+    yield
+    FAULT.clear()
+
+
+def at_call(number: int, happens: Callable[[], Any]) -> Callable[[], float]:
+    """Return a fault that lets something happen at its call of that number."""
+    calls = 0
+
+    def fault() -> float:
+        nonlocal calls
+        calls += 1
+        return (happens() if calls == number else None) or 1.0
+
+    return fault
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def fail() -> None:
+    raise RuntimeError("the power is gone")
+
+
+def state(work_dir: Path, iteration: int = 6) -> dict[str, Any]:
+    """Return all that is saved of an iteration in one flat dict."""
+    found = checkpoint.load(checkpoint.folder_of(work_dir, iteration))
+    moments = {f"{n}/{k}": v for n, values in found.state["optimizer"].items() for k, v in values.items()}
+    scaler = {f"scaler/{k}": v for k, v in found.state["scaler"].items()}
+    rest = {k: v for k, v in found.state.items() if k not in ("optimizer", "scaler")}
+    return {**found.model, **moments, **scaler, **rest}
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name], name
+
+
+def log(work_dir: Path, mode: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["mode"] == mode]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("cut", ["interrupted", "killed", "in evaluation"])
+def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, capsys, precision: str, cut: str) -> None:
+    exp = replace(exp, train=replace(exp.train, precision=precision, channels_last=precision != "fp32"))
+    unbroken = train(exp, tmp_path / "a")
+    assert unbroken is not None
+    happens, expected = (fail, RuntimeError) if cut == "killed" else (interrupt, KeyboardInterrupt)
+    if cut == "in evaluation":
+        FAULT["predict"] = at_call(3, happens)  # the first of two images, after iteration 4
+    else:
+        FAULT["losses"] = at_call(8, happens)  # the second of three parts of iteration 3
+    with pytest.raises(expected):
+        train(exp, tmp_path / "b")
+    finished = {"interrupted": 3, "killed": 2, "in evaluation": 4}[cut]
+    assert checkpoint.newest(tmp_path / "b") == checkpoint.folder_of(tmp_path / "b", finished)
+    if cut != "killed":
+        assert f"stopped after iteration {finished}; the same command with --resume goes on" in capsys.readouterr().out
+    FAULT.clear()
+    resumed = train(exp, tmp_path / "b", resume=True)
+    assert resumed is not None
+    assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert resumed.to_json() == unbroken.to_json()
+    assert json.loads((tmp_path / "b/best.json").read_text()) == json.loads((tmp_path / "a/best.json").read_text())
+    for mode, keys in (("train", ("iteration", "lr", "loss", "loss_ce", "grad_norm")), ("val", ("iteration", "mIoU"))):
+        a, b = ([[record.get(key) for key in keys] for record in log(tmp_path / run, mode)] for run in "ab")
+        assert a == b
+
+
+def test_second_interrupt_does_not_wait(exp: Experiment, tmp_path: Path) -> None:
+    FAULT["losses"] = at_call(8, lambda: (interrupt(), interrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train(exp, tmp_path)
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_run_leaves(exp: Experiment, tmp_path: Path) -> None:
+    exp = replace(exp, train=replace(exp.train, keep=1, log_every=4))
+    results = train(exp, tmp_path / "run")
+    assert results is not None
+    written = json.loads((tmp_path / "run/results.json").read_text())
+    assert written["entries"] == results.to_json()["entries"]
+    assert (written["name"], written["iteration"], written["images"]) == ("tiny", 6, 2)
+    assert json.loads((tmp_path / "run/experiment.json").read_text())["experiment"]["train"]["keep"] == 1
+    figures = {record["iteration"]: record["mIoU"] for record in log(tmp_path / "run", "val")}
+    assert list(figures) == [2, 4, 6]
+    best = max(figures, key=lambda i: (figures[i], -i))
+    assert checkpoint.best(tmp_path / "run") == checkpoint.folder_of(tmp_path / "run", best)
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {f"iter_{best}", "iter_6"}
+    first, last = log(tmp_path / "run", "train")
+    assert (first["iteration"], last["iteration"]) == (4, 6)
+    assert first["lr"] == pytest.approx(0.01 * (1 - 3 / 6))
+    assert last["images_per_second"] * last["seconds"] == pytest.approx(3)
+    assert last["data_seconds"] <= last["seconds"]
+
+
+def test_it_learns(exp: Experiment, tmp_path: Path) -> None:
+    exp = replace(
+        exp,
+        optimizer=replace(exp.optimizer, clip_norm=None),
+        schedule=replace(exp.schedule, iterations=40),
+        train=replace(exp.train, evaluate_every=40, save_every=40),
+    )
+    results = train(exp, tmp_path)
+    assert results is not None
+    losses = [record["loss"] for record in log(tmp_path, "train")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert results.final["mIoU"] > 0.8
+
+
+def test_never_evaluating(exp: Experiment, tmp_path: Path) -> None:
+    data = replace(exp.data, val_images="nothing/*.png")
+    assert train(replace(exp, data=data, train=replace(exp.train, evaluate_every=0)), tmp_path) is None
+    assert not (tmp_path / "results.json").exists()
+    assert checkpoint.best(tmp_path) is None
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 6)
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(exp: Experiment, tmp_path: Path) -> None:
+    """Of a model without dropout and norm, whose loss is a mean over equally many pixels."""
+
+    @dataclass(frozen=True)
+    class Plain(TinyModel):
+        def build(self) -> Segmentor:
+            net = Net(self.num_classes, 0.0)
+            net.bn = nn.Identity()
+            net.losses = lambda images, labels, seeds: {"loss": net(images).square().mean()}
+            return net
+
+    exp = replace(exp, model=Plain(), train=replace(exp.train, batch=4))
+    for parts in (1, 4):
+        train(replace(exp, train=replace(exp.train, max_per_device=4 // parts)), tmp_path / str(parts))
+    one, four = (state(tmp_path / parts) for parts in "14")
+    for name in ("conv.weight", "head.weight", "head.weight/exp_avg"):
+        torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-6)
+
+
+def test_step_that_is_not_finite_is_skipped(exp: Experiment, tmp_path: Path) -> None:
+    FAULT["losses"] = at_call(8, lambda: float("nan"))
+    train(exp, tmp_path)
+    assert [record.get("skipped", 0) for record in log(tmp_path, "train")] == [0, 0, 1, 0, 0, 0]
+    assert log(tmp_path, "train")[2]["loss"] is None
+    saved = state(tmp_path)
+    assert saved["conv.weight/step"] == 5
+    assert all(value.isfinite().all() for value in saved.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run(exp: Experiment, tmp_path: Path, precision: str) -> None:
+    calls = iter([1.0] * 6)
+    FAULT["losses"] = lambda: next(calls, float("inf"))
+    with pytest.raises(UserError, match=r"not finite 3 times in a row.*last good checkpoint: .*iter_4$"):
+        train(replace(exp, train=replace(exp.train, precision=precision)), tmp_path)
+    before, after = state(tmp_path, 2), state(tmp_path, 4)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "." in name)
+
+
+def test_fp16_overflow_is_for_the_scaler(exp: Experiment, tmp_path: Path) -> None:
+    """A loss of some thousands overflows at the initial scale; the scaler comes down and the run goes on."""
+    FAULT["losses"] = lambda: 30_000.0
+    exp = replace(exp, schedule=replace(exp.schedule, iterations=20), train=replace(exp.train, precision="fp16"))
+    train(exp, tmp_path)
+    skipped = [record.get("skipped", 0) for record in log(tmp_path, "train")]
+    assert skipped[:3] == [1, 1, 1]
+    assert skipped[-1] == 0
+    assert state(tmp_path, 20)["scaler/scale"] < 65536
+
+
+def test_finished_run_is_only_evaluated_again(exp: Experiment, tmp_path: Path) -> None:
+    first = train(exp, tmp_path)
+    before = state(tmp_path)
+    FAULT["losses"] = fail
+    second = train(exp, tmp_path, resume=True)
+    assert first is not None
+    assert second is not None
+    assert first.to_json() == second.to_json()
+    assert_equal(before, state(tmp_path))
+
+
+def test_resume_skips_a_damaged_checkpoint(exp: Experiment, tmp_path: Path, capsys) -> None:
+    train(exp, tmp_path)
+    before = state(tmp_path)
+    path = checkpoint.folder_of(tmp_path, 6) / "state.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    train(exp, tmp_path, resume=True)
+    shown = capsys.readouterr()
+    assert f"{path}: has " in shown.err
+    assert "iter_4: going on from iteration 4" in shown.out
+    assert_equal(before, state(tmp_path))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint is whole; start again with another --work-dir"):
+        train(exp, tmp_path, resume=True)
+
+
+def test_resume_says_which_settings_changed(exp: Experiment, tmp_path: Path, capsys) -> None:
+    train(exp, tmp_path)
+    with pytest.raises(UserError, match=r"iter_6: lies beyond schedule.iterations 5"):
+        train(replace(exp, schedule=replace(exp.schedule, iterations=5)), tmp_path, resume=True)
+    other = replace(exp, model=TinyModel(4), data=replace(exp.data, classes=("a", "b", "c", "d")))
+    with pytest.raises(UserError, match=r"iter_6: 2 tensors do not fit the model \(first: head.bias\)"):
+        train(other, tmp_path, resume=True)
+    train(replace(exp, schedule=replace(exp.schedule, iterations=7)), tmp_path, resume=True)
+    assert "changed since then: schedule.iterations: 6 -> 7" in capsys.readouterr().out
+    assert state(tmp_path, 7)["conv.weight/step"] == 7
+
+
+def test_used_folder_is_refused_without_resume(exp: Experiment, tmp_path: Path, capsys) -> None:
+    (tmp_path / "notes.txt").touch()
+    for used in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="is not empty; add --resume"):
+            train(exp, used)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    train(exp, tmp_path / "new", resume=True)
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+
+
+def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="classes"):
+        train(replace(exp, model=TinyModel(5)), tmp_path / "run")
+    with pytest.raises(UserError):
+        train(replace(exp, data=replace(exp.data, root=tmp_path / "nowhere")), tmp_path / "run")
+    with pytest.raises(UserError, match="gone"):
+        train(replace(exp, train=replace(exp.train, init=str(tmp_path / "gone.pth"))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_follow_from_the_seed(exp: Experiment, tmp_path: Path) -> None:
+    exp = replace(exp, optimizer=replace(exp.optimizer, lr=0.0), schedule=replace(exp.schedule, iterations=1))
+    torch.manual_seed(5)
+    train(exp, tmp_path / "a")
+    train(exp, tmp_path / "b")
+    train(replace(exp, seed=1), tmp_path / "c")
+    a, b, c = (state(tmp_path / run, 1)["conv.weight"] for run in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_start_weights_come_from_a_file_once(exp: Experiment, tmp_path: Path, capsys) -> None:
+    start = {name: torch.full_like(tensor, 0.25) for name, tensor in TinyModel().build().state_dict().items()}
+    save_file(start, tmp_path / "start.safetensors")
+    exp = replace(
+        exp,
+        optimizer=replace(exp.optimizer, lr=0.0),
+        train=replace(exp.train, init=str(tmp_path / "start.safetensors")),
+    )
+    train(exp, tmp_path / "run")
+    assert torch.equal(state(tmp_path / "run")["conv.weight"], start["conv.weight"])
+    assert "start.safetensors: loaded" in capsys.readouterr().out
+    (tmp_path / "start.safetensors").unlink()
+    train(exp, tmp_path / "run", resume=True)
