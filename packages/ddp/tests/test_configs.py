@@ -64,7 +64,11 @@ def test_parameter_counts(name):
 def test_weight_decay_goes_where_it_was_published(name, without):
     exp = segcore.load_experiment(name)
     settings = param_settings(on_meta(name).official_names().values(), exp.optimizer)
-    own = {official for n, official in on_meta(name).official_names().items() if n in dict(on_meta(name).named_parameters())}
+    own = {
+        official
+        for n, official in on_meta(name).official_names().items()
+        if n in dict(on_meta(name).named_parameters())
+    }
     free = [n for n in own if settings[n][1] == 0]
     assert all(n.startswith("backbone.") for n in free)
     assert without in (None, len(free))

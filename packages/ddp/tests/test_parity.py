@@ -186,7 +186,9 @@ def test_two_random_starts(convnext, golden, accumulate):
     check(both, answer.repeat(2, 1, 1, 1), 1e-5)
 
 
-@pytest.mark.parametrize("case", ["ddp_convnext_t", "aligned_convnext_t", "ddp_swin_t", "ddp_convnext_t_big", "aligned_convnext_t_big"])
+@pytest.mark.parametrize(
+    "case", ["ddp_convnext_t", "aligned_convnext_t", "ddp_swin_t", "ddp_convnext_t_big", "aligned_convnext_t_big"]
+)
 def test_training_step(filled, golden, case):
     d = golden("d_training.npz")
     config = ADE20K if "swin" in case else ALIGNED if "aligned" in case else CITYSCAPES
@@ -196,7 +198,9 @@ def test_training_step(filled, golden, case):
     labels = d["gt_ade20k" if "swin" in case else "gt_cityscapes"][:, 0].long()
     seen = {}
     decode = type(model).decode
-    model.decode = lambda f, m, level: seen.setdefault("passes", []).append((m, out := decode(model, f, m, level))) or out
+    model.decode = lambda f, m, level: (
+        seen.setdefault("passes", []).append((m, out := decode(model, f, m, level))) or out
+    )
     losses = model.losses(d["img"], labels, draws={"times": d["times"], "noise": d["noise"]})
     losses["loss"].backward()
 
@@ -229,7 +233,9 @@ def test_auxiliary_loss_with_batch_statistics_training(filled, golden):
     model.auxiliary_head.dropout.p = 0.0
     draws = {"times": d["times"], "noise": d["noise"]}
     losses = model.losses(d["img"], d["gt_cityscapes"][:, 0].long(), draws=draws)
-    assert losses["aux.loss_ce"].item() == pytest.approx(d["ddp_convnext_t.aux_loss_ce_bn_batch_stats"].item(), abs=1e-5)
+    assert losses["aux.loss_ce"].item() == pytest.approx(
+        d["ddp_convnext_t.aux_loss_ce_bn_batch_stats"].item(), abs=1e-5
+    )
 
 
 def test_pure_functions(convnext, golden):

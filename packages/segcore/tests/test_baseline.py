@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from segcore.errors import UserError
 from segcore.evaluation.baseline import fit_linear
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from segcore.errors import UserError
 from segcore.training import checkpoint
 

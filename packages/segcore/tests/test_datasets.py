@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
 from segcore.data import ade20k, cityscapes
 from segcore.data.dataset import open_dataset, palette_of, read_image, read_label
 from segcore.data.folder import distinct_colours

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from segcore.data.dataset import Dataset, Sample, index_table
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results, evaluate
@@ -14,7 +16,6 @@ from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
-from torch import nn
 
 DATA = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 PLAIN = Evaluate(scale=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from segcore import experiment
 from segcore.errors import UserError
 from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train, load_experiment

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from segcore.errors import UserError
 from segcore.evaluation.inference import predict_classes, predict_probabilities, view_sizes, window_boxes
 from segcore.experiment import MULTI_SCALE, Data, Evaluate
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
-from torch.nn import functional as F
 
 PLAIN = Evaluate(scale=None)
 RAW = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from segcore.data.dataset import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
 from segcore.data.transforms import TrainTransform

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from segcore.experiment import Data, Experiment, Model
 from segcore.training.log import RunLog, describe, differences
 

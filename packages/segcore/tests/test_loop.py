@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
 from segcore.errors import UserError
 from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
 from segcore.models.segmentor import Segmentor
 from segcore.training import checkpoint
 from segcore.training.loop import train
-from torch import nn
-from torch.nn import functional as F
 
 FAULT: dict[str, Callable[[], float]] = {}
 """What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from torchmetrics.functional import classification
+
 from segcore.errors import UserError
 from segcore.evaluation.metrics import ConfusionMatrix
-from torchmetrics.functional import classification
 
 PER_CLASS = ("IoU", "Acc", "Dice", "Fscore", "Precision", "Recall")
 SETS = [

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from segcore import ops
 from segcore.ops.ms_deform_attn import reference, reference_backward, with_gather, with_grid_sample
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 NAN, INF = math.nan, math.inf
 

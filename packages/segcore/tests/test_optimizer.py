@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from segcore.errors import UserError
 from segcore.experiment import Optimizer, ParamRule
 from segcore.models.segmentor import Segmentor
 from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, param_settings
-from torch import nn
 
 RULES = {
     "ddp": (ParamRule("pos_block", decay_mult=0), ParamRule("norm", decay_mult=0), ParamRule("head")),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.report import per_class, summary, write_json

@@ -1,6 +1,7 @@
 """Learning rates against the published schedulers."""
 
 import pytest
+
 from segcore.experiment import Schedule
 from segcore.training.schedule import learning_rate
 

@@ -3,6 +3,7 @@ import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from segcore.seeds import derive
 
 keys = st.lists(st.integers(-(2**63), 2**64), min_size=1, max_size=5)

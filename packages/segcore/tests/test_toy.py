@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from segcore.data import cityscapes, toy
 from segcore.data.dataset import read_label
 from segcore.errors import UserError

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import RandomState
+
 from segcore.data import transforms as T
 from segcore.experiment import Data
 

@@ -14,11 +14,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
+
 from segcore import UserError
 from segcore.experiment import Published
 from segcore.models.segmentor import LoadReport, Segmentor
 from segcore.training import checkpoint, weights
-from torch import nn
 
 
 class Tiny(Segmentor):

@@ -1,4 +1,4 @@
-"""The map decoder: deformable self-attention layers modulated by time, and the time embedding (SPEC of the paper, section 3.2)."""
+"""The map decoder, deformable self-attention layers modulated by time, and the time embedding (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from segcore.ops import ms_deform_attn
 
 
 class TimeEmbedding(nn.Module):
-    """Log-SNR (n,) -> embedding (n, dim): learned sinusoids of the log-SNR, then a two-layer MLP. Never in half precision."""
+    """Log-SNR (n,) -> embedding (n, dim): learned sinusoids, then a two-layer MLP; never in half precision."""
 
     def __init__(self, dim: int, frequencies: int = 8) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Start as in the paper: head k looks along compass direction k, point i at i + 1 pixels, all weighted alike."""
+        """Start evenly weighted; head k looks along compass direction k, its point i at a distance of i + 1 pixels."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -99,12 +99,13 @@ class MapDecoder(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, layers: int, heads: int, points: int, time_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, points, time_dim) for _ in range(layers))
+        stack = [DecoderLayer(dim, heads, points, time_dim) for _ in range(layers)]
+        self.layers = nn.ModuleList(stack)
         self.classifier = nn.Conv2d(dim, num_classes, 1)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
-        for layer in self.layers:
+        for layer in stack:
             layer.attention.reset_parameters()
 
     def encode(self, x: Tensor, time: Tensor) -> Tensor:
@@ -121,26 +122,25 @@ class MapDecoder(nn.Module):
         return self.classifier(self.encode(x, time))
 
 
-def _float(like: Tensor) -> dict[str, object]:
-    return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+def _integers(start: int, stop: int, like: Tensor) -> Tensor:
+    """Return start .. stop - 1 on the device of `like`, in at least float32."""
+    return torch.arange(start, stop, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
     """Return (height * width, 2) normalised (x, y) of the pixel centres, row-major, in at least float32."""
-    options = _float(like)
-    y = (torch.arange(height, **options) + 0.5) / height
-    x = (torch.arange(width, **options) + 0.5) / width
+    y = (_integers(0, height, like) + 0.5) / height
+    x = (_integers(0, width, like) + 0.5) / width
     return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1).flatten(0, 1)
 
 
 def positional_encoding(height: int, width: int, dim: int, like: Tensor) -> Tensor:
-    """Return (1, height * width, dim) sine encodings: half the channels for y, then half for x, sine and cosine in turn."""
-    options = _float(like)
-    k = torch.arange(dim // 2, **options)
+    """Return (1, height * width, dim): half the channels for y, then half for x; sine and cosine in turn."""
+    k = _integers(0, dim // 2, like)
     period = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor") / (dim // 2))
 
     def encode(size: int) -> Tensor:
-        position = (torch.arange(1, size + 1, **options) - 0.5) / (size + 1e-6) * (2 * math.pi)
+        position = (_integers(1, size + 1, like) - 0.5) / (size + 1e-6) * (2 * math.pi)
         angle = position[:, None] / period
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
 

@@ -1,7 +1,7 @@
 """Continuous-time Gaussian diffusion over label codes: noise schedules, time pairs and one sampler step.
 
-Paper: arXiv 2303.17559, section 3. Time t runs from 0 (clean) to 1 (noise); the log signal-to-noise ratio l(t) fixes the
-signal's share alpha = sqrt(sigmoid(l)) and the noise's sigma = sqrt(sigmoid(-l)).
+Paper: arXiv 2303.17559, section 3. Time t runs from 0 (clean) to 1 (noise); the log signal-to-noise ratio l(t) fixes
+the signal's share alpha = sqrt(sigmoid(l)) and the noise's sigma = sqrt(sigmoid(-l)).
 """
 
 import math
@@ -16,8 +16,8 @@ Schedule = Literal["cosine", "linear"]
 def log_snr(t: Tensor, schedule: Schedule = "cosine") -> Tensor:
     """Return l(t) in float32 for times in [0, 1], any shape, on the device of `t`.
 
-    Always float32 and in exactly this order of operations: at t = 1 the cosine's argument is almost pi / 2, where rounding
-    shows (l(1) = -18.907475; float64 would give -18.904310), and the time embedding sees the difference.
+    Always float32 and in exactly this order of operations: at t = 1 the cosine's argument is almost pi / 2, where
+    rounding shows (l(1) = -18.907475; float64 would give -18.904310), and the time embedding sees the difference.
     """
     t = t.to("cpu", torch.float32)  # the CPU's rounding everywhere: answers must not depend on the device
     if schedule == "cosine":
@@ -44,9 +44,7 @@ def time_pairs(steps: int, time_difference: int = 1, start: float = 0.0) -> list
     asymmetric time intervals of the paper (section 3.3).
     """
     span = 1 - start
-    return [
-        (1 - k / steps * span, max(1 - (k + 1 + time_difference) / steps * span, start)) for k in range(steps)
-    ]
+    return [(1 - k / steps * span, max(1 - (k + 1 + time_difference) / steps * span, start)) for k in range(steps)]
 
 
 class Noise(NamedTuple):

@@ -28,7 +28,7 @@ AUXILIARY_WEIGHT = 0.4
 
 @dataclass(frozen=True)
 class Step:
-    """One sampling step: the noisy map (N*R, C, h, w) at its start, at time `now`, and the logits (N*R, K, h, w) it gave."""
+    """One sampling step at time `now`: the noisy map (N*R, C, h, w) it starts from and its logits (N*R, K, h, w)."""
 
     now: float
     noisy: Tensor
@@ -70,7 +70,7 @@ class DDPSegmentor(Segmentor):
         return self.merge(torch.cat([resize(x, maps[0].shape[-2:]) for x in maps], 1))
 
     def codes(self, labels: Tensor) -> Tensor:
-        """Return the label codes (N, width, h, w) in [-bit_scale, bit_scale] of labels (N, h, w) in 0..K; K is ignored."""
+        """Return codes (N, width, h, w) in [-bit_scale, bit_scale] of labels (N, h, w) in 0..K; K: ignored."""
         codes = (torch.sigmoid(self.label_codes(labels)) * 2 - 1) * self.config.bit_scale
         return codes.permute(0, 3, 1, 2)
 
@@ -140,7 +140,8 @@ class DDPSegmentor(Segmentor):
             sampler: "ddim" or "ddpm".
             accumulate: True returns the mean probability over all steps and starts, False the last step's mean logits.
             time_difference: see `ddp_seg.diffusion.time_pairs`.
-            step_noise: (steps, N*R, width, h, w), the standard normal draws of "ddpm"; None draws them from torch's generator.
+            step_noise: (steps, N*R, width, h, w), the standard normal draws of "ddpm"; None draws them from torch's
+            generator.
         """
         accumulate = self.config.accumulation if accumulate is None else accumulate
         total, last, count = None, None, 0
@@ -149,7 +150,7 @@ class DDPSegmentor(Segmentor):
         ):
             last, count = step.logits, count + 1
             if accumulate:
-                probabilities = step.logits.float().softmax(1) if step.logits.dtype.itemsize < 4 else step.logits.softmax(1)
+                probabilities = step.logits.to(noise.dtype).softmax(1)
                 total = probabilities if total is None else total + probabilities
         answer = last if total is None else total / count
         assert answer is not None
@@ -191,11 +192,16 @@ class DDPSegmentor(Segmentor):
     # Training
 
     def losses(
-        self, images: Tensor, labels: Tensor, seeds: Sequence[int] | None = None, draws: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+        draws: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; see `Segmentor`.
 
-        draws: "times" (N,) in the sample range and "noise" (N, width, h, w). Ignored pixels count in the mean, as published.
+        draws: "times" (N,) in the sample range and "noise" (N, width, h, w). Ignored pixels count in the mean, as
+        published.
         """
         features = self.encode(images)
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw(features, seeds)

@@ -1,7 +1,7 @@
 """The published rows: figures, where the weights are hosted, and how their tensors are named. Imports no torch.
 
-Source: the model zoo of the authors' repository (JiYuanFeng/DDP, folder `segmentation`). The Swin rows on Cityscapes stand in
-a part of that page that is commented out, and come without weights.
+Source: the model zoo of the authors' repository (JiYuanFeng/DDP, folder `segmentation`). The Swin rows on Cityscapes
+stand in a part of that page that is commented out, and come without weights.
 """
 
 import re
@@ -33,7 +33,10 @@ PUBLISHED = dict(
         _row("ddp_swin_t_4x4_512x1024_160k_cityscapes", 81.24, 82.46, weights=False),
         _row("ddp_swin_s_4x4_512x1024_160k_cityscapes", 82.41, 83.21, weights=False),
         _row("ddp_swin_b_4x4_512x1024_160k_cityscapes", 82.54, 83.42, weights=False),
-        ("ddp_swin_l_4x4_512x1024_160k_cityscapes", Published({}, note="a published configuration without figures or weights")),
+        (
+            "ddp_swin_l_4x4_512x1024_160k_cityscapes",
+            Published({}, note="a published configuration without figures or weights"),
+        ),
         _row("ddp_swin_t_2x8_512x512_160k_ade20k", 47.0, 47.8),
         _row("ddp_swin_s_2x8_512x512_160k_ade20k", 48.7, 49.7),
         _row("ddp_swin_b_2x8_512x512_160k_ade20k", 49.4, 50.8),

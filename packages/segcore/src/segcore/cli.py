@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Positional, arg
 
 from segcore.errors import UserError
-from segcore.experiment import MULTI_SCALE, Experiment, experiments, load_experiment, published, source
+from segcore.experiment import Experiment, experiments, load_experiment, multi_scale, published, source
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class Test(Command):
         from segcore.progress import progress
 
         exp = self.experiment
-        settings = dataclasses.replace(exp.evaluate, **MULTI_SCALE) if self.multi_scale else exp.evaluate
+        settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         dataset = open_dataset(exp.data, "val")
         device = _device(self.device)
         model = load_model(self, self.checkpoint, device)
@@ -129,7 +129,7 @@ class Predict(Command):
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Train a small model on generated street scenes, evaluate it and write a page with pictures. Goes on if interrupted."""
+    """Train a small model on generated street scenes and write a page with its results; goes on if interrupted."""
 
     work_dir: Path = Path("runs/demo")
     """Folder for the scenes, the run and the page."""
@@ -154,7 +154,9 @@ class Configs:
             for name in experiments(package):
                 row = published(name)
                 figures = ", ".join(f"{value:.2f} {key}" for key, value in row.miou.items()) if row else ""
-                print(f"{name:55}{figures and 'mIoU ' + figures}{' (weights: official)' if row and row.url else ''}".rstrip())
+                figures = f"mIoU {figures}" if figures else ""
+                weights = " (weights: official)" if row and row.url else ""
+                print(f"{name:55}{figures}{weights}".rstrip())
             return
         text = source(load_experiment(self.name, package))
         if self.write is None:
@@ -215,7 +217,9 @@ def parse(words: list[str], package: str | None = None) -> Any:
     elif rest and rest[0] in ("-h", "--help"):
         experiment = default  # any will do: the help then shows this one's values
     else:
-        raise UserError(f"{prog} {name} needs a configuration first: `{prog} {name} CONFIG …`; `{prog} configs` lists them")
+        raise UserError(
+            f"{prog} {name} needs a configuration first: `{prog} {name} CONFIG …`; `{prog} configs` lists them"
+        )
     fields = {f.name: tyro.MISSING for f in dataclasses.fields(command) if f.kw_only}
     config = "" if command is Demo else " CONFIG"
     return tyro.cli(
@@ -237,7 +241,7 @@ def demo_experiment(package: str | None) -> Experiment:
 
 
 def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
-    """Return the command's model with the weights of `checkpoint`, in evaluation mode on `device`; prints the report."""
+    """Return the command's model with the weights of `checkpoint`, for evaluation on `device`; prints the report."""
     import torch
 
     from segcore.training.weights import load_weights, resolve
@@ -246,7 +250,7 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     model = command.experiment.model.build()
     print(f"{path}: {load_weights(model, path)}", file=sys.stderr)
     layout = torch.channels_last if command.experiment.train.channels_last else torch.contiguous_format
-    return model.eval().to(device, memory_format=layout)
+    return model.eval().to(device).to(memory_format=layout)
 
 
 def _device(name: str) -> torch.device:
@@ -258,7 +262,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not available here; use cpu, or cuda with an NVIDIA GPU and driver") from None
+        raise UserError(
+            f"--device {name} is not available here; use cpu, or cuda with an NVIDIA GPU and driver"
+        ) from None
     return device
 
 

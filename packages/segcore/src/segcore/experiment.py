@@ -1,7 +1,7 @@
 """The typed description of a run, and how one is found by name or file.
 
-An `Experiment` is plain frozen data: no strings that stand for classes, no YAML, no inheritance. A published row is a Python
-function that returns one. Nothing here imports torch, so that `--help` and listing configurations are instant.
+An `Experiment` is plain frozen data: no strings that stand for classes, no YAML, no inheritance. A published row is a
+Python function that returns one. Nothing here imports torch, so that `--help` and listing configurations are instant.
 """
 
 from __future__ import annotations
@@ -180,8 +180,9 @@ class Evaluate:
     metrics: tuple[Literal["mIoU", "mDice", "mFscore"], ...] = ("mIoU",)
 
 
-MULTI_SCALE = {"ratios": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
-"""The published multi-scale + flip setting: `dataclasses.replace(evaluate, **MULTI_SCALE)`."""
+def multi_scale(evaluate: Evaluate) -> Evaluate:
+    """Return the published multi-scale setting: six scales, each also flipped."""
+    return dataclasses.replace(evaluate, ratios=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True)
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ class Experiment:
             )
         if not len(data.mean) == len(data.std) == data.channels:
             raise UserError(
-                f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for {data.channels} channels; "
-                "give one value per channel"
+                f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values "
+                f"for {data.channels} channels; give one value per channel"
             )
         if data.photometric and (data.channels != 3 or data.bit_depth != 8):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
@@ -299,8 +300,8 @@ class Published:
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
     """Return every named configuration of the installed methods, or of one method's import package only.
 
-    A method announces itself through the entry-point group `segcore.methods`; its module `<package>.configs` has a function
-    `experiments()` that maps names to the functions that build them.
+    A method announces itself through the entry-point group `segcore.methods`; its module `<package>.configs` has a
+    function `experiments()` that maps names to the functions that build them.
     """
     found: dict[str, Callable[[], Experiment]] = {}
     for point in sorted(entry_points(group="segcore.methods"), key=lambda point: point.name):
@@ -333,7 +334,7 @@ def load_experiment(name: str, package: str | None = None) -> Experiment:
 
 
 def source(exp: Experiment) -> str:
-    """Return a Python file whose function `experiment` builds `exp`; every field that differs from its default is there."""
+    """Return a Python file whose function `experiment` builds `exp`; fields that have their default are left out."""
     imports: dict[str, set[str]] = {}
 
     def text(value: Any, indent: str) -> str:
@@ -382,7 +383,9 @@ def _from_file(spec: str) -> Experiment:
     if not function and len(own) == 1:
         function = own[0]
     if function not in own:
-        choice = f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that returns an Experiment"
+        choice = (
+            f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that returns an Experiment"
+        )
         raise UserError(f"{spec}: name the configuration as {choice}")
     experiment = getattr(module, function)()
     if not isinstance(experiment, Experiment):

@@ -50,14 +50,16 @@ def plan(source: Path, target: Path) -> list[Job]:
     for image, mask in zip(images, masks, strict=True):
         if mask.resolve() == image.resolve():
             raise UserError(f"{image}: the result would overwrite the image; choose another output folder")
-    return [Job(image, mask, mask.with_name(f"{mask.stem}_overlay.png")) for image, mask in zip(images, masks, strict=True)]
+    return [
+        Job(image, mask, mask.with_name(f"{mask.stem}_overlay.png")) for image, mask in zip(images, masks, strict=True)
+    ]
 
 
 def classes_and_palette(data: Data, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Return class names and (K, 3) uint8 RGB colours.
 
-    `palette`: "auto" takes the dataset's own colours, a dataset's name that one's, anything else is a text file with one line
-    `r g b` per class. Raises UserError when it does not have a colour for every class.
+    `palette`: "auto" takes the dataset's own colours, a dataset's name that one's, anything else is a text file with
+    one line `r g b` per class. Raises UserError when it does not have a colour for every class.
     """
     classes, colours = palette_of(data)
     if palette in ("cityscapes", "ade20k"):
@@ -71,9 +73,13 @@ def classes_and_palette(data: Data, palette: str) -> tuple[tuple[str, ...], np.n
         except (OSError, ValueError):
             valid = False
         if not valid:
-            raise UserError(f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line")
+            raise UserError(
+                f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line"
+            )
     if len(colours) < len(classes):
-        raise UserError(f"--palette {palette} has {len(colours)} colours for {len(classes)} classes; add the missing ones")
+        raise UserError(
+            f"--palette {palette} has {len(colours)} colours for {len(classes)} classes; add the missing ones"
+        )
     return classes, colours[: len(classes)]
 
 
@@ -89,8 +95,8 @@ def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
 def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray, *, opacity: float = 0.5) -> None:
     """Predict every image at its own size and write its mask (class indices) and overlay, each whole or not at all.
 
-    The noise follows from `exp.seed` alone, so an image's answer does not depend on the other files. Images that cannot be
-    read are left out; then a UserError at the end names them.
+    The noise follows from `exp.seed` alone, so an image's answer does not depend on the other files. Images that cannot
+    be read are left out; then a UserError at the end names them.
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from ddp_seg.model import DDPSegmentor
 
 Backbone = Literal[
-    "convnext_t", "convnext_s", "convnext_b", "convnext_l", "swin_t", "swin_s", "swin_b", "swin_l", "resnet18", "resnet50"
+    "convnext_t",
+    "convnext_s",
+    "convnext_b",
+    "convnext_l",
+    "swin_t",
+    "swin_s",
+    "swin_b",
+    "swin_l",
+    "resnet18",
+    "resnet50",
 ]
 
 

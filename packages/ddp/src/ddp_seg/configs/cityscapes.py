@@ -38,6 +38,7 @@ def recipe(backbone: Backbone, **model: Any) -> Experiment:
 
 def aligned(start: Experiment) -> Experiment:
     """Return the self-aligned fine-tuning of a trained row: 5k iterations at a tenth of the rate, 10 steps."""
+    assert isinstance(start.model, DDP)
     return replace(
         start,
         name=start.name.replace("160k_cityscapes", "5k_cityscapes_aligned"),

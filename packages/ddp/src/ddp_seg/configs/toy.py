@@ -15,7 +15,13 @@ def ddp_resnet18_toy() -> Experiment:
         optimizer=Optimizer("adamw", lr=1e-3, weight_decay=0.01, clip_norm=1.0),
         schedule=Schedule(iterations=400, warmup_iterations=40),
         train=Train(
-            batch=2, max_per_device=2, precision="bf16", channels_last=True, log_every=10, evaluate_every=0, save_every=100
+            batch=2,
+            max_per_device=2,
+            precision="bf16",
+            channels_last=True,
+            log_every=10,
+            evaluate_every=0,
+            save_every=100,
         ),
         evaluate=Evaluate(scale=(512, 256), batch=2, steps=(1, 10, 3)),
     )

@@ -25,6 +25,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which a forward pass has the precision that the configuration names."""
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=precision != "fp32")
+
+
 def view_sizes(height: int, width: int, evaluate: Evaluate) -> list[tuple[int, int, bool]]:
     """Return (height, width, flip) of every view of an image, scales outermost, the plain view before its mirror image.
 
@@ -97,10 +103,9 @@ def predict_probabilities(
     """
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
 
     def network(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        with torch.autocast(device.type, half, enabled=precision != "fp32"):
+        with autocast(device, precision):
             batch = batch.to(device).contiguous(memory_format=layout)
             return model.predict_steps(batch, steps=evaluate.steps or None, seeds=seeds)
 

@@ -1,7 +1,8 @@
 """Backbones from timm, made to compute what the published systems compute.
 
-The parameters are timm's own, under timm's names in `net`, plus one LayerNorm per stage output in `norms` (not in `ResNet`).
-`official_names` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are stored.
+The parameters are timm's own, under timm's names in `net`, plus one LayerNorm per stage output in `norms` (not in
+`ResNet`). `official_names` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are
+stored.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Backbone(nn.Module, ABC):
 
     channels: tuple[int, ...]
     min_size: int = 1
-    net: nn.Module
+    net: Any  # timm's modules have no declared types
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -84,8 +85,8 @@ class Backbone(nn.Module, ABC):
     def load_pretrained(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under timm's or the published names (with or without `backbone.`).
 
-        Strict: raises ValueError, changing nothing, when a tensor does not fit or one of `net` is missing. The norms of the
-        stage outputs keep their start values unless the file has them. The stem is adapted to other channel counts.
+        Strict: raises ValueError, changing nothing, when a tensor does not fit or one of `net` is missing. The norms of
+        the stage outputs keep their start values unless the file has them. The stem is adapted to other channel counts.
         """
         official = {official: name for name, official in self.official_names().items()}
         bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith("head.")}
@@ -114,7 +115,7 @@ class Backbone(nn.Module, ABC):
 
 
 class ConvNeXt(Backbone):
-    """ConvNeXt (Liu et al. 2022) with a LayerNorm on each stage output; what does not fill a patch is dropped (floor)."""
+    """ConvNeXt (Liu et al. 2022) with a LayerNorm on each stage output; what does not fill a patch is dropped."""
 
     min_size = 32
 
@@ -156,8 +157,8 @@ class ConvNeXt(Backbone):
 class Swin(Backbone):
     """Swin Transformer (Liu et al. 2021) with a LayerNorm on each stage output, for any image size.
 
-    timm's parameters, but not its forward: the published system pads a map to whole windows *before* it shifts them, and
-    neither shrinks the window nor drops the shift on small maps.
+    timm's parameters, but not its forward: the published system pads a map to whole windows *before* it shifts them,
+    and neither shrinks the window nor drops the shift on small maps.
     """
 
     def __init__(self, timm_name: str, in_channels: int = 3, drop_path: float = 0.0, window: int = 7) -> None:
@@ -204,7 +205,7 @@ class Swin(Backbone):
     def convert_official(self, name: str, tensor: Tensor) -> Tensor:
         if ".downsample." not in name:
             return tensor
-        # The 2x2 neighbours (row kh, column kw) of a channel are stacked as (C, kh, kw) there and as (kw, kh, C) in timm.
+        # The 2x2 neighbours (row kh, column kw) of a channel are stacked as (C, kh, kw) there, in timm as (kw, kh, C).
         parts = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
         return parts.movedim((-1, -2, -3), (-3, -2, -1)).reshape(tensor.shape)
 
@@ -220,7 +221,8 @@ class Swin(Backbone):
 
 
 def window_attention(attention: nn.Module, x: Tensor, window: int, mask: Tensor | None) -> Tensor:
-    """Return windowed self-attention of a map (N, H, W, C); `mask` (windows, window^2, window^2) also shifts the windows.
+    """Return windowed self-attention of a map (N, H, W, C); `mask` (windows, window^2, window^2) also shifts the
+    windows.
 
     Order of the published system: zero-pad to whole windows, shift by window // 2, attend, shift back, cut off.
     """

@@ -12,8 +12,8 @@ from segcore.models.layers import ConvNorm
 class FPN(nn.Module):
     """Feature pyramid network (Lin et al. 2017) with GroupNorm and no activation.
 
-    Maps of decreasing size with `in_channels` each become as many maps with `width` channels: a 1x1 convolution, nearest
-    upsampling added from coarse to fine, then a 3x3 convolution.
+    Maps of decreasing size with `in_channels` each become as many maps with `width` channels: a 1x1 convolution,
+    nearest upsampling added from coarse to fine, then a 3x3 convolution.
     """
 
     def __init__(self, in_channels: Sequence[int], width: int, groups: int = 32) -> None:

@@ -1,20 +1,20 @@
 """Small pieces that several models are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Return `x` (N, C, H, W) resized bilinearly without antialiasing to `size` (height, width); same size: `x` itself."""
+def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Return `x` (N, C, H, W) resized bilinearly, without antialiasing, to `size` (height, width)."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, padded to keep the size, then a norm and perhaps an activation: `conv`, `norm`, `act`."""
+    """Convolution without bias that keeps the size, a norm and perhaps an activation: `conv`, `norm`, `act`."""
 
     def __init__(
         self,

@@ -10,10 +10,12 @@ from segcore.models.layers import resize
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool = False) -> Tensor:
     """Return the mean cross entropy over **all** pixels, ignored ones counting as zero.
 
-    logits (N, K, h, w) are resized bilinearly to the labels (N, H, W) int64; computed in at least float32. With every pixel
-    ignored the loss is 0. Averaging over all pixels is what the published systems trained with.
+    logits (N, K, h, w) are resized bilinearly to the labels (N, H, W) int64; computed in at least float32. With every
+    pixel ignored the loss is 0. Averaging over all pixels is what the published systems trained with.
     """
-    logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:], align_corners=align_corners)
+    logits = resize(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:], align_corners=align_corners
+    )
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
 
 

@@ -61,7 +61,7 @@ class Segmentor(nn.Module, ABC):
         """
 
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return logits (N, K, H, W) after every denoising step of the configured run; empty for methods without steps."""
+        """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
         return {}
 
     @abstractmethod

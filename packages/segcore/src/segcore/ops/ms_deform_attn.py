@@ -242,25 +242,26 @@ def _scatter(
 def with_gather(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Return the output as four gathers per level, for torch.compile."""
+    """Return the output as gathers, for torch.compile; point by point: a sum over points compiles to slow loops."""
     n, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     loc, attn, pixels = sampling_locations.to(dtype), attention_weights.to(dtype), value.reshape(n * s * m, d)
-    image = torch.arange(n, device=value.device).view(n, 1, 1, 1) * s
-    head = torch.arange(m, device=value.device).view(m, 1)
+    image = torch.arange(n, device=value.device).view(n, 1, 1) * s
+    head = torch.arange(m, device=value.device)
     out = loc.new_zeros(n, loc.shape[1], m, d)
     start = 0
     for level, (height, width) in enumerate(_pairs(spatial_shapes)):
-        x, y = loc[:, :, :, level, :, 0] * width - 0.5, loc[:, :, :, level, :, 1] * height - 0.5
-        inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-        x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)  # both pixels of -2 are outside
-        left, top = x.floor(), y.floor()
-        for right, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-            for lower, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-                inside = (right >= 0) & (right < width) & (lower >= 0) & (lower < height)
-                pixel = lower.clamp(0, height - 1).long() * width + right.clamp(0, width - 1).long() + start + image
-                weight = torch.where(inside, weight_x * weight_y * attn[:, :, :, level], 0).unsqueeze(-1)
-                out = out + (pixels[pixel * m + head].to(dtype) * weight).sum(-2)
+        for point in range(attn.shape[4]):
+            x, y = (loc[:, :, :, level, point, axis] * size - 0.5 for axis, size in enumerate((width, height)))
+            inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+            x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)  # both pixels of -2 are outside
+            left, top = x.floor(), y.floor()
+            for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
+                for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
+                    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                    weight = torch.where(inside, weight_x * weight_y * attn[:, :, :, level, point], 0)
+                    pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+                    out = out + pixels[(pixel + start + image) * m + head].to(dtype) * weight.unsqueeze(-1)
         start += height * width
     return out.flatten(2).to(value.dtype)
 

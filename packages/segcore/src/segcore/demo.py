@@ -1,0 +1,182 @@
+"""`demo`: generate street scenes, train a small model on them, evaluate it, and show it all on one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segcore.data import toy
+from segcore.data.dataset import Dataset, open_dataset
+from segcore.data.transforms import normalize
+from segcore.evaluation import report
+from segcore.evaluation.baseline import fit_linear
+from segcore.evaluation.evaluate import Results
+from segcore.evaluation.inference import autocast
+from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.experiment import Experiment
+from segcore.models.segmentor import Segmentor
+from segcore.progress import progress
+from segcore.seeds import derive
+from segcore.training import checkpoint
+from segcore.training.loop import train
+from segcore.visualize import colorize, curve_svg, legend, png_data_uri, strip, write_image
+
+SHOWN = 4
+"""Validation images on the page."""
+
+
+def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
+    """Do all of it below `work_dir` and return the page. What is there already is kept: an interrupted demo goes on."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    exp = prepare(exp, work_dir / "scenes")
+    results = train(exp, work_dir / "run", device=device, resume=True)
+    assert results is not None
+    print("fitting the linear baseline …")
+    baseline = linear_baseline(open_dataset(exp.data, "train"), open_dataset(exp.data, "val"))
+    model = exp.model.build()
+    folder = checkpoint.newest(work_dir / "run")
+    assert folder is not None
+    model.load_own(checkpoint.read_model_state(folder))
+    shown = pictures(model.eval().to(device), exp)
+    for i, maps in enumerate(shown, 1):
+        write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
+    page = work_dir / "index.html"
+    text = render(exp, results, baseline, shown, work_dir / "run" / "log.jsonl")
+    checkpoint.replace_text(page, text)
+    print(f"\n{report.summary(results)}\n\n{comparison(exp, results, baseline)}\n\nopen {page} in a browser")
+    return page
+
+
+def prepare(exp: Experiment, scenes: Path) -> Experiment:
+    """Generate the scenes if they are not there, and return the experiment on them, evaluated once, at the end."""
+    with progress("generating street scenes") as advance:
+        if not toy.is_complete(scenes):
+            toy.generate(scenes, progress=advance)
+    return dataclasses.replace(
+        exp,
+        data=dataclasses.replace(exp.data, root=scenes),
+        train=dataclasses.replace(exp.train, evaluate_every=exp.schedule.iterations),
+    )
+
+
+def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
+    """Return the validation mIoU, a fraction, of a linear classifier on colour and position."""
+    pairs = [train_set.pair(i) for i in range(len(train_set))]
+    labels = [label for _, label in pairs if label is not None]
+    classes = len(train_set.classes)
+    classifier = fit_linear([image for image, _ in pairs], labels, classes, train_set.ignore_index, position=True)
+    matrix = ConfusionMatrix(classes, val_set.ignore_index)
+    for i in range(len(val_set)):
+        matrix.update(classifier.predict(val_set.image(i)), val_set.label(i))
+    return float(matrix.compute()["mIoU"])
+
+
+def configured(exp: Experiment, results: Results) -> tuple[str, float]:
+    """Return the name and the mIoU of the entry for the model's own number of steps."""
+    name = str(getattr(exp.model, "timesteps", "final"))
+    name = name if name in results.entries else list(results.entries)[-1]
+    return name, results.entries[name]["mIoU"]
+
+
+def comparison(exp: Experiment, results: Results, baseline: float) -> str:
+    """Return one line that holds the model against the linear classifier."""
+    name, miou = configured(exp, results)
+    steps = f" at {name} steps" if name.isdigit() else ""
+    return (
+        f"mIoU{steps}: {miou:.1%}; linear classifier on colour and position (quadratic terms): {baseline:.1%}; "
+        f"ratio {miou / baseline:.2f}"
+    )
+
+
+@torch.no_grad()
+def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
+    """Return, for some validation images, the panels by caption: input, truth, every denoising step, prediction."""
+    dataset = open_dataset(exp.data, "val")
+    device = next(model.parameters()).device
+    shown = []
+    for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).astype(int).tolist():
+        image, label = dataset.image(index), dataset.label(index)
+        batch = torch.from_numpy(normalize(image, exp.data.mean, exp.data.std)).permute(2, 0, 1)[None].to(device)
+        seeds = [derive(exp.seed, index)]
+        with autocast(device, exp.train.precision):
+            steps = model.predict_trace(batch, seeds=seeds)
+            answer = model(batch, seeds=seeds)
+        truth = colorize(label, dataset.palette, dataset.ignore_index)
+        maps = {"input": image, "truth": truth}
+        for caption, logits in {**steps, "prediction": answer}.items():
+            maps[caption] = colorize(logits[0].argmax(0).cpu().numpy(), dataset.palette, dataset.ignore_index)
+        shown.append(maps)
+    return shown
+
+
+def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[str, np.ndarray]], log: Path) -> str:
+    """Return the page: self-contained HTML."""
+    dataset = open_dataset(exp.data, "val")
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    losses = [
+        (line["iteration"], line["loss"]) for line in lines if line["mode"] == "train" and line["loss"] is not None
+    ]
+    curve = curve_svg([i for i, _ in losses], [v for _, v in losses], "Training loss", "iteration", "loss")
+    name, miou = configured(exp, results)
+    figures = [(f"{entry} steps" if entry.isdigit() else entry, m) for entry, m in results.entries.items()]
+    rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]
+    rows.append(("linear classifier", f"{baseline:.1%}", "", ""))
+    present = [k for k in range(len(dataset.classes)) if not np.isnan(float(results.final["IoU"][k]))]
+    classes = [(dataset.classes[k], *(f"{float(m['IoU'][k]):.1%}" for m in results.entries.values())) for k in present]
+    panels = "".join(
+        '<div class="panels">'
+        + "".join(
+            f'<figure><img src="{png_data_uri(panel)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+            for caption, panel in maps.items()
+        )
+        + "</div>"
+        for maps in shown
+    )
+    return PAGE.format(
+        name=html.escape(exp.name),
+        miou=f"{miou:.1%}",
+        steps=f" at {name} steps" if name.isdigit() else "",
+        comparison=html.escape(comparison(exp, results, baseline)),
+        images=results.images,
+        iterations=exp.schedule.iterations,
+        train=len(open_dataset(exp.data, "train")),
+        figures=_table(("", "mIoU", "aAcc", "mAcc"), rows),
+        classes=_table(("IoU", *(entry for entry, _ in figures)), classes),
+        curve=curve,
+        legend=png_data_uri(legend([dataset.classes[k] for k in present], dataset.palette[present])),
+        panels=panels,
+    )
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: {miou} mIoU</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430; }}
+h1 {{ font-size: 1.6rem; margin-bottom: 0; }}
+h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
+.columns {{ display: flex; flex-wrap: wrap; gap: 2.5rem; align-items: flex-start; }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .6rem; margin-bottom:
+1.6rem; }} figure {{ margin: 0; }} figure img {{ width: 100%; display: block; border-radius: 3px; }} figcaption {{
+font-size: .85rem; color: #5a6675; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, td
+{{ text-align: right; padding: .15rem .8rem; border-bottom: 1px solid #e2e6ec; }} th:first-child, td:first-child {{
+text-align: left; padding-left: 0; }} .legend {{ max-width: 100%; }} </style> <h1>{name}: {miou} mIoU{steps}</h1>
+<p>Trained from scratch for {iterations} iterations on {train} generated street scenes, evaluated on {images}
+others.<br> {comparison}.</p> <div class="columns"> <div><h2>Figures</h2>{figures}<h2>Training</h2>{curve}</div>
+<div><h2>Per class</h2>{classes}</div> </div> <h2>Validation images, step by step</h2> <p><img class="legend"
+src="{legend}" alt="colours of the classes"></p> {panels} </html>
+"""
