@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from segcore import ops
 from torch import Tensor
 from torch.nn import functional as F
+
+from segcore import ops
 
 
 def grid_sample_form(value: Tensor, spatial_shapes: list[tuple[int, int]], loc: Tensor, attn: Tensor) -> Tensor:
