@@ -18,13 +18,14 @@ METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
 LAYERS = {
     "errors": "",
     "seeds": "",
+    "files": "",
     "experiment": "errors",
     "ops": "errors",
     "models": "errors seeds experiment ops",
-    "data": "errors seeds experiment",
-    "visualize": "errors seeds experiment data",
-    "evaluation": "errors seeds experiment ops models data visualize",
-    "training": "errors seeds experiment ops models data visualize evaluation",
+    "data": "errors seeds files experiment",
+    "visualize": "errors seeds files experiment data",
+    "evaluation": "errors seeds files experiment ops models data visualize",
+    "training": "errors seeds files experiment ops models data visualize evaluation",
 }
 """Room of segcore -> the other rooms it may import. Rooms that are not listed may import all but those on top."""
 ON_TOP = {"cli", "__main__", "testing"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Positional, arg
 
+from segcore import files
 from segcore.errors import UserError
 from segcore.experiment import Experiment, experiments, load_experiment, multi_scale, published, source
 
@@ -97,7 +98,6 @@ class Test(Command):
         if (row := published(exp.name)) and row.miou:
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
         path = self.json or self.default_dir / "test.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         report.write_json(path, results, {"name": exp.name, "checkpoint": self.checkpoint, "seed": exp.seed})
         print(f"\n{path}")
 
@@ -164,7 +164,7 @@ class Configs:
             return
         if self.write.exists():
             raise UserError(f"{self.write}: exists already; choose another name or remove it")
-        self.write.write_text(text, encoding="utf-8")
+        files.write(self.write, text)
         print(f"{self.write}: edit it, then `train {self.write}`")
 
 

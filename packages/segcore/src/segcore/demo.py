@@ -20,6 +20,7 @@ from segcore.evaluation.evaluate import Results
 from segcore.evaluation.inference import autocast
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.experiment import Experiment
+from segcore.files import write
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.seeds import derive
@@ -48,7 +49,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
         write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
     page = work_dir / "index.html"
     text = render(exp, results, baseline, shown, work_dir / "run" / "log.jsonl")
-    checkpoint.replace_text(page, text)
+    write(page, text)
     print(f"\n{report.summary(results)}\n\n{comparison(exp, results, baseline)}\n\nopen {page} in a browser")
     return page
 

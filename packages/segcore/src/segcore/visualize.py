@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segcore.errors import UserError
+from segcore.files import write
 
 LINES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 """Colours of the curves, in order; they repeat."""
@@ -66,12 +66,12 @@ def write_class_png(path: Path, classes: np.ndarray, palette: np.ndarray | None 
             )
         # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no colour.
         picture.putpalette(np.asarray(palette, np.uint8).tobytes().ljust(3 * 256, b"\0"))
-    _write(path, _png(picture))
+    write(path, _png(picture))
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an image as PNG, whole or not at all; the folder is made."""
-    _write(path, _png(Image.fromarray(image)))
+    write(path, _png(Image.fromarray(image)))
 
 
 def png_data_uri(image: np.ndarray) -> str:
@@ -83,13 +83,6 @@ def _png(picture: Image.Image) -> bytes:
     data = io.BytesIO()
     picture.save(data, format="PNG")
     return data.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:

@@ -7,7 +7,6 @@ between scenes than between classes, so that a class is told by shape, texture a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from segcore.data.cityscapes import RAW_IDS
 from segcore.data.street import draw_scene
 from segcore.errors import UserError
+from segcore.files import write
 from segcore.seeds import derive
 
 CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
@@ -54,7 +54,7 @@ def generate(
     marker = root / MARKER
     if _read(marker) | {"complete": True} not in ({"complete": True}, parameters | {"complete": True}):
         raise UserError(f"{marker}: here is a toy set with other parameters; delete its folder or name another one")
-    _write(marker, json.dumps(parameters | {"complete": False}).encode())
+    write(marker, json.dumps(parameters | {"complete": False}))
     items = _items(parameters)
     for done, (split, index) in enumerate(items, 1):
         image_file, raw_file, label_file = files = _files(root, split, index)
@@ -63,10 +63,10 @@ def generate(
             rng = np.random.RandomState(derive(seed, SPLITS.index(split), index))
             image, label = draw_scene(rng, height, width)
             for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
-                _write(file, cv2.imencode(".png", array)[1].tobytes())
+                write(file, cv2.imencode(".png", array)[1].tobytes())
         if progress:
             progress(done, len(items))
-    _write(marker, json.dumps(parameters | {"complete": True}).encode())
+    write(marker, json.dumps(parameters | {"complete": True}))
 
 
 def is_complete(root: Path) -> bool:
@@ -108,11 +108,3 @@ def _read(marker: Path) -> dict[str, Any]:
             f"{marker}: is not a toy set's marker ({error!r}); delete the folder or name another one"
         ) from None
     return dict(content)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

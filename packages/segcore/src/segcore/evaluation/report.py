@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from segcore.evaluation.evaluate import Results
+from segcore.files import write
 
 COLUMNS = {"mIoU": ("IoU", "Acc"), "mDice": ("Dice", "Acc"), "mFscore": ("Fscore", "Precision", "Recall")}
 """What each name in `Evaluate.metrics` reports, besides aAcc."""
@@ -42,12 +42,7 @@ def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
 def write_json(path: Path, results: Results, extra: Mapping[str, Any] | None = None) -> None:
     """Write `extra` and the results at full precision (fractions; NaN is null) to `path`: whole, or not at all."""
     text = json.dumps({**(extra or {}), **results.to_json()}, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(path, text + "\n")
 
 
 def _columns(metrics: Sequence[str]) -> list[str]:

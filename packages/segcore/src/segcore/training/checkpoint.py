@@ -7,10 +7,8 @@ is written under a temporary name beside its place, synced to disk with the mani
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -26,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segcore.errors import UserError
+from segcore.files import sync, write
 
 FILES = ("model.safetensors", "state.pt", "experiment.json")
 MANIFEST = "manifest.json"
@@ -115,7 +114,7 @@ def newest(work_dir: Path) -> Path | None:
 
 def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
     """Record in best.json that the checkpoint after `iteration` iterations is the best one, with its mIoU (0..1)."""
-    replace_text(work_dir / "best.json", json.dumps({"iteration": iteration, "mIoU": figure}) + "\n")
+    write(work_dir / "best.json", json.dumps({"iteration": iteration, "mIoU": figure}) + "\n")
 
 
 def best(work_dir: Path) -> Path | None:
@@ -139,24 +138,6 @@ def prune(work_dir: Path, keep: int, iteration: int) -> None:
     for folder in (*extra, *(work_dir / "checkpoints").glob(".*.tmp")):
         (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut off leaves nothing that looks whole
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file: whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names where the system can do that, is on the disk."""
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from segcore.experiment import Experiment
-from segcore.training.checkpoint import replace_text
+from segcore.files import write
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "segcore")
 
@@ -68,7 +68,7 @@ class RunLog:
         self.console = console or Console()
         self.began = time.perf_counter()
         if self.path.exists():
-            replace_text(self.path, _until(self.path, start))
+            write(self.path, _until(self.path, start))
         name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
         columns = (name, BarColumn(None), MofNCompleteColumn(), text)
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)

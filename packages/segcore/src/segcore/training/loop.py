@@ -29,6 +29,7 @@ from segcore.errors import UserError
 from segcore.evaluation import report
 from segcore.evaluation.evaluate import Results, check_fit, evaluate
 from segcore.experiment import Experiment
+from segcore.files import write
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 from segcore.training import checkpoint
@@ -87,7 +88,7 @@ def train(
 
         notes.append(initialize(run.model, exp.train.init, offline=offline))
     work_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_text(work_dir / "experiment.json", json.dumps(run.description, indent=1) + "\n")
+    write(work_dir / "experiment.json", json.dumps(run.description, indent=1) + "\n")
     with (
         RunLog(work_dir, exp.schedule.iterations, run.description, start=run.iteration) as log,
         Interrupt() as interrupt,
