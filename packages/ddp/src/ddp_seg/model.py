@@ -20,7 +20,7 @@ from ddp_seg.official import official_name
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.layers import ConvNorm, resize
-from segcore.models.losses import cross_entropy, pixel_accuracy
+from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport, Segmentor
 
 AUXILIARY_WEIGHT = 0.4
@@ -214,13 +214,12 @@ class DDPSegmentor(Segmentor):
             targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
         level = log_snr(times, self.config.noise_schedule).to(noise.device)
         logits = self.decode(features, add_noise(self.codes(targets), noise, level), level)
-        losses = {"decode.loss_ce": cross_entropy(logits, labels, ignore_index=self.ignore_index)}
-        losses["decode.acc_seg"] = pixel_accuracy(logits, labels, ignore_index=self.ignore_index)
+        loss, accuracy = cross_entropy(logits, labels, ignore_index=self.ignore_index)
+        losses = {"loss": loss, "decode.loss_ce": loss, "decode.acc_seg": accuracy}
         if self.auxiliary_head is not None:
-            auxiliary = self.auxiliary_head(features)
-            losses["aux.loss_ce"] = AUXILIARY_WEIGHT * cross_entropy(auxiliary, labels, ignore_index=self.ignore_index)
-            losses["aux.acc_seg"] = pixel_accuracy(auxiliary, labels, ignore_index=self.ignore_index)
-        losses["loss"] = sum((value for name, value in losses.items() if "loss" in name), torch.zeros(()).to(logits))
+            loss, accuracy = cross_entropy(self.auxiliary_head(features), labels, ignore_index=self.ignore_index)
+            losses |= {"aux.loss_ce": AUXILIARY_WEIGHT * loss, "aux.acc_seg": accuracy}
+            losses["loss"] = losses["decode.loss_ce"] + losses["aux.loss_ce"]
         return losses
 
     def _draw(self, features: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:

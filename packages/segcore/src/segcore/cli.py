@@ -85,9 +85,9 @@ class Test(Command):
 
         exp = self.experiment
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
-        dataset = open_dataset(exp.data, "val")
         device = _device(self.device)
         model = load_model(self, self.checkpoint, device)
+        dataset = open_dataset(exp.data, "val")
         with progress("evaluating") as advance:
             results = evaluate(
                 model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,

@@ -88,7 +88,7 @@ def configured(exp: Experiment, results: Results) -> tuple[str, float]:
 def comparison(exp: Experiment, results: Results, baseline: float) -> str:
     """Return one line that holds the model against the linear classifier."""
     name, miou = configured(exp, results)
-    steps = f" at {name} steps" if name.isdigit() else ""
+    steps = f" at {_steps(name)}" if name.isdigit() else ""
     return (
         f"mIoU{steps}: {miou:.1%}; linear classifier on colour and position (quadratic terms): {baseline:.1%}; "
         f"ratio {miou / baseline:.2f}"
@@ -125,11 +125,11 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
     ]
     curve = curve_svg([i for i, _ in losses], [v for _, v in losses], "Training loss", "iteration", "loss")
     name, miou = configured(exp, results)
-    figures = [(f"{entry} steps" if entry.isdigit() else entry, m) for entry, m in results.entries.items()]
+    figures = [(_steps(entry), m) for entry, m in report.by_steps(results)]
     rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]
     rows.append(("linear classifier", f"{baseline:.1%}", "", ""))
     present = [k for k in range(len(dataset.classes)) if not np.isnan(float(results.final["IoU"][k]))]
-    classes = [(dataset.classes[k], *(f"{float(m['IoU'][k]):.1%}" for m in results.entries.values())) for k in present]
+    classes = [(dataset.classes[k], *(f"{float(m['IoU'][k]):.1%}" for _, m in figures)) for k in present]
     panels = "".join(
         '<div class="panels">'
         + "".join(
@@ -142,7 +142,7 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
     return PAGE.format(
         name=html.escape(exp.name),
         miou=f"{miou:.1%}",
-        steps=f" at {name} steps" if name.isdigit() else "",
+        steps=f" at {_steps(name)}" if name.isdigit() else "",
         comparison=html.escape(comparison(exp, results, baseline)),
         images=results.images,
         iterations=exp.schedule.iterations,
@@ -153,6 +153,11 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
         legend=png_data_uri(legend([dataset.classes[k] for k in present], dataset.palette[present])),
         panels=panels,
     )
+
+
+def _steps(entry: str) -> str:
+    """Return "1 step", "3 steps" for numbers of steps, other entries as they are."""
+    return f"{entry} step{'s' * (entry != '1')}" if entry.isdigit() else entry
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -7,21 +7,17 @@ from torch.nn import functional as F
 from segcore.models.layers import resize
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool = False) -> Tensor:
-    """Return the mean cross entropy over **all** pixels, ignored ones counting as zero.
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the accuracy of logits (N, K, h, w), resized bilinearly to the labels (N, H, W) int64.
 
-    logits (N, K, h, w) are resized bilinearly to the labels (N, H, W) int64; computed in at least float32. With every
-    pixel ignored the loss is 0. Averaging over all pixels is what the published systems trained with.
+    The loss is the mean cross entropy over **all** pixels, ignored ones counting as zero: 0 when all are ignored. That
+    is what the published systems trained with. It is computed in at least float32. The accuracy is the share of
+    non-ignored pixels that are right, in percent, without gradient; NaN when all are ignored.
     """
-    logits = resize(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:], align_corners=align_corners
-    )
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
-
-
-@torch.no_grad()
-def pixel_accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int) -> Tensor:
-    """Return the share of non-ignored pixels that are right, in percent; NaN when all are ignored. Shapes as above."""
-    valid = labels != ignore_index
-    right = resize(logits.float(), labels.shape[-2:]).argmax(1) == labels
-    return 100 * (right & valid).sum() / valid.sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = resize(logits, labels.shape[-2:], align_corners=align_corners)
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / labels.numel()
+    right = (logits.detach().max(1).indices == labels) & (labels != ignore_index)
+    return loss, 100 * right.sum() / (labels != ignore_index).sum()

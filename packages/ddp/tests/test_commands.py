@@ -1,0 +1,293 @@
+"""The commands on real files: train, resume, test, predict, configs; and what they say to bad input."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segcore import load_experiment
+from segcore.cli import main
+from segcore.data.toy import generate
+from segcore.training.checkpoint import newest, read_model_state
+
+CONFIG = "ddp_resnet18_toy"
+SMALL = [
+    "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--train.precision=fp32", "--data.workers=0",
+    "--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+]  # fmt: skip
+ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+
+
+def small_toy(root):
+    generate(root, train=3, val=2, height=64, width=128)
+    return root
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return small_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    """A finished training run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main("ddp_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    return folder
+
+
+def refused(capsys, *words):
+    """Run a command that must end with status 1 and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as end:
+        main("ddp_seg", [str(word) for word in words])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_train_writes_a_run(run):
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in log if line["mode"] == "train"] == [1, 2, 3]
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["entries"]) == {"1", "3", "10"}
+    assert json.loads((run / "experiment.json").read_text())["experiment"]["model"]["width"] == 32
+    assert newest(run).name == "iter_3"
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
+    """The checkpoint after iteration 2 of 3 lies in the middle of the second epoch: 3 images, 2 per iteration."""
+    shutil.copytree(run, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
+    assert newest(tmp_path / "cut").name == "iter_2"
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
+    main("ddp_seg", [*words, "--resume"])
+    whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
+    assert newest(tmp_path / "cut").name == "iter_3"
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_interrupt_saves_and_says_how_to_go_on(toy, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "ddp_seg", "train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL]
+    long = ["--schedule.iterations=100000", "--train.log-every=1", "--train.evaluate-every=0"]
+    process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (folder / "log.jsonl").exists() and '"train"' in (folder / "log.jsonl").read_text()
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert newest(folder) is not None
+
+
+def test_test_prints_the_published_table(run, toy, tmp_path, capsys):
+    main("ddp_seg", ["test", CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL,
+                     "--evaluate.steps", "1", "2", "--evaluate.metrics", "mIoU", "mFscore"])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "aAcc |" in text
+    assert "per class results" in text
+    assert "mFscore" in text
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert list(data["entries"]) == ["1", "2"]
+    assert data["images"] == 2
+
+
+def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
+    images = tmp_path / "in"
+    (images / "below").mkdir(parents=True)
+    image = np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8)
+    cv2.imwrite(str(images / "a.png"), image)
+    cv2.imwrite(str(images / "below" / "b.jpg"), image[:50])
+    main("ddp_seg", ["predict", CONFIG, str(run), str(images), str(tmp_path / "out"), *SMALL])
+    mask = Image.open(tmp_path / "out" / "a.png")
+    assert mask.size == (90, 70)
+    assert np.array(mask).max() < 19
+    assert mask.getpalette()[:3] == [128, 64, 128]
+    assert Image.open(tmp_path / "out" / "below" / "b_overlay.png").size == (90, 50)
+    main("ddp_seg", ["predict", CONFIG, str(run), str(images / "a.png"), str(tmp_path / "one.png"), *SMALL])
+    assert np.array_equal(np.array(Image.open(tmp_path / "one.png")), np.array(mask)), (
+        "the answer depends on its neighbours"
+    )
+
+
+def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
+    images = tmp_path / "in"
+    images.mkdir()
+    cv2.imwrite(str(images / "good.png"), np.zeros((64, 64, 3), np.uint8))
+    (images / "bad.png").write_bytes(b"")
+    line = refused(capsys, "predict", CONFIG, run, images, tmp_path / "out", *SMALL)
+    assert str(images / "bad.png") in line
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.png"]
+
+
+def test_predict_palettes(run, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    words = ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL]
+    (tmp_path / "colours.txt").write_text("\n".join(f"{k} 0 0" for k in range(19)))
+    main("ddp_seg", [*words, f"--palette={tmp_path / 'colours.txt'}"])
+    assert Image.open(tmp_path / "out" / "a.png").getpalette()[3:6] == [1, 0, 0]
+    (tmp_path / "few.txt").write_text("1 2 3")
+    assert "1 colours for 19 classes" in refused(capsys, *words, f"--palette={tmp_path / 'few.txt'}")
+    (tmp_path / "wrong.txt").write_text("1 2\n3 4 500")
+    assert "wrong.txt" in refused(capsys, *words, f"--palette={tmp_path / 'wrong.txt'}")
+
+
+def test_configs_writes_a_file_that_builds_the_same(tmp_path, capsys):
+    name = "ddp_swin_b_2x8_512x512_160k_ade20k"
+    main("ddp_seg", ["configs", name, "--write", str(tmp_path / "my.py")])
+    assert load_experiment(f"{tmp_path / 'my.py'}:experiment") == load_experiment(name)
+    assert "exists already" in refused(capsys, "configs", name, "--write", tmp_path / "my.py")
+
+
+def test_wrong_configuration_names(capsys, tmp_path):
+    assert f"did you mean {CONFIG}?" in refused(capsys, "train", "ddp_resnet18_toi")
+    assert "no such configuration file" in refused(capsys, "train", tmp_path / "none.py")
+    assert "needs a configuration" in refused(capsys, "train", "--resume")
+
+
+def test_wrong_flags_name_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        main("ddp_seg", ["train", CONFIG, "--model.timestep=10"])
+    assert end.value.code == 2
+    assert "--model.timesteps" in capsys.readouterr().err
+
+
+# Bad datasets: what is done to the small toy set, and what the one line must name.
+
+
+def first(root, pattern):
+    return sorted(root.glob(pattern))[0]
+
+
+def empty_image(root):
+    path = first(root, "leftImg8bit/train/*/*.png")
+    path.write_bytes(b"")
+    return path.name, "empty"
+
+
+def corrupt_image(root):
+    path = first(root, "leftImg8bit/train/*/*.png")
+    path.write_bytes(path.read_bytes()[:200])
+    return path.name, "cannot be read"
+
+
+def other_size(root):
+    path = first(root, "gtFine/train/*/*_labelTrainIds.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
+    return path.name, "32x32"
+
+
+def out_of_range(root):
+    path = first(root, "gtFine/train/*/*_labelTrainIds.png")
+    Image.fromarray(np.full((64, 128), 77, np.uint8)).save(path)
+    return path.name, "77"
+
+
+def missing_label(root):
+    for kind in ("labelTrainIds", "labelIds"):  # either would do
+        path = first(root, f"gtFine/train/*/*_{kind}.png")
+        path.unlink()
+    return path.name.split("_gtFine")[0], "label"
+
+
+@pytest.mark.parametrize("damage", [empty_image, corrupt_image, other_size, out_of_range, missing_label])
+def test_bad_data(toy, tmp_path, capsys, damage):
+    root = tmp_path / "toy"
+    shutil.copytree(toy, root)
+    (root / "toy.json").unlink()
+    named = damage(root)
+    words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={tmp_path / 'run'}"]
+    line = refused(capsys, *words, *SMALL, *ITERATIONS)
+    assert all(part in line for part in named), line
+    assert not list((tmp_path / "run").rglob("*.tmp")), "something is half-written"
+
+
+def test_missing_folders(tmp_path, capsys, run):
+    words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={tmp_path / 'none'}"]
+    assert str(tmp_path / "none") in refused(capsys, *words, *SMALL)
+    assert str(tmp_path / "nothing") in refused(capsys, "test", CONFIG, tmp_path / "nothing", *SMALL)
+    assert "no such image" in refused(capsys, "predict", CONFIG, run, tmp_path / "none", tmp_path / "out", *SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_ignored_images_train_to_a_finite_loss(toy, tmp_path):
+    root = tmp_path / "toy"
+    shutil.copytree(toy, root)
+    for path in root.glob("gtFine/*/*/*_labelTrainIds.png"):
+        Image.fromarray(np.full((64, 128), 255, np.uint8)).save(path)
+    words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={tmp_path / 'run'}"]
+    main("ddp_seg", [*words, *SMALL, *ITERATIONS, "--train.evaluate-every=0"])
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss"] is not None for line in log if line["mode"] == "train")
+
+
+def test_a_used_work_dir_is_not_overwritten(run, toy, capsys):
+    before = sorted(p.name for p in run.rglob("*"))
+    line = refused(capsys, "train", CONFIG, f"--data.root={toy}", f"--work-dir={run}", *SMALL, *ITERATIONS)
+    assert "--resume" in line
+    assert sorted(p.name for p in run.rglob("*")) == before
+
+
+class Executes:
+    """A pickle of this creates a file when it is loaded without care."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_wrong_and_damaged_checkpoints(run, toy, tmp_path, capsys):
+    def test(checkpoint, *more):
+        return refused(capsys, "test", CONFIG, checkpoint, f"--data.root={toy}", *SMALL, *more)
+
+    torch.save({"state_dict": {"something.else": torch.zeros(1)}}, tmp_path / "other.pth")
+    assert "other.pth" in test(tmp_path / "other.pth")
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    assert "page.pth" in test(tmp_path / "page.pth")
+    with (tmp_path / "evil.pth").open("wb") as file:
+        pickle.dump({"state_dict": Executes(tmp_path / "executed")}, file)
+    assert "evil.pth" in test(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
+    damaged = tmp_path / "iter_3"
+    shutil.copytree(newest(run), damaged)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in test(damaged)
+    assert "does not fit" in test(run, "--model.decoder-layers=2")
+
+
+def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    name = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
+    line = refused(capsys, "predict", name, "official", __file__, tmp_path / "out", "--offline", "--device=cpu")
+    assert str(tmp_path / f"{name}.pth") in line
+    assert f"https://huggingface.co/yfji/DDP-Weight/resolve/main/{name}.pth" in line
+    line = refused(
+        capsys, "predict", "ddp_swin_s_4x4_512x1024_160k_cityscapes", "official", __file__, tmp_path, "--offline"
+    )
+    assert "offer no" in line
+
+
+def test_unknown_device(capsys, run, toy):
+    assert "--device nonsense" in refused(
+        capsys, "test", CONFIG, run, f"--data.root={toy}", *SMALL[1:], "--device=nonsense"
+    )

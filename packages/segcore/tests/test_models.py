@@ -1,0 +1,120 @@
+"""Backbones, heads and losses that methods share."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from segcore.errors import UserError
+from segcore.models.backbones import build_backbone, shifted_window_mask
+from segcore.models.heads import FPN, FCNHead
+from segcore.models.losses import cross_entropy
+
+IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["convnext_t", "swin_t", "resnet18"])
+def test_four_maps_at_strides_4_to_32(name):
+    backbone = build_backbone(name)
+    maps = backbone(IMAGE)
+    assert [tuple(x.shape) for x in maps] == [
+        (1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32), strict=True)
+    ]
+
+
+def test_unknown_backbone_is_named():
+    with pytest.raises(UserError, match="convnext_t, convnext_s"):
+        build_backbone("convnext_xxl")
+
+
+@pytest.mark.parametrize(("name", "tag"), [("convnext_t", "convnext_tiny"), ("swin_t", "swin_tiny_patch4_window7_224")])
+def test_timm_weights_load_strictly_and_answer_as_timm(name, tag):
+    torch.manual_seed(0)
+    source = timm.create_model(tag, pretrained=False).eval()
+    backbone = build_backbone(name).eval()
+    report = backbone.load_pretrained(source.state_dict())
+    assert set(report.dropped) >= {n for n in source.state_dict() if n.startswith("head.fc")}
+    with torch.no_grad():
+        if name == "convnext_t":  # whose three downsampling norms have another eps: too small to see here
+            theirs = source.stages[0](source.stem(IMAGE))
+            ours = backbone.net.stages[0](backbone.net.stem(IMAGE))
+            torch.testing.assert_close(backbone.norms[3].weight, source.head.norm.weight)
+        else:  # at its own size timm's order of padding and shifting makes no difference, before the last stage
+            image = torch.randn(1, 3, 224, 224)
+            theirs = source.layers[:3](source.patch_embed(image)).permute(0, 3, 1, 2)
+            backbone.norms[2] = torch.nn.Identity()
+            ours = backbone(image)[2]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    state = source.state_dict()
+    state.pop(next(n for n in state if n.endswith("mlp.fc1.weight")))
+    with pytest.raises(UserError, match="1 tensors missing"):
+        backbone.load_pretrained(state)
+
+
+def test_official_backbone_names_load_as_well():
+    source, target = build_backbone("swin_t"), build_backbone("swin_t")
+    names = source.official_names()
+    state = {f"backbone.{names[n]}": t for n, t in source.state_dict().items() if n.startswith("net.")}
+    for n in state:
+        if ".downsample." in n:  # what the loader must undo
+            parts = state[n].reshape(*state[n].shape[:-1], 2, 2, -1)
+            state[n] = parts.movedim((-3, -2, -1), (-1, -2, -3)).reshape(state[n].shape)
+    target.load_pretrained(state)
+    assert all(torch.equal(source.state_dict()[n], t) for n, t in target.state_dict().items() if n.startswith("net."))
+
+
+def test_window_tables_are_resized_and_stems_adapted():
+    source = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False)
+    backbone = build_backbone("swin_t", in_channels=5, window=12)
+    backbone.load_pretrained(source.state_dict())
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    before, after = source.state_dict()[name], backbone.net.state_dict()[name]
+    assert after.shape == (23 * 23, 3)
+    expected = torch.nn.functional.interpolate(before.T.reshape(1, 3, 13, 13), size=(23, 23), mode="bicubic")
+    torch.testing.assert_close(after, expected.reshape(3, -1).T)
+    assert backbone.net.patch_embed.proj.weight.shape[1] == 5
+
+
+def test_shifted_window_mask_separates_what_the_shift_brings_together():
+    mask = shifted_window_mask(8, 8, 4, torch.device("cpu"))
+    assert mask.shape == (4, 16, 16)
+    assert torch.equal(mask, mask.transpose(1, 2))
+    assert not mask[0].any(), "the first window is one region"
+    assert mask[3].unique().tolist() == [-100.0, 0.0]
+    assert mask[3, 0].eq(0).sum() == 4, "the last window has four regions of 2x2"
+    assert shifted_window_mask(3, 3, 4, torch.device("cpu")).shape == (1, 16, 16), "a window never shrinks"
+
+
+def test_fpn_adds_coarse_to_fine():
+    fpn = FPN((8, 16), 32).eval()
+    fine, coarse = torch.randn(1, 8, 6, 7), torch.randn(1, 16, 3, 4)
+    a, b = fpn([fine, coarse])
+    assert a.shape == (1, 32, 6, 7)
+    assert torch.equal(b, fpn.output[1](fpn.lateral[1](coarse)))
+    assert not torch.allclose(a, fpn.output[0](fpn.lateral[0](fine)))
+
+
+def test_fcn_head_starts_near_zero():
+    logits = FCNHead(32, 32, 5).eval()(torch.randn(2, 32, 4, 4))
+    assert logits.shape == (2, 5, 4, 4)
+    assert logits.abs().max() < 1
+
+
+def test_cross_entropy_averages_over_ignored_pixels_too():
+    logits = torch.zeros(1, 4, 2, 2)
+    labels = torch.tensor([[[0, 255], [255, 255]]])
+    loss, accuracy = cross_entropy(logits, labels, ignore_index=255)
+    assert loss.item() == pytest.approx(math.log(4) / 4)
+    assert accuracy.item() == 100
+    loss, accuracy = cross_entropy(logits, torch.full((1, 2, 2), 255), ignore_index=255)
+    assert loss.item() == 0
+    assert accuracy.isnan()
+
+
+def test_cross_entropy_resizes_the_logits_and_computes_in_float32():
+    logits = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    loss, _ = cross_entropy(logits, torch.zeros(1, 9, 7, dtype=torch.int64), ignore_index=255)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.isfinite().all()
