@@ -46,8 +46,8 @@ class Canvas:
         self.colour = np.zeros((self.h, self.w, 3), np.uint8)
         self.label = np.full((self.h, self.w), IGNORE, np.uint8)
         self.texture = np.full((self.h, self.w), PLAIN, np.uint8)
-        self.focal = 1.05 * self.h
-        self.centre = np.array([self.w * rng.uniform(0.3, 0.7), self.h * rng.uniform(0.3, 0.52)])
+        self.focal = 1.15 * self.h
+        self.centre = np.array([self.w * rng.uniform(0.25, 0.75), self.h * rng.uniform(0.28, 0.54)])
         """Vanishing point of the street in pixels; its height is the horizon."""
         self.eye = rng.uniform(1.6, 2.5)
         self.dusk = rng.rand() < 0.2
@@ -59,7 +59,7 @@ class Canvas:
         self.reach = rng.uniform(60, 200)
         """Metres after which 63 % of a colour is haze."""
 
-    def pick(self, colours: Sequence[Colour], spread: float = 18, light: float = 0.3) -> np.ndarray:
+    def pick(self, colours: Sequence[Colour], spread: float = 12, light: float = 0.2) -> np.ndarray:
         """Return one of `colours`, varied by a factor 1 +- `light` and by +- `spread` per channel."""
         base = np.array(colours[self.rng.randint(len(colours))]) * self.rng.uniform(1 - light, 1 + light)
         return np.clip(base + self.rng.uniform(-spread, spread, 3), 8, 248)

@@ -186,20 +186,22 @@ def _garden(c: Canvas, x: float, out: int, z0: float, z1: float, leaf: np.ndarra
         _building(c, x + out * rng.uniform(7, 10), out, z0, z1)
     for z in sorted(rng.uniform(z0 + 1, z1, rng.randint(1, 4)), reverse=True):
         _tree(c, x + out * rng.uniform(1.5, 5), max(z, 4), leaf)
-    kind, tall = rng.choice(3, p=[0.46, 0.42, 0.12]), rng.uniform(1.3, 2.1)
+    kind, tall = rng.choice(3, p=[0.46, 0.42, 0.12]), rng.uniform(1.7, 2.4)
     if kind == 0:
         colour = c.pick(FACADES) * (1 - c.contrast if c.sun == out else 1)
         c.face(side(x, z0, z1, 0, tall), colour, WALL, STONE)
-        for y in np.arange(0.25, tall - 0.1, 0.28):
-            c.face(side(x, z0, z1, y, y + 0.05), colour * 0.78)
-        c.face(side(x, z0, z1, tall - 0.14, tall), colour * 1.2)
+        for row, y in enumerate(np.arange(0, tall - 0.2, 0.32)):  # large blocks
+            c.face(side(x, z0, z1, y, y + 0.07), colour * 0.55)
+            for z in np.arange(z0 + 0.4 * (row % 2), z1, 0.8):
+                c.face(side(x, z, z + 0.09, y, min(y + 0.32, tall)), colour * 0.55)
+        c.face(side(x, z0, z1, tall - 0.2, tall), colour * 1.25)
     elif kind == 1:  # one sees through it, but it is labelled as a whole, as in Cityscapes
         colour = c.pick(BOARDS)
         c.face(side(x, z0, z1, 0, tall), None, FENCE)
-        for z in np.arange(z0, z1, 0.3):
-            c.face(side(x, z, z + 0.11, 0, tall), colour)
-        for y in (0.15, tall - 0.2):
-            c.face(side(x, z0, z1, y, y + 0.1), colour * 0.9)
+        for z in np.arange(z0, z1, 0.4):
+            c.face(side(x, z, z + 0.26, 0, tall), colour)
+        for y in (0.2, tall - 0.4):
+            c.face(side(x, z0, z1, y, y + 0.16), colour * 0.85)
     else:
         for z in np.arange(z1, max(z0, 3), -0.7):
             _leaves(c, x, z, tall * 0.5, 0.5, tall * 0.5, leaf, 9)
@@ -208,7 +210,7 @@ def _garden(c: Canvas, x: float, out: int, z0: float, z1: float, leaf: np.ndarra
 def _lots(c: Canvas, line: float, out: int, leaf: np.ndarray) -> None:
     """Line one side of the street."""
     ends = [1.2, *(np.cumsum(c.rng.uniform(7, 15, 9)) + c.rng.uniform(0, 6))]
-    density = c.rng.uniform(0.2, 0.65)
+    density = c.rng.uniform(0.15, 0.55)
     for z0, z1 in list(pairwise(ends))[::-1]:
         if c.rng.rand() < density:
             _building(c, line + out * c.rng.uniform(0, 0.6), out, z0, z1)
@@ -236,24 +238,24 @@ def _things(c: Canvas, kerbs: tuple[float, float], lines: tuple[float, float], l
         lanes.append((left + 1.1, False, 5.0))
     for x, away, start in lanes:
         z = rng.uniform(start, start + 9)
-        while z < 60:
+        while z < 36:
             kind: Callable[..., None] = (things.car, things.truck, things.bus)[rng.choice(3, p=[0.56, 0.22, 0.22])]
             found.append((z, kind, x + rng.uniform(-0.2, 0.2), (away,)))
             z += FOOTPRINTS[kind][1] + 2 + rng.exponential(7) + z * 0.15
     for kerb, line, out in zip(kerbs, lines, (-1, 1), strict=True):
         z = rng.uniform(5.5, 9)
-        while z < 45:
+        while z < 26:
             kind = (things.lamp_post, things.traffic_light, things.traffic_sign, _tree)[
                 rng.choice(4, p=[0.24, 0.3, 0.3, 0.16])
             ]
             found.append((z, kind, kerb + out * 0.45, (leaf,) if kind is _tree else ()))
-            z += rng.uniform(2.5, 6) + z * 0.12
-        for z in rng.uniform(5.5, 20, rng.randint(2, 5)):
+            z += rng.uniform(2.5, 5) + z * 0.15
+        for z in rng.uniform(6, 14, rng.randint(2, 4)):
             for i in range(rng.randint(1, 3)):
                 found.append((z + 0.1 * i, things.person, line - out * rng.uniform(0.4, abs(line - kerb) - 0.5), ()))
         if rng.rand() < 0.5:
             found.append((rng.uniform(5, 14), things.bicycle, line - out * 0.8, (False,)))
-    for z in rng.uniform(5, 14, rng.randint(1, 4)):
+    for z in rng.uniform(5, 11, rng.randint(1, 4)):
         found.append((z, things.bicycle, rng.uniform(left, right), (True,)))
     if rng.rand() < 0.35:
         found.append((rng.uniform(7, 18), things.person, rng.uniform(left, right), ()))

@@ -52,6 +52,9 @@ VAN = [(0, 0.12), (0, 0.98), (0.01, 1), (0.99, 1), (1, 0.98), (1, 0.12)]
 SKIN = [(222, 178, 148), (178, 128, 96), (110, 76, 58)]
 HAIR = [(40, 30, 26), (92, 62, 40), (176, 146, 96), (128, 126, 124)]
 METAL = [(96, 100, 102), (70, 78, 74), (150, 152, 150), (60, 58, 58)]
+LIVERY = [(206, 166, 44), (196, 44, 40), (226, 226, 222)]
+TARPAULIN = [(186, 182, 172), (58, 84, 140), (60, 104, 78)]
+VESTS = [(228, 232, 70), (248, 140, 40)]
 RED, BLUE, GREEN = (200, 30, 36), (36, 84, 172), (30, 116, 80)
 
 
@@ -132,7 +135,7 @@ def car(c: Canvas, x: float, z: float, away: bool) -> None:
 def bus(c: Canvas, x: float, z: float, away: bool) -> None:
     """A bus: rows of windows and a destination board."""
     b = Body(x, z, 2.5, c.rng.uniform(8, 11), c.rng.uniform(2.9, 3.3))
-    _hull(c, b, VAN, c.pick(PAINT), BUS)
+    _hull(c, b, VAN, c.pick(LIVERY), BUS)
     _wheels(c, b, BUS, 0.45)
     count = c.rng.randint(4, 7)
     _windows(c, b, [((i + 0.1) / count, (i + 0.9) / count) for i in range(count)], 0.48, 0.84)
@@ -145,19 +148,23 @@ def bus(c: Canvas, x: float, z: float, away: bool) -> None:
 def truck(c: Canvas, x: float, z: float, away: bool) -> None:
     """A truck: a cab and a closed load, of two colours; from behind one sees the doors of the load."""
     tall, long = c.rng.uniform(3.1, 3.7), c.rng.uniform(5, 7)
-    paint, cover = c.pick(PAINT), c.pick([*PAINT, (190, 186, 176)])
+    paint, cover = c.pick(PAINT), c.pick(TARPAULIN)
     load = Body(x, z if away else z + 2.2, 2.5, long, tall)
     cab = Body(x, z + long + 0.3 if away else z, 2.3, 2.0, tall * 0.78)
     c.face(front(z + 0.2, x - 1.1, x + 1.1, 0.35, tall * 0.3), BLACK, TRUCK)
     for b, colour in ((cab, paint), (load, cover))[:: 1 if away else -1]:
         _hull(c, b, VAN, colour, TRUCK)
+        if b is load and b.flank is not None:  # ribs
+            for share in np.arange(0.06, 1, 0.14):
+                z = b.z + share * b.long
+                c.face(side(b.flank, z, z + 0.25, 0.2 * tall, 0.96 * tall), colour * 0.6)
         if b is cab:
             _windows(c, cab, [(0.25, 0.75)], 0.55, 0.85)
     _wheels(c, Body(x, z, 2.5, long + 2.2, tall), TRUCK, 0.5)
     if away:
         c.face(load.end(-0.024, 0.024, 0.14, 0.97), cover * 0.55)
-        for dx in (-0.24, 0.24):
-            c.face(load.end(dx - 0.024, dx + 0.024, 0.2, 0.9), cover * 0.7)
+        for dx in (-0.7, -0.35, 0.35, 0.7):
+            c.face(load.end(dx - 0.04, dx + 0.04, 0.2, 0.94), cover * 0.6)
         c.face(load.end(-1, 1, 0.12, 0.18), BLACK)
     else:
         c.face(cab.end(-0.87, 0.87, 0.54, 0.88), GLASS)
@@ -191,7 +198,7 @@ def bicycle(c: Canvas, x: float, z: float, ridden: bool) -> None:
     """A bicycle from its side, more or less turned, perhaps with a rider; labelled through spokes and frame."""
     rng, place = c.rng, c.board(x, z)
     turn = rng.choice([-1, 1]) * rng.uniform(0.6, 1)
-    frame, coat, trousers = c.pick(PAINT), c.pick(PAINT), c.pick(PAINT) * 0.6
+    frame, coat, trousers = c.pick(PAINT), c.pick(VESTS), c.pick(PAINT) * 0.6
 
     def draw(polygon: Any, colour: Any, label: int = BICYCLE) -> None:
         c.fill(place(np.asarray(polygon) * (1.15 * turn, 1.15)), colour, label, z=z)
@@ -238,7 +245,7 @@ def _mast(c: Canvas, x: float, z: float, tall: float, wide: float) -> Any:
 def lamp_post(c: Canvas, x: float, z: float) -> None:
     """A street lamp that reaches over the road; a pole in all its parts."""
     tall, reach = c.rng.uniform(5.5, 7.5), -np.sign(x) * c.rng.uniform(1, 1.8)
-    place = _mast(c, x, z, tall, 0.26)
+    place = _mast(c, x, z, tall, 0.36)
     c.fill(place(stroke((0, tall - 0.06), (reach, tall + 0.2), 0.15)), METAL[0], POLE, z=z)
     lamp = (255, 232, 170) if c.dusk else (180, 182, 180)
     c.fill(place(stroke((reach, tall + 0.2), (reach * 1.5, tall + 0.22), 0.24)), lamp, POLE, z=z)
@@ -247,15 +254,16 @@ def lamp_post(c: Canvas, x: float, z: float) -> None:
 def traffic_light(c: Canvas, x: float, z: float) -> None:
     """Three lights in a dark case on a mast, one of them lit."""
     tall, lit = c.rng.uniform(2.4, 3.4), c.rng.randint(3)
-    place = _mast(c, x, z, tall, 0.22)
-    c.fill(place(box(-0.34, 0.34, tall - 0.1, tall + 1.4)), (40, 44, 42), LIGHT, z=z)
+    place = _mast(c, x, z, tall, 0.32)
+    c.fill(place(box(-0.45, 0.45, tall - 0.2, tall + 1.7)), WHITE, LIGHT, z=z)
+    c.fill(place(box(-0.37, 0.37, tall - 0.12, tall + 1.62)), (34, 38, 36), z=z)
     for i, colour in enumerate(((70, 235, 150), (255, 190, 50), (245, 50, 40))):
-        c.fill(place(ellipse(0, tall + 0.17 + 0.48 * i, 0.2, 0.2)), np.array(colour) * (1 if i == lit else 0.28), z=z)
+        c.fill(place(ellipse(0, tall + 0.2 + 0.55 * i, 0.25, 0.25)), np.array(colour) * (1 if i == lit else 0.35), z=z)
 
 
 def traffic_sign(c: Canvas, x: float, z: float) -> None:
     """A sign on a mast: no entry, a command, a warning or a way."""
-    tall, size = c.rng.uniform(2.4, 3.2), c.rng.uniform(0.48, 0.62)
+    tall, size = c.rng.uniform(2.4, 3.2), c.rng.uniform(0.6, 0.8)
     square, triangle = np.array(box(-1, 1, -1, 1)), np.array([(-1.1, -0.8), (0, 1.1), (1.1, -0.8)])
     signs: tuple[tuple[np.ndarray, Colour, Colour, tuple[float, float], Colour], ...] = (
         (CIRCLE, RED, WHITE, (0.5, 0.14), BLACK),
@@ -264,6 +272,6 @@ def traffic_sign(c: Canvas, x: float, z: float) -> None:
         (square, WHITE, BLUE if c.rng.rand() < 0.5 else GREEN, (0.13, 0.45), WHITE),
     )
     shape, rim, field, bar, ink = signs[c.rng.randint(len(signs))]
-    place = _mast(c, x, z, tall, 0.18)
+    place = _mast(c, x, z, tall, 0.28)
     for polygon, colour, label in ((shape, rim, SIGN), (shape * 0.72, field, None), (square * bar, ink, None)):
         c.fill(place(polygon * size + (0, tall)), colour, label, z=z)
