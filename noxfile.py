@@ -11,6 +11,7 @@ from pathlib import Path
 import nox
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine down
 nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "uv|venv"
 nox.options.download_python = "never"

@@ -137,7 +137,7 @@ class Demo(Command):
     def run(self, package: str | None) -> None:
         from segcore import demo
 
-        print(demo.run(self.experiment, self.work_dir, device=_device(self.device)))
+        demo.run(self.experiment, self.work_dir, device=_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ COMMANDS: dict[str, type[Any]] = {
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 for what the user must mend, 2 for wrong usage, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         parse(words, package).run(package)
     except UserError as error:

@@ -14,6 +14,7 @@ import torch
 from segcore.data import toy
 from segcore.data.dataset import Dataset, open_dataset
 from segcore.data.transforms import normalize
+from segcore.errors import UserError
 from segcore.evaluation import report
 from segcore.evaluation.baseline import fit_linear
 from segcore.evaluation.evaluate import Results
@@ -37,7 +38,8 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
     work_dir.mkdir(parents=True, exist_ok=True)
     exp = prepare(exp, work_dir / "scenes")
     results = train(exp, work_dir / "run", device=device, resume=True)
-    assert results is not None
+    if results is None:
+        raise UserError("train.evaluate_every is 0; the demo needs an evaluation, so give it any other value")
     print("fitting the linear baseline …")
     baseline = linear_baseline(open_dataset(exp.data, "train"), open_dataset(exp.data, "val"))
     model = exp.model.build()
@@ -55,15 +57,11 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
 
 
 def prepare(exp: Experiment, scenes: Path) -> Experiment:
-    """Generate the scenes if they are not there, and return the experiment on them, evaluated once, at the end."""
+    """Generate the scenes if they are not there, and return the experiment on them."""
     with progress("generating street scenes") as advance:
         if not toy.is_complete(scenes):
             toy.generate(scenes, progress=advance)
-    return dataclasses.replace(
-        exp,
-        data=dataclasses.replace(exp.data, root=scenes),
-        train=dataclasses.replace(exp.train, evaluate_every=exp.schedule.iterations),
-    )
+    return dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=scenes))
 
 
 def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
