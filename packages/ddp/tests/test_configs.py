@@ -62,14 +62,10 @@ def test_parameter_counts(name):
 @pytest.mark.parametrize(("name", "without"), [(ROWS[0], None), ("ddp_convnext_t_4x4_512x1024_160k_cityscapes", 44),
                                                ("ddp_swin_t_4x4_512x1024_160k_cityscapes", 64)])  # fmt: skip
 def test_weight_decay_goes_where_it_was_published(name, without):
-    exp = segcore.load_experiment(name)
-    settings = param_settings(on_meta(name).official_names().values(), exp.optimizer)
-    own = {
-        official
-        for n, official in on_meta(name).official_names().items()
-        if n in dict(on_meta(name).named_parameters())
-    }
-    free = [n for n in own if settings[n][1] == 0]
+    exp, model = segcore.load_experiment(name), on_meta(name)
+    official = model.official_names()
+    settings = param_settings([official[n] for n, _ in model.named_parameters()], exp.optimizer)
+    free = [n for n, (_, decay) in settings.items() if decay == 0]
     assert all(n.startswith("backbone.") for n in free)
     assert without in (None, len(free))
     assert {lr for lr, _ in settings.values()} == {exp.optimizer.lr}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from segcore.errors import UserError
 from segcore.evaluation.inference import predict_classes, predict_probabilities, view_sizes, window_boxes
-from segcore.experiment import MULTI_SCALE, Data, Evaluate
+from segcore.experiment import Data, Evaluate, multi_scale
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 
@@ -185,7 +185,7 @@ def test_views_by_hand():
     assert view_sizes(300, 2000, Evaluate(scale=(2048, 512))) == [(307, 2048, False)]
     assert view_sizes(500, 375, Evaluate(scale=(2048, 1024))) == [(1365, 1024, False)]
     assert view_sizes(33, 21, dataclasses.replace(PLAIN, ratios=(1.0, 0.5))) == [(33, 21, False), (16, 10, False)]
-    views = view_sizes(1024, 2048, Evaluate(**MULTI_SCALE))
+    views = view_sizes(1024, 2048, multi_scale(Evaluate()))
     assert len(views) == 12
     assert views[:3] == [(512, 1024, False), (512, 1024, True), (768, 1536, False)]
 
