@@ -214,7 +214,7 @@ def test_every_experiment_can_be_written_as_overrides(wanted):
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(wanted=experiments())
 def test_every_experiment_can_be_written_as_a_file(tmp_path_factory, wanted):
-    path = tmp_path_factory.mktemp("written") / "my.py"  # a new one each time: compiled files are kept by path and second
+    path = tmp_path_factory.mktemp("written") / "my.py"  # a new path each time: compiled files go by path and second
     path.write_text(experiment.source(wanted), encoding="utf-8", newline="")
     assert load_experiment(str(path)) == wanted
     assert load_experiment(f"{path}:experiment") == wanted
