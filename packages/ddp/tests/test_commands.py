@@ -78,6 +78,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_interrupt_saves_and_says_how_to_go_on(toy, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ddp_seg", "train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL]
@@ -291,3 +292,26 @@ def test_unknown_device(capsys, run, toy):
     assert "--device nonsense" in refused(
         capsys, "test", CONFIG, run, f"--data.root={toy}", *SMALL[1:], "--device=nonsense"
     )
+
+
+@pytest.mark.parametrize(("channels", "depth", "suffix"), [(1, 16, ".png"), (5, 8, ".npy")])
+def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
+    """Grey 16-bit and five-band images in a user's own folders: trained, tested and predicted."""
+    rng = np.random.RandomState(0)
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        (tmp_path / "masks" / split).mkdir(parents=True)
+        for i in range(2):
+            image = rng.randint(0, 2**depth, (64, 128, channels)).astype(f"uint{depth}")
+            path = tmp_path / "images" / split / f"{i}{suffix}"
+            np.save(path, image) if suffix == ".npy" else cv2.imwrite(str(path), image)
+            Image.fromarray(rng.randint(0, 3, (64, 128)).astype(np.uint8)).save(tmp_path / "masks" / split / f"{i}.png")
+    kind = [
+        "--data.dataset=folder", f"--data.root={tmp_path}", "--data.classes", "a", "b", "c", "--model.num-classes=3",
+        f"--data.channels={channels}", f"--model.in-channels={channels}", f"--data.bit-depth={depth}",
+        "--data.photometric=False", "--data.mean", *["100"] * channels, "--data.std", *["100"] * channels,
+    ]  # fmt: skip
+    main("ddp_seg", ["train", CONFIG, f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, *kind])
+    source = str(tmp_path / "images" / "val")
+    main("ddp_seg", ["predict", CONFIG, str(tmp_path / "run"), source, str(tmp_path / "out"), *SMALL, *kind])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "0_overlay.png", "1.png", "1_overlay.png"]

@@ -70,11 +70,16 @@ def test_other_channel_counts():
     assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
 
 
-def test_half_precision_keeps_the_time_embedding_exact():
-    model = build("resnet").eval()
-    level = torch.tensor([-18.907475])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.time_embedding(level), build("resnet").time_embedding(level))
+def test_half_precision_keeps_noise_levels_and_time_embedding_exact():
+    model, seen = build("resnet").eval(), []
+    hook = model.time_embedding.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answer = model.predict_steps(contract.images(1), steps=(1,))["1"]
+    hook.remove()
+    level, embedding = seen[0]
+    assert answer.isfinite().all()
+    assert level.item() == pytest.approx(-18.907475, abs=1e-5)
+    assert torch.equal(embedding, model.time_embedding(level))
 
 
 def test_float64_model():

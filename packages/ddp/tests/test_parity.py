@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import segcore
 from ddp_seg.configs import DDP
-from ddp_seg.decoder import pixel_centres, positional_encoding
+from ddp_seg.decoder import make_grid, pixel_centres, positional_encoding
 from ddp_seg.diffusion import alpha_sigma, log_snr, time_pairs
 from segcore.models.layers import resize
 
@@ -270,18 +270,18 @@ def test_decoder_layers(convnext, golden):
     x = normal(152, (2, 256, 6, 10))
     time = convnext.time_embedding(log_snr(f["enc_t"].float()))
     layer = convnext.decoder.layers[0]
-    position, centres = positional_encoding(6, 10, 256, x), pixel_centres(6, 10, x)
+    grid = make_grid(x)
     tokens = x.flatten(2).transpose(1, 2)
 
     def as_map(tokens):
         return tokens.transpose(1, 2).reshape(2, 256, 6, 10)
 
-    attended = tokens + layer.attention(tokens, position, centres, (6, 10))
+    attended = tokens + layer.attention(tokens, grid)
     check(as_map(attended)[:, ::4], f["enc_layer0_attn_c4"], 5e-5)
     normed = layer.norm1(attended)
     check(as_map(normed)[:, ::4], f["enc_layer0_norm0_c4"], 5e-5)
     check(as_map(layer.norm2(normed + layer.fc2(F.gelu(layer.fc1(normed)))))[:, ::4], f["enc_layer0_norm1_c4"], 5e-5)
-    check(as_map(layer(tokens, time, position, centres, (6, 10))), f["enc_layer0_out"], 5e-5)
+    check(as_map(layer(tokens, time, grid)), f["enc_layer0_out"], 5e-5)
     out = convnext.decoder.encode(x, time)
     check(out, f["enc_out"], 5e-5)
     check(convnext.decoder.classifier(out), f["enc_logits"], 2e-4)

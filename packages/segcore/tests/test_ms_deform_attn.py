@@ -3,9 +3,11 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from segcore import ops
 from segcore.ops.ms_deform_attn import reference, reference_backward, with_gather, with_grid_sample
@@ -304,3 +306,28 @@ def test_kernels_are_plain_functions():
     assert_near(reference(value, [4, 5], loc, attn), out, 1e-5)
     for a, e in zip(reference_backward(grad, value, [4, 5], loc, attn), grads, strict=True):
         assert_near(a, e, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["msda_module_l1", "msda_module_l3"])
+def test_inside_the_published_module(golden, name):
+    """The op between its four projections, as checkpoints of Deformable-DETR's module hold them."""
+    g = {k: torch.from_numpy(np.asarray(v)) for k, v in golden(f"ops/golden/{name}.npz").items()}
+    shapes = [tuple(shape) for shape in g["spatial_shapes"].tolist()]
+    heads, points = int(g["num_heads"]), int(g["num_points"])
+    query = g["query"].requires_grad_()
+
+    def project(layer, x):
+        return F.linear(x, g[f"state.{layer}.weight"], g[f"state.{layer}.bias"])
+
+    n, pixels, width = query.shape
+    value = project("value_proj", query).view(n, pixels, heads, width // heads)
+    placed = query + g["query_pos"]
+    offsets = project("sampling_offsets", placed).view(n, pixels, heads, len(shapes), points, 2)
+    weights = project("attention_weights", placed).view(n, pixels, heads, -1).softmax(-1)
+    scale = torch.tensor([(w, h) for h, w in shapes])
+    loc = g["reference_points"][:, :, None, :, None] + offsets / scale[:, None]
+    attended = ops.ms_deform_attn(value, shapes, loc, weights.view(n, pixels, heads, len(shapes), points))
+    output = project("output_proj", attended) + query
+    output.backward(g["grad_output"])
+    for ours, expected in ((output, g["output"]), (query.grad, g["grad_query"])):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,20 +58,16 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the attended tokens (N, S, C), row-major over a map of `size` (h, w), S = h * w.
-
-        position: (1, S, C), added to the queries only. reference: (S, 2) pixel centres (x, y), normalised to 0..1.
-        """
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Return the attended tokens (N, S, C), row-major over a map of S = h * w pixels; the residual is not added."""
         n, s, c = tokens.shape
         value = self.value_proj(tokens).view(n, s, self.heads, c // self.heads)
-        query = tokens + position
+        query = tokens + grid.position
         offsets = self.sampling_offsets(query).view(n, s, self.heads, 1, self.points, 2)
         weights = self.attention_weights(query).view(n, s, self.heads, 1, self.points).softmax(-1)
         # Offsets are in pixels. Locations must not be in half precision: on wide maps that is off by a pixel.
-        scale = reference.new_tensor([size[1], size[0]])
-        locations = reference[:, None, None, None] + offsets.to(reference.dtype) / scale
-        return self.output_proj(ms_deform_attn(value, [size], locations, weights))
+        locations = grid.centres[:, None, None, None] + offsets.to(grid.centres.dtype) / grid.width_height
+        return self.output_proj(ms_deform_attn(value, [grid.size], locations, weights))
 
 
 class DecoderLayer(nn.Module):
@@ -85,10 +82,8 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.time = nn.Linear(time_dim, 2 * dim)
 
-    def forward(
-        self, tokens: Tensor, time: Tensor, position: Tensor, reference: Tensor, size: tuple[int, int]
-    ) -> Tensor:
-        tokens = self.norm1(tokens + self.attention(tokens, position, reference, size))
+    def forward(self, tokens: Tensor, time: Tensor, grid: Grid) -> Tensor:
+        tokens = self.norm1(tokens + self.attention(tokens, grid))
         tokens = self.norm2(tokens + self.fc2(F.gelu(self.fc1(tokens))))
         scale, shift = self.time(F.silu(time))[:, None].chunk(2, -1)
         return tokens * (scale + 1) + shift
@@ -108,18 +103,40 @@ class MapDecoder(nn.Module):
         for layer in stack:
             layer.attention.reset_parameters()
 
-    def encode(self, x: Tensor, time: Tensor) -> Tensor:
-        """Return the map (N, C, h, w) after all layers; `time` (N or 1, time_dim)."""
-        n, c, h, w = x.shape
-        position, reference = positional_encoding(h, w, c, x), pixel_centres(h, w, x)
+    def encode(self, x: Tensor, time: Tensor, grid: Grid | None = None) -> Tensor:
+        """Return the map (N, C, h, w) after all layers.
+
+        time: (N or 1, time_dim). grid: `make_grid(x)`, given where many maps of one size are decoded.
+        """
+        grid = grid or make_grid(x)
         tokens = x.flatten(2).transpose(1, 2)
         for layer in self.layers:
-            tokens = layer(tokens, time, position, reference, (h, w))
-        return tokens.transpose(1, 2).reshape(n, c, h, w)
+            tokens = layer(tokens, time, grid)
+        return tokens.transpose(1, 2).reshape(x.shape)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Return logits (N, K, h, w) for a map (N, C, h, w)."""
-        return self.classifier(self.encode(x, time))
+    def forward(self, x: Tensor, time: Tensor, grid: Grid | None = None) -> Tensor:
+        """Return logits (N, K, h, w) for a map (N, C, h, w); arguments as for `encode`."""
+        return self.classifier(self.encode(x, time, grid))
+
+
+class Grid(NamedTuple):
+    """What the layers need to know about the pixels of a map: the same for every map of that size."""
+
+    size: tuple[int, int]
+    """(h, w)."""
+    width_height: Tensor
+    """(2,): offsets in pixels, divided by it, are normalised."""
+    centres: Tensor
+    """(S, 2): see `pixel_centres`."""
+    position: Tensor
+    """(1, S, C): see `positional_encoding`; added to the queries only."""
+
+
+def make_grid(like: Tensor) -> Grid:
+    """Return the grid of a map (N, C, h, w), on its device and in at least float32."""
+    _, c, h, w = like.shape
+    centres = pixel_centres(h, w, like)
+    return Grid((h, w), centres.new_tensor([w, h]), centres, positional_encoding(h, w, c, like))
 
 
 def _integers(start: int, stop: int, like: Tensor) -> Tensor:

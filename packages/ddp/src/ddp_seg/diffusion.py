@@ -5,6 +5,7 @@ the signal's share alpha = sqrt(sigmoid(l)) and the noise's sigma = sqrt(sigmoid
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,10 +56,10 @@ class Noise(NamedTuple):
     sigma: Tensor
 
 
-def noise_at(time: float, schedule: Schedule, like: Tensor) -> Noise:
-    """Return the noise level at a time, as tensors with the dtype and device of `like`."""
-    level = log_snr(torch.tensor(time), schedule).to(like)
-    return Noise(level, *alpha_sigma(level))
+def noise_at(times: Sequence[float], schedule: Schedule, like: Tensor) -> list[Noise]:
+    """Return the noise level at each time, as tensors with the dtype (float32 or wider) and device of `like`."""
+    levels = log_snr(torch.tensor(times), schedule).to(like)  # one transfer for all
+    return [Noise(level, *alpha_sigma(level)) for level in levels]
 
 
 def ddim_step(noisy: Tensor, codes: Tensor, now: Noise, after: Noise) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddp_seg.configs import DDP
-from ddp_seg.decoder import MapDecoder, TimeEmbedding
+from ddp_seg.decoder import MapDecoder, TimeEmbedding, make_grid
 from ddp_seg.diffusion import add_noise, ddim_step, ddpm_step, log_snr, noise_at, time_pairs
 from ddp_seg.official import official_name
 from segcore.models.backbones import build_backbone
@@ -101,17 +101,16 @@ class DDPSegmentor(Segmentor):
         weight = self.transform.weight
         image_part = F.conv2d(features, weight[:, :width], self.transform.bias).repeat_interleave(starts, 0)
         difference = config.time_difference if time_difference is None else time_difference
-        pairs = time_pairs(steps or config.timesteps, difference, config.sample_range[0])
-        noisy = noise
-        for k, (time, next_time) in enumerate(pairs):
-            now = noise_at(time, config.noise_schedule, noise)
+        pairs = time_pairs(config.timesteps if steps is None else steps, difference, config.sample_range[0])
+        nows, nexts = (noise_at(times, config.noise_schedule, noise) for times in zip(*pairs, strict=True))
+        grid, noisy = make_grid(noise), noise
+        for k, ((time, next_time), now, after) in enumerate(zip(pairs, nows, nexts, strict=True)):
             mixed = image_part + F.conv2d(noisy, weight[:, width:])
-            logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]))
+            logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]), grid)
             yield Step(time, noisy, logits)
             if k + 1 == len(pairs):
                 return
             codes = self.codes(logits.argmax(1)).to(noisy.dtype)
-            after = noise_at(next_time, config.noise_schedule, noise)
             if (sampler or config.sampler) == "ddim":
                 noisy = ddim_step(noisy, codes, now, after)
             elif next_time > 0:
@@ -157,14 +156,19 @@ class DDPSegmentor(Segmentor):
         return answer.unflatten(0, (features.shape[0], -1)).mean(1)
 
     def draw_noise(self, features: Tensor, seeds: Sequence[int] | None, steps: int) -> tuple[Tensor, Tensor | None]:
-        """Return the start noise (N*R, C, h, w) and, for the DDPM sampler, the step noise (steps, N*R, C, h, w)."""
+        """Return the start noise (N*R, C, h, w) and, for the DDPM sampler, the step noise (steps, N*R, C, h, w).
+
+        Always float32 or wider, also where autocast made the features narrower: noise levels must not be rounded.
+        """
         starts, shape = self.config.randsteps, features.shape[1:]
+        dtype = torch.promote_types(features.dtype, torch.float32)
         noise, step_noise = [], []
         for generator in _generators(seeds, len(features)):
             noise.append(torch.randn(starts, *shape, generator=generator))
             if self.config.sampler == "ddpm":
                 step_noise.append(torch.randn(steps, starts, *shape, generator=generator))
-        return torch.cat(noise).to(features), torch.cat(step_noise, 1).to(features) if step_noise else None
+        start = torch.cat(noise).to(features.device, dtype)
+        return start, torch.cat(step_noise, 1).to(start) if step_noise else None
 
     def predict_steps(
         self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
@@ -173,13 +177,15 @@ class DDPSegmentor(Segmentor):
 
         With `accumulation` the entries are probability maps instead of logits, as published.
         """
-        features = self.encode(images)
-        results = {}
-        for count in steps or (self.config.timesteps,):
-            noise, step_noise = self.draw_noise(features, seeds, count)
-            answer = self.denoise(features, noise, steps=count, step_noise=step_noise)
-            results[str(count)] = resize(answer, images.shape[-2:])
-        return results
+        features, counts = self.encode(images), steps or (self.config.timesteps,)
+        noise, step_noise = self.draw_noise(features, seeds, max(counts))
+        answers = (self.denoise(features, noise, steps=count, step_noise=step_noise) for count in counts)
+        return {str(count): resize(answer, images.shape[-2:]) for count, answer in zip(counts, answers, strict=True)}
+
+    @property
+    def configured_entry(self) -> str:
+        """The entry of `predict_steps` for the configured number of steps."""
+        return str(self.config.timesteps)
 
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the logits after every step of the configured run, of the first random start; see `Segmentor`."""
@@ -205,6 +211,7 @@ class DDPSegmentor(Segmentor):
         """
         features = self.encode(images)
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw(features, seeds)
+        noise = noise.to(features.device)
         if self.config.self_aligned:
             with torch.no_grad():  # the model's own answer from pure noise takes the place of the labels
                 first = log_snr(torch.ones(1), self.config.noise_schedule).to(noise.device)
@@ -228,7 +235,7 @@ class DDPSegmentor(Segmentor):
         for generator in _generators(seeds, len(features)):
             times.append(torch.rand(1, generator=generator) * (high - low) + low)
             noise.append(torch.randn(1, *features.shape[1:], generator=generator))
-        return torch.cat(times), torch.cat(noise).to(features.device)
+        return torch.cat(times), torch.cat(noise)
 
     # Weights
 

@@ -75,7 +75,7 @@ class Test(Command):
     limit: int | None = None
     """Evaluate the first images only."""
     json: Path | None = None
-    """Where the figures go at full precision; runs/<configuration>/test.json if not given."""
+    """Where the figures go at full precision; runs/<configuration>.test.json if not given."""
 
     def run(self, package: str | None) -> None:
         from segcore.data.dataset import open_dataset
@@ -95,9 +95,10 @@ class Test(Command):
                 on_progress=advance, limit=self.limit,
             )  # fmt: skip
         print(report.per_class(results, settings.metrics), report.summary(results, settings.metrics), sep="\n\n")
-        if (row := published(exp.name)) and row.miou:
+        row = published(exp.name)
+        if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
-        path = self.json or self.default_dir / "test.json"
+        path = self.json or Path("runs") / f"{exp.name}.test.json"
         report.write_json(path, results, {"name": exp.name, "checkpoint": self.checkpoint, "seed": exp.seed})
         print(f"\n{path}")
 
@@ -156,7 +157,8 @@ class Configs:
                 figures = ", ".join(f"{value:.2f} {key}" for key, value in row.miou.items()) if row else ""
                 figures = f"mIoU {figures}" if figures else ""
                 weights = " (weights: official)" if row and row.url else ""
-                print(f"{name:55}{figures}{weights}".rstrip())
+                note = f" ({row.note})" if row and row.note else ""
+                print(f"{name:55}{figures}{weights}{note}".rstrip())
             return
         text = source(load_experiment(self.name, package))
         if self.write is None:
@@ -195,6 +197,10 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         _exit(f"error: {error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
+            raise
+        _exit("error: out of GPU memory; lower evaluate.batch, set --evaluate.mode slide, or use --device cpu", 1)
 
 
 def parse(words: list[str], package: str | None = None) -> Any:
@@ -211,13 +217,12 @@ def parse(words: list[str], package: str | None = None) -> Any:
     command = COMMANDS[name]
     if not issubclass(command, Command):
         return tyro.cli(command, args=rest, prog=f"{prog} {name}", description=command.__doc__)
-    default = demo_experiment(package)
     if command is Demo:
-        experiment = default
+        experiment = demo_experiment(package)
     elif rest and not rest[0].startswith("-"):
         experiment = load_experiment(rest.pop(0), package)
     elif rest and rest[0] in ("-h", "--help"):
-        experiment = default  # any will do: the help then shows this one's values
+        experiment = next(iter(experiments(package).values()))()  # any will do: the help then shows this one's values
     else:
         raise UserError(
             f"{prog} {name} needs a configuration first: `{prog} {name} CONFIG …`; `{prog} configs` lists them"
@@ -240,6 +245,12 @@ def demo_experiment(package: str | None) -> Experiment:
         if experiment.data.dataset == "toy":
             return experiment
     raise UserError("no installed method has a configuration for the toy set")
+
+
+def is_row(exp: Experiment) -> bool:
+    """Return whether the model and the dataset are those of the published row whose name `exp` has."""
+    row = load_experiment(exp.name)
+    return (exp.model, exp.data.dataset) == (row.model, row.data.dataset)
 
 
 def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:

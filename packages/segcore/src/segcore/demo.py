@@ -52,7 +52,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
     page = work_dir / "index.html"
     text = render(exp, results, baseline, shown, work_dir / "run" / "log.jsonl")
     write(page, text)
-    print(f"\n{report.summary(results)}\n\n{comparison(exp, results, baseline)}\n\nopen {page} in a browser")
+    print(f"\n{report.summary(results)}\n\n{comparison(results, baseline)}\n\nopen {page} in a browser")
     return page
 
 
@@ -76,16 +76,9 @@ def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
     return float(matrix.compute()["mIoU"])
 
 
-def configured(exp: Experiment, results: Results) -> tuple[str, float]:
-    """Return the name and the mIoU of the entry for the model's own number of steps."""
-    name = str(getattr(exp.model, "timesteps", "final"))
-    name = name if name in results.entries else list(results.entries)[-1]
-    return name, results.entries[name]["mIoU"]
-
-
-def comparison(exp: Experiment, results: Results, baseline: float) -> str:
+def comparison(results: Results, baseline: float) -> str:
     """Return one line that holds the model against the linear classifier."""
-    name, miou = configured(exp, results)
+    name, miou = results.final_entry, results.final["mIoU"]
     steps = f" at {_steps(name)}" if name.isdigit() else ""
     return (
         f"mIoU{steps}: {miou:.1%}; linear classifier on colour and position (quadratic terms): {baseline:.1%}; "
@@ -122,8 +115,8 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
         (line["iteration"], line["loss"]) for line in lines if line["mode"] == "train" and line["loss"] is not None
     ]
     curve = curve_svg([i for i, _ in losses], [v for _, v in losses], "Training loss", "iteration", "loss")
-    name, miou = configured(exp, results)
-    figures = [(_steps(entry), m) for entry, m in report.by_steps(results)]
+    name, miou = results.final_entry, results.final["mIoU"]
+    figures = [(_steps(entry), m) for entry, m in results.entries.items()]
     rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]
     rows.append(("linear classifier", f"{baseline:.1%}", "", ""))
     present = [k for k in range(len(dataset.classes)) if not np.isnan(float(results.final["IoU"][k]))]
@@ -141,7 +134,7 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
         name=html.escape(exp.name),
         miou=f"{miou:.1%}",
         steps=f" at {_steps(name)}" if name.isdigit() else "",
-        comparison=html.escape(comparison(exp, results, baseline)),
+        comparison=html.escape(comparison(results, baseline)),
         images=results.images,
         iterations=exp.schedule.iterations,
         train=len(open_dataset(exp.data, "train")),

@@ -31,5 +31,5 @@ def ddp_resnet18_toy() -> Experiment:
             evaluate_every=420,
             save_every=100,
         ),
-        evaluate=Evaluate(scale=(512, 256), batch=2, steps=(1, 10, 3)),  # the configured number last
+        evaluate=Evaluate(scale=(512, 256), batch=2, steps=(1, 3, 10)),
     )

@@ -35,11 +35,18 @@ class Results:
     """Step entry -> the metrics of `ConfusionMatrix.compute`, fractions 0..1."""
     images: int
     """Number of images."""
+    configured: str = ""
+    """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
+
+    @property
+    def final_entry(self) -> str:
+        """The name of the entry that decides: the configured answer."""
+        return self.configured if self.configured in self.entries else list(self.entries)[-1]
 
     @property
     def final(self) -> dict[str, Any]:
-        """The metrics of the last step entry, which is the configured answer."""
-        return list(self.entries.values())[-1]
+        """The metrics of the configured answer."""
+        return self.entries[self.final_entry]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data at full precision: NaN is None, per-class values are lists in the order of `classes`."""
@@ -114,7 +121,8 @@ def evaluate(
             done += len(batch)
             if on_progress:
                 on_progress(done, total)
-    return Results(tuple(dataset.classes), {entry: matrix.compute() for entry, matrix in matrices.items()}, done)
+    entries = {entry: matrix.compute() for entry, matrix in matrices.items()}
+    return Results(tuple(dataset.classes), entries, done, model.configured_entry)
 
 
 @contextmanager

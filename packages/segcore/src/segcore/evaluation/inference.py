@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.experiment import Data, Evaluate
+from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 
@@ -164,9 +164,7 @@ def _logits(network: Network, batch: Tensor, evaluate: Evaluate, seeds: Sequence
 
 def _probabilities(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Return class probabilities float32 at `size`; the softmax comes after the resize, as published."""
-    logits = logits.float()
-    if logits.shape[-2:] != size:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
+    logits = resize(logits.float(), size, align_corners=align_corners)
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 

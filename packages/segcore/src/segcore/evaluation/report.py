@@ -17,15 +17,15 @@ COLUMNS = {"mIoU": ("IoU", "Acc"), "mDice": ("Dice", "Acc"), "mFscore": ("Fscore
 def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured answer.
 
-    Several step entries get a table with a column each in front of it; the configured answer is the last of them.
+    Several step entries get a table with a column each in front of it.
     """
     names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
     final = _table(names, [[_percent(results.final[name]) for name in names]])
     if len(results.entries) == 1:
         return f"Summary:\n\n{final}"
-    rows = [[name, *(_percent(entry[name]) for _, entry in by_steps(results))] for name in names]
-    steps = _table(["Steps", *(step for step, _ in by_steps(results))], rows)
-    return f"By step entry:\n\n{steps}\n\nSummary (step entry {list(results.entries)[-1]}):\n\n{final}"
+    rows = [[name, *(_percent(entry[name]) for entry in results.entries.values())] for name in names]
+    steps = _table(["Steps", *results.entries], rows)
+    return f"By step entry:\n\n{steps}\n\nSummary (step entry {results.final_entry}):\n\n{final}"
 
 
 def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
@@ -33,7 +33,7 @@ def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     several = len(results.entries) > 1
     header, columns = ["Class"], [list(results.classes)]
     for name in _columns(metrics):
-        for step, entry in by_steps(results):
+        for step, entry in results.entries.items():
             header.append(f"{name} {step}" if several else name)
             columns.append([_percent(value) for value in entry[name]])
     return f"per class results:\n\n{_table(header, list(zip(*columns, strict=True)))}"
@@ -43,12 +43,6 @@ def write_json(path: Path, results: Results, extra: Mapping[str, Any] | None = N
     """Write `extra` and the results at full precision (fractions; NaN is null) to `path`: whole, or not at all."""
     text = json.dumps({**(extra or {}), **results.to_json()}, indent=1, allow_nan=False)
     write(path, text + "\n")
-
-
-def by_steps(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Return the step entries by name in the order of their numbers, where all are numbers."""
-    entries = list(results.entries.items())
-    return sorted(entries, key=lambda entry: int(entry[0])) if all(name.isdigit() for name, _ in entries) else entries
 
 
 def _columns(metrics: Sequence[str]) -> list[str]:

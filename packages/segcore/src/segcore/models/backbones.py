@@ -105,7 +105,8 @@ class Backbone(nn.Module, ABC):
                 f"{len(wrong)} unknown or of another shape {wrong[:2]}; take the file of the same architecture"
             )
         self.load_state_dict(new, strict=False)
-        return LoadReport(len(new), tuple(n for n in state if n.startswith(("head.", "fc."))), ignored, len(new))
+        dropped = tuple(n for n in state if n.startswith(("head.", "fc.", "norm.")) and f"norms.3.{n[10:]}" not in new)
+        return LoadReport(len(new), dropped, ignored, len(new))
 
     def _fit(self, tensor: Tensor, own: Tensor | None) -> Tensor:
         """Adapt a stem convolution to our number of input channels."""

@@ -60,6 +60,11 @@ class Segmentor(nn.Module, ABC):
         "final".
         """
 
+    @property
+    def configured_entry(self) -> str:
+        """The entry of `predict_steps` that is the configured answer."""
+        return "final"
+
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
         return {}

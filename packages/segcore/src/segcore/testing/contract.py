@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from segcore.cli import COMMANDS
+from segcore.data.dataset import palette_of
 from segcore.experiment import experiments, load_experiment
 from segcore.models.segmentor import AUXILIARY, Segmentor
 
@@ -74,6 +75,7 @@ def check_steps(model: Segmentor, steps: tuple[int, ...]) -> None:
     model.eval()
     batch = images(2)
     entries = model.predict_steps(batch, seeds=[1, 2])
+    assert list(entries) == [model.configured_entry]
     assert torch.equal(list(entries.values())[-1], model(batch, seeds=[1, 2]))
     asked = model.predict_steps(batch, steps=steps or None, seeds=[1, 2])
     assert list(asked) == ([str(s) for s in steps] or ["final"])
@@ -135,7 +137,7 @@ def check_configs(package: str) -> None:
         assert exp.name == name
         with torch.device("meta"):
             model = exp.model.build()
-        assert model.num_classes == exp.model.num_classes
+        assert model.num_classes == exp.model.num_classes == len(palette_of(exp.data)[0])
         assert set(model.official_names()) == set(model.state_dict())
 
 
