@@ -1,5 +1,6 @@
 """The demo on a handful of small scenes: what it writes, and that it goes on where it was."""
 
+import json
 import re
 
 import pytest
@@ -37,6 +38,8 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     assert sources
     assert all(source.startswith("data:image/png;base64,"[:20]) for source in sources)
     assert len(list(folder.glob("picture_*.png"))) == 2
+    figures = json.loads((folder / "figures.json").read_text())
+    assert f"mIoU at 3 steps: {figures['mIoU']:.1%}; " in page
 
 
 def test_started_again_it_goes_on(folder, capsys):

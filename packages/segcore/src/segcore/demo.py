@@ -49,6 +49,8 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
     shown = pictures(model.eval().to(device), exp)
     for i, maps in enumerate(shown, 1):
         write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
+    figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
+    write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     page = work_dir / "index.html"
     text = render(exp, results, baseline, shown, work_dir / "run" / "log.jsonl")
     write(page, text)
