@@ -223,6 +223,7 @@ def test_missing_folders(tmp_path, capsys, run):
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={tmp_path / 'none'}"]
     assert str(tmp_path / "none") in refused(capsys, *words, *SMALL)
     assert str(tmp_path / "nothing") in refused(capsys, "test", CONFIG, tmp_path / "nothing", *SMALL)
+    assert "neither a checkpoint folder" in refused(capsys, "test", CONFIG, tmp_path, *SMALL)
     assert "no such image" in refused(capsys, "predict", CONFIG, run, tmp_path / "none", tmp_path / "out", *SMALL)
     assert not (tmp_path / "out").exists()
 

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path | str, content: str | bytes) -> None:
     """Write a file whole or not at all: beside it, synced, then renamed. Its folder is made; text is UTF-8."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -49,7 +49,7 @@ def overlay(
     return (image * (1 - opacity) + colorize(classes, palette, ignore_index) * opacity).astype(np.uint8)
 
 
-def write_class_png(path: Path, classes: np.ndarray, palette: np.ndarray | None = None) -> None:
+def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray | None = None) -> None:
     """Write classes (H, W) as an 8-bit PNG whose values are the class indices; with a palette, viewers show colours.
 
     Raises UserError when an index or the number of colours does not fit into 8 bits.
@@ -69,7 +69,7 @@ def write_class_png(path: Path, classes: np.ndarray, palette: np.ndarray | None 
     write(path, _png(picture))
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path | str, image: np.ndarray) -> None:
     """Write an image as PNG, whole or not at all; the folder is made."""
     write(path, _png(Image.fromarray(image)))
 

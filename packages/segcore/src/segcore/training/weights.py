@@ -36,7 +36,7 @@ from torch import Tensor
 from segcore.errors import UserError
 from segcore.experiment import published
 from segcore.models.segmentor import LoadReport, Segmentor
-from segcore.training.checkpoint import best, newest, read_model_state
+from segcore.training.checkpoint import MANIFEST, best, newest, read_model_state
 
 WRAPPERS = ("state_dict", "model", "module")
 """Entries of a training checkpoint that hold the weights, in the order of preference."""
@@ -154,6 +154,10 @@ def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> 
         return found
     if not path.exists():
         raise UserError(f"{checkpoint}: no such file or folder (looked at {path.absolute()}); {ACCEPTED}")
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise UserError(
+            f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}"
+        )
     return path
 
 
