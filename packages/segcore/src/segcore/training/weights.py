@@ -155,9 +155,7 @@ def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> 
     if not path.exists():
         raise UserError(f"{checkpoint}: no such file or folder (looked at {path.absolute()}); {ACCEPTED}")
     if path.is_dir() and not (path / MANIFEST).exists():
-        raise UserError(
-            f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}"
-        )
+        raise UserError(f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}")
     return path
 
 
