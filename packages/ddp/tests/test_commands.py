@@ -316,3 +316,24 @@ def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
     source = str(tmp_path / "images" / "val")
     main("ddp_seg", ["predict", CONFIG, str(tmp_path / "run"), source, str(tmp_path / "out"), *SMALL, *kind])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "0_overlay.png", "1.png", "1_overlay.png"]
+
+
+def test_a_bad_validation_image_does_not_lose_what_was_trained(toy, tmp_path, capsys):
+    root, run = tmp_path / "toy", tmp_path / "run"
+    shutil.copytree(toy, root)
+    bad = first(root, "leftImg8bit/val/*/*.png")
+    bad.write_bytes(b"")
+    words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={run}", *SMALL]
+    line = refused(capsys, *words, "--schedule.iterations=4", "--train.evaluate-every=3", "--train.save-every=100")
+    assert bad.name in line
+    assert newest(run).name == "iter_3"
+
+
+def test_predict_answers_as_configured_whatever_test_reports(run, toy, tmp_path, capsys):
+    image = str(first(toy, "leftImg8bit/val/*/*.png"))
+    answers = []
+    for i, options in enumerate((["--evaluate.steps", "1"], ["--evaluate.steps", "10"], ["--model.timesteps=1"])):
+        main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / f"{i}.png"), *SMALL, *options])
+        answers.append(np.array(Image.open(tmp_path / f"{i}.png")))
+    assert np.array_equal(answers[0], answers[1])
+    assert not np.array_equal(answers[0], answers[2])

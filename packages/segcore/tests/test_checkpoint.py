@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from segcore.errors import UserError
+from segcore.files import sha256
 from segcore.training import checkpoint
 
 MODEL = {
@@ -123,7 +124,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     (folder,) = saved(tmp_path, 1)
     torch.save({"iteration": Code(tmp_path / "executed")}, folder / "state.pt", pickle_module=pickle)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    digest = checkpoint._digest(folder / "state.pt")
+    digest = sha256(folder / "state.pt")
     manifest["files"]["state.pt"] = {"size": (folder / "state.pt").stat().st_size, "sha256": digest}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"state.pt: refused, nothing was executed"):

@@ -148,6 +148,7 @@ def _override(path, value):
 counts = st.integers(1, 10**9)
 sizes = st.tuples(counts, counts)
 reals = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(1e-6, 1e6)
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",))).filter(
     lambda word: word != "None"
 )
@@ -170,7 +171,7 @@ def experiments(draw):
         crop=sizes,
         photometric=st.booleans() if n == 3 and eight else st.just(False),
         mean=st.tuples(*[reals] * n),
-        std=st.tuples(*[reals] * n),
+        std=st.tuples(*[positive] * n),
     )
     passes = draw(st.integers(1, 100))
     train = st.builds(
@@ -347,3 +348,28 @@ def test_wrong_file_is_named_with_the_remedy(config, spec, text):
     (config.parent / "empty.py").touch()
     with pytest.raises(UserError, match=text):
         load_experiment(str(config.parent / spec))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.workers=-1", "evaluate.steps=3 0", "evaluate.ratios=", "evaluate.ratios=1 0", "data.std=1 0 1",
+     "schedule.step=0", "schedule.warmup_iterations=-1", "model.num_classes=0", "train.evaluate_every=-1"],
+)  # fmt: skip
+def test_values_that_no_run_can_use_are_refused(override):
+    with pytest.raises(UserError):
+        load_experiment("ddp_resnet18_toy").with_overrides([override])
+
+
+def test_16_bit_images_need_their_own_mean():
+    exp = load_experiment("ddp_resnet18_toy")
+    with pytest.raises(UserError, match="8-bit"):
+        exp.with_overrides(["data.bit_depth=16", "data.photometric=False"])
+
+
+def test_a_broken_configuration_file_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\nimport nothing_of_that_name\n")
+    with pytest.raises(UserError, match=r"mine.py: cannot be run, line 2: ModuleNotFoundError"):
+        load_experiment(str(tmp_path / "mine.py"))
+    (tmp_path / "typo.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match=r"typo.py: cannot be run, line 1: SyntaxError"):
+        load_experiment(str(tmp_path / "typo.py"))

@@ -18,7 +18,7 @@ METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
 LAYERS = {
     "errors": "",
     "seeds": "",
-    "files": "",
+    "files": "errors",
     "experiment": "errors",
     "ops": "errors",
     "models": "errors seeds experiment ops",

@@ -154,7 +154,10 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     finished = {"interrupted": 3, "killed": 2, "in evaluation": 4}[cut]
     assert checkpoint.newest(tmp_path / "b") == checkpoint.folder_of(tmp_path / "b", finished)
     if cut != "killed":
-        assert f"stopped after iteration {finished}; the same command with --resume goes on" in capsys.readouterr().out
+        assert (
+            f"stopped after iteration {finished}; it goes on from there (train: with --resume)"
+            in capsys.readouterr().out
+        )
     FAULT.clear()
     resumed = train(exp, tmp_path / "b", resume=True)
     assert resumed is not None

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import shlex
 import sys
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class Data:
     photometric: bool = True
     """Photometric distortion (brightness, contrast, saturation, hue); 8-bit RGB only."""
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
-    """Mean per channel, RGB, in units of the file (0..255)."""
+    """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits)."""
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
     """Standard deviation per channel, likewise."""
     workers: int = 4
@@ -210,10 +211,25 @@ class Experiment:
             ("train.log_every", train.log_every),
             ("schedule.iterations", self.schedule.iterations),
             ("evaluate.batch", self.evaluate.batch),
+            ("model.num_classes", self.model.num_classes),
+            ("schedule.step", self.schedule.step),
+            ("len(evaluate.ratios)", len(self.evaluate.ratios)),
+            *(("evaluate.steps", steps) for steps in self.evaluate.steps),
             *((f"{group}.{key}", v) for group, key, pair in _pairs(self) for v in pair),
         ):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        for name, number in (
+            ("data.workers", data.workers),
+            ("train.evaluate_every", train.evaluate_every),
+            ("schedule.warmup_iterations", self.schedule.warmup_iterations),
+        ):
+            if number < 0:
+                raise UserError(f"{name} is {number}; it must be at least 0")
+        if min((*data.std, *data.ratio_range, *self.evaluate.ratios)) <= 0:
+            raise UserError(
+                "a value of data.std, data.ratio_range or evaluate.ratios is not above 0; give positive ones"
+            )
         if self.model.in_channels != data.channels:
             raise UserError(
                 f"model.in_channels is {self.model.in_channels} but data.channels is {data.channels}; set both alike"
@@ -225,6 +241,8 @@ class Experiment:
             )
         if data.photometric and (data.channels != 3 or data.bit_depth != 8):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
+        if data.bit_depth == 16 and data.mean == Data.mean:
+            raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
         if train.max_per_device < train.batch and train.batch % train.max_per_device:
             raise UserError(
                 f"train.batch {train.batch} does not divide into passes of train.max_per_device {train.max_per_device}"
@@ -378,7 +396,11 @@ def _from_file(spec: str) -> Experiment:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module.__name__] = module
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{path}: cannot be run, line {line}: {type(error).__name__}: {error}") from None
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     if not function and len(own) == 1:
         function = own[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,10 @@ def plan(source: Path, target: Path) -> list[Job]:
     `NAME.png` and `NAME_overlay.png`. Raises UserError when there is nothing to read or two images would share a name.
     """
     if source.is_dir():
-        images = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if target.resolve() == source.resolve():
+            raise UserError(f"{target}: is the folder of the images; choose another output folder")
+        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        images = [p for p in found if target.resolve() not in p.resolve().parents]  # not the results of an earlier run
         if not images:
             raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
         masks = [target / p.relative_to(source).with_suffix(".png") for p in images]
@@ -44,15 +48,13 @@ def plan(source: Path, target: Path) -> list[Job]:
         masks = [target if target.suffix.lower() == ".png" else target / f"{source.stem}.png"]
     else:
         raise UserError(f"{source}: no such image or folder")
-    if len(set(masks)) < len(masks):
-        twice = next(m for m in masks if masks.count(m) > 1)
-        raise UserError(f"{twice}: two images of {source} would both be written here; rename one")
-    for image, mask in zip(images, masks, strict=True):
-        if mask.resolve() == image.resolve():
-            raise UserError(f"{image}: the result would overwrite the image; choose another output folder")
-    return [
-        Job(image, mask, mask.with_name(f"{mask.stem}_overlay.png")) for image, mask in zip(images, masks, strict=True)
-    ]
+    overlays = [mask.with_name(f"{mask.stem}_overlay.png") for mask in masks]
+    written = Counter([*masks, *overlays])
+    if twice := next((path for path, count in written.items() if count > 1), None):
+        raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
+    if same := next((image for image in images if image.resolve() in {path.resolve() for path in written}), None):
+        raise UserError(f"{same}: a result would overwrite this image; choose another output folder")
+    return [Job(*paths) for paths in zip(images, masks, overlays, strict=True)]
 
 
 def classes_and_palette(data: Data, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -106,9 +108,13 @@ def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndar
         for done, job in enumerate(jobs):
             try:
                 image = read_image(job.image, exp.data.channels, exp.data.bit_depth)
-                classes = predict_image(model, exp, image, device)
             except UserError as error:
                 failures.append(str(error))
+                continue
+            try:
+                classes = predict_image(model, exp, image, device)
+            except UserError as error:  # too small for the model
+                failures.append(f"{job.image}: {error}")
                 continue
             job.mask.parent.mkdir(parents=True, exist_ok=True)
             write_class_png(job.mask, classes, palette)
@@ -122,9 +128,10 @@ def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndar
 
 
 def predict_image(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return the classes (H, W) of an image (H, W, C) in the units of its file."""
+    """Return the classes (H, W) of an image (H, W, C) in the units of its file: the model's configured answer."""
+    settings = replace(exp.evaluate, steps=())
     [entries] = predict_classes(
-        model, [image], exp.evaluate, exp.data, [exp.seed],
+        model, [image], settings, exp.data, [exp.seed],
         device=device, precision=exp.train.precision, channels_last=exp.train.channels_last,
     )  # fmt: skip
     return list(entries.values())[-1].cpu().numpy()
@@ -132,6 +139,6 @@ def predict_image(model: Segmentor, exp: Experiment, image: np.ndarray, device: 
 
 def _displayable(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 of an image with any channels and depth."""
-    if image.dtype != np.uint8:
-        image = (image >> 8).astype(np.uint8)
+    if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
+        image = (image * (255 / max(int(image.max()), 1))).astype(np.uint8)
     return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)

@@ -251,9 +251,9 @@ def _decode(data: bytes, channels: int) -> np.ndarray:
     """Return the pixels of an encoded image in RGB order; raises ValueError with the reason when there are none."""
     if not data:
         raise ValueError("the file is empty")
-    # OpenCV 4 fills the missing part of a truncated file with grey. The end-of-image mark must follow the last scan.
+    # OpenCV 4 fills the missing part of a truncated file with grey.
     is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG")
-    if (is_jpeg and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")) or (is_png and b"IEND" not in data):
+    if (is_jpeg and data.find(b"\xff\xd9", _first_scan(data)) < 0) or (is_png and b"IEND" not in data):
         raise ValueError("the file is cut short")
     colour = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
     buffer = np.frombuffer(data, np.uint8)
@@ -265,6 +265,14 @@ def _decode(data: bytes, channels: int) -> np.ndarray:
     if image.ndim == 3 and image.shape[2] in (3, 4):
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
     return image
+
+
+def _first_scan(data: bytes) -> int:
+    """Return where the first scan of a JPEG begins: past its headers, which may hold a thumbnail with its own marks."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position
 
 
 def _load_npy(path: Path) -> np.ndarray:

@@ -18,6 +18,8 @@ from segcore.data.dataset import IGNORE, IMAGE_SUFFIXES, Dataset, index_table, p
 from segcore.errors import UserError
 from segcore.experiment import Data
 
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
+"""Files that count as masks: lossless, and read as indices."""
 _ENDING = re.compile(
     r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
     re.IGNORECASE,
@@ -36,14 +38,14 @@ def open_split(data: Data, split: str) -> Dataset:
         )
     train = split == "train"
     image_glob, mask_glob = (data.train_images, data.train_masks) if train else (data.val_images, data.val_masks)
-    masks = find(data.root, mask_glob) if mask_glob or train else None
+    masks = find(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
     samples = pair_files(find(data.root, image_glob), masks, (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}"))
     count, image_root = len(data.classes), data.root / fixed_part(image_glob)
     return Dataset(data.classes, distinct_colours(count), IGNORE, samples, image_root, index_table(count))
 
 
-def find(root: Path, pattern: str) -> dict[str, Path]:
-    """Return the image files that match `pattern` below `root`, by stem, in the order of their paths as text.
+def find(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """Return the files of these types that match `pattern` below `root`, by stem, in the order of their paths as text.
 
     Hidden files and files of other types are left out. Raises UserError when two have one stem or the pattern is no
     relative glob.
@@ -56,7 +58,7 @@ def find(root: Path, pattern: str) -> dict[str, Path]:
         ) from None
     found: dict[str, Path] = {}
     for path in paths:
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
             relative = path.relative_to(root / fixed_part(pattern))
             key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
             if key in found:

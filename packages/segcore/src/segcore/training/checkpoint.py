@@ -7,7 +7,6 @@ is written under a temporary name beside its place, synced to disk with the mani
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segcore.errors import UserError
-from segcore.files import sync, write
+from segcore.files import sha256, sync, write
 
 FILES = ("model.safetensors", "state.pt", "experiment.json")
 MANIFEST = "manifest.json"
@@ -63,7 +62,7 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         torch.save(dict(state), temporary / FILES[1])
         (temporary / FILES[2]).write_text(json.dumps(experiment, indent=1) + "\n", encoding="utf-8")
         paths = [temporary / name for name in FILES]
-        files = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+        files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
         manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
         (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         for path in (*paths, temporary / MANIFEST, temporary):
@@ -77,7 +76,8 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: cannot write the checkpoint ({reason}); make room there, then go on with --resume"
+            f"{folder}: cannot write the checkpoint ({reason}); make room there, "
+            "then start again: it goes on from the last one (train: with --resume)"
         ) from None
 
 
@@ -158,11 +158,6 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, naming the file, or None when it is whole."""
     path = folder / MANIFEST
@@ -175,7 +170,7 @@ def _damage(folder: Path) -> str | None:
             listed = manifest["files"][name]
             if path.stat().st_size != listed["size"]:
                 return f"{path}: has {path.stat().st_size} bytes instead of {listed['size']}"
-            if _digest(path) != listed["sha256"]:
+            if sha256(path) != listed["sha256"]:
                 return f"{path}: damaged, its SHA-256 is not the one in {MANIFEST}"
     except FileNotFoundError:
         return f"{path}: missing"

@@ -170,9 +170,13 @@ def _version(name: str) -> str | None:
 
 def _git_hash() -> str | None:
     """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]  # not just any repository around a .venv
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    for command in (tracked, describe):
+        try:
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+    return done.stdout.strip() or None

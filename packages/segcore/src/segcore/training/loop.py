@@ -6,6 +6,7 @@ same weights, bit for bit on the CPU, as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -28,6 +29,7 @@ from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
 from segcore.evaluation import report
 from segcore.evaluation.evaluate import Results, check_fit, evaluate
+from segcore.evaluation.inference import autocast
 from segcore.experiment import Experiment
 from segcore.files import write
 from segcore.models.segmentor import Segmentor
@@ -37,7 +39,6 @@ from segcore.training.log import RunLog, describe, differences
 from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from segcore.training.schedule import learning_rate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_FAILURES = 3
 """Steps in a row whose loss or gradient is not finite before the run stops."""
 
@@ -100,25 +101,33 @@ def train(
         except Stopped:
             if run.saved < run.iteration:
                 save(exp, run, work_dir)
-            log.line(f"{work_dir}: stopped after iteration {run.iteration}; the same command with --resume goes on")
+            log.line(
+                f"{work_dir}: stopped after iteration {run.iteration}; it goes on from there (train: with --resume)"
+            )
             raise KeyboardInterrupt from None
+        except UserError:  # a file that cannot be read, say: what was trained so far is kept
+            if run.saved < run.iteration:
+                with contextlib.suppress(UserError):
+                    save(exp, run, work_dir)
+            raise
 
 
 def iterate(
     exp: Experiment, run: Run, dataset: Dataset, val: Dataset | None, work_dir: Path, log: RunLog, interrupt: Interrupt
 ) -> Results | None:
     """Train from `run.iteration` to the end, evaluating and saving on the way; return the last results."""
-    settings, total = exp.train, exp.schedule.iterations
+    settings, total, device = exp.train, exp.schedule.iterations, next(run.model.parameters()).device
     results, meter, failures = None, Meter(), 0
     run.model.train()
     with closing(_batches(exp, run, dataset)) as batches:
         while True:
             last, best = run.iteration == total, run.best_iteration
+            if _due(run.iteration, settings.save_every, total) and run.saved < run.iteration:
+                save(exp, run, work_dir)  # before the evaluation, which a single bad file can end
             if val and _due(run.iteration, settings.evaluate_every, total) and (run.evaluated < run.iteration or last):
                 results = measure(exp, run, val, log, interrupt)
-            due = _due(run.iteration, settings.save_every, total) and run.saved < run.iteration
-            if due or run.best_iteration != best:
-                save(exp, run, work_dir)
+            if run.best_iteration != best:
+                save(exp, run, work_dir)  # again, with the best figure in it
             if last:
                 break
             interrupt.check()
@@ -134,7 +143,9 @@ def iterate(
                     f"last good checkpoint: {checkpoint.newest(work_dir) or 'none yet'}"
                 )
             if _due(run.iteration, settings.log_every, total):
-                log.train(run.iteration, {"lr": run.optimizer.param_groups[0]["lr"], **meter.read(settings.batch)})
+                log.train(
+                    run.iteration, {"lr": run.optimizer.param_groups[0]["lr"], **meter.read(settings.batch, device)}
+                )
                 meter = Meter()
     if results:
         report.write_json(work_dir / "results.json", results, {"name": exp.name, "iteration": run.iteration})
@@ -148,7 +159,7 @@ def step(exp: Experiment, run: Run, batches: Generator[Batch, None, None], meter
     found its scale, so that is not held against the run until no scale is left.
     """
     model, optimizer, scaler, iteration = run.model, run.optimizer, run.scaler, run.iteration
-    device, dtype = next(model.parameters()).device, DTYPES[exp.train.precision]
+    device = next(model.parameters()).device
     layout = torch.channels_last if exp.train.channels_last else torch.contiguous_format
     parts = exp.train.batch // _micro(exp)
     began, losses = time.perf_counter(), dict[str, Tensor]()
@@ -163,7 +174,7 @@ def step(exp: Experiment, run: Run, batches: Generator[Batch, None, None], meter
         meter.data_seconds += time.perf_counter() - asked
         images = batch.images.to(device, memory_format=layout, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, exp.train.precision):
             part = model.losses(images, labels, seeds=batch.seeds)
         scaler.scale(part["loss"] / parts).backward()
         losses = {name: losses.get(name, 0) + value.detach().float() / parts for name, value in part.items()}
@@ -279,8 +290,8 @@ class Meter:
         self.steps += 1
         self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
 
-    def read(self, batch: int) -> dict[str, float]:
-        """Return the means by name, at `batch` images per step; a loss of NaN when every step was skipped."""
+    def read(self, batch: int, device: torch.device) -> dict[str, float]:
+        """Return the means by name, at `batch` images per step on `device`; the loss is NaN when all were skipped."""
         iterations = self.steps + self.skipped
         means = (torch.stack(list(self.sums.values())) / self.steps).tolist() if self.steps else []
         values = {"loss": math.nan, **dict(zip(self.sums, means, strict=True))}
@@ -288,8 +299,8 @@ class Meter:
         values |= {"seconds": self.seconds / iterations, "data_seconds": self.data_seconds / iterations}
         if self.skipped:
             values["skipped"] = self.skipped
-        if torch.cuda.is_available():
-            values["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        if device.type == "cuda":
+            values["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         return values
 
 

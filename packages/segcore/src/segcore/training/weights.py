@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import http.client
 import os
 import pickle
@@ -33,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from segcore import files
 from segcore.errors import UserError
 from segcore.experiment import published
 from segcore.models.segmentor import LoadReport, Segmentor
@@ -189,7 +189,7 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
     """
     target = weights_dir() / (name or PurePosixPath(urlsplit(url).path).name)
     if target.is_file():
-        if sha256 and _sha256(target) != sha256:
+        if sha256 and files.sha256(target) != sha256:
             raise UserError(f"{target}: its SHA-256 is not {sha256}; delete it to download {url} again")
         return target
     by_hand = f"download {url} and put the file at {target}"
@@ -203,7 +203,7 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
                 _download(url, file, by_hand, show)
                 file.flush()
                 os.fsync(file.fileno())
-            if sha256 and _sha256(part) != sha256:
+            if sha256 and files.sha256(part) != sha256:
                 raise UserError(f"{url}: the SHA-256 of what came is not {sha256}; try again, or {by_hand}")
             part.replace(target)
         finally:
@@ -278,11 +278,6 @@ def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
             print(f"downloading {name}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
 
     yield show
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
