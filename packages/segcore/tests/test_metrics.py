@@ -12,7 +12,7 @@ from PIL import Image
 from torchmetrics.functional import classification
 
 from segcore.errors import UserError
-from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 
 PER_CLASS = ("IoU", "Acc", "Dice", "Fscore", "Precision", "Recall")
 SETS = [
@@ -146,3 +146,28 @@ def test_parts_add_up_to_the_whole(first, second, random):
     assert torch.equal(parts[0].matrix, whole.matrix)
     assert torch.equal(streamed.matrix, whole.matrix)
     assert whole.matrix.sum() == (np.concatenate([first, second]) != 255).sum()
+
+
+@pytest.mark.parametrize("case", ["city_mode", "ade151_mode", "plain_no_ignore", "large_band"])
+def test_boundary_iou_equals_the_published_counts(golden, case):
+    g = {k.removeprefix(f"{case}/"): v for k, v in golden("eval/golden/mbiou.npz").items() if k.startswith(case)}
+    total = BoundaryIoU(int(g["num_classes"]), int(g["ignore_index"]))
+    for i, (pred, label) in enumerate(zip(g["pred"], g["label"], strict=True)):
+        one = BoundaryIoU(total.num_classes, total.ignore_index).update(pred, label)
+        np.testing.assert_array_equal(one.intersection, g["boundary_intersect"][i])
+        np.testing.assert_array_equal(one.union, g["boundary_union"][i])
+        total.update(torch.from_numpy(pred), label)
+    np.testing.assert_allclose(total.compute()["BIoU"], g["bIoU"], atol=1e-6)
+    assert round(total.compute()["mBIoU"] * 100, 2) == pytest.approx(g["summary_percent"][-1], abs=0.01)
+
+
+def test_boundary_iou_by_hand():
+    label = np.zeros((60, 80), np.uint8)  # 2 % of the diagonal of 100 pixels: a band of 2
+    label[:, 40:] = 1
+    metric = BoundaryIoU(3).update(label, label)
+    assert metric.union.tolist() == [60 * 40 - 56 * 36] * 2 + [0]
+    assert metric.compute()["BIoU"].tolist()[:2] == [1.0, 1.0]
+    assert math.isnan(metric.compute()["BIoU"][2])
+    assert metric.compute()["mBIoU"] == 1.0
+    with pytest.raises(UserError, match="two maps"):
+        metric.update(label, label[:50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -76,3 +77,56 @@ class ConfusionMatrix:
         }
         means = {f"m{name}": values.nanmean().item() for name, values in classes.items()}
         return {"aAcc": (intersection.sum() / labelled.sum()).item(), **means, **classes}
+
+
+class BoundaryIoU:
+    """IoU of class boundaries (Cheng et al. 2021, as DDPS measures it), over any number of images.
+
+    A class's boundary is the band of its pixels within round(0.02 * diagonal) pixels, diagonal steps counting one, of
+    another class or of the image's edge. Ignored label pixels belong to no class, so boundaries run along them, too;
+    predictions count there as anywhere.
+
+    Attributes:
+        intersection, union: (K,) int64 counts.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.intersection = np.zeros(num_classes, np.int64)
+        self.union = np.zeros(num_classes, np.int64)
+
+    def update(self, prediction: Tensor | np.ndarray, label: Tensor | np.ndarray) -> BoundaryIoU:
+        """Count one image's class indices: two integer maps (H, W). Returns itself.
+
+        Raises UserError when they are not two maps of one size.
+        """
+        p, g = (np.asarray(torch.as_tensor(x).cpu(), np.int16) for x in (prediction, label))
+        if p.shape != g.shape or p.ndim != 2:
+            raise UserError(f"prediction {p.shape} does not go with label {g.shape}; give two maps (H, W) of one size")
+        band = round(0.02 * (p.shape[0] ** 2 + p.shape[1] ** 2) ** 0.5)
+        in_p, in_g = boundaries(p, band), boundaries(g, band)
+        both, of_p, of_g = (self._count(classes) for classes in (p[in_p & in_g & (p == g)], p[in_p], g[in_g]))
+        self.intersection += both
+        self.union += of_p + of_g - both
+        return self
+
+    def compute(self) -> dict[str, float | Tensor]:
+        """Return fractions 0..1: "BIoU" (K,) float64, NaN for classes without boundary, and their mean "mBIoU"."""
+        biou = torch.from_numpy(self.intersection) / torch.from_numpy(self.union).double()
+        return {"BIoU": biou, "mBIoU": biou.nanmean().item()}
+
+    def _count(self, classes: np.ndarray) -> np.ndarray:
+        kept = classes[(classes >= 0) & (classes < self.num_classes) & (classes != self.ignore_index)]
+        return np.bincount(kept, minlength=self.num_classes)
+
+
+def boundaries(classes: np.ndarray, band: int) -> np.ndarray:
+    """Return which pixels (H, W) of an int16 map lie within `band` pixels of another value or of the edge.
+
+    That is where the least and the greatest value of the square around a pixel differ: two filters serve all classes.
+    """
+    padded = cv2.copyMakeBorder(classes, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=-1)
+    square = np.ones((2 * band + 1, 2 * band + 1), np.uint8)
+    least, greatest = (f(padded, square, borderType=cv2.BORDER_REPLICATE) for f in (cv2.erode, cv2.dilate))
+    return (least != greatest)[1:-1, 1:-1]
