@@ -2,13 +2,17 @@
 
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from segcore import files
+from segcore.errors import UserError
 from segcore.experiment import Data, Experiment, Model
+from segcore.training import log as log_module
 from segcore.training.log import RunLog, describe, differences
 
 VALUES = {"loss": 4.0426, "loss_ce": 2.8875, "grad_norm": 1.3938}
@@ -72,6 +76,25 @@ def test_resume_drops_what_was_logged_beyond_it(tmp_path: Path) -> None:
     ]
 
 
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    """A limit on the size of files makes writing fail in the way that a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+        try:
+            with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(.+\); free space") as caught:
+                log.val(1, {"classes": ["road"] * 9}, "")
+            with pytest.raises(UserError, match=r"best.json: cannot be written \(.+\); free space"):
+                files.write(tmp_path / "best.json", "x" * 99)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.glob("*.json*")] == ["log.jsonl"]
+    with pytest.raises(UserError, match=r"below.json: cannot be written \(.+\); .* another folder"):
+        files.write(tmp_path / "log.jsonl" / "below.json", "")
+
+
 class Tiny(Model):
     def build(self):
         raise NotImplementedError
@@ -92,6 +115,25 @@ def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> N
     assert settings["seed"] == 0
     assert all(described["versions"][name] for name in ("python", "torch", "segcore"))
     assert described["git"] is None or len(described["git"].removesuffix("-dirty")) == 40
+
+
+def test_commit_is_that_of_the_code_not_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        name = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "log.py").touch()
+    monkeypatch.setattr(log_module, "__file__", str(tmp_path / "log.py"))
+    git("init")
+    git("commit", "--allow-empty", "-m", "someone's own")
+    assert log_module._git_hash() is None
+    git("add", "log.py")
+    git("commit", "-m", "the code")
+    found = log_module._git_hash()
+    assert found is not None
+    assert len(found) == 40
 
 
 def test_differences_name_the_setting(exp: Experiment) -> None:

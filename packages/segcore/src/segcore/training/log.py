@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from segcore.experiment import Experiment
-from segcore.files import write
+from segcore.files import write, writing
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "segcore")
 
@@ -53,6 +53,8 @@ class RunLog:
 
     `start` is the iteration that a resumed run goes on from: what the log says beyond it is dropped, so that curves are
     clean.
+
+    Raises UserError naming the file when it cannot be written.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.bar.stop()
         if self.board:
-            self.board.close()
+            with writing(self.path.with_name("tensorboard")):
+                self.board.close()
 
     def line(self, text: str) -> None:
         """Print a text for people, above the bar where there is one."""
@@ -121,11 +124,13 @@ class RunLog:
         self.line(f"Iter(val) [{iteration}]\n{text}")
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
-        for key, value in record.items():
-            if self.board and isinstance(value, float):
-                self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
+        with writing(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            for key, value in record.items():
+                if self.board and isinstance(value, float):
+                    self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
 
 
 _NAMED = ("lr", "seconds", "data_seconds", "images_per_second")
