@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from segcore.errors import UserError
 from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
 from segcore.models.segmentor import Segmentor
-from segcore.training import checkpoint
-from segcore.training.loop import train
+from segcore.training import checkpoint, loop
+from segcore.training.loop import Meter, train
 
 FAULT: dict[str, Callable[[], float]] = {}
 """What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""
@@ -114,6 +114,14 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def spoil() -> None:
+    raise UserError("3.png: cannot be read")
+
+
+def exhaust() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+
 def fail() -> None:
     raise RuntimeError("the power is gone")
 
@@ -167,6 +175,64 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     for mode, keys in (("train", ("iteration", "lr", "loss", "loss_ce", "grad_norm")), ("val", ("iteration", "mIoU"))):
         a, b = ([[record.get(key) for key in keys] for record in log(tmp_path / run, mode)] for run in "ab")
         assert a == b
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "happens", "text", "finished"),
+    [
+        ("losses", 12, spoil, r"3.png: cannot be read", 3),  # the last of three parts of iteration 4
+        ("losses", 12, exhaust, r"memory: lower train.max_per_device \(1\) or data.crop \(32 32\)", 3),
+        ("predict", 4, spoil, r"3.png: cannot be read", 4),
+        ("predict", 4, exhaust, r"memory in the evaluation: lower evaluate.batch \(1\), .*mode \(whole\) to slide", 4),
+    ],
+)
+def test_what_was_trained_is_saved_before_an_error(
+    exp: Experiment, tmp_path: Path, where: str, call: int, happens: Callable[[], None], text: str, finished: int
+) -> None:
+    exp = replace(exp, train=replace(exp.train, save_every=100))
+    unbroken = train(exp, tmp_path / "a")
+    FAULT[where] = at_call(call, happens)
+    with pytest.raises(UserError, match=text) as caught:
+        train(exp, tmp_path / "b")
+    assert "\n" not in str(caught.value)
+    assert checkpoint.newest(tmp_path / "b") == checkpoint.folder_of(tmp_path / "b", finished)
+    FAULT.clear()
+    resumed = train(exp, tmp_path / "b", resume=True)
+    assert resumed is not None
+    assert unbroken is not None
+    assert resumed.to_json() == unbroken.to_json()
+    assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
+def test_a_crash_in_an_evaluation_loses_nothing_that_was_due_to_be_saved(exp: Experiment, tmp_path: Path) -> None:
+    FAULT["predict"] = at_call(4, fail)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        train(exp, tmp_path)
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 4)
+
+
+def test_a_resumed_run_knows_of_an_evaluation_that_was_no_better(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    def always_the_same(*args: Any, **kwargs: Any) -> Any:
+        results = evaluate(*args, **kwargs)
+        results.final["mIoU"] = 0.5
+        return results
+
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", always_the_same)
+    FAULT["losses"] = at_call(14, fail)  # in iteration 5
+    with pytest.raises(RuntimeError):
+        train(exp, tmp_path)
+    train(exp, tmp_path, resume=True)
+    assert [record["iteration"] for record in log(tmp_path, "val")] == [2, 4, 6]
+    assert state(tmp_path)["evaluated"] == 6
+    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
+
+
+def test_out_of_memory_in_the_optimizer_saves_nothing(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: exhaust())
+    with pytest.raises(UserError, match=r"lower train\.max_per_device"):
+        train(exp, tmp_path)
+    assert checkpoint.newest(tmp_path) is None
 
 
 def test_second_interrupt_does_not_wait(exp: Experiment, tmp_path: Path) -> None:
@@ -254,6 +320,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(exp: Experiment, t
     FAULT["losses"] = lambda: next(calls, float("inf"))
     with pytest.raises(UserError, match=r"not finite 3 times in a row.*last good checkpoint: .*iter_4$"):
         train(replace(exp, train=replace(exp.train, precision=precision)), tmp_path)
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 4)
     before, after = state(tmp_path, 2), state(tmp_path, 4)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "." in name)
 
@@ -325,7 +392,19 @@ def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: P
         train(replace(exp, data=replace(exp.data, root=tmp_path / "nowhere")), tmp_path / "run")
     with pytest.raises(UserError, match="gone"):
         train(replace(exp, train=replace(exp.train, init=str(tmp_path / "gone.pth"))), tmp_path / "run")
+    with pytest.raises(UserError, match=r"0.png: has no label to evaluate with; set data.val_masks"):
+        train(replace(exp, data=replace(exp.data, val_masks="")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_memory_is_that_of_the_device_of_the_run(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**20 * torch.device(device).index)
+    meter = Meter()
+    meter.add({"loss": torch.tensor(2.0)})
+    meter.seconds = 1.0
+    assert "memory_mb" not in meter.read(4, torch.device("cpu"))
+    assert meter.read(4, torch.device("cuda:3"))["memory_mb"] == 3
 
 
 def test_weights_follow_from_the_seed(exp: Experiment, tmp_path: Path) -> None:

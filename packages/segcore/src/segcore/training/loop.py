@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +71,14 @@ def train(
     newest whole checkpoint in it, or starts when there is none yet; without it `work_dir` must be new or empty.
     `offline` forbids downloading start weights.
 
-    Raises UserError about anything that cannot be used. Ctrl-C raises KeyboardInterrupt once the running iteration is
-    finished and saved; a second Ctrl-C does so at once.
+    Raises UserError about anything that cannot be used, after saving what was trained. Ctrl-C raises KeyboardInterrupt
+    once the running iteration is finished and saved; a second Ctrl-C does so at once.
     """
     found = _resume_from(work_dir, resume)
     dataset = open_dataset(exp.data, "train")
     val = open_dataset(exp.data, "val") if exp.train.evaluate_every else None
+    if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
+        raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
     run = build(exp, torch.device(device))
     check_fit(run.model, dataset)
     notes = []
@@ -88,7 +90,6 @@ def train(
         from segcore.training.weights import initialize
 
         notes.append(initialize(run.model, exp.train.init, offline=offline))
-    work_dir.mkdir(parents=True, exist_ok=True)
     write(work_dir / "experiment.json", json.dumps(run.description, indent=1) + "\n")
     with (
         RunLog(work_dir, exp.schedule.iterations, run.description, start=run.iteration) as log,
@@ -105,11 +106,13 @@ def train(
                 f"{work_dir}: stopped after iteration {run.iteration}; it goes on from there (train: with --resume)"
             )
             raise KeyboardInterrupt from None
-        except UserError:  # a file that cannot be read, say: what was trained so far is kept
-            if run.saved < run.iteration:
+        except UserError as error:  # a file that cannot be read, say: what was trained so far is kept
+            if run.saved < run.iteration and not isinstance(error, DivergedError):
                 with contextlib.suppress(UserError):
                     save(exp, run, work_dir)
             raise
+        except torch.OutOfMemoryError:  # inside the optimizer, where some weights may have changed: nothing to save
+            raise UserError(_memory_for_training(exp)) from None
 
 
 def iterate(
@@ -121,13 +124,13 @@ def iterate(
     run.model.train()
     with closing(_batches(exp, run, dataset)) as batches:
         while True:
-            last, best = run.iteration == total, run.best_iteration
+            last, new, best = run.iteration == total, run.evaluated < run.iteration, run.best_iteration
             if _due(run.iteration, settings.save_every, total) and run.saved < run.iteration:
                 save(exp, run, work_dir)  # before the evaluation, which a single bad file can end
-            if val and _due(run.iteration, settings.evaluate_every, total) and (run.evaluated < run.iteration or last):
+            if val and _due(run.iteration, settings.evaluate_every, total) and (new or last):
                 results = measure(exp, run, val, log, interrupt)
-            if run.best_iteration != best:
-                save(exp, run, work_dir)  # again, with the best figure in it
+                if run.best_iteration != best or (new and run.saved == run.iteration):
+                    save(exp, run, work_dir)  # again, so that a resumed run knows of this evaluation
             if last:
                 break
             interrupt.check()
@@ -137,7 +140,7 @@ def iterate(
             log.advance(run.iteration)
             failures = 0 if healthy else failures + 1
             if failures == MAX_FAILURES:
-                raise UserError(
+                raise DivergedError(
                     f"{work_dir}: loss or gradient not finite {failures} times in a row, at iteration {run.iteration}; "
                     "lower optimizer.lr or set optimizer.clip_norm; "
                     f"last good checkpoint: {checkpoint.newest(work_dir) or 'none yet'}"
@@ -155,6 +158,7 @@ def iterate(
 def step(exp: Experiment, run: Run, batches: Generator[Batch, None, None], meter: Meter) -> bool:
     """Do one optimizer step and return whether loss and gradient were finite; otherwise weights and buffers stay.
 
+    They also stay when the passes raise UserError, for a file that cannot be read or for lack of GPU memory.
     Gradients are accumulated over the parts of the global batch. With fp16 a gradient may overflow until the scaler has
     found its scale, so that is not held against the run until no scale is left.
     """
@@ -168,16 +172,21 @@ def step(exp: Experiment, run: Run, batches: Generator[Batch, None, None], meter
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(exp.schedule, group["initial_lr"], iteration)
     optimizer.zero_grad()
-    for _ in range(parts):
-        asked = time.perf_counter()
-        batch = next(batches)
-        meter.data_seconds += time.perf_counter() - asked
-        images = batch.images.to(device, memory_format=layout, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        with autocast(device, exp.train.precision):
-            part = model.losses(images, labels, seeds=batch.seeds)
-        scaler.scale(part["loss"] / parts).backward()
-        losses = {name: losses.get(name, 0) + value.detach().float() / parts for name, value in part.items()}
+    try:
+        for _ in range(parts):
+            asked = time.perf_counter()
+            batch = next(batches)
+            meter.data_seconds += time.perf_counter() - asked
+            with _enough_memory(_memory_for_training(exp)):
+                images = batch.images.to(device, memory_format=layout, non_blocking=True)
+                labels = batch.labels.to(device, non_blocking=True)
+                with autocast(device, exp.train.precision):
+                    part = model.losses(images, labels, seeds=batch.seeds)
+                scaler.scale(part["loss"] / parts).backward()
+            losses = {name: losses.get(name, 0) + value.detach().float() / parts for name, value in part.items()}
+    except UserError:
+        _put_back(model.buffers(), kept)  # running statistics have seen the parts before
+        raise
     scaler.unscale_(optimizer)
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     loss_finite, norm_finite = torch.isfinite(torch.stack((losses["loss"], norm))).tolist()
@@ -188,8 +197,7 @@ def step(exp: Experiment, run: Run, batches: Generator[Batch, None, None], meter
         meter.add({**losses, "grad_norm": norm})
     else:
         meter.skipped += 1
-        for buffer, value in zip(model.buffers(), kept, strict=True):  # running statistics have seen the NaN
-            buffer.copy_(value)
+        _put_back(model.buffers(), kept)  # running statistics have seen the NaN
     overflow = loss_finite and scaler.is_enabled() and scaler.get_scale() > 1
     scaler.update()
     meter.seconds += time.perf_counter() - began
@@ -203,18 +211,21 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: RunLog, interrupt: Int
         log.evaluating(done, total)
         interrupt.check()
 
-    results = evaluate(
-        run.model,
-        val,
-        exp.evaluate,
-        exp.data,
-        device=next(run.model.parameters()).device,
-        seed=exp.seed,
-        workers=exp.data.workers,
-        precision=exp.train.precision,
-        channels_last=exp.train.channels_last,
-        on_progress=on_progress,
-    )
+    batch, mode = exp.evaluate.batch, exp.evaluate.mode
+    remedy = f"lower evaluate.batch ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
+    with _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
+        results = evaluate(
+            run.model,
+            val,
+            exp.evaluate,
+            exp.data,
+            device=next(run.model.parameters()).device,
+            seed=exp.seed,
+            workers=exp.data.workers,
+            precision=exp.train.precision,
+            channels_last=exp.train.channels_last,
+            on_progress=on_progress,
+        )
     run.evaluated = run.iteration
     figures = {name: float(results.final[name]) for name in ("aAcc", "mIoU", "mAcc")}
     if figures["mIoU"] > run.best_miou:
@@ -304,6 +315,10 @@ class Meter:
         return values
 
 
+class DivergedError(UserError):
+    """The loss is no longer finite: going on from here is no use, so nothing is saved over the last good checkpoint."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, raised where the state of the run is whole."""
 
@@ -360,6 +375,24 @@ def _batches(exp: Experiment, run: Run, dataset: Dataset) -> Generator[Batch, No
         workers=exp.data.workers,
         pin_memory=next(run.model.parameters()).is_cuda,
     )
+
+
+@contextlib.contextmanager
+def _enough_memory(message: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(message) from None
+
+
+def _memory_for_training(exp: Experiment) -> str:
+    height, width = exp.data.crop
+    return f"out of GPU memory: lower train.max_per_device ({_micro(exp)}) or data.crop ({height} {width})"
+
+
+def _put_back(buffers: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
+    for buffer, value in zip(buffers, kept, strict=True):
+        buffer.copy_(value)
 
 
 def _micro(exp: Experiment) -> int:
