@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.report import per_class, summary, write_json
@@ -111,7 +112,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"results\.json: cannot be written \(no space"):
         write_json(path, results(final=[0, 0, 0, 0]))
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
