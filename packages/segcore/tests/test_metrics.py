@@ -171,3 +171,28 @@ def test_boundary_iou_by_hand():
     assert metric.compute()["mBIoU"] == 1.0
     with pytest.raises(UserError, match="two maps"):
         metric.update(label, label[:50])
+
+
+def test_areas_after_a_label_map(golden):
+    g = {k.removeprefix("label_map/"): v for k, v in golden("eval/golden/metrics.npz").items()}
+    table = np.arange(256, dtype=np.uint8)
+    table[g["old"]] = g["new"]  # from the values as they were: nothing is replaced twice
+    matrix = ConfusionMatrix(3).update(g["pred"], table[g["label"]])
+    for ours, name in zip(areas(matrix), ("intersect", "pred", "label"), strict=True):
+        np.testing.assert_array_equal(ours, g[f"area_{name}"])
+
+
+@pytest.mark.parametrize("name", ["city19_ignore", "absent6", "only_one_present", "label_out_of_range", "ignore0_7"])
+def test_counts_give_the_figures_of_the_ddrnet_seed(golden, name):
+    """Its mIoU is the plain mean over all classes, absent ones counting as 0; labels beyond the classes are ignored."""
+    case, seed = golden("eval/golden/metrics.npz"), golden("eval/golden/metrics_ddrnet.npz")
+    classes, ignored = int(case[f"{name}/num_classes"]), int(case[f"{name}/ignore_index"])
+    matrix = ConfusionMatrix(classes, ignored)
+    for i, (pred, label) in enumerate(zip(case[f"{name}/pred"], case[f"{name}/label"], strict=True)):
+        matrix.update(pred, np.where(label < classes, label, ignored))
+        intersect, predicted, labelled = (np.array(x) for x in areas(matrix))
+        union = predicted + labelled - intersect
+        figures = intersect.sum() / labelled.sum(), (intersect / np.maximum(union, 2.2e-16)).mean()
+        np.testing.assert_allclose(figures, seed[f"{name}/running_pixAcc_mIoU"][i], rtol=1e-6)
+    np.testing.assert_array_equal(intersect, seed[f"{name}/total_inter"])
+    np.testing.assert_array_equal(union, seed[f"{name}/total_union"])
