@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import subprocess
@@ -168,6 +169,13 @@ def test_folder_with_sub_folders(tmp_path):
         open_dataset(twice, "train")
 
 
+def test_files_that_no_mask_can_be_read_from_are_left_out(tmp_path):
+    data = write_folder(tmp_path)
+    for suffix in (".npy", ".jpg"):
+        (tmp_path / f"masks/train/a{suffix}").touch()
+    assert open_dataset(data, "train").samples[0].label == tmp_path / "masks/train/a.png"
+
+
 def test_folder_without_validation_masks(tmp_path):
     data = write_folder(tmp_path)
     dataset = open_dataset(
@@ -305,6 +313,26 @@ def test_damaged_images(tmp_path, suffix, capfd):
     with pytest.raises(UserError) as caught:
         read_image(tmp_path / f"missing{suffix}")
     one_line(caught, "missing", "No such file")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_with_a_thumbnail_with_bytes_behind_it_and_cut_short(tmp_path, progressive):
+    small, whole, path = io.BytesIO(), io.BytesIO(), tmp_path / "a.jpg"
+    image = np.random.RandomState(0).randint(0, 256, (60, 80, 3)).astype(np.uint8)
+    Image.fromarray(IMAGE).save(small, "JPEG")
+    thumbnail = b"Exif\0\0" + small.getvalue()
+    Image.fromarray(image).save(whole, "JPEG", exif=thumbnail, progressive=progressive)
+    data = whole.getvalue()
+    assert data.count(b"\xff\xd9") == 2
+    tables = data.index(b"\xff\xdb", data.index(thumbnail) + len(thumbnail))
+    # fill bytes may stand in front of a mark
+    for content in (data, data + b"video\xff\xda more", data[:tables] + b"\xff" * 3 + data[tables:]):
+        path.write_bytes(content)
+        assert read_image(path).shape == image.shape
+    for share in (2, 3, 4):
+        path.write_bytes(data[: -len(data) // share])
+        with pytest.raises(UserError, match="cut short"):
+            read_image(path)
 
 
 def test_npy_is_never_unpickled(tmp_path):

@@ -1,12 +1,17 @@
 """What `predict` does with files, before and around the model."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from segcore.data.dataset import read_image
+from segcore.data.dataset import read_image, read_label
 from segcore.errors import UserError
-from segcore.predict import plan
+from segcore.experiment import Data, Evaluate, Experiment, Model, Train
+from segcore.models.segmentor import Segmentor
+from segcore.predict import plan, run
 
 
 @pytest.fixture
@@ -27,6 +32,10 @@ def test_results_of_an_earlier_run_are_no_input(folder):
     (folder / "in" / "out").mkdir()
     cv2.imwrite(str(folder / "in" / "out" / "a.png"), np.zeros((4, 4, 3), np.uint8))
     assert [job.image.name for job in plan(folder / "in", folder / "in" / "out")] == ["a.png", "b.jpg"]
+
+
+def test_results_may_go_above_the_images(folder):
+    assert [job.image.name for job in plan(folder / "in", folder)] == ["a.png", "b.jpg"]
 
 
 def test_no_two_results_share_a_file(folder):
@@ -53,3 +62,62 @@ def test_bytes_behind_a_jpeg_do_no_harm_but_a_cut_one_is_refused(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cut short"):
         read_image(path)
+
+
+class Asked(Segmentor):
+    """Answers 1 where red is above 100, and counts on how many steps it was asked for."""
+
+    num_classes, min_size = 2, 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = torch.nn.Parameter(torch.zeros(1)), []
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        self.check_size(images)
+        self.asked.append(steps)
+        return {"final": torch.cat([100 - images[:, :1], images[:, :1] - 100], 1)}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AskedModel(Model):
+    def build(self):
+        return Asked()
+
+
+PALETTE = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
+
+
+def experiment(**data):
+    data = Data(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False, **data)
+    return Experiment("asked", AskedModel(), data, train=Train(precision="fp32"), evaluate=Evaluate(None, steps=(1, 5)))
+
+
+def test_an_image_that_is_too_small_is_named_and_the_others_are_written(folder):
+    cv2.imwrite(str(folder / "in" / "aa.png"), np.zeros((3, 4, 3), np.uint8))
+    with pytest.raises(UserError, match=r"aa\.png: an image of 3x4 pixels is too small") as caught:
+        run(Asked().eval(), experiment(), plan(folder / "in", folder / "out"), PALETTE)
+    assert "\n" not in str(caught.value)
+    assert read_label(folder / "out" / "below" / "b.png").shape == (4, 4)
+
+
+def test_the_model_is_asked_for_its_configured_steps(folder):
+    model = Asked().eval()
+    run(model, experiment(), plan(folder / "in", folder / "out"), PALETTE)
+    assert model.asked == [None, None]
+
+
+def test_the_overlay_of_a_10_bit_image_is_as_bright_as_of_an_8_bit_one(folder):
+    image = np.full((4, 4, 3), 1023, np.uint16)
+    image[:2] = 512
+    cv2.imwrite(str(folder / "deep.png"), image)
+    jobs = plan(folder / "deep.png", folder / "out")
+    run(Asked().eval(), experiment(bit_depth=16), jobs, PALETTE, opacity=0)
+    shown = read_image(jobs[0].overlay)
+    assert (shown[0, 0, 0], shown[3, 0, 0]) == (127, 255)

@@ -39,7 +39,8 @@ def plan(source: Path, target: Path) -> list[Job]:
         if target.resolve() == source.resolve():
             raise UserError(f"{target}: is the folder of the images; choose another output folder")
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        images = [p for p in found if target.resolve() not in p.resolve().parents]  # not the results of an earlier run
+        inside = source.resolve() in target.resolve().parents  # then leave out the results of an earlier run
+        images = [p for p in found if not (inside and target.resolve() in p.resolve().parents)]
         if not images:
             raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
         masks = [target / p.relative_to(source).with_suffix(".png") for p in images]
@@ -52,7 +53,8 @@ def plan(source: Path, target: Path) -> list[Job]:
     written = Counter([*masks, *overlays])
     if twice := next((path for path, count in written.items() if count > 1), None):
         raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
-    if same := next((image for image in images if image.resolve() in {path.resolve() for path in written}), None):
+    results = {path.resolve() for path in written}
+    if same := next((image for image in images if image.resolve() in results), None):
         raise UserError(f"{same}: a result would overwrite this image; choose another output folder")
     return [Job(*paths) for paths in zip(images, masks, overlays, strict=True)]
 
@@ -139,6 +141,7 @@ def predict_image(model: Segmentor, exp: Experiment, image: np.ndarray, device: 
 
 def _displayable(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 of an image with any channels and depth."""
+    image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
     if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
-        image = (image * (255 / max(int(image.max()), 1))).astype(np.uint8)
-    return image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
+        image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
+    return image

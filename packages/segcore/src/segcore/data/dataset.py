@@ -271,7 +271,8 @@ def _first_scan(data: bytes) -> int:
     """Return where the first scan of a JPEG begins: past its headers, which may hold a thumbnail with its own marks."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        fill = data[position + 1] == 0xFF  # any number of them may stand in front of a mark
+        position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return position
 
 
