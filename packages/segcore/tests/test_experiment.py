@@ -65,6 +65,8 @@ def value_at(node, path):
         ("optimizer.rules.1.lr_mult=2.5", 2.5),
         ("train.max-per-device=2", 2),
         ("train.init=official:a=b", "official:a=b"),
+        ("train.class_weight=auto", "auto"),
+        (f"train.class_weight={'0.5 ' * 19}", (0.5,) * 19),
         ("name=--odd", "--odd"),
         ("name=", ""),
     ],
@@ -126,6 +128,13 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
         ("data.mean=1 2", "data.mean and data.std have 2 and 3 values"),
         ("data.bit_depth=16", "data.photometric"),
         ("train.max_per_device=3", "train.batch 16 does not divide"),
+        ("data.flip=1.5", "data.flip is 1.5; it must be from 0 to 1"),
+        ("data.flip=nan", "data.flip is nan"),
+        ("data.ratio_range=2 0.5", "data.ratio_range is 2.0 to 0.5; give the smaller ratio first"),
+        ("data.std=1 inf 1", "data.std is inf; it must be above 0 and finite"),
+        ("data.mean=1 nan 1", "data.mean is nan; it must be finite"),
+        ("train.class_weight=1 2 3", "train.class_weight has 3 values for 19 classes"),
+        (f"train.class_weight=0 {'1 ' * 18}", "train.class_weight is 0.0; it must be above 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(override, text):
@@ -373,3 +382,17 @@ def test_a_broken_configuration_file_is_one_line(tmp_path):
     (tmp_path / "typo.py").write_text("def f(:\n")
     with pytest.raises(UserError, match=r"typo.py: cannot be run, line 1: SyntaxError"):
         load_experiment(str(tmp_path / "typo.py"))
+
+
+def test_a_configuration_function_that_raises_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from segcore.errors import UserError\n"
+        "def half(x):\n    return 1 / x\n"
+        "def divides():\n    return half(\n        0)\n"
+        "def refuses():\n    raise UserError('set ROOT first')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^mine.py: cannot be run, line 3: ZeroDivisionError: division by zero$"):
+        load_experiment("mine.py:divides")
+    with pytest.raises(UserError, match=r"^mine.py: cannot be run, line 8: set ROOT first$"):
+        load_experiment("mine.py:refuses")

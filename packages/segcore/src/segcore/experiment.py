@@ -12,6 +12,8 @@ import difflib
 import importlib
 import importlib.util
 import io
+import math
+import operator
 import shlex
 import sys
 import traceback
@@ -148,6 +150,8 @@ class Train:
     """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
+    class_weight: tuple[float, ...] | Literal["auto"] | None = None
+    """Weight of each class in the cross entropy; auto: from the training labels, see `training.class_weight`."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
     log_every: int = 50
@@ -202,34 +206,17 @@ class Experiment:
 
     def __post_init__(self) -> None:
         data, train = self.data, self.train
-        for name, value in (
-            ("data.channels", data.channels),
-            ("train.batch", train.batch),
-            ("train.max_per_device", train.max_per_device),
-            ("train.keep", train.keep),
-            ("train.save_every", train.save_every),
-            ("train.log_every", train.log_every),
-            ("schedule.iterations", self.schedule.iterations),
-            ("evaluate.batch", self.evaluate.batch),
-            ("model.num_classes", self.model.num_classes),
-            ("schedule.step", self.schedule.step),
-            ("len(evaluate.ratios)", len(self.evaluate.ratios)),
-            *(("evaluate.steps", steps) for steps in self.evaluate.steps),
-            *((f"{group}.{key}", v) for group, key, pair in _pairs(self) for v in pair),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        for name, number in (
-            ("data.workers", data.workers),
-            ("train.evaluate_every", train.evaluate_every),
-            ("schedule.warmup_iterations", self.schedule.warmup_iterations),
-        ):
-            if number < 0:
-                raise UserError(f"{name} is {number}; it must be at least 0")
-        if min((*data.std, *data.ratio_range, *self.evaluate.ratios)) <= 0:
-            raise UserError(
-                "a value of data.std, data.ratio_range or evaluate.ratios is not above 0; give positive ones"
-            )
+        for wanted, holds, names in _BOUNDS:
+            for name in names:
+                given = operator.attrgetter(name)(self)
+                for value in given if isinstance(given, tuple) else (given,):
+                    if not (value is None or isinstance(value, str) or holds(value)):
+                        raise UserError(f"{name} is {value}; it must be {wanted}")
+        if not self.evaluate.ratios:
+            raise UserError("evaluate.ratios is empty; give at least one, such as 1")
+        if data.ratio_range[0] > data.ratio_range[1]:
+            low, high = data.ratio_range
+            raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
         if self.model.in_channels != data.channels:
             raise UserError(
                 f"model.in_channels is {self.model.in_channels} but data.channels is {data.channels}; set both alike"
@@ -246,6 +233,11 @@ class Experiment:
         if train.max_per_device < train.batch and train.batch % train.max_per_device:
             raise UserError(
                 f"train.batch {train.batch} does not divide into passes of train.max_per_device {train.max_per_device}"
+            )
+        if isinstance(train.class_weight, tuple) and len(train.class_weight) != self.model.num_classes:
+            raise UserError(
+                f"train.class_weight has {len(train.class_weight)} values for {self.model.num_classes} classes; "
+                "give one per class, or auto"
             )
 
     def with_overrides(self, overrides: Sequence[str]) -> Experiment:
@@ -298,10 +290,23 @@ def _arguments(name: str, value: str, several: bool) -> list[str]:
         raise UserError(f"{name} cannot be read from {value!r}: {str(error).lower()}") from None
 
 
-def _pairs(exp: Experiment) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Return (group, field, value) of every (height, width) and (long, short) setting that is given."""
-    pairs = [("data", "crop"), ("data", "scale"), ("evaluate", "crop"), ("evaluate", "stride"), ("evaluate", "scale")]
-    return [(group, key, getattr(getattr(exp, group), key) or ()) for group, key in pairs]
+_COUNTS = (
+    *("model.num_classes", "data.channels", "data.scale", "data.crop", "schedule.iterations", "schedule.step"),
+    *("train.batch", "train.max_per_device", "train.log_every", "train.save_every", "train.keep"),
+    *("evaluate.scale", "evaluate.crop", "evaluate.stride", "evaluate.batch", "evaluate.steps"),
+)
+_BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda v: v >= 1, _COUNTS),
+    ("at least 0", lambda v: v >= 0, ("data.workers", "schedule.warmup_iterations", "train.evaluate_every")),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip",)),
+    ("finite", math.isfinite, ("data.mean",)),
+    (
+        "above 0 and finite",
+        lambda v: 0 < v < math.inf,
+        ("data.std", "data.ratio_range", "train.class_weight", "evaluate.ratios"),
+    ),
+)
+"""What a value must be, the test of it, and its settings: every value of each, where one is given."""
 
 
 @dataclass(frozen=True)
@@ -399,8 +404,7 @@ def _from_file(spec: str) -> Experiment:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"{path}: cannot be run, line {line}: {type(error).__name__}: {error}") from None
+        raise _cannot_run(path, error) from None
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     if not function and len(own) == 1:
         function = own[0]
@@ -409,10 +413,22 @@ def _from_file(spec: str) -> Experiment:
             f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that returns an Experiment"
         )
         raise UserError(f"{spec}: name the configuration as {choice}")
-    experiment = getattr(module, function)()
+    try:
+        experiment = getattr(module, function)()
+    except Exception as error:
+        raise _cannot_run(path, error) from None
     if not isinstance(experiment, Experiment):
         raise UserError(f"{spec}: {function} returned {type(experiment).__name__}, not an Experiment")
     return experiment
+
+
+def _cannot_run(path: str, error: Exception) -> UserError:
+    """Return the error about what a user's file raised, naming the innermost of its lines that had a part in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(path).resolve()]
+    line = lines[-1] if lines else getattr(error, "lineno", "unknown")
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return UserError(f"{path}: cannot be run, line {line}: {kind}{' '.join(str(error).split())}")
 
 
 def _key(name: str) -> str:
