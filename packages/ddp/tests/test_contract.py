@@ -45,6 +45,7 @@ def test_backward(variant):
 def test_training_draws_and_ignored_batches(variant):
     contract.check_training_draws(build(variant))
     contract.check_all_ignored(build(variant))
+    contract.check_class_weight(build(variant))
 
 
 @pytest.mark.parametrize("variant", ["resnet", "convnext", "swin"])
@@ -85,3 +86,12 @@ def test_half_precision_keeps_noise_levels_and_time_embedding_exact():
 def test_float64_model():
     model = build("resnet").double().eval()
     assert model(contract.images(1).double()).dtype == torch.float64
+
+
+def test_class_weights_scale_both_heads():
+    model = build("resnet").eval()
+    plain = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2])
+    model.class_weight = torch.full((5,), 3.0)
+    tripled = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2])
+    for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
+        torch.testing.assert_close(tripled[name], 3 * plain[name])

@@ -112,6 +112,13 @@ def test_cross_entropy_averages_over_ignored_pixels_too():
     assert accuracy.isnan()
 
 
+def test_class_weights_leave_the_mean_over_pixels():
+    logits = torch.zeros(1, 4, 2, 2)
+    labels = torch.tensor([[[0, 1], [1, 255]]])
+    loss, _ = cross_entropy(logits, labels, ignore_index=255, class_weight=torch.tensor([5.0, 0.5, 1, 1]))
+    assert loss.item() == pytest.approx((5 + 0.5 + 0.5) * math.log(4) / 4)
+
+
 def test_cross_entropy_resizes_the_logits_and_computes_in_float32():
     logits = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True)
     loss, _ = cross_entropy(logits, torch.zeros(1, 9, 7, dtype=torch.int64), ignore_index=255)

@@ -221,10 +221,11 @@ class DDPSegmentor(Segmentor):
             targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
         level = log_snr(times, self.config.noise_schedule).to(noise.device)
         logits = self.decode(features, add_noise(self.codes(targets), noise, level), level)
-        loss, accuracy = cross_entropy(logits, labels, ignore_index=self.ignore_index)
+        entropy = partial(cross_entropy, ignore_index=self.ignore_index, class_weight=self.class_weight)
+        loss, accuracy = entropy(logits, labels)
         losses = {"loss": loss, "decode.loss_ce": loss, "decode.acc_seg": accuracy}
         if self.auxiliary_head is not None:
-            loss, accuracy = cross_entropy(self.auxiliary_head(features), labels, ignore_index=self.ignore_index)
+            loss, accuracy = entropy(self.auxiliary_head(features), labels)
             losses |= {"aux.loss_ce": AUXILIARY_WEIGHT * loss, "aux.acc_seg": accuracy}
             losses["loss"] = losses["decode.loss_ce"] + losses["aux.loss_ce"]
         return losses

@@ -40,6 +40,8 @@ class Segmentor(nn.Module, ABC):
         ignore_index: label value that takes no part in loss and metric.
         align_corners: convention of the second resize, from the network's input size to the original image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
+        class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
+            training loop sets it from `train.class_weight`; it is no part of the state dict.
 
     Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An
     image's answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
@@ -49,6 +51,7 @@ class Segmentor(nn.Module, ABC):
     ignore_index: int = 255
     align_corners: bool = False
     min_size: int = 1
+    class_weight: Tensor | None = None
 
     @abstractmethod
     def predict_steps(

@@ -116,6 +116,17 @@ def check_all_ignored(model: Segmentor) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def check_class_weight(model: Segmentor) -> None:
+    """The losses heed `class_weight`, and it is no part of the state dict."""
+    model.eval()
+    names, batch, target = set(model.state_dict()), images(2), labels(model, 2)
+    weight = torch.linspace(0.5, 2, model.num_classes)
+    before = model.losses(batch, target, seeds=[3, 4])["loss"]
+    model.class_weight = weight
+    assert not torch.equal(model.losses(batch, target, seeds=[3, 4])["loss"], before)
+    assert set(model.state_dict()) == names
+
+
 def check_state_dict(build: Callable[[], Segmentor]) -> None:
     """Weights make the round trip under our names and under the published ones, which are unique; a gap is refused."""
     first, second, third = build().eval(), build().eval(), build().eval()
