@@ -19,8 +19,8 @@ def cross_entropy(
 
     The loss is the mean cross entropy over **all** pixels, ignored ones counting as zero: 0 when all are ignored. That
     is what the published systems trained with. It is computed in at least float32. `class_weight` (K,) multiplies the
-    loss of every pixel by the weight of its class; the mean stays one over pixels, not over weights. The accuracy is the share of
-    non-ignored pixels that are right, in percent, without gradient; NaN when all are ignored.
+    loss of every pixel by the weight of its class; the mean stays one over pixels, not over weights. The accuracy is
+    the share of non-ignored pixels that are right, in percent, without gradient; NaN when all are ignored.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = resize(logits, labels.shape[-2:], align_corners=align_corners)
