@@ -7,12 +7,13 @@ A command is a dataclass: its fields are its options, read by tyro, and `run` do
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Positional, arg
@@ -170,11 +171,35 @@ class Configs:
         print(f"{self.write}: edit it, then `train {self.write}`")
 
 
+@dataclass(frozen=True)
+class Check(Command):
+    """Read every file of the data set: counts, sizes, label histogram, and a line about everything that is wrong."""
+
+    split: Literal["train", "val", "both"] = "both"
+    """What to read."""
+    json: Path | None = None
+    """Where the report goes as JSON besides."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.data.check import check
+
+        exp = self.experiment
+        both: tuple[Literal["train", "val"], ...] = ("train", "val")
+        reports = [check(exp.data, s, exp.model.num_classes) for s in both if self.split in (s, "both")]
+        print(*reports, sep="\n\n")
+        if self.json:
+            text = json.dumps({report.split: report.to_json() for report in reports}, indent=1)
+            files.write(self.json, text + "\n")
+        if count := sum(len(report.problems) for report in reports):
+            raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; mend them first")
+
+
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "test": Test,
     "predict": Predict,
     "configs": Configs,
+    "check": Check,
     "demo": Demo,
 }
 

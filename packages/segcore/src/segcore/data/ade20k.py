@@ -40,9 +40,9 @@ TABLE = index_table({0: IGNORE, IGNORE: IGNORE} | {index + 1: index for index in
 
 
 def open_split(root: Path, split: str) -> Dataset:
-    """Return the split `train` or `val`. Raises UserError when a folder is missing or an image lacks its label."""
+    """Return the split `train` or `val`. Raises UserError when a folder is missing or has no images."""
     name = {"train": "training", "val": "validation"}[split]
     image_root, label_root = root / "images" / name, root / "annotations" / name
     wanted = (f"{image_root}/*.jpg", f"{label_root}/*.png")
-    samples = pair_files(list_files(image_root, ".jpg"), list_files(label_root, ".png"), wanted)
-    return Dataset(CLASSES, PALETTE, IGNORE, samples, image_root, TABLE)
+    samples, unpaired, spare = pair_files(list_files(image_root, ".jpg"), list_files(label_root, ".png"), wanted)
+    return Dataset(CLASSES, PALETTE, IGNORE, samples, image_root, TABLE, unpaired=unpaired, spare=spare)

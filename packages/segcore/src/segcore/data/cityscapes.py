@@ -29,14 +29,15 @@ TABLES = {
 
 
 def open_split(root: Path, split: str) -> Dataset:
-    """Return the split `train` or `val`, with labelTrainIds where every image has one, else with labelIds.
+    """Return the split `train` or `val`, with the kind of label that more of its images have.
 
-    Raises UserError when a folder is missing or empty, or when neither kind of label is complete.
+    Raises UserError when a folder is missing or has no images.
     """
     image_root, label_root = root / "leftImg8bit" / split, root / "gtFine" / split
     images = list_files(image_root, "_leftImg8bit.png")
     labels = {suffix: list_files(label_root, suffix) for suffix in TABLES}
     # On a tie, such as both kinds complete, the first wins.
     suffix = max(TABLES, key=lambda suffix: len(images.keys() & labels[suffix].keys()))
-    samples = pair_files(images, labels[suffix], (f"{image_root}/*/*_leftImg8bit.png", f"{label_root}/*/*{suffix}"))
-    return Dataset(CLASSES, PALETTE, IGNORE, samples, image_root, TABLES[suffix])
+    wanted = (f"{image_root}/*/*_leftImg8bit.png", f"{label_root}/*/*{suffix}")
+    samples, unpaired, spare = pair_files(images, labels[suffix], wanted)
+    return Dataset(CLASSES, PALETTE, IGNORE, samples, image_root, TABLES[suffix], unpaired=unpaired, spare=spare)

@@ -47,6 +47,8 @@ class Dataset:
         image_root: folder that `name` is relative to.
         table: (256,) uint8, value in the label file -> train id; see `index_table`.
         channels, bit_depth: what the image files must hold.
+        unpaired: a line about every image without a label, which is then no sample; `open_dataset` refuses these.
+        spare: label files that belong to no image.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +59,8 @@ class Dataset:
     table: np.ndarray
     channels: int = 3
     bit_depth: int = 8
+    unpaired: tuple[str, ...] = ()
+    spare: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -97,12 +101,17 @@ class Dataset:
         if sample.label is None:
             return image, None
         label = self.label(index)
-        if label.shape != image.shape[:2]:
-            raise UserError(
-                f"{sample.label}: label of {label.shape[0]}x{label.shape[1]} pixels (height x width) for an image of "
-                f"{image.shape[0]}x{image.shape[1]} ({sample.image}); make their sizes equal"
-            )
+        check_sizes(sample, image.shape[:2], label.shape)
         return image, label
+
+
+def check_sizes(sample: Sample, image: tuple[int, ...], label: tuple[int, ...]) -> None:
+    """Raise UserError when the (height, width) of a sample's image and label differ."""
+    if image != label:
+        raise UserError(
+            f"{sample.label}: label of {label[0]}x{label[1]} pixels (height x width) for an image of "
+            f"{image[0]}x{image[1]} ({sample.image}); make their sizes equal"
+        )
 
 
 def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
@@ -111,6 +120,15 @@ def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
     `toy` is generated below `data.root` first when it is not complete there. Raises UserError when the folder is
     missing, a split is empty, or an image has no label.
     """
+    dataset = find_files(data, split)
+    if dataset.unpaired:
+        more = f" (and {len(dataset.unpaired) - 1} more; `check` lists them)" if len(dataset.unpaired) > 1 else ""
+        raise UserError(dataset.unpaired[0] + more)
+    return dataset
+
+
+def find_files(data: Data, split: Literal["train", "val"]) -> Dataset:
+    """Return the split as `open_dataset` does, but leave out images without a label, which `unpaired` then lists."""
     from segcore.data import ade20k, cityscapes, folder
 
     if data.dataset == "toy":
@@ -189,21 +207,22 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
 
 def pair_files(
     images: Mapping[str, Path], labels: Mapping[str, Path] | None, wanted: tuple[str, str]
-) -> tuple[Sample, ...]:
+) -> tuple[tuple[Sample, ...], tuple[str, ...], tuple[Path, ...]]:
     """Return the samples of images and labels under equal names, in the images' order; `labels` None: without labels.
 
-    `wanted` says for the messages where images and labels were looked for. Raises UserError when there is no image,
-    or naming the first images without a label.
+    Beside them a line about each image without a label, and the labels without an image. `wanted` says for the
+    messages where images and labels were looked for. Raises UserError when there is no image.
     """
     if not images:
         raise UserError(f"{wanted[0]}: no images found; put them there or set data.root")
     if labels is None:
-        return tuple(Sample(path, None) for path in images.values())
-    missing = [str(path) for name, path in images.items() if name not in labels]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{', '.join(missing[:3])}{more}: no label among {wanted[1]}; add it or remove the image")
-    return tuple(Sample(path, labels[name]) for name, path in images.items())
+        return tuple(Sample(path, None) for path in images.values()), (), ()
+    remedy = f"no label among {wanted[1]}; add it or remove the image"
+    return (
+        tuple(Sample(path, labels[name]) for name, path in images.items() if name in labels),
+        tuple(f"{path}: {remedy}" for name, path in images.items() if name not in labels),
+        tuple(path for name, path in labels.items() if name not in images),
+    )
 
 
 def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.ndarray:

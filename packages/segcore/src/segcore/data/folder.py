@@ -30,7 +30,7 @@ def open_split(data: Data, split: str) -> Dataset:
     """Return the split `train` or `val` that the globs of `data` name; mask values are 0 .. K-1 and 255 (ignored).
 
     An empty `data.val_masks` gives samples without labels. Raises UserError when classes are missing, when nothing
-    matches, when two files have one stem, or when an image has no mask.
+    matches, or when two files have one stem.
     """
     if not 1 <= len(data.classes) <= 253:
         raise UserError(
@@ -39,9 +39,11 @@ def open_split(data: Data, split: str) -> Dataset:
     train = split == "train"
     image_glob, mask_glob = (data.train_images, data.train_masks) if train else (data.val_images, data.val_masks)
     masks = find(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
-    samples = pair_files(find(data.root, image_glob), masks, (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}"))
-    count, image_root = len(data.classes), data.root / fixed_part(image_glob)
-    return Dataset(data.classes, distinct_colours(count), IGNORE, samples, image_root, index_table(count))
+    wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
+    samples, unpaired, spare = pair_files(find(data.root, image_glob), masks, wanted)
+    palette, table = distinct_colours(len(data.classes)), index_table(len(data.classes))
+    image_root = data.root / fixed_part(image_glob)
+    return Dataset(data.classes, palette, IGNORE, samples, image_root, table, unpaired=unpaired, spare=spare)
 
 
 def find(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:

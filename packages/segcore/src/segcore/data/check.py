@@ -1,0 +1,207 @@
+"""Examination of a data set before hours are spent on it: every file is read, and every problem gets its line.
+
+Files are read in threads: decoding, nearly all of the work, releases the interpreter's lock in both OpenCV and Pillow.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from segcore.data.dataset import Dataset, check_sizes, find_files
+from segcore.errors import UserError
+from segcore.experiment import Data
+from segcore.progress import progress
+
+Split = Literal["train", "val"]
+T = TypeVar("T")
+
+
+@dataclass
+class Report:
+    """What a split holds.
+
+    Attributes:
+        split: train or val.
+        samples, labels: images with what they need, and those of them that have a label file.
+        sizes: (height, width) of the readable images -> their number.
+        classes: K names.
+        pixels: label pixels per class.
+        present: images per class that hold at least one pixel of it.
+        ignored: label pixels that are ignored.
+        problems: a line about every file that training or evaluation would stop at, naming file, value and remedy.
+        notes: what is worth a look and stops nothing.
+    """
+
+    split: str
+    samples: int = 0
+    labels: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    classes: tuple[str, ...] = ()
+    pixels: list[int] = field(default_factory=list)
+    present: list[int] = field(default_factory=list)
+    ignored: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data; sizes are keyed `HEIGHTxWIDTH`."""
+        return {**vars(self), "sizes": {_size(size): count for size, count in sorted(self.sizes.items())}}
+
+    def __str__(self) -> str:
+        lines = [f"{self.split}: {self.samples} images, {self.labels} labels"]
+        if self.sizes:
+            common = ", ".join(f"{_size(size)} ({count})" for size, count in self.sizes.most_common(3))
+            heights, widths = zip(*self.sizes, strict=True)
+            spread = f"; heights {min(heights)}-{max(heights)}, widths {min(widths)}-{max(widths)}"
+            lines.append(f"sizes (height x width): {common}" + (spread if len(self.sizes) > 1 else ""))
+        if self.labels:
+            total = max(sum(self.pixels) + self.ignored, 1)
+            width = max(map(len, (*self.classes, "ignored")))
+            lines.append(f"{'class':{width}}  {'pixels':>14}  {'share %':>8}  {'images':>8}")
+            for name, pixels, images in zip(self.classes, self.pixels, self.present, strict=True):
+                lines.append(f"{name:{width}}  {pixels:14}  {100 * pixels / total:8.3f}  {images:8}")
+            lines.append(f"{'ignored':{width}}  {self.ignored:14}  {100 * self.ignored / total:8.3f}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(f"problems: {len(self.problems) or 'none'}")
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one sample holds: the image's (H, W) and the pixels per label value, (256,), where they could be read."""
+
+    size: tuple[int, int] | None
+    pixels: np.ndarray | None
+    problems: tuple[str, ...]
+
+
+def check(data: Data, split: Split, num_classes: int | None = None) -> Report:
+    """Read every file of a split and return what it holds and all that is wrong with it; shows a progress bar.
+
+    `num_classes` is the number that the model has, None to leave that comparison out. Raises nothing about the files.
+    """
+    try:
+        dataset = find_files(data, split)
+    except UserError as error:  # no folder, no images …: there is nothing to read
+        return Report(split, problems=[str(error)])
+    count, has_label = len(dataset.classes), sum(sample.label is not None for sample in dataset.samples)
+    report = Report(split, len(dataset), has_label, classes=dataset.classes, problems=list(dataset.unpaired))
+    if num_classes not in (None, count):
+        report.problems.append(
+            f"{data.root}: holds {count} classes but model.num_classes is {num_classes}; set one to the other"
+        )
+    pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    for finding in _each(lambda index: examine(dataset, index), len(dataset), f"reading {split}"):
+        report.problems += finding.problems
+        if finding.size:
+            report.sizes[finding.size] += 1
+        if finding.pixels is not None:
+            pixels += finding.pixels
+            present += finding.pixels > 0
+    report.ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
+    report.pixels, report.present = pixels[:count].tolist(), present[:count].tolist()
+    if dataset.ignore_index < count:
+        report.present[dataset.ignore_index] = 0
+    if dataset.spare:
+        more = f" (and {len(dataset.spare) - 1} more)" if len(dataset.spare) > 1 else ""
+        report.notes.append(f"{dataset.spare[0]}: a label without an image{more}")
+    if not has_label:
+        report.notes.append(f"{data.root}: no labels, so nothing can be evaluated here")
+    elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
+        report.notes.append(f"{data.root}: no pixel is labelled {', '.join(absent)}")
+    return report
+
+
+def examine(dataset: Dataset, index: int) -> Finding:
+    """Read a sample's image and label whole; nothing is raised about them, problems are lines of the answer."""
+    sample, problems = dataset.samples[index], list[str]()
+    image = _noting(problems, lambda: dataset.image(index))
+    label = _noting(problems, lambda: _label(dataset, index)) if sample.label else None
+    if image is not None and label is not None:
+        _noting(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
+    pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
+    return Finding(None if image is None else image.shape[:2], pixels, tuple(problems))
+
+
+def check_headers(dataset: Dataset) -> list[str]:
+    """Return a line about every file of the data set that is missing or no image, or whose label has another size.
+
+    Only the beginning of each file is read: a look before training. Damage further inside is left to `check`.
+    """
+    return [line for lines in _each(lambda i: _headers(dataset, i), len(dataset), "first look") for line in lines]
+
+
+def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
+    """Return the pixels per train id (256,) int64 of all labels that can be read, and a line about each other one."""
+    total, problems = np.zeros(256, np.int64), list[str]()
+
+    def count(index: int) -> tuple[np.ndarray | None, list[str]]:
+        lines = list[str]()
+        label = _noting(lines, lambda: _label(dataset, index))
+        return None if label is None else np.bincount(label.ravel(), minlength=256), lines
+
+    for pixels, lines in _each(count, len(dataset), "counting label pixels"):
+        problems += lines
+        total += 0 if pixels is None else pixels
+    return total, problems
+
+
+def _label(dataset: Dataset, index: int) -> np.ndarray:
+    """Return `Dataset.label` after comparing a PNG's checksums, which Pillow does not do when it decodes."""
+    label, path = dataset.label(index), dataset.samples[index].label
+    assert path is not None
+    try:
+        with Image.open(path) as file:
+            file.verify()
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a label ({error}); replace the file") from None
+    return label
+
+
+def _headers(dataset: Dataset, index: int) -> list[str]:
+    problems, sample = list[str](), dataset.samples[index]
+    try:
+        image, label = _header_size(sample.image), _header_size(sample.label or sample.image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return list(examine(dataset, index).problems)  # of a kind that only OpenCV or NumPy reads, or really bad
+    if sorted(image) != sorted(label):  # an orientation mark in the image may turn it
+        _noting(problems, lambda: check_sizes(sample, image, label))
+    return problems
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as file:
+        return file.height, file.width
+
+
+def _noting(problems: list[str], read: Callable[[], T]) -> T | None:
+    """Return what `read` returns, or None after adding what its UserError says to `problems`."""
+    try:
+        return read()
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _each(function: Callable[[int], T], count: int, title: str) -> Iterator[T]:
+    """Yield function(0) .. function(count - 1) in order, computed in threads, with a progress bar."""
+    pool = ThreadPoolExecutor()
+    try:
+        with progress(title) as advance:
+            for done, result in enumerate(pool.map(function, range(count)), 1):
+                advance(done, count)
+                yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

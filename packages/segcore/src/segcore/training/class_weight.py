@@ -1,0 +1,68 @@
+"""Weights of the classes in the cross entropy: as given, or from how often each class occurs in the training labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segcore.data.check import label_pixels
+from segcore.data.dataset import Dataset
+from segcore.errors import UserError
+from segcore.experiment import Experiment
+from segcore.files import write
+
+HISTOGRAM = "label_histogram.json"
+
+
+def class_weights(exp: Experiment, dataset: Dataset, work_dir: Path) -> Tensor | None:
+    """Return the (K,) float32 weights that `train.class_weight` asks for, on the CPU; None when it asks for none.
+
+    "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
+    resumed run has the same weights without reading them again. Raises UserError about a label that cannot be used.
+    """
+    given = exp.train.class_weight
+    if given != "auto":
+        return None if given is None else torch.tensor(given, dtype=torch.float32)
+    path, key = work_dir / HISTOGRAM, _key(dataset)
+    pixels = _read(path, key)
+    if pixels is None:
+        found, problems = label_pixels(dataset)
+        if problems:
+            more = f" (and {len(problems) - 1} more; `check` lists them)" if len(problems) > 1 else ""
+            raise UserError(problems[0] + more)
+        found[dataset.ignore_index] = 0
+        pixels = found[: len(dataset.classes)].tolist()
+        write(path, json.dumps({"dataset": key, "classes": dataset.classes, "pixels": pixels}, indent=1) + "\n")
+    return torch.from_numpy(balanced(np.array(pixels))).float()
+
+
+def balanced(pixels: np.ndarray) -> np.ndarray:
+    """Return the weights (K,) float64 of classes with so many pixels each (K,): 1 / ln(1.02 + share), rescaled.
+
+    The formula is ENet's (arXiv 1606.02147, section 5.2). It is bounded, between 1.4 and 51, also for classes of which
+    there is no pixel. The weights are then divided by their mean over the pixels, so that the loss keeps its size and
+    the learning rate its meaning.
+    """
+    share = pixels / max(pixels.sum(), 1)
+    weights = 1 / np.log(1.02 + share)
+    return weights / ((weights * share).sum() or 1)
+
+
+def _key(dataset: Dataset) -> str:
+    """Return what tells two data sets apart wherever they lie: a digest of the samples' names and the label table."""
+    names = "\n".join(dataset.name(index) for index in range(len(dataset)))
+    return hashlib.sha256(names.encode() + dataset.table.tobytes()).hexdigest()
+
+
+def _read(path: Path, key: str) -> list[int] | None:
+    """Return the pixels per class from a histogram of the same data set, None without one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [int(count) for count in content["pixels"]] if content["dataset"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

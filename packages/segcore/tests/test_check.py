@@ -1,0 +1,247 @@
+"""The examination of a data set: exact counts, every planted fault named, and class weights from the histogram."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segcore.cli import main
+from segcore.data.check import check, check_headers, label_pixels
+from segcore.data.dataset import open_dataset
+from segcore.errors import UserError
+from segcore.experiment import Data, Experiment, Model, Train
+from segcore.training import class_weight
+from segcore.training.class_weight import balanced, class_weights
+
+CLASSES = ("sea", "land", "sky")
+
+
+def write(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    """Six training pairs of 20x30 pixels and one of 10x30; a validation pair without label."""
+    rng = np.random.RandomState(0)
+    for i in range(7):
+        height = 10 if i == 6 else 20
+        write(tmp_path / f"images/train/{i}.png", rng.randint(0, 256, (height, 30, 3)))
+        write(tmp_path / f"masks/train/{i}.png", np.full((height, 30), 1 if i else 0))
+    write(tmp_path / "images/val/v.png", rng.randint(0, 256, (20, 30, 3)))
+    label = np.zeros((20, 30))
+    label[:5] = 255
+    write(tmp_path / "masks/train/0.png", label)
+    return Data("folder", tmp_path, val_masks="", classes=CLASSES)
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x55
+    path.write_bytes(content)
+
+
+def test_a_good_split_is_counted_exactly(data: Data) -> None:
+    report = check(data, "train", 3)
+    assert (report.samples, report.labels, report.problems) == (7, 7, [])
+    assert report.sizes == {(20, 30): 6, (10, 30): 1}
+    assert (report.pixels, report.present, report.ignored) == ([450, 3300, 0], [1, 6, 0], 150)
+    assert report.notes == [f"{data.root}: no pixel is labelled sky"]
+    assert json.loads(json.dumps(report.to_json()))["sizes"] == {"10x30": 1, "20x30": 6}
+    text = str(report)
+    assert "20x30 (6), 10x30 (1); heights 10-20, widths 30-30" in text
+    assert [line.split() for line in text.splitlines() if line.startswith("land")] == [["land", "3300", "84.615", "6"]]
+    val = check(data, "val", 3)
+    assert (val.samples, val.labels, val.problems) == (1, 0, [])
+    assert val.notes == [f"{data.root}: no labels, so nothing can be evaluated here"]
+
+
+def test_a_class_in_front_that_is_ignored_is_not_counted(data: Data) -> None:
+    report = check(replace(data, background=True), "train", 4)
+    assert (report.classes[0], report.ignored) == ("background", 150)
+    assert (report.pixels, report.present) == ([0, 450, 3300, 0], [0, 1, 6, 0])
+    assert report.notes == [f"{data.root}: no pixel is labelled sky"]
+
+
+def test_every_fault_has_its_line(data: Data) -> None:
+    root = data.root
+    (root / "images/train/0.png").write_bytes(b"")
+    flip(root / "images/train/1.png", 900)
+    write(root / "masks/train/2.png", np.full((20, 29), 1))
+    write(root / "masks/train/3.png", np.full((20, 30), 77))
+    (root / "masks/train/4.png").unlink()
+    (root / "masks/train/5.png").write_bytes((root / "masks/train/5.png").read_bytes()[:50])
+    (root / "images/train/6.png").unlink()
+    write(root / "images/train/7.png", np.zeros((8, 8, 3)))
+    write(root / "images/train/8.png", np.zeros((8, 8, 3)))
+    (root / "masks/train/8.png").write_text("no picture")  # both of its files are bad
+    (root / "images/train/8.png").write_text("no picture")
+    report = check(data, "train", 19)
+    wanted = [
+        ("images/train/4.png", "no label among"),
+        ("images/train/7.png", "no label among"),
+        (str(root), "holds 3 classes but model.num_classes is 19"),
+        ("images/train/0.png", "the file is empty"),
+        ("images/train/1.png", "damaged"),
+        ("masks/train/2.png", "label of 20x29 pixels (height x width) for an image of 20x30"),
+        ("masks/train/3.png", "label values 77 are no classes; allowed are 0-2, 255"),
+        ("masks/train/5.png", "cannot be read as a label"),
+        ("images/train/8.png", "cannot be read as an image"),
+        ("masks/train/8.png", "cannot be read as a label"),
+    ]
+    assert len(report.problems) == len(wanted)
+    for problem, parts in zip(report.problems, wanted, strict=True):
+        assert all(part in problem for part in parts), problem
+        assert "\n" not in problem
+    assert report.notes[0] == f"{root / 'masks/train/6.png'}: a label without an image"
+    with pytest.raises(UserError, match=r"4.png: no label among .* \(and 1 more; `check` lists them\)"):
+        open_dataset(data, "train")
+
+
+def test_flipped_bytes_of_a_label_are_found(tmp_path: Path) -> None:
+    """Pillow decodes most of them without a word: into other classes."""
+    rng = np.random.RandomState(1)
+    data = Data("folder", tmp_path, classes=tuple("abcdefgh"))
+    write(tmp_path / "images/train/a.png", np.zeros((64, 64, 3)))
+    path = write(tmp_path / "masks/train/a.png", rng.randint(0, 8, (64, 64)))
+    whole = path.read_bytes()
+    first, last = whole.index(b"IDAT") + 4, whole.index(b"IEND") - 8
+    for offset in rng.randint(first, last, 30):
+        path.write_bytes(whole)
+        flip(path, offset)
+        assert len(check(data, "train").problems) == 1, offset
+
+
+def test_no_folder_is_a_problem_of_each_split(tmp_path: Path) -> None:
+    data = Data("folder", tmp_path / "nowhere", classes=CLASSES)
+    for split in ("train", "val"):
+        (problem,) = check(data, split).problems
+        assert problem.startswith(f"{data.root}: no such folder")
+
+
+def test_headers_show_what_a_first_look_can(data: Data) -> None:
+    root, dataset = data.root, open_dataset(data, "train")
+    assert check_headers(dataset) == []
+    (root / "images/train/0.png").write_bytes(b"")
+    write(root / "masks/train/2.png", np.full((20, 29), 1))
+    (root / "masks/train/5.png").write_text("no picture")
+    flip(root / "images/train/1.png", 900)  # inside: for `check`
+    problems = check_headers(dataset)
+    assert [Path(problem.partition(":")[0]).name for problem in problems] == ["0.png", "2.png", "5.png"]
+
+
+def test_headers_know_turned_photographs_and_files_that_pillow_does_not(tmp_path: Path) -> None:
+    (tmp_path / "images/train").mkdir(parents=True)
+    photo = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    photo.save(tmp_path / "images/train/a.jpg", exif=exif)
+    write(tmp_path / "masks/train/a.png", np.zeros((30, 20)))
+    np.save(tmp_path / "images/train/b.npy", np.zeros((20, 30, 3), np.uint8))
+    write(tmp_path / "masks/train/b.png", np.zeros((20, 30)))
+    data = Data("folder", tmp_path, classes=CLASSES)
+    assert check_headers(open_dataset(data, "train")) == []
+    assert check(data, "train").problems == []
+
+
+def test_command_lists_all_and_fails_with_their_number(data: Data, tmp_path: Path, capsys) -> None:
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from pathlib import Path\nfrom ddp_seg.configs import DDP\nfrom segcore.experiment import Data, Experiment\n"
+        f"def mine():\n    data = Data('folder', Path({str(data.root)!r}), val_masks='', classes={CLASSES})\n"
+        "    return Experiment('mine', DDP(num_classes=3), data)\n"
+    )
+    words = ["check", f"{config}:mine", f"--json={tmp_path / 'report.json'}"]
+    main("ddp_seg", words)
+    assert "problems: none" in capsys.readouterr().out
+    (data.root / "images/train/0.png").write_bytes(b"")
+    (data.root / "images/val/v.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        main("ddp_seg", words)
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert err.splitlines()[-1] == f"error: {data.root}: 2 problems, each listed above; mend them first"
+    assert out.count("the file is empty") == 2
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [len(found[split]["problems"]) for split in ("train", "val")] == [1, 1]
+
+
+# Class weights
+
+
+@dataclass(frozen=True)
+class Tiny(Model):
+    def build(self):
+        raise NotImplementedError
+
+
+def experiment(data: Data, weights) -> Experiment:
+    return Experiment("tiny", Tiny(num_classes=3), data, train=Train(class_weight=weights))
+
+
+def test_balanced_weights_are_those_of_the_formula() -> None:
+    weights = balanced(np.array([700, 300, 0]))
+    expected = 1 / np.log(1.02 + np.array([0.7, 0.3, 0]))
+    np.testing.assert_allclose(weights / weights[0], expected / expected[0])
+    assert np.dot(weights, [0.7, 0.3, 0]) == pytest.approx(1)
+    assert np.isfinite(balanced(np.zeros(3))).all()
+
+
+def test_given_weights_are_taken_as_they_are(data: Data, tmp_path: Path) -> None:
+    dataset = open_dataset(data, "train")
+    assert class_weights(experiment(data, None), dataset, tmp_path / "run") is None
+    weights = class_weights(experiment(data, (1.0, 2.0, 0.5)), dataset, tmp_path / "run")
+    assert weights is not None
+    assert weights.tolist() == [1.0, 2.0, 0.5]
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_reads_the_labels_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exp, run = experiment(data, "auto"), tmp_path / "run"
+    weights = class_weights(exp, open_dataset(data, "train"), run)
+    assert weights is not None
+    torch.testing.assert_close(weights, torch.from_numpy(balanced(np.array([450, 3300, 0]))).float())
+    with monkeypatch.context() as patch:
+        patch.setattr(class_weight, "label_pixels", lambda dataset: pytest.fail("the labels are read again"))
+        again = class_weights(exp, open_dataset(data, "train"), run)
+        assert again is not None
+        assert torch.equal(again, weights)
+    (run / class_weight.HISTOGRAM).write_text("{")  # damaged: read again
+    assert torch.equal(class_weights(exp, open_dataset(data, "train"), run), weights)
+    (data.root / "images/train/0.png").unlink()  # another data set: read again
+    assert not torch.equal(class_weights(exp, open_dataset(data, "train"), run), weights)
+
+
+def test_auto_leaves_ignored_pixels_out_behind_a_background(data: Data, tmp_path: Path) -> None:
+    data = replace(data, background=True)
+    exp = Experiment("tiny", Tiny(num_classes=4), data, train=Train(class_weight="auto"))
+    weights = class_weights(exp, open_dataset(data, "train"), tmp_path)
+    torch.testing.assert_close(weights, torch.from_numpy(balanced(np.array([0, 450, 3300, 0]))).float())
+
+
+def test_auto_names_labels_that_cannot_be_used(data: Data, tmp_path: Path) -> None:
+    write(data.root / "masks/train/3.png", np.full((20, 30), 77))
+    write(data.root / "masks/train/5.png", np.full((20, 30), 78))
+    dataset = open_dataset(data, "train")
+    assert len(label_pixels(dataset)[1]) == 2
+    with pytest.raises(UserError, match=r"3.png: label values 77 are no classes.*\(and 1 more; `check` lists them\)"):
+        class_weights(experiment(data, "auto"), dataset, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_real_labels_are_counted_as_opencv_does(real_data: Path) -> None:
+    dataset = open_dataset(Data("cityscapes", real_data / "cityscapes"), "val")
+    counted, problems = label_pixels(dataset)
+    labels = [dataset.label(i) for i in range(len(dataset))]
+    expected = sum(cv2.calcHist([label], [0], None, [256], [0, 256]).ravel() for label in labels)
+    assert problems == []
+    np.testing.assert_array_equal(counted, expected)
