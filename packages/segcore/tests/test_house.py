@@ -26,7 +26,8 @@ LAYERS = {
     "data": "errors seeds files experiment progress",
     "visualize": "errors seeds files experiment data",
     "evaluation": "errors seeds files experiment ops models data visualize",
-    "training": "errors seeds files experiment ops models data visualize evaluation",
+    "environment": "ops",
+    "training": "errors seeds files experiment environment ops models data visualize evaluation",
 }
 """Room of segcore -> the other rooms it may import. Rooms that are not listed may import all but those on top."""
 ON_TOP = {"cli", "__main__", "testing"}

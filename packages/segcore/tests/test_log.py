@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from rich.console import Console
 from segcore import files
 from segcore.errors import UserError
 from segcore.experiment import Data, Experiment, Model
-from segcore.training import log as log_module
 from segcore.training.log import RunLog, describe, differences
 
 VALUES = {"loss": 4.0426, "loss_ce": 2.8875, "grad_norm": 1.3938}
@@ -115,25 +113,6 @@ def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> N
     assert settings["seed"] == 0
     assert all(described["versions"][name] for name in ("python", "torch", "segcore"))
     assert described["git"] is None or len(described["git"].removesuffix("-dirty")) == 40
-
-
-def test_commit_is_that_of_the_code_not_of_a_repository_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def git(*words: str) -> None:
-        name = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
-        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
-
-    (tmp_path / "log.py").touch()
-    monkeypatch.setattr(log_module, "__file__", str(tmp_path / "log.py"))
-    git("init")
-    git("commit", "--allow-empty", "-m", "someone's own")
-    assert log_module._git_hash() is None
-    git("add", "log.py")
-    git("commit", "-m", "the code")
-    found = log_module._git_hash()
-    assert found is not None
-    assert len(found) == 40
 
 
 def test_differences_name_the_setting(exp: Experiment) -> None:

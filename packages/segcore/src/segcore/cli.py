@@ -194,6 +194,20 @@ class Check(Command):
             raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; mend them first")
 
 
+@dataclass(frozen=True)
+class Env:
+    """Print what a bug report needs: versions, GPU and driver, processor, variables. Paths are left out."""
+
+    json: Flag = False
+    """As JSON."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.environment import as_text, environment
+
+        found = environment()
+        print(json.dumps(found, indent=1) if self.json else as_text(found))
+
+
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "test": Test,
@@ -201,6 +215,7 @@ COMMANDS: dict[str, type[Any]] = {
     "configs": Configs,
     "check": Check,
     "demo": Demo,
+    "env": Env,
 }
 
 

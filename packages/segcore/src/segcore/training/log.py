@@ -6,11 +6,9 @@ import dataclasses
 import json
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,20 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from segcore.environment import git_hash, versions
 from segcore.experiment import Experiment
 from segcore.files import write, writing
-
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "segcore")
 
 
 def describe(exp: Experiment) -> dict[str, Any]:
     """Return the resolved settings of a run, the versions of what it runs on and the code's git hash, as plain data."""
     settings = json.loads(json.dumps(dataclasses.asdict(exp), default=str))
     settings["model"] = {"class": f"{type(exp.model).__module__}:{type(exp.model).__qualname__}", **settings["model"]}
-    points = [point.dist for point in entry_points(group="segcore.methods")]
-    methods = {dist.name: dist.version for dist in points if dist is not None}
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **methods}
-    return {"experiment": settings, "versions": versions, "platform": platform.platform(), "git": _git_hash()}
+    return {"experiment": settings, "versions": versions(), "platform": platform.platform(), "git": git_hash()}
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
@@ -164,24 +158,3 @@ def _until(path: Path, iteration: int) -> str:
         if wanted:
             lines.append(line + "\n")
     return "".join(lines)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_hash() -> str | None:
-    """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside of one."""
-    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]  # not just any repository around a .venv
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    for command in (tracked, describe):
-        try:
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-    return done.stdout.strip() or None

@@ -1,0 +1,105 @@
+"""What a run runs on: versions, machine, variables. What a bug report needs, without personal paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "segcore", "seg-cuda-ops")
+VARIABLES = ("OMP_", "MKL_", "CUDA_", "NCCL_", "PYTORCH_", "TORCH", "SEG", "WORLD_SIZE", "SLURM_NTASKS")
+"""Beginnings of the environment variables that change what a run does."""
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, the packages that figures depend on (None: not installed) and our methods."""
+    points = [point.dist for point in entry_points(group="segcore.methods")]
+    methods = {dist.name: dist.version for dist in points if dist is not None}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **methods}
+
+
+def git_hash() -> str | None:
+    """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside of one."""
+    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]  # not just any repository around a .venv
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    for command in (tracked, describe):
+        done = _output(command)
+        if done is None:
+            return None
+    return done or None
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """Return all that `segcore env` prints, in groups, as plain data. Values of variables with a `/` are left out."""
+    import torch
+
+    cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    names = sorted(name for name in os.environ if name.startswith(VARIABLES))
+    return {
+        "versions": {**versions(), "git": git_hash()},
+        "cuda": {
+            "built for": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver.splitlines()[0] if driver else None,
+            **{f"gpu {i}": f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for i, gpu in enumerate(gpus)},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
+        },
+        "variables": {name: os.environ[name] if "/" not in os.environ[name] else "(set)" for name in names},
+        "kernels": _kernels(),
+    }
+
+
+def as_text(groups: dict[str, dict[str, Any]]) -> str:
+    """Return the groups as lines to paste: a heading each, then `name: value`."""
+    lines = []
+    for group, values in groups.items():
+        lines += [
+            f"{group}:" if values else f"{group}: none",
+            *(f"  {name}: {'none' if value is None else value}" for name, value in values.items()),
+        ]
+    return "\n".join(lines)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or (
+        platform.processor() or platform.machine()
+    )
+
+
+def _kernels() -> dict[str, str]:
+    """Return what serves each operator on each kind of device, where the operators can tell."""
+    from segcore import ops
+
+    found: dict[str, dict[str, str]] = getattr(ops, "kernels", dict)()
+    return {f"{name} on {device}": text for name, devices in found.items() for device, text in devices.items()}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    """Return what a program prints, stripped; None when it is absent or fails."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.strip()
