@@ -23,15 +23,13 @@ their kernels on every device for which no other one is registered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from segcore.errors import UserError
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from segcore.ops import bilinear, registry
 
 
 def ms_deform_attn(
@@ -44,26 +42,24 @@ def ms_deform_attn(
     """
     shapes = [size for height, width in spatial_shapes for size in (height, width)]
     check(value, shapes, sampling_locations, attention_weights)
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return with_grid_sample(value, shapes, sampling_locations, attention_weights)
-    if torch.compiler.is_compiling():
-        return with_gather(value, shapes, sampling_locations, attention_weights)
+    if registry.traced_plainly(value.device):
+        exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        plain = with_grid_sample if exporting else with_gather
+        return plain(value, shapes, sampling_locations, attention_weights)
     return torch.ops.segcore.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
 
 
 def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:
     """Raise ValueError in one line when the inputs do not fit together; `spatial_shapes` is H_1, W_1, H_2, W_2 …"""
     v, loc, attn = value.shape, sampling_locations.shape, attention_weights.shape
-    tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
-    for (name, tensor), ndim in zip(tensors.items(), (4, 6, 5), strict=True):
-        if tensor.dim() != ndim:
-            raise UserError(f"ms_deform_attn: {name} has shape {tuple(tensor.shape)}; it needs {ndim} dimensions")
-        if tensor.dtype not in DTYPES:
-            raise UserError(
-                f"ms_deform_attn: {name} is {tensor.dtype}; convert it to one of {', '.join(map(str, DTYPES))}"
-            )
-        if tensor.device != value.device:
-            raise UserError(f"ms_deform_attn: {name} is on {tensor.device} but value on {value.device}; move it there")
+    registry.check_tensors(
+        "ms_deform_attn",
+        {
+            "value": (value, 4),
+            "sampling_locations": (sampling_locations, 6),
+            "attention_weights": (attention_weights, 5),
+        },
+    )
     levels = len(spatial_shapes) // 2
     if levels == 0 or len(spatial_shapes) % 2 or any(size < 1 for size in spatial_shapes):
         raise UserError(
@@ -76,7 +72,7 @@ def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tens
             f"ms_deform_attn: value {tuple(v)}, sampling_locations {tuple(loc)}, attention_weights {tuple(attn)} "
             f"disagree for {levels} levels; they must be (N, S, M, D), (N, Q, M, L, P, 2), (N, Q, M, L, P)"
         )
-    total = sum(h * w for h, w in _pairs(spatial_shapes))
+    total = sum(h * w for h, w in bilinear.pairs(spatial_shapes))
     if total != v[1]:
         raise UserError(
             f"ms_deform_attn: value has {v[1]} pixels but spatial_shapes {list(spatial_shapes)} have {total}; "
@@ -84,9 +80,7 @@ def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tens
         )
 
 
-# The default kernels. One pixel of one head is a row of D contiguous numbers in `value`, and the points of one query
-# and head are a bag of rows: embedding_bag sums such a bag with weights in one pass, so no temporary is wider than one
-# number per corner. `benchmarks/ms_deform_attn.py` compares this with grid_sample.
+# The default kernels; `benchmarks/ms_deform_attn.py` compares them with grid_sample.
 
 
 def reference(
@@ -99,9 +93,8 @@ def reference(
     if not value.numel() or not attention_weights.numel():
         return value.new_zeros(n, q, m * d)
     pixels, loc, attn = _in_full_precision(value, sampling_locations, attention_weights)
-    rows, weights = _corners(value.shape, spatial_shapes, loc, attn)
-    out = F.embedding_bag(rows.view(n * q * m, -1), pixels, mode="sum", per_sample_weights=weights.view(n * q * m, -1))
-    return out.view(n, q, m * d).to(value.dtype)
+    rows, weights = bilinear.corners(value.shape, spatial_shapes, _points(spatial_shapes, loc), attn)
+    return bilinear.bag(rows, pixels, weights, rows[0, 0, 0].numel()).view(n, q, m * d).to(value.dtype)
 
 
 def reference_backward(
@@ -118,20 +111,17 @@ def reference_backward(
         return grad_value, grad_loc, grad_attn
     pixels, loc, attn = _in_full_precision(value, sampling_locations, attention_weights)
     grad = grad_output.reshape(-1, value.shape[3]).to(pixels.dtype)
-    rows, weights = _corners(value.shape, spatial_shapes, loc, attn)
+    points = _points(spatial_shapes, loc)
+    rows, weights = bilinear.corners(value.shape, spatial_shapes, points, attn)
     grad_loc, grad_attn = torch.empty_like(loc), torch.empty_like(attn)
-    dots = _corner_dots(grad, pixels, rows)
-    for level, (height, width) in enumerate(_pairs(spatial_shapes)):
-        (_, y), (_, x) = _axis(loc[:, :, :, level, :, 1], height), _axis(loc[:, :, :, level, :, 0], width)
-        (y0, y1), (x0, x1) = _hats(y, height), _hats(x, width)
-        (dy0, dy1), (dx0, dx1) = _slopes(y, height), _slopes(x, width)
-        c00, c01, c10, c11 = dots[:, :, :, level].unbind(-1)
-        upper, lower = x0 * c00 + x1 * c01, x0 * c10 + x1 * c11
+    dots = bilinear.dots(grad, pixels, rows)
+    for level, (size, (y, x)) in enumerate(zip(bilinear.pairs(spatial_shapes), points, strict=True)):
+        sample, d_y, d_x = bilinear.derivatives(dots[:, :, :, level], y, x, size)
         weight = attn[:, :, :, level]
-        grad_attn[:, :, :, level] = y0 * upper + y1 * lower
-        grad_loc[:, :, :, level, :, 0] = (dx0 * (y0 * c00 + y1 * c10) + dx1 * (y0 * c01 + y1 * c11)) * weight * width
-        grad_loc[:, :, :, level, :, 1] = (dy0 * upper + dy1 * lower) * weight * height
-    grad_value = _scatter(grad, value.shape, spatial_shapes, rows[..., 0], weights)
+        grad_attn[:, :, :, level] = sample
+        grad_loc[:, :, :, level, :, 0] = d_x * weight * size[1]
+        grad_loc[:, :, :, level, :, 1] = d_y * weight * size[0]
+    grad_value = bilinear.Scatter(rows[..., 0], attn[0, 0, 0].numel(), value.shape, spatial_shapes)(grad, weights)
     return grad_value.to(value.dtype), grad_loc.to(sampling_locations.dtype), grad_attn.to(attention_weights.dtype)
 
 
@@ -144,125 +134,29 @@ def _in_full_precision(
     return pixels, sampling_locations.to(dtype).contiguous(), attention_weights.to(dtype).contiguous()
 
 
-def _pairs(spatial_shapes: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+def _points(spatial_shapes: Sequence[int], loc: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return per level y and x (N, Q, M, P) in pixels."""
+    by_level = zip(bilinear.pairs(spatial_shapes), loc.unbind(3), strict=True)
+    return [(points[..., 1] * height - 0.5, points[..., 0] * width - 0.5) for (height, width), points in by_level]
 
 
-def _axis(location: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return per point the first of its two pixels along an axis and the coordinate relative to that pixel.
-
-    At the border the pair is moved into the map, so that no index needs a test; the coordinate then is outside [0, 1).
-    """
-    coordinate = torch.nan_to_num(location * size - 0.5, nan=-2.0)  # anywhere outside
-    first = coordinate.floor().clamp_(0, max(size - 2, 0))
-    return first, coordinate - first
-
-
-def _hats(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the weights of both pixels, max(0, 1 - distance): zero by themselves for every point that is outside."""
-    first, second = (1 - t.abs()).clamp_(min=0), (1 - (t - 1).abs_()).clamp_(min=0)
-    return first, second if size > 1 else torch.zeros_like(second)
-
-
-def _slopes(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the right-hand derivatives of `_hats`, and 0 at t = -1, where a point is outside."""
-    before, between, after = [s.to(t.dtype) for s in ((t > -1) & (t < 0), (t >= 0) & (t < 1), (t >= 1) & (t < 2))]
-    first, second = before - between, between - after
-    return first, second if size > 1 else torch.zeros_like(second)
-
-
-def _corners(shape: Sequence[int], spatial_shapes: Sequence[int], loc: Tensor, attn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and weights (N, Q, M, L, P, 4) of every point's corners (y0, x0), (y0, x1), (y1, x0), (y1, x1)."""
-    n, s, m, _ = shape
-    index = torch.int32 if max(n * s * m, 4 * attn.numel()) < 2**31 else torch.int64  # half the memory
-    rows = torch.empty(*attn.shape, 4, dtype=index, device=attn.device)
-    weights = torch.empty_like(rows, dtype=attn.dtype)
-    image = torch.arange(n, dtype=index, device=attn.device).view(n, 1, 1, 1) * (s * m)
-    base = image + torch.arange(m, dtype=index, device=attn.device).view(m, 1)
-    start = 0
-    for level, (height, width) in enumerate(_pairs(spatial_shapes)):
-        (top, y), (left, x) = _axis(loc[:, :, :, level, :, 1], height), _axis(loc[:, :, :, level, :, 0], width)
-        pixel = top.to(index).mul_(width).add_(left.to(index)).add_(start)
-        row = pixel.mul_(m).add_(base)
-        down, right = (width * m if height > 1 else 0), (m if width > 1 else 0)
-        vertical, horizontal = [hat * attn[:, :, :, level] for hat in _hats(y, height)], _hats(x, width)
-        for corner in range(4):
-            i, j = divmod(corner, 2)
-            torch.add(row, i * down + j * right, out=rows[:, :, :, level, :, corner])
-            torch.mul(vertical[i], horizontal[j], out=weights[:, :, :, level, :, corner])
-        start += height * width
-    return rows, weights
-
-
-def _corner_dots(grad: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
-    """Return <grad of the bag, row> for every corner: the gradient of its weight, in the shape of `rows`."""
-    size = rows.numel() // len(grad)
-    offsets = torch.arange(0, rows.numel(), size, dtype=rows.dtype, device=rows.device)
-    bag = torch.arange(len(grad), dtype=rows.dtype, device=rows.device).repeat_interleave(size)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, pixels, rows.flatten(), offsets, bag, 0)
-    return dots.view(rows.shape)
-
-
-def _scatter(
-    grad: Tensor, shape: Sequence[int], spatial_shapes: Sequence[int], first: Tensor, weights: Tensor
-) -> Tensor:
-    """Return the gradient (N, S, M, D) of the value: per row the sum of weight * grad over the corners that lie on it.
-
-    Points are sorted by the row of their first corner (N, Q, M, L, P), which gives each row a bag of queries. The other
-    corners' sums are the same bags with other weights, one pixel further on. The order of all sums is fixed.
-    """
-    n, s, m, d = shape
-    points = first.numel() // len(grad)
-    row, order = first.flatten().sort(stable=True)
-    ends = torch.zeros(n * s * m + 1, dtype=row.dtype, device=row.device)
-    ends = ends.index_add_(0, row + 1, torch.ones_like(row)).cumsum(0, dtype=row.dtype)
-    query = (order // points).to(row.dtype)
-    weights = weights.view(-1, 4).index_select(0, order)
-
-    def sums(corner: int) -> Tensor:
-        weight = weights[:, corner].contiguous()
-        out = F.embedding_bag(query, grad, ends, mode="sum", per_sample_weights=weight, include_last_offset=True)
-        return out.view(n, s, m, d)
-
-    out = sums(0)
-    for corner in (1, 2, 3):
-        i, j = divmod(corner, 2)
-        part, start = sums(corner), 0
-        for height, width in _pairs(spatial_shapes):
-            target, source = [t[:, start : start + height * width].unflatten(1, (height, width)) for t in (out, part)]
-            target[:, i:, j:] += source[:, : height - i, : width - j]
-            start += height * width
-    return out
-
-
-# The same in differentiable PyTorch: the compiler fuses gathers into one loop, but not grid_sample; exporters know only
-# grid_sample.
+# The same in differentiable PyTorch: gathers for the compiler, grid_sample for exporters, which know nothing else.
 
 
 def with_gather(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """Return the output as gathers, for torch.compile; point by point: a sum over points compiles to slow loops."""
-    n, s, m, d = value.shape
+    n, _, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    loc, attn, pixels = sampling_locations.to(dtype), attention_weights.to(dtype), value.reshape(n * s * m, d)
-    image = torch.arange(n, device=value.device).view(n, 1, 1) * s
-    head = torch.arange(m, device=value.device)
+    loc, attn = sampling_locations.to(dtype), attention_weights.to(dtype)
+    sizes = bilinear.pairs(spatial_shapes)
+    maps = value.to(dtype).split([height * width for height, width in sizes], 1)
     out = loc.new_zeros(n, loc.shape[1], m, d)
-    start = 0
-    for level, (height, width) in enumerate(_pairs(spatial_shapes)):
+    for level, (ys, xs) in enumerate(_points(spatial_shapes, loc)):
         for point in range(attn.shape[4]):
-            x, y = (loc[:, :, :, level, point, axis] * size - 0.5 for axis, size in enumerate((width, height)))
-            inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-            x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)  # both pixels of -2 are outside
-            left, top = x.floor(), y.floor()
-            for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-                for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-                    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                    weight = torch.where(inside, weight_x * weight_y * attn[:, :, :, level, point], 0)
-                    pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-                    out = out + pixels[(pixel + start + image) * m + head].to(dtype) * weight.unsqueeze(-1)
-        start += height * width
+            sample = bilinear.gather(maps[level], sizes[level], ys[..., point], xs[..., point])
+            out = out + sample * attn[:, :, :, level, point, None]
     return out.flatten(2).to(value.dtype)
 
 
@@ -272,11 +166,12 @@ def with_grid_sample(
     """Return the output as one grid_sample per level, for torch.export and ONNX."""
     n, _, m, d = value.shape
     q = sampling_locations.shape[1]
+    sizes = bilinear.pairs(spatial_shapes)
     dtype = torch.promote_types(value.dtype, torch.float32)
     loc, attn = sampling_locations.to(dtype), attention_weights.to(dtype)
     out = loc.new_zeros(n * m, d, q)
-    maps = value.to(dtype).split([height * width for height, width in _pairs(spatial_shapes)], 1)
-    for level, (height, width) in enumerate(_pairs(spatial_shapes)):
+    maps = value.to(dtype).split([height * width for height, width in sizes], 1)
+    for level, (height, width) in enumerate(sizes):
         image = maps[level].permute(0, 2, 3, 1).reshape(n * m, d, height, width)
         grid = (2 * loc[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (N * M, Q, P, 2)
         weight = attn[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
@@ -284,18 +179,6 @@ def with_grid_sample(
     return out.view(n, m * d, q).transpose(1, 2).to(value.dtype)
 
 
-# Registration. A package of compiled kernels adds its own by device: torch.library.Library("segcore", "IMPL").
-
-library = torch.library.Library("segcore", "FRAGMENT")  # must stay alive
-_INPUTS = "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-library.define(f"ms_deform_attn({_INPUTS}) -> Tensor", tags=_TAGS)
-library.define(f"ms_deform_attn_backward(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-library.impl("ms_deform_attn", reference, "CompositeExplicitAutograd")
-library.impl("ms_deform_attn_backward", reference_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("segcore::ms_deform_attn", lib=library)
 def _fake(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -303,33 +186,10 @@ def _fake(
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-@torch.library.register_fake("segcore::ms_deform_attn_backward", lib=library)
-def _fake_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, ...]:
-    inputs = (value, sampling_locations, attention_weights)
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, loc, attn = ctx.saved_tensors
-    backward = torch.ops.segcore.ms_deform_attn_backward
-    grad_value, grad_loc, grad_attn = backward(grad_output.contiguous(), value, ctx.spatial_shapes, loc, attn)
-    return grad_value, None, grad_loc, grad_attn
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("segcore::ms_deform_attn does not support double backward")  # without this it would return zeros
-
-
-torch.library.register_autograd("segcore::ms_deform_attn", _backward, setup_context=_setup_context, lib=library)
-torch.library.register_autograd("segcore::ms_deform_attn_backward", _no_double_backward, lib=library)
+registry.define(
+    "ms_deform_attn",
+    "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights",
+    reference,
+    reference_backward,
+    _fake,
+)
