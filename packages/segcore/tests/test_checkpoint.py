@@ -62,14 +62,12 @@ def test_damage_is_found_and_another_checkpoint_named(tmp_path: Path, capsys, na
     older, folder = saved(tmp_path, 9, 10)
     path = folder / name
     data = bytearray(path.read_bytes())
-    # the manifest's last byte is a line feed, whose change means nothing
-    end = len(data) - (2 if name == checkpoint.MANIFEST else 1)
     if damage == "gone":
         path.unlink()
     elif damage in ("cut", "empty"):
         path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
     else:
-        data[{"first": 0, "middle": len(data) // 2, "last": end}[damage]] ^= 1
+        data[{"first": 0, "middle": len(data) // 2, "last": -1}[damage]] ^= 1
         path.write_bytes(data)
     for read in (checkpoint.load, checkpoint.read_model_state):
         with pytest.raises(UserError) as caught:
@@ -82,20 +80,14 @@ def test_damage_is_found_and_another_checkpoint_named(tmp_path: Path, capsys, na
     assert "skipping this checkpoint" in capsys.readouterr().err
 
 
-def test_every_flipped_byte_of_the_manifest_is_found_or_harmless(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
     (folder,) = saved(tmp_path, 1)
     path = folder / checkpoint.MANIFEST
     data = path.read_bytes()
-    found = 0
     for i in range(len(data)):
         path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
-        try:
+        with pytest.raises(UserError, match=r"iter_1/(manifest.json|model.safetensors|state.pt|experiment.json): "):
             checkpoint.load(folder)
-        except UserError:
-            found += 1
-        else:
-            assert json.loads(path.read_bytes()) == json.loads(data) or data[i : i + 1].isspace()
-    assert found > 0.5 * len(data)
 
 
 def test_without_another_checkpoint_it_says_so(tmp_path: Path) -> None:
@@ -126,7 +118,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     digest = sha256(folder / "state.pt")
     manifest["files"]["state.pt"] = {"size": (folder / "state.pt").stat().st_size, "sha256": digest}
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     with pytest.raises(UserError, match=r"state.pt: refused, nothing was executed"):
         checkpoint.load(folder)
     assert not (tmp_path / "executed").exists()
@@ -137,25 +129,6 @@ def test_numbers_not_names_decide_what_is_newest(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "iter_x").mkdir()
     shutil.copytree(tmp_path / "checkpoints" / "iter_9", tmp_path / "checkpoints" / ".iter_11.new.tmp")
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 10)
-
-
-@pytest.mark.parametrize("limit", [0, 300, 900])
-def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, limit: int) -> None:
-    """A limit on the size of files makes writing fail in the way that a full disk does."""
-    resource = pytest.importorskip("resource")
-    saved(tmp_path, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(UserError, match=r"iter_2: cannot write the checkpoint \(.+\)") as caught:
-            saved(tmp_path, 2)
-        with pytest.raises(UserError, match=r"iter_1: cannot write"):
-            saved(tmp_path, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(caught.value)
-    assert names(tmp_path) == ["iter_1"]
-    assert checkpoint.load(checkpoint.folder_of(tmp_path, 1)).state["iteration"] == 1
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (what else a run needs
 to go on), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of the other three). It
-is written under a temporary name beside its place, synced to disk with the manifest last, then renamed.
+is written under a temporary name beside its place, synced to disk with the manifest last, then renamed. One that is
+saved again is first renamed out of the way: after a kill between the two renames, readers put it back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -53,7 +55,7 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
     `model` is a state dict; `state` is plain data and tensors. Raises UserError when it cannot be written (a full disk
     …); earlier checkpoints are untouched then.
     """
-    temporary, replaced = (folder.with_name(f".{folder.name}.{kind}.tmp") for kind in ("new", "old"))
+    temporary, replaced = _beside(folder)
     try:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -63,8 +65,7 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         (temporary / FILES[2]).write_text(json.dumps(experiment, indent=1) + "\n", encoding="utf-8")
         paths = [temporary / name for name in FILES]
         files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
-        (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(_text({"format": FORMAT, "files": files}), encoding="utf-8")
         for path in (*paths, temporary / MANIFEST, temporary):
             sync(path)
         if folder.exists():
@@ -74,10 +75,11 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _recover(folder.parent)
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: cannot write the checkpoint ({reason}); make room there, "
-            "then start again: it goes on from the last one (train: with --resume)"
+            f"{folder}: cannot write the checkpoint ({reason}); make room there or make it "
+            "writable, then start again: it goes on from the last one (train: with --resume)"
         ) from None
 
 
@@ -104,6 +106,7 @@ def read_model_state(folder: Path) -> dict[str, Tensor]:
 
 def newest(work_dir: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, None without one. Says on stderr which damaged ones it skips."""
+    _recover(work_dir / "checkpoints")
     for _, folder in _numbered(work_dir / "checkpoints"):
         if damage := _damage(folder):
             print(f"{damage}; skipping this checkpoint", file=sys.stderr)
@@ -119,6 +122,7 @@ def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
 
 def best(work_dir: Path) -> Path | None:
     """Return the checkpoint recorded as the best, None when there is none or it is gone."""
+    _recover(work_dir / "checkpoints")
     try:
         record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
         folder = folder_of(work_dir, int(record["iteration"]))
@@ -136,7 +140,8 @@ def prune(work_dir: Path, keep: int, iteration: int) -> None:
     kept = [folder for number, folder in folders if number <= iteration][:keep]
     extra = [folder for _, folder in folders if folder not in kept and folder != best(work_dir)]
     for folder in (*extra, *(work_dir / "checkpoints").glob(".*.tmp")):
-        (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut off leaves nothing that looks whole
+        with contextlib.suppress(OSError):  # a removal that is cut off leaves nothing that looks whole
+            (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,6 +157,25 @@ def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Return the temporary names of a checkpoint that is being written and of one that it is about to replace."""
+    return folder.with_name(f".{folder.name}.new.tmp"), folder.with_name(f".{folder.name}.old.tmp")
+
+
+def _recover(folder: Path) -> None:
+    """Put back the checkpoints of a folder that only have temporary names, because `save` ended between its renames."""
+    for path in folder.glob(".iter_*.old.tmp"):
+        place = folder / path.name.removeprefix(".").removesuffix(".old.tmp")
+        for left in _beside(place):
+            if not place.exists() and not _damage(left):
+                with contextlib.suppress(OSError):  # a read-only folder, or another process was faster
+                    left.rename(place)
+
+
+def _text(manifest: Any) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """Return (iteration, checkpoint) of all in the folder, newest first."""
     found = [(re.fullmatch(r"iter_(\d+)", path.name), path) for path in folder.glob("iter_*")]
@@ -162,7 +186,10 @@ def _damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, naming the file, or None when it is whole."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != _text(manifest):
+            return f"{path}: damaged"
         if manifest["format"] != FORMAT:
             return f"{path}: format {manifest['format']!r} instead of {FORMAT}"
         for name in FILES:
@@ -182,6 +209,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _require_whole(folder: Path) -> None:
+    _recover(folder.parent)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint; {_instead(folder)}")
     if damage := _damage(folder):
