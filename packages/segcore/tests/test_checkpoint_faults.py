@@ -171,15 +171,16 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="permissions do not hold for root")
 def test_a_read_only_folder(tmp_path: Path) -> None:
-    previous = save(tmp_path, 1, 1.0)
+    older, previous = save(tmp_path, 1, 1.0), save(tmp_path, 2, 2.0)
     previous.parent.chmod(0o500)
     try:
-        for iteration in (2, 1):
+        for iteration in (3, 2):
             with pytest.raises(UserError, match=rf"iter_{iteration}: cannot write the checkpoint \(.*denied"):
-                save(tmp_path, iteration, 2.0)
+                save(tmp_path, iteration, 9.0)
+        assert (value(older), value(previous)) == (1.0, 2.0)
+        checkpoint.prune(tmp_path, 1, 2)  # cannot remove the older one, and is no reason to stop
         assert checkpoint.newest(tmp_path) == previous
-        checkpoint.prune(tmp_path, 0, 1)
-        assert value(previous) == 1.0
+        assert value(previous) == 2.0
     finally:
         previous.parent.chmod(0o700)
 

@@ -116,7 +116,8 @@ def check(data: Data, split: Split, num_classes: int | None = None) -> Report:
     if not has_label:
         report.notes.append(f"{data.root}: no labels, so nothing can be evaluated here")
     elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
-        report.notes.append(f"{data.root}: no pixel is labelled {', '.join(absent)}")
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        report.notes.append(f"{data.root}: no pixel is labelled {', '.join(absent[:5])}{more}")
     return report
 
 
