@@ -67,12 +67,18 @@ class DDPSegmentor(Segmentor):
         """Return image features (N, width, H/4, W/4) for normalised images (N, C, H, W); run once per image."""
         self.check_size(images)
         maps = self.fpn(self.backbone(images))
-        return self.merge(torch.cat([resize(x, maps[0].shape[-2:]) for x in maps], 1))
+        # `merge` is a 1x1 convolution of the maps resized and concatenated. It is linear, and so is resizing: each map
+        # is projected at its own size and resized afterwards.
+        first, *others = self.merge.conv.weight.split(self.config.width, 1)
+        merged = F.conv2d(maps[0], first)
+        for x, weight in zip(maps[1:], others, strict=True):
+            merged = merged + resize(F.conv2d(x, weight), merged.shape[-2:])
+        return self.merge.norm(merged)
 
     def codes(self, labels: Tensor) -> Tensor:
         """Return codes (N, width, h, w) in [-bit_scale, bit_scale] of labels (N, h, w) in 0..K; K: ignored."""
-        codes = (torch.sigmoid(self.label_codes(labels)) * 2 - 1) * self.config.bit_scale
-        return codes.permute(0, 3, 1, 2)
+        table = (torch.sigmoid(self.label_codes.weight) * 2 - 1) * self.config.bit_scale
+        return F.embedding(labels, table).permute(0, 3, 1, 2)
 
     def decode(self, features: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
         """Return logits (N, K, h, w) from features and a noisy map (N, width, h, w) at log-SNRs (N,) or (1,)."""
@@ -100,10 +106,11 @@ class DDPSegmentor(Segmentor):
         # A 1x1 convolution is linear: the image's half of `transform` is the same in every step.
         weight = self.transform.weight
         image_part = F.conv2d(features, weight[:, :width], self.transform.bias).repeat_interleave(starts, 0)
+        image_part = image_part.contiguous(memory_format=torch.channels_last)  # the layout of the decoder's tokens
         difference = config.time_difference if time_difference is None else time_difference
         pairs = time_pairs(config.timesteps if steps is None else steps, difference, config.sample_range[0])
         nows, nexts = (noise_at(times, config.noise_schedule, noise) for times in zip(*pairs, strict=True))
-        grid, noisy = make_grid(noise), noise
+        grid, noisy = make_grid(noise), noise.contiguous(memory_format=torch.channels_last)
         for k, ((time, next_time), now, after) in enumerate(zip(pairs, nows, nexts, strict=True)):
             mixed = image_part + F.conv2d(noisy, weight[:, width:])
             logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]), grid)
