@@ -14,8 +14,8 @@ def test_tokens_in_parts(dtype, atol, size):
     torch.manual_seed(0)
     decoder = MapDecoder(32, 5, layers=2, heads=4, points=4, time_dim=128).to(dtype)
     for layer in decoder.layers:  # the start weights attend alike everywhere
-        torch.nn.init.normal_(layer.attention.sampling_offsets.weight)
-        torch.nn.init.normal_(layer.attention.attention_weights.weight)
+        torch.nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.1)
+        torch.nn.init.normal_(layer.attention.attention_weights.weight, std=0.1)
     x, time = torch.randn(2, 32, *size, dtype=dtype), torch.randn(1, 128, dtype=dtype)
     assert (size[0] * size[1] > 2 * ROWS) == (size == (45, 50))
     before = x.clone()
