@@ -27,6 +27,7 @@ LAYERS = {
     "visualize": "errors seeds files experiment data",
     "evaluation": "errors seeds files experiment ops models data visualize",
     "environment": "ops",
+    "bench": "errors environment ops models",
     "training": "errors seeds files experiment environment ops models data visualize evaluation",
 }
 """Room of segcore -> the other rooms it may import. Rooms that are not listed may import all but those on top."""
