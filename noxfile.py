@@ -18,7 +18,7 @@ nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint"]
 
-PACKAGES = ("packages/segcore", "packages/ddp")
+PACKAGES = ("packages/segcore", "packages/ddp", "packages/ddrnet")
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 
 

@@ -135,7 +135,10 @@ class Schedule:
     min_lr: float = 0.0
     warmup_iterations: int = 1500
     warmup_ratio: float = 1e-6
-    """The warm-up starts at this fraction of the scheduled rate."""
+    """The warm-up starts at this fraction of the rate that it leads to."""
+    warmup: Literal["scheduled", "linear", "constant"] = "scheduled"
+    """scheduled: linearly to the schedule's rate, which decays from iteration 0, as in MMSegmentation; linear: to the
+    base rate, then decay; constant: at the fraction of the base rate, then decay."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,8 @@ class Published:
     url: str | None = None
     """Where the weights are hosted; None: the authors offer none."""
     note: str = ""
+    file: str | None = None
+    """Local name of the weights file; None: the last part of the URL."""
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:

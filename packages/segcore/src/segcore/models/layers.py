@@ -1,9 +1,15 @@
 """Small pieces that several models are made of."""
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -14,7 +20,7 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias that keeps the size, a norm and perhaps an activation: `conv`, `norm`, `act`."""
+    """Convolution padded by half its kernel, a norm and perhaps an activation: `conv`, `norm`, `act`."""
 
     def __init__(
         self,
@@ -23,9 +29,23 @@ class ConvNorm(nn.Sequential):
         kernel_size: int,
         norm: Callable[[int], nn.Module],
         act: nn.Module | None = None,
+        *,
+        stride: int = 1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
         self.norm = norm(out_channels)
         if act is not None:
             self.act = act
+
+
+@torch.no_grad()
+def fused(module: M) -> M:
+    """Return a copy of `module` in evaluation mode, the batch norm of every `ConvNorm` folded into its convolution."""
+    copied = copy.deepcopy(module).eval()
+    for part in copied.modules():
+        if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
+            part.conv = fuse_conv_bn_eval(part.conv, part.norm)
+            del part.norm
+    return copied

@@ -22,9 +22,66 @@ def cross_entropy(
     loss of every pixel by the weight of its class; the mean stays one over pixels, not over weights. The accuracy is
     the share of non-ignored pixels that are right, in percent, without gradient; NaN when all are ignored.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = resize(logits, labels.shape[-2:], align_corners=align_corners)
+    logits = _resized(logits, labels, align_corners)
     weight = None if class_weight is None else class_weight.to(logits)
     loss = F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="sum") / labels.numel()
+    return loss, _accuracy(logits, labels, ignore_index)
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    threshold: float = 0.9,
+    min_kept: int = 131_072,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the accuracy on hard pixels only (online hard example mining), as MMSegmentation defines it.
+
+    Hard are the pixels whose true class has a probability below `threshold`; if those are `min_kept` or fewer, the
+    `min_kept` pixels of lowest probability. They are chosen from all non-ignored pixels of the batch on this device.
+    The loss is the mean over their number of the cross entropy times `class_weight`, and 0 without any. Of a batch with
+    `min_kept` pixels or fewer the most confident one is left out unless it is below the threshold, as published.
+    Otherwise as `cross_entropy`.
+    """
+    losses, weights, accuracy = pixel_losses(
+        logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
+    )
+    probabilities = (-losses.detach()).exp()
+    hard = probabilities < threshold
+    if len(losses) and hard.sum() <= min_kept:
+        limit = probabilities.kthvalue(min(min_kept, len(losses) - 1) + 1).values.clamp(min=threshold)
+        hard = probabilities < limit
+    return (losses * weights)[hard].sum() / hard.sum().clamp(min=1), accuracy
+
+
+def pixel_losses(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return cross entropy (n,) and class weight (n,) of every non-ignored pixel, and the accuracy.
+
+    Arguments and accuracy as for `cross_entropy`. The cross entropy is not weighted yet; without `class_weight` the
+    weights are 1.
+    """
+    logits = _resized(logits, labels, align_corners)
+    valid = labels != ignore_index
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")[valid]
+    weights = torch.ones_like(losses) if class_weight is None else class_weight.to(logits)[labels[valid]]
+    return losses, weights, _accuracy(logits, labels, ignore_index)
+
+
+def _resized(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return resize(logits, labels.shape[-2:], align_corners=align_corners)
+
+
+def _accuracy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     right = (logits.detach().max(1).indices == labels) & (labels != ignore_index)
-    return loss, 100 * right.sum() / (labels != ignore_index).sum()
+    return 100 * right.sum() / (labels != ignore_index).sum()

@@ -24,9 +24,12 @@ class LoadReport:
     """Buffers that the model computes itself."""
     mapped: int = 0
     """Loaded tensors whose name differs here."""
+    source: str = ""
+    """Whose names the checkpoint has, where a method knows several."""
 
     def __str__(self) -> str:
-        text = f"loaded {self.loaded} tensors ({self.mapped} under other names)"
+        source = f"{self.source} weights: " if self.source else ""
+        text = f"{source}loaded {self.loaded} tensors ({self.mapped} under other names)"
         if self.dropped:
             text += f", dropped {len(self.dropped)} of {', '.join(sorted({n.split('.')[0] for n in self.dropped}))}"
         return text + (f", ignored {len(self.ignored)} recomputable buffers" if self.ignored else "")
@@ -40,6 +43,7 @@ class Segmentor(nn.Module, ABC):
         ignore_index: label value that takes no part in loss and metric.
         align_corners: convention of the second resize, from the network's input size to the original image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
+        auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
         class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
             training loop sets it from `train.class_weight`; it is no part of the state dict.
 
@@ -51,6 +55,7 @@ class Segmentor(nn.Module, ABC):
     ignore_index: int = 255
     align_corners: bool = False
     min_size: int = 1
+    auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
     class_weight: Tensor | None = None
 
     @abstractmethod
@@ -117,14 +122,19 @@ class Segmentor(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
 
+    def is_whole(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether start weights `state` are those of a whole model, not of a backbone alone."""
+        known = {*self.state_dict(), *self.official_names().values()}
+        return any(name in known and not name.startswith("backbone.") for name in state)
+
     def _load(
         self, state: Mapping[str, Tensor], names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
     ) -> LoadReport:
         """Load `state`, whose names `names` gives for every entry of `state_dict()`; strict."""
         own = self.state_dict()
         ours = {official: name for name, official in names.items()}
-        has_auxiliary = any(name.startswith(AUXILIARY) for name in ours)
-        dropped = tuple(n for n in state if n.startswith(AUXILIARY) and n not in ours and not has_auxiliary)
+        has_auxiliary = any(name.startswith(self.auxiliary_names) for name in ours)
+        dropped = tuple(n for n in state if n.startswith(self.auxiliary_names) and n not in ours and not has_auxiliary)
         ignored = tuple(n for n in state if n.endswith(RECOMPUTABLE) and n not in ours)
         unknown = [n for n in state if n not in ours and n not in dropped and n not in ignored]
         missing = [n for n in ours if n not in state and not n.endswith(RECOMPUTABLE)]
@@ -156,7 +166,6 @@ class Segmentor(nn.Module, ABC):
             )
 
 
-AUXILIARY = "auxiliary_head."
 RECOMPUTABLE = ("num_batches_tracked", "relative_position_index")
 
 

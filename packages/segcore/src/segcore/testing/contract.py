@@ -15,7 +15,7 @@ from torch import Tensor
 from segcore.cli import COMMANDS
 from segcore.data.dataset import palette_of
 from segcore.experiment import experiments, load_experiment
-from segcore.models.segmentor import AUXILIARY, Segmentor
+from segcore.models.segmentor import Segmentor
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
 
@@ -133,7 +133,8 @@ def check_state_dict(build: Callable[[], Segmentor]) -> None:
     state, names = first.state_dict(), first.official_names()
     assert set(names) == set(state)
     assert len(set(names.values())) == len(names)
-    assert all(names[n].startswith(AUXILIARY) for n in names if n.startswith(AUXILIARY))
+    auxiliary = first.auxiliary_names
+    assert all(names[n].startswith(auxiliary) for n in names if n.startswith(auxiliary))
     second.load_own(state)
     assert torch.equal(first(images(1)), second(images(1)))
     missing = {names[n]: t for n, t in state.items()}
@@ -145,7 +146,7 @@ def check_configs(package: str) -> None:
     """Every configuration builds (on the meta device) under its own name and fits its data set."""
     for name in experiments(package):
         exp = load_experiment(name)
-        assert exp.name == name
+        assert exp.name.replace("-", "_") == name
         with torch.device("meta"):
             model = exp.model.build()
         assert model.num_classes == exp.model.num_classes == len(palette_of(exp.data)[0])

@@ -6,13 +6,17 @@ from segcore.experiment import Schedule
 def learning_rate(schedule: Schedule, base: float, iteration: int) -> float:
     """Return the rate that step `iteration` (counted from 0) uses, for a parameter group whose own base rate is `base`.
 
-    The warm-up scales the rate that the schedule gives at that iteration, so the curve has no jump where it ends.
+    The usual warm-up scales the rate that the schedule gives at that iteration, so the curve has no jump where it ends.
     """
+    warmup, total = schedule.warmup_iterations, schedule.iterations
+    factor, floor = 1.0, 0.0
+    if iteration < warmup:
+        ramp = 0.0 if schedule.warmup == "constant" else iteration / warmup
+        factor = 1 - (1 - ramp) * (1 - schedule.warmup_ratio)
+    if schedule.warmup != "scheduled":
+        iteration, total, floor = max(iteration - warmup, 0), max(total - warmup, 1), schedule.min_lr
     if schedule.kind == "poly":
-        left = 1 - iteration / schedule.iterations
-        rate = (base - schedule.min_lr) * left**schedule.power + schedule.min_lr
+        rate = (base - schedule.min_lr) * (1 - iteration / total) ** schedule.power + schedule.min_lr
     else:
         rate = max(base * schedule.gamma ** (iteration // schedule.step), schedule.min_lr)
-    if iteration < schedule.warmup_iterations:
-        rate *= 1 - (1 - iteration / schedule.warmup_iterations) * (1 - schedule.warmup_ratio)
-    return rate
+    return factor * (rate - floor) + floor

@@ -128,8 +128,7 @@ def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
     else:
         path = resolve(init, "", offline=offline)
         state, source = read_state(path), str(path)
-    known = {*model.state_dict(), *model.official_names().values()}
-    if any(name in known and not name.startswith("backbone.") for name in state):
+    if model.is_whole(state):
         return f"{source}: {_load(model, state, source)}"
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")} or state
     with _naming(source):
@@ -169,7 +168,7 @@ def official_file(name: str, *, offline: bool = False) -> Path:
         raise UserError(f"{name!r} is not a published configuration; `configs` lists them, write official:CONFIG")
     if row.url is None:
         raise UserError(f"the authors of {name} offer no weights for it; train it, or give a checkpoint of your own")
-    return fetch(row.url, offline=offline)
+    return fetch(row.url, offline=offline, name=row.file)
 
 
 def weights_dir() -> Path:
@@ -376,7 +375,7 @@ def _load(model: Segmentor, state: Mapping[str, Tensor], source: object) -> Load
     own = sum(name in state for name in model.state_dict())
     official = sum(name in state for name in model.official_names().values())
     with _naming(source):
-        return model.load_own(state) if own >= official else model.load_official(state)
+        return model.load_own(state) if own and own >= official else model.load_official(state)
 
 
 def _timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
