@@ -1,0 +1,102 @@
+"""Cityscapes: 1024x1024 crops, SGD with a poly schedule, whole-image testing at 1024x2048.
+
+The authors published no training code. `recipe` is MMSegmentation's, whose batch, crop and length agree with the paper;
+under MMSegmentation's own names its rows are here once more, with its figures and weights. `seed_recipe` is that of the
+seed project (pyradd/DDRNet-pytorch).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ddrnet_seg.configs import DDRNet
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+Variant = Literal["23_slim", "23", "39"]
+
+# Of the 19 classes in order of the train ids, as all published training codes have them.
+CLASS_WEIGHT = (
+    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
+    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
+)
+
+
+def recipe(variant: Variant, name: str | None = None) -> Experiment:
+    """Return MMSegmentation's recipe: 120k iterations of 12 images; hard examples on both heads."""
+    return Experiment(
+        name=name or f"ddrnet_{variant}_cityscapes",
+        model=DDRNet(variant=variant),
+        data=Data("cityscapes", Path("data/cityscapes"), scale=(2048, 1024), crop=(1024, 1024)),
+        optimizer=Optimizer("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
+        schedule=Schedule(iterations=120_000, power=0.9, warmup_iterations=0),
+        train=Train(
+            batch=12,
+            max_per_device=6,
+            init=f"official:ddrnet_{variant}_imagenet",
+            class_weight=CLASS_WEIGHT,
+            evaluate_every=12_000,
+            save_every=12_000,
+        ),
+        evaluate=Evaluate(scale=(2048, 1024)),
+    )
+
+
+def seed_recipe(variant: Variant) -> Experiment:
+    """Return the seed project's recipe: 250 epochs of 595 iterations of 5 images, no auxiliary head."""
+    base = recipe(variant, f"ddrnet_{variant}_cityscapes_seed")
+    return replace(
+        base,
+        model=DDRNet(
+            variant=variant,
+            auxiliary=False,
+            loss="ohem_seed",
+            ohem_threshold=0.7,
+            ohem_min_kept=100_000,
+            align_corners=True,
+        ),
+        data=replace(base.data, scale=(2080, 1040), max_class_ratio=1.0, photometric=False),
+        optimizer=Optimizer("sgd", lr=0.003, momentum=0.9, weight_decay=1e-4),
+        schedule=replace(base.schedule, iterations=250 * 595),
+        train=replace(base.train, batch=5, max_per_device=5, evaluate_every=595, save_every=595),
+        evaluate=Evaluate(scale=None),
+    )
+
+
+def ddrnet_23_slim_cityscapes() -> Experiment:
+    """DDRNet-23-slim."""
+    return recipe("23_slim")
+
+
+def ddrnet_23_cityscapes() -> Experiment:
+    """DDRNet-23."""
+    return recipe("23")
+
+
+def ddrnet_39_cityscapes() -> Experiment:
+    """DDRNet-39."""
+    return recipe("39")
+
+
+def ddrnet_23_slim_cityscapes_seed() -> Experiment:
+    """DDRNet-23-slim with the seed project's recipe."""
+    return seed_recipe("23_slim")
+
+
+def ddrnet_23_cityscapes_seed() -> Experiment:
+    """DDRNet-23 with the seed project's recipe."""
+    return seed_recipe("23")
+
+
+def ddrnet_39_cityscapes_seed() -> Experiment:
+    """DDRNet-39 with the seed project's recipe."""
+    return seed_recipe("39")
+
+
+def ddrnet_23_slim_in1k_pre_2xb6_120k_cityscapes_1024x1024() -> Experiment:
+    """DDRNet-23-slim as MMSegmentation trained it."""
+    return recipe("23_slim", "ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024")
+
+
+def ddrnet_23_in1k_pre_2xb6_120k_cityscapes_1024x1024() -> Experiment:
+    """DDRNet-23 as MMSegmentation trained it."""
+    return recipe("23", "ddrnet_23_in1k-pre_2xb6-120k_cityscapes-1024x1024")

@@ -1,0 +1,27 @@
+"""A small DDRNet run on generated street scenes: what `ddrnet-seg demo` trains, on a laptop's CPU, from scratch."""
+
+from pathlib import Path
+
+from ddrnet_seg.configs import DDRNet
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+def ddrnet_23_slim_toy() -> Experiment:
+    """DDRNet-23-slim."""
+    return Experiment(
+        name="ddrnet_23_slim_toy",
+        model=DDRNet(variant="23_slim", ohem_min_kept=16_384),
+        data=Data(
+            "toy",
+            Path("data/toy"),
+            scale=(512, 256),
+            ratio_range=(0.8, 1.25),
+            crop=(256, 512),
+            photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
+            workers=0,
+        ),
+        optimizer=Optimizer("sgd", lr=0.02, weight_decay=5e-4),
+        schedule=Schedule(iterations=800, power=0.9, warmup_iterations=40),
+        train=Train(batch=4, max_per_device=4, log_every=10, evaluate_every=800, save_every=100),
+        evaluate=Evaluate(scale=(512, 256), batch=2),
+    )

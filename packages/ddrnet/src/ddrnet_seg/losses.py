@@ -1,0 +1,33 @@
+"""Online hard example mining as the seed project (pyradd/DDRNet-pytorch) defines it."""
+
+from torch import Tensor
+
+from segcore.models.losses import pixel_losses
+
+
+def ohem_seed(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    threshold: float = 0.7,
+    min_kept: int = 100_000,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the accuracy on the pixels whose true class has a probability of `threshold` or less.
+
+    Of a batch with `min_kept` pixels or more at least `min_kept` are taken, of a smaller one all. The loss is the mean
+    by weight: the weighted cross entropies divided by the sum of the weights. It is 0, where the seed has NaN, for a
+    batch without any labelled pixel. Otherwise as `segcore.models.losses.ohem_cross_entropy`.
+    """
+    losses, weights, accuracy = pixel_losses(
+        logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
+    )
+    if len(losses) >= min_kept:
+        probabilities = (-losses.detach()).exp()
+        hard = probabilities <= probabilities.kthvalue(min_kept).values.clamp(min=threshold)
+        losses, weights = losses[hard], weights[hard]
+    if not len(losses):
+        return losses.sum(), accuracy
+    return (losses * weights).sum() / weights.sum(), accuracy

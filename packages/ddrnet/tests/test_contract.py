@@ -1,0 +1,101 @@
+"""DDRNet keeps the contract of every segmentor."""
+
+import pytest
+import torch
+
+from ddrnet_seg.configs import DDRNet
+from segcore.models.layers import ConvNorm
+from segcore.testing import contract
+
+VARIANTS = {
+    "23_slim": DDRNet(num_classes=5),
+    "seed": DDRNet(num_classes=5, auxiliary=False, loss="ohem_seed", align_corners=True),
+    "39": DDRNet(num_classes=5, variant="39", loss="cross_entropy"),
+}
+
+
+def build(variant):
+    """A model with weights scaled by fan-in: with the initial ones, untrained, maps grow from block to block."""
+    torch.manual_seed(0)
+    model = VARIANTS[variant].build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model
+
+
+SMALL = ["23_slim", "seed"]
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_forward_and_seeds(variant):
+    contract.check_forward(build(variant))
+    contract.check_seeds(build(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps(variant):
+    contract.check_steps(build(variant), ())
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_training(variant):
+    contract.check_backward(build(variant))
+    contract.check_training_draws(build(variant))
+    contract.check_all_ignored(build(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_dict(variant):
+    contract.check_state_dict(lambda: VARIANTS[variant].build())
+
+
+def test_configs():
+    contract.check_configs("ddrnet_seg")
+
+
+def test_help():
+    contract.check_help("ddrnet_seg")
+
+
+@torch.no_grad()
+def test_a_size_that_is_padded_agrees_inside():
+    """57x90 becomes 64x96: the answer is that for the image with the mean colour around it."""
+    model, images = build("23_slim").eval(), contract.images(1)
+    images[..., 57:, :] = 0
+    images[..., :, 90:] = 0
+    torch.testing.assert_close(model(images[..., :57, :90]), model(images)[..., :57, :90])
+
+
+@torch.no_grad()
+def test_fuse_returns_a_copy_with_the_same_answer():
+    model = build("23_slim")
+    with torch.no_grad():
+        model.train()(contract.images(4))  # running statistics that are not the initial ones
+    names = set(model.state_dict())
+    fused = model.fuse()
+    folded = [m for m in fused.modules() if isinstance(m, ConvNorm)]
+    assert len(folded) == 43
+    assert not any(hasattr(m, "norm") for m in folded)
+    assert fused.training is False
+    assert set(model.state_dict()) == names
+    assert model.training
+    assert model.auxiliary_head is not None
+    images = contract.images(2, 51, 70)
+    torch.testing.assert_close(fused(images), model.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_single_image_cannot_be_trained_on():
+    model = build("23_slim")
+    assert "max_per_device" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert model.losses(contract.images(1), contract.labels(model, 1))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("wrong", [{"ohem_threshold": 0.0}, {"ohem_min_kept": 0}, {"auxiliary_weight": 0.0}])
+def test_wrong_settings_are_refused(wrong):
+    (name,) = wrong
+    assert f"model.{name}" in contract.refusal(lambda: DDRNet(**wrong))
