@@ -156,15 +156,14 @@ class Scatter:
 
 
 def gather(pixels: Tensor, size: tuple[int, int], y: Tensor, x: Tensor) -> Tensor:
-    """Return samples (N, Q, M, D) of one level (N, H * W, M, D) at the points (N, Q, M), in differentiable PyTorch.
+    """Return samples (N, Q, M, …, D) of one level (N, H * W, M, D) at points (N, Q, M, …), in differentiable PyTorch.
 
-    The compiler fuses gathers into one loop, which it cannot do with grid_sample. Called point by point, for a sum over
-    a dimension of points compiles to slow loops. `pixels` is float32 or float64.
+    The compiler fuses gathers into one loop, which it cannot do with grid_sample. `pixels` is float32 or float64.
     """
-    (n, s, m, d), (height, width) = pixels.shape, size
+    (n, s, m, d), (height, width), more = pixels.shape, size, (1,) * (y.dim() - 3)
     flat = pixels.reshape(n * s * m, d)
-    image = torch.arange(n, device=pixels.device).view(n, 1, 1) * s
-    head = torch.arange(m, device=pixels.device)
+    image = torch.arange(n, device=pixels.device).view(n, 1, 1, *more) * s
+    head = torch.arange(m, device=pixels.device).view(m, *more)
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
     x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)  # both pixels of -2 are outside
     left, top = x.floor(), y.floor()

@@ -42,10 +42,10 @@ def ms_deform_attn(
     """
     shapes = [size for height, width in spatial_shapes for size in (height, width)]
     check(value, shapes, sampling_locations, attention_weights)
-    if registry.traced_plainly(value.device):
-        exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-        plain = with_grid_sample if exporting else with_gather
-        return plain(value, shapes, sampling_locations, attention_weights)
+    if registry.exporting():
+        return with_grid_sample(value, shapes, sampling_locations, attention_weights)
+    if torch.compiler.is_compiling() and not registry.compiled(value.device):
+        return with_gather(value, shapes, sampling_locations, attention_weights)
     return torch.ops.segcore.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
 
 

@@ -28,7 +28,7 @@ defaults: dict[str, Callable[..., Any]] = {}
 
 _devices: dict[str, str] = {}  # device type -> package whose compiled kernels serve it
 _refused: dict[str, str] = {}  # device type -> why they do not
-_compiled: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []
 
 
 def define(
@@ -52,8 +52,8 @@ def define(
         f"{name}_backward(Tensor grad_output, {inputs}) -> ({', '.join(['Tensor'] * len(slots))})", tags=tags
     )
     for suffix, function in (("", kernel), ("_backward", backward)):
-        defaults[name + suffix] = function
-        library.impl(name + suffix, function, "CompositeExplicitAutograd")
+        defaults[name + suffix] = _without_autocast(function)
+        library.impl(name + suffix, defaults[name + suffix], "CompositeExplicitAutograd")
 
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(empty_gradient(args[i], grad_output) for i in slots)
@@ -79,6 +79,16 @@ def define(
     torch.library.register_autograd(f"segcore::{name}_backward", no_double_backward, lib=library)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast reaches into kernels that are written in PyTorch: their matrix products would be in half precision."""
+
+    def kernel(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return kernel
+
+
 def empty_gradient(tensor: Tensor | None, like: Tensor) -> Tensor:
     """Return a contiguous uninitialised gradient of `tensor`, or for None one without elements beside `like`."""
     if tensor is None:
@@ -101,11 +111,14 @@ def check_tensors(op: str, tensors: Mapping[str, tuple[Tensor | None, int]]) -> 
             raise UserError(f"{op}: {name} is on {tensor.device} but {first} on {device}; move it there")
 
 
-def traced_plainly(device: torch.device) -> bool:
-    """Whether a graph is being traced that should see plain PyTorch: always for export, else without own kernels."""
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return True
-    return torch.compiler.is_compiling() and device.type not in _devices
+def exporting() -> bool:
+    """Whether a graph is being traced for other runtimes, which know nothing of these operators."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def compiled(device: torch.device) -> bool:
+    """Whether compiled kernels serve a device."""
+    return device.type in _devices
 
 
 def kernels() -> dict[str, dict[str, str]]:
@@ -121,15 +134,15 @@ def load() -> None:
         _refused.update(dict.fromkeys(("cpu", "cuda"), "the environment variable SEG_KERNELS is 0"))
         return
     for entry in entry_points(group="segcore.kernels"):
-        compiled = torch.library.Library("segcore", "IMPL")
+        implementations = torch.library.Library("segcore", "IMPL")
         try:
-            reasons = entry.load()(compiled, dict(defaults))
+            reasons = entry.load()(implementations, dict(defaults))
         except Exception as error:  # whatever is wrong with it, everything still works on the plain kernels
-            compiled._destroy()
+            implementations._destroy()
             _refused.update(dict.fromkeys(("cpu", "cuda"), f"{entry.value} failed with {error!r}"))
             warnings.warn(f"segcore: compiled kernels are not used, {entry.value} failed: {error!r}", stacklevel=2)
             continue
-        _compiled.append(compiled)
+        _libraries.append(implementations)
         package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
         _devices.update({device: package for device, reason in reasons.items() if not reason})
         _refused.update({device: f"{package}: {reason}" for device, reason in reasons.items() if reason})
@@ -137,7 +150,7 @@ def load() -> None:
 
 def unload() -> None:
     """Take compiled kernels out again; every operator falls back to its plain kernel."""
-    while _compiled:
-        _compiled.pop()._destroy()
+    while _libraries:
+        _libraries.pop()._destroy()
     _devices.clear()
     _refused.update(dict.fromkeys(("cpu", "cuda"), "no package of compiled kernels is installed (seg-cuda-ops)"))
