@@ -127,6 +127,33 @@ def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("path", [[], ["--evaluate.mode=slide", "--evaluate.crop", "64", "64", "--evaluate.stride",
+                                       "40", "40", "--evaluate.flip=True"]], ids=["whole", "slide"])  # fmt: skip
+def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
+    image = str(first(toy, "leftImg8bit/val/*/*.png"))
+    for name, options in (("plain", []), ("more", ["--uncertainty", "--steps"])):
+        main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / name / "a.png"), *SMALL, *path, *options])
+    assert (tmp_path / "plain" / "a.png").read_bytes() == (tmp_path / "more" / "a.png").read_bytes()
+    levels = np.array(Image.open(tmp_path / "more" / "a_uncertainty.png"))
+    assert (levels.shape, levels.dtype) == ((64, 128), np.uint8)
+    assert levels.max() > 128, "three iterations do not make a model sure"
+    assert Image.open(tmp_path / "more" / "a_steps.png").width == 5 * 128 + 4 * 6  # input, three steps, answer
+
+
+def test_until_converged(run, toy, tmp_path, capsys):
+    """Any change is below 100 %, so every image is done after the second step: the answer of that step."""
+    words = [CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL]
+    main("ddp_seg", ["test", *words, "--until-converged=100", "--model.timesteps=6"])
+    assert "until 100%: denoising took 2.00 steps on average" in capsys.readouterr().out
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert (list(data["entries"]), data["steps_taken"]) == (["1", "3", "10", "until 100%"], 2)
+    image = str(first(toy, "leftImg8bit/val/*/*.png"))
+    words = ["predict", CONFIG, str(run), image, str(tmp_path / "a.png"), *SMALL]
+    main("ddp_seg", [*words, "--until-converged=100"])
+    assert "2.00 denoising steps on average" in capsys.readouterr().out
+    assert "evaluate.until_converged is 0.0" in refused(capsys, *words, "--until-converged=0")
+
+
 def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
     images = tmp_path / "in"
     images.mkdir()

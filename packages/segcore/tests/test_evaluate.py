@@ -13,6 +13,7 @@ from segcore.data.dataset import Dataset, Sample, index_table
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.report import summary
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
@@ -105,6 +106,23 @@ def test_step_entries(dataset):
     assert list(results.entries) == ["1", "20"]
     assert results.final is results.entries["20"]
     assert results.entries["1"]["mIoU"] > results.final["mIoU"]
+
+
+def test_an_entry_that_stops_early(dataset):
+    class Early(Redness):
+        def predict_converged(self, images, percent, seeds=None):
+            assert percent == 2.5
+            return self.predict_steps(images, (20,), seeds)["20"], [1 + len(images)] * len(images)
+
+    config = dataclasses.replace(PLAIN, steps=(1, 5), until_converged=2.5, batch=2)
+    results = run(Early(noise=4.0), dataset, config)
+    assert list(results.entries) == ["1", "5", "until 2.5%"]
+    assert results.entries["until 2.5%"]["mIoU"] < results.entries["5"]["mIoU"]
+    assert results.final_entry == "5", "an entry that stops early decides nothing"
+    assert results.steps_taken == results.to_json()["steps_taken"] == (3 + 3 + 2 + 3 + 3) / 5
+    assert "until 2.5%: denoising took 2.80 steps on average" in summary(results)
+    with pytest.raises(UserError, match="Redness is no diffusion model"):
+        run(Redness(), dataset, config)
 
 
 def test_modes_come_back(dataset):

@@ -5,9 +5,10 @@ The image is encoded once; every sampling step runs the light decoder on the fea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Step:
 
 class DDPSegmentor(Segmentor):
     """DDP and self-aligned DDP. Built by `DDP.build`; strides, shapes and names as in the paper's section 3."""
+
+    diffusion = True
 
     def __init__(self, config: DDP) -> None:
         super().__init__()
@@ -93,8 +96,11 @@ class DDPSegmentor(Segmentor):
         sampler: str | None = None,
         time_difference: int | None = None,
         step_noise: Tensor | None = None,
-    ) -> Iterator[Step]:
-        """Yield every sampling step of a run; arguments as for `denoise`."""
+    ) -> Generator[Step, Tensor | None, None]:
+        """Yield every sampling step of a run; arguments as for `denoise`.
+
+        `send` may answer a step with a bool mask (N*R,) of the maps that the run goes on with; the others leave it.
+        """
         config = self.config
         if noise.shape[0] % features.shape[0] or noise.shape[1:] != features.shape[1:]:
             raise ValueError(
@@ -114,9 +120,12 @@ class DDPSegmentor(Segmentor):
         for k, ((time, next_time), now, after) in enumerate(zip(pairs, nows, nexts, strict=True)):
             mixed = image_part + F.conv2d(noisy, weight[:, width:])
             logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]), grid)
-            yield Step(time, noisy, logits)
+            keep = yield Step(time, noisy, logits)
             if k + 1 == len(pairs):
                 return
+            if keep is not None:
+                image_part, noisy, logits = image_part[keep], noisy[keep], logits[keep]
+                step_noise = None if step_noise is None else step_noise[:, keep]
             codes = self.codes(logits.argmax(1)).to(noisy.dtype)
             if (sampler or config.sampler) == "ddim":
                 noisy = ddim_step(noisy, codes, now, after)
@@ -162,12 +171,52 @@ class DDPSegmentor(Segmentor):
         assert answer is not None
         return answer.unflatten(0, (features.shape[0], -1)).mean(1)
 
-    def draw_noise(self, features: Tensor, seeds: Sequence[int] | None, steps: int) -> tuple[Tensor, Tensor | None]:
+    def denoise_until(
+        self, features: Tensor, noise: Tensor, percent: float, *, step_noise: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Return the answers (N, K, h, w) of the configured run and how many steps each image took for its own.
+
+        An image leaves the batch with the answer of the first step that changed the classes of fewer than `percent` %
+        of its h * w pixels, at the last step otherwise. Times are those of a run of all the configured steps; the other
+        arguments as for `denoise`.
+        """
+        starts, last = len(noise) // len(features), self.config.timesteps
+        results: dict[int, tuple[Tensor, int]] = {}
+        left = list(range(len(features)))  # the images that are still in the batch
+        before, total = None, torch.zeros((), device=noise.device)
+        run = self.trace(features, noise, step_noise=step_noise)
+        step = next(run)
+        for count in range(1, last + 1):
+            answer = step.logits
+            if self.config.accumulation:
+                total = total + answer.to(noise.dtype).softmax(1)
+                answer = total / count
+            answer = answer.unflatten(0, (len(left), starts)).mean(1)
+            classes = answer.argmax(1).flatten(1)
+            if before is None:
+                done = torch.full((len(left),), count == last)
+            else:
+                done = ((classes != before).sum(1) < percent / 100 * classes.shape[1]).cpu() | (count == last)
+            results |= {image: (answer[row], count) for row, image in enumerate(left) if done[row]}
+            left = [image for row, image in enumerate(left) if not done[row]]
+            if not left:
+                break
+            going = ~done.to(noise.device)
+            maps, before = going.repeat_interleave(starts), classes[going]
+            total = total[maps] if self.config.accumulation else total
+            step = run.send(maps)
+        ordered = [results[image] for image in range(len(features))]
+        return torch.stack([answer for answer, _ in ordered]), [count for _, count in ordered]
+
+    def draw_noise(
+        self, features: Tensor, seeds: Sequence[int] | None, steps: int, starts: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the start noise (N*R, C, h, w) and, for the DDPM sampler, the step noise (steps, N*R, C, h, w).
 
-        Always float32 or wider, also where autocast made the features narrower: noise levels must not be rounded.
+        R is `starts`, by default as configured. Always float32 or wider, also where autocast made the features
+        narrower: noise levels must not be rounded.
         """
-        starts, shape = self.config.randsteps, features.shape[1:]
+        starts, shape = starts or self.config.randsteps, features.shape[1:]
         dtype = torch.promote_types(features.dtype, torch.float32)
         noise, step_noise = [], []
         for generator in _generators(seeds, len(features)):
@@ -201,6 +250,30 @@ class DDPSegmentor(Segmentor):
         steps = self.trace(features, noise, step_noise=step_noise)
         maps = (step.logits.unflatten(0, (len(images), -1))[:, 0] for step in steps)
         return {f"step {k}": resize(x, images.shape[-2:]) for k, x in enumerate(maps, 1)}
+
+    def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+        """Return the log of the mean class probability over `starts` configured runs and their steps; see `Segmentor`.
+
+        Of several steps the first is left out: it sees nothing but noise in place of a map. The runs follow each other,
+        so memory does not grow with their number.
+        """
+        features, steps = self.encode(images), self.config.timesteps
+        noise, step_noise = self.draw_noise(features, seeds, steps, starts)
+        total, count = torch.zeros((), device=noise.device), 0
+        for r in range(starts):  # the noise is image-major
+            z = None if step_noise is None else step_noise[:, r::starts]
+            for step in islice(self.trace(features, noise[r::starts], step_noise=z), min(1, steps - 1), None):
+                total, count = total + step.logits.to(noise.dtype).softmax(1), count + 1
+        return resize((total / count).clamp(min=1e-8).log(), images.shape[-2:])
+
+    def predict_converged(
+        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Return the answers of runs that end early, and their lengths; see `Segmentor` and `denoise_until`."""
+        features = self.encode(images)
+        noise, step_noise = self.draw_noise(features, seeds, self.config.timesteps)
+        answer, taken = self.denoise_until(features, noise, percent, step_noise=step_noise)
+        return resize(answer, images.shape[-2:]), taken
 
     # Training
 

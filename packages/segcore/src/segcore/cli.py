@@ -75,6 +75,8 @@ class Test(Command):
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
     """Evaluate the first images only."""
+    until_converged: float | None = None
+    """Report a further entry: end an image's denoising once a step changes fewer than this percentage of its pixels."""
     json: Path | None = None
     """Where the figures go at full precision; runs/<configuration>.test.json if not given."""
 
@@ -84,7 +86,7 @@ class Test(Command):
         from segcore.evaluation.evaluate import evaluate
         from segcore.progress import progress
 
-        exp = self.experiment
+        exp = _until_converged(self.experiment, self.until_converged)
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         device = _device(self.device)
         model = load_model(self, self.checkpoint, device)
@@ -118,15 +120,22 @@ class Predict(Command):
     """Colours: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
     """Share of the colours in the overlay, 0 to 1."""
+    uncertainty: Flag = False
+    """Diffusion only: also write NAME_uncertainty.png, grey; value / 255 is the probability of another class."""
+    steps: Flag = False
+    """Diffusion only: also write NAME_steps.png, a strip of the map after every denoising step."""
+    until_converged: float | None = None
+    """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
 
     def run(self, package: str | None) -> None:
         from segcore import predict
 
-        jobs = predict.plan(self.input, self.output)
-        classes, palette = predict.classes_and_palette(self.experiment.data, self.palette)
+        exp = _until_converged(self.experiment, self.until_converged)
+        jobs = predict.plan(self.input, self.output, uncertainty=self.uncertainty, steps=self.steps)
+        classes, palette = predict.classes_and_palette(exp.data, self.palette)
         model = load_model(self, self.checkpoint, _device(self.device))
         predict.check_classes(model, classes)
-        predict.run(model, self.experiment, jobs, palette, opacity=self.opacity)
+        predict.run(model, exp, jobs, palette, opacity=self.opacity)
 
 
 @dataclass(frozen=True)
@@ -350,6 +359,13 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     print(f"{path}: {load_weights(model, path)}", file=sys.stderr)
     layout = torch.channels_last if command.experiment.train.channels_last else torch.contiguous_format
     return model.eval().to(device).to(memory_format=layout)
+
+
+def _until_converged(exp: Experiment, percent: float | None) -> Experiment:
+    """Return `exp` with `evaluate.until_converged` set to `percent`, where one is given."""
+    if percent is None:
+        return exp
+    return dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, until_converged=percent))
 
 
 def _device(name: str) -> torch.device:

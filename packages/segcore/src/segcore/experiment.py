@@ -185,6 +185,8 @@ class Evaluate:
     """Images per forward pass, where sizes are equal."""
     steps: tuple[int, ...] = ()
     """Sampling steps to report, one column each; empty: as the model is configured. Methods without steps ignore it."""
+    until_converged: float | None = None
+    """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore"], ...] = ("mIoU",)
 
 
@@ -302,6 +304,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda v: v >= 1, _COUNTS),
     ("at least 0", lambda v: v >= 0, ("data.workers", "schedule.warmup_iterations", "train.evaluate_every")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip",)),
+    ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.until_converged",)),
     ("finite", math.isfinite, ("data.mean",)),
     (
         "above 0 and finite",

@@ -31,6 +31,16 @@ def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) 
     return np.where(known[..., None], palette[np.where(known, classes, 0)], np.uint8(0))
 
 
+def grey(values: np.ndarray) -> np.ndarray:
+    """Return values (H, W) in 0..1 as an 8-bit grey image (H, W): 0 is black, 1 white, linear in between."""
+    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Return values (H, W) in 0..1 as an image from black over purple and orange to light yellow (inferno)."""
+    return np.ascontiguousarray(cv2.applyColorMap(grey(values), cv2.COLORMAP_INFERNO)[..., ::-1])
+
+
 def overlay(
     image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255
 ) -> np.ndarray:
@@ -70,7 +80,7 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
-    """Write an image as PNG, whole or not at all; the folder is made."""
+    """Write an image, colour or grey (H, W) uint8, as PNG, whole or not at all; the folder is made."""
     write(path, _png(Image.fromarray(image)))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import UserError
-from segcore.evaluation.inference import Precision, predict_classes
+from segcore.evaluation.inference import Precision, predict_classes, until_converged
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
@@ -37,11 +37,14 @@ class Results:
     """Number of images."""
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
+    steps_taken: float | None = None
+    """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
 
     @property
     def final_entry(self) -> str:
         """The name of the entry that decides: the configured answer."""
-        return self.configured if self.configured in self.entries else list(self.entries)[-1]
+        fixed = list(self.entries)[: -1 if self.steps_taken else None]
+        return self.configured if self.configured in fixed else fixed[-1]
 
     @property
     def final(self) -> dict[str, Any]:
@@ -57,7 +60,8 @@ class Results:
             return None if math.isnan(value) else value
 
         entries = {name: {key: plain(x) for key, x in metrics.items()} for name, metrics in self.entries.items()}
-        return {"images": self.images, "classes": list(self.classes), "entries": entries}
+        early = {"steps_taken": self.steps_taken} if self.steps_taken else {}
+        return {"images": self.images, "classes": list(self.classes), "entries": entries, **early}
 
 
 def check_fit(model: Segmentor, dataset: Dataset) -> None:
@@ -100,6 +104,14 @@ def evaluate(
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
     empty = partial(ConfusionMatrix, model.num_classes, model.ignore_index, device)
     matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
+    taken: list[int] = []
+
+    def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+        entries = model.predict_steps(images, evaluate.steps or None, seeds)
+        if evaluate.until_converged is not None:
+            entries |= until_converged(model, evaluate.until_converged, taken, images, seeds)
+        return entries
+
     done = 0
     with evaluation_mode(model):
         for batch in _equal_sized(islice(eval_samples(dataset, workers), total), evaluate.batch):
@@ -112,6 +124,7 @@ def evaluate(
                 device=device,
                 precision=precision,
                 channels_last=channels_last,
+                network=network,
             )
             for (index, _, label), by_entry in zip(batch, predictions, strict=True):
                 if label is None:
@@ -122,7 +135,8 @@ def evaluate(
             if on_progress:
                 on_progress(done, total)
     entries = {entry: matrix.compute() for entry, matrix in matrices.items()}
-    return Results(tuple(dataset.classes), entries, done, model.configured_entry)
+    steps_taken = sum(taken) / len(taken) if taken else None
+    return Results(tuple(dataset.classes), entries, done, model.configured_entry, steps_taken)
 
 
 @contextmanager

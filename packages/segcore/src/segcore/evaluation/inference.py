@@ -23,6 +23,7 @@ from segcore.seeds import derive
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
+"""Normalised images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -61,6 +62,19 @@ def window_boxes(
     return [(y1, x1, y2, x2) for y1, y2 in spans(height, crop[0], stride[0]) for x1, x2 in columns]
 
 
+def until_converged(
+    model: Segmentor, percent: float, taken: list[int], images: Tensor, seeds: list[int]
+) -> dict[str, Tensor]:
+    """Return the entry `until P%`: denoising that ends early, see `Segmentor.predict_converged`.
+
+    The number of steps that each image took is appended to `taken`. With the first three arguments given it is a
+    `Network`.
+    """
+    logits, counts = model.predict_converged(images, percent, seeds)
+    taken.extend(counts)
+    return {f"until {percent:g}%": logits}
+
+
 def predict_classes(
     model: Segmentor,
     images: Sequence[np.ndarray],
@@ -71,14 +85,16 @@ def predict_classes(
     device: torch.device | str,
     precision: Precision = "fp32",
     channels_last: bool = False,
+    network: Network | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return, per image and step entry, the classes (H, W) int64 of highest probability at the image's own size.
 
     Arguments as for `predict_probabilities`. A model with one class answers 1 where its probability exceeds 0.5, or 0.
     """
     probabilities = predict_probabilities(
-        model, images, evaluate, data, seeds, device=device, precision=precision, channels_last=channels_last
-    )
+        model, images, evaluate, data, seeds,
+        device=device, precision=precision, channels_last=channels_last, network=network,
+    )  # fmt: skip
     return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in probabilities]
 
 
@@ -93,6 +109,7 @@ def predict_probabilities(
     device: torch.device | str,
     precision: Precision = "fp32",
     channels_last: bool = False,
+    network: Network | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return, per image and step entry, probabilities (K, H, W) float32 in 0..1 at the image's own size, on `device`.
 
@@ -100,14 +117,16 @@ def predict_probabilities(
     through the network together. `seeds` holds one integer per image; each view and window draws from its own, derived
     from it, so the answer does not depend on the other images. `precision` is that of the network (autocast);
     everything after it is float32.
+
+    `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`.
     """
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    answer = network or (lambda batch, seeds: model.predict_steps(batch, evaluate.steps or None, seeds))
 
-    def network(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    def run(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
         with autocast(device, precision):
-            batch = batch.to(device).contiguous(memory_format=layout)
-            return model.predict_steps(batch, steps=evaluate.steps or None, seeds=seeds)
+            return answer(batch.to(device).contiguous(memory_format=layout), seeds)
 
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, image in enumerate(images):
@@ -115,7 +134,7 @@ def predict_probabilities(
     results: list[dict[str, Tensor]] = [{} for _ in images]
     for members in groups.values():
         equal = [images[i] for i in members]
-        mean = _mean_over_views(network, equal, evaluate, data, [seeds[i] for i in members], model.align_corners)
+        mean = _mean_over_views(run, equal, evaluate, data, [seeds[i] for i in members], model.align_corners)
         for row, i in enumerate(members):
             results[i] = {entry: probabilities[row] for entry, probabilities in mean.items()}
     return results

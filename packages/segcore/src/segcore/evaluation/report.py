@@ -25,6 +25,8 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
         return f"Summary:\n\n{final}"
     rows = [[name, *(_percent(entry[name]) for entry in results.entries.values())] for name in names]
     steps = _table(["Steps", *results.entries], rows)
+    if results.steps_taken:
+        steps += f"\n\n{list(results.entries)[-1]}: denoising took {results.steps_taken:.2f} steps on average"
     return f"By step entry:\n\n{steps}\n\nSummary (step entry {results.final_entry}):\n\n{final}"
 
 

@@ -44,6 +44,8 @@ class Segmentor(nn.Module, ABC):
         align_corners: convention of the second resize, from the network's input size to the original image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
         auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
+        diffusion: whether inference denoises from random noise; if not, `predict_trace` is empty and
+            `predict_marginal` and `predict_converged` raise UserError.
         class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
             training loop sets it from `train.class_weight`; it is no part of the state dict.
 
@@ -56,6 +58,7 @@ class Segmentor(nn.Module, ABC):
     align_corners: bool = False
     min_size: int = 1
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
+    diffusion: bool = False
     class_weight: Tensor | None = None
 
     @abstractmethod
@@ -76,6 +79,24 @@ class Segmentor(nn.Module, ABC):
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
         return {}
+
+    def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+        """Return log class probabilities (N, K, H, W): of the mean over `starts` draws of the noise and the steps."""
+        raise self.no_diffusion()
+
+    def predict_converged(
+        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Return logits (N, K, H, W) and, per image, how many denoising steps were taken for them.
+
+        The configured run, but an image is done after the step that changes fewer than `percent` % of its pixels.
+        """
+        raise self.no_diffusion()
+
+    def no_diffusion(self) -> UserError:
+        """Return the error for what only a diffusion model can do."""
+        name = type(self).__name__
+        return UserError(f"{name} is no diffusion model; leave out --uncertainty, --steps and until_converged")
 
     @abstractmethod
     def losses(

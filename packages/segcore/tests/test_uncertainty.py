@@ -1,0 +1,186 @@
+"""Uncertainty of a mask, on every path of inference, and the area under the ROC curve that judges it."""
+
+import dataclasses
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segcore.data.dataset import read_image, read_label
+from segcore.errors import UserError
+from segcore.evaluation.inference import predict_classes
+from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
+from segcore.experiment import Data, Evaluate, Experiment, Model, Train
+from segcore.models.segmentor import Segmentor
+from segcore.predict import plan, run
+
+DATA = Data(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
+PATHS = {
+    "whole": Evaluate(scale=None),
+    "slide": Evaluate(scale=None, mode="slide", crop=(16, 16), stride=(10, 10)),
+    "multi-scale": Evaluate(scale=None, ratios=(0.5, 1.0), flip=True),
+}
+
+
+def pairs_won(score, wrong):
+    """Return the share of (wrong, right) pairs whose wrong one scores higher, a tie counting half, pair by pair."""
+    won = [(a > b) + 0.5 * (a == b) for a in score[wrong] for b in score[~wrong]]
+    return sum(won) / len(won)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=2, max_size=40))
+def test_auroc_is_the_share_of_pairs_in_order(pixels):
+    score = torch.tensor([s / 20 for s, _ in pixels])
+    wrong = torch.tensor([w for _, w in pixels])
+    area = AUROC()
+    for part in (slice(0, 5), slice(5, None)):  # over several images
+        area.update(score[part], wrong[part].long(), torch.zeros(len(pixels), dtype=torch.uint8)[part])
+    if wrong.all() or not wrong.any():
+        assert math.isnan(area.compute())
+    else:
+        assert area.compute() == pytest.approx(pairs_won(score.numpy(), wrong.numpy()), abs=1e-12)
+
+
+def test_auroc_leaves_out_ignored_pixels():
+    area = AUROC()
+    score, label = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1, 0, 255])
+    area.update(score, torch.tensor([1, 1, 1]), label)
+    assert area.compute() == 1
+    assert area.counts.sum() == 2
+
+
+class Noisy(Segmentor):
+    """Class 1 where red is bright; a marginal that says so with a probability that falls with the blue."""
+
+    num_classes, diffusion = 3, True
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.starts = torch.nn.Parameter(torch.zeros(1)), []
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        bright = (images[:, :1] > 100).float()
+        return {"3": torch.cat([1 - bright, bright, bright * 0], 1) * 5}
+
+    def predict_trace(self, images, seeds=None):
+        final = self.predict_steps(images)["3"]
+        return {"step 1": final.roll(1, 1), "step 2": final}
+
+    def predict_marginal(self, images, seeds=None, starts=4):
+        self.starts.append(starts)
+        other = images[:, 2:3] / 1000  # 0 to 0.255 for each of the two other classes
+        red = self.predict_steps(images)["3"] > 2
+        return torch.where(red, 1 - 2 * other, other).clamp(min=1e-8).log()
+
+    def predict_converged(self, images, percent, seeds=None):
+        return self.predict_steps(images)["3"].roll(1, 1), [2] * len(images)
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        raise NotImplementedError
+
+
+class Sure(Noisy):
+    """The same without any diffusion."""
+
+    diffusion = False
+    predict_marginal = Segmentor.predict_marginal
+    predict_converged = Segmentor.predict_converged
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyModel(Model):
+    def build(self):
+        return Noisy()
+
+
+def image():
+    """Return (24, 36, 3): red and blue constant in each half."""
+    pixels = np.zeros((24, 36, 3), np.uint8)
+    pixels[:, 18:, 0] = 200
+    pixels[:, 18:, 2] = 200
+    return pixels
+
+
+def uncertainty(model, evaluate, classes=None, **options):
+    arguments = {"evaluate": evaluate, "data": DATA, "seeds": [0], "device": "cpu"}
+    [entries] = predict_classes(model, [image()], **arguments)
+    mask = entries["3"] if classes is None else classes
+    return predict_uncertainty(model, [image()], [mask], **arguments, **options)[0], mask
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_uncertainty_is_the_probability_of_another_class_than_the_masks(path):
+    model = Noisy()
+    found, mask = uncertainty(model, PATHS[path], starts=7)
+    assert set(model.starts) == {7}
+    assert found.shape == mask.shape == (24, 36)
+    assert mask[0, [0, -1]].tolist() == [0, 1]
+    torch.testing.assert_close(found[:, :14], torch.zeros(24, 14), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[:, 22:], torch.full((24, 14), 0.4), atol=1e-4, rtol=0)
+    other, _ = uncertainty(model, PATHS[path], classes=torch.full((24, 36), 2))
+    torch.testing.assert_close(other[:, 22:], torch.full((24, 14), 0.8), atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), image()[..., ::-1])
+    return tmp_path / "a.png"
+
+
+def experiment(**evaluate):
+    return Experiment("noisy", NoisyModel(3), DATA, train=Train(precision="fp32"), evaluate=Evaluate(None, **evaluate))
+
+
+PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+
+
+def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_path):
+    plain, more = plan(photo, tmp_path / "plain"), plan(photo, tmp_path / "more", uncertainty=True, steps=True)
+    for jobs in (plain, more):
+        run(Noisy().eval(), experiment(), jobs, PALETTE)
+    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == ["a.png", "a_overlay.png"]
+    names = ["a.png", "a_overlay.png", "a_steps.png", "a_uncertainty.png"]
+    assert sorted(p.name for p in (tmp_path / "more").iterdir()) == names
+    for name in names[:2]:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "more" / name).read_bytes()
+    levels = read_label(tmp_path / "more" / "a_uncertainty.png")
+    assert (levels.shape, levels.dtype) == ((24, 36), np.uint8)
+    assert levels[0, [0, -1]].tolist() == [0, round(0.4 * 255)]
+    strip = read_image(tmp_path / "more" / "a_steps.png")
+    assert strip.shape[1] == 4 * 36 + 3 * 6, "input, two steps and the answer"
+    starts = [0, 42, 84, 126]
+    assert [strip[-1, x].tolist() for x in starts] == [[0, 0, 0], [0, 255, 0], [255, 0, 0], [255, 0, 0]]
+
+
+def test_predict_until_converged_answers_with_the_early_result(photo, tmp_path, capsys):
+    run(Noisy().eval(), experiment(until_converged=1.0), plan(photo, tmp_path / "out"), PALETTE)
+    assert read_label(tmp_path / "out" / "a.png")[0, [0, -1]].tolist() == [1, 2]
+    assert "2.00 denoising steps on average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["uncertainty", "steps", "until_converged"])
+def test_other_methods_say_that_they_cannot(photo, tmp_path, what):
+    early = {"until_converged": 1.0} if what == "until_converged" else {}
+    files = {} if early else {what: True}
+    with pytest.raises(UserError, match="Sure is no diffusion model") as caught:
+        run(Sure().eval(), experiment(**early), plan(photo, tmp_path / "out", **files), PALETTE)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_result_of_any_kind_overwrites_another(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "a_steps.png"):
+        cv2.imwrite(str(folder / name), image())
+    assert len(plan(folder, tmp_path / "out", uncertainty=True)) == 2
+    with pytest.raises(UserError, match=r"a_steps\.png: results of two images"):
+        plan(folder, tmp_path / "out", steps=True)
