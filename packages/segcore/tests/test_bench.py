@@ -58,15 +58,33 @@ def test_flops_of_a_convolution():
         assert cell["images_per_s"] == pytest.approx(cell["batch"] / cell["latency_ms"] * 1e3)
 
 
-def test_flops_of_deformable_attention():
-    value, loc, attn = torch.rand(2, 12, 4, 8), torch.rand(2, 7, 4, 1, 3, 2), torch.rand(2, 7, 4, 1, 3)
-    leaves = [t.requires_grad_() for t in (value, loc, attn)]
+ATTN = (torch.rand(2, 12, 4, 8), torch.rand(2, 7, 4, 1, 3, 2), torch.rand(2, 7, 4, 1, 3))
+MAP, OFFSET, WEIGHT = torch.rand(2, 8, 5, 6), torch.rand(2, 18, 5, 6), torch.rand(4, 2, 3, 3)
+TOKENS = [torch.rand(2, 30, 2, 8) for _ in range(3)] + [torch.rand(2, 30, 2, 18)]
+SAMPLES = 8 * 2 * 8 * 9 * 30
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "expected"),
+    [
+        (lambda v, loc, attn: ops.ms_deform_attn(v, [(3, 4)], loc, attn), ATTN, 8 * 2 * 7 * 4 * 3 * 8),
+        (lambda x, off: ops.deform_unfold(x, off, kernel_size=3, padding=1), (MAP, OFFSET), SAMPLES),
+        (
+            lambda x, off, w: ops.deform_conv2d(x, off, w, padding=1),
+            (MAP, OFFSET, WEIGHT),
+            SAMPLES + 2 * 2 * 4 * 2 * 9 * 30,
+        ),
+        (lambda *t: ops.deform_local_attn(*t, height=5, width=6), TOKENS, 20 * 2 * 30 * 2 * 9 * 8),
+    ],
+)
+def test_flops_of_our_operators(op, inputs, expected):
+    leaves = [t.clone().requires_grad_() for t in inputs]
     with FlopCounterMode(display=False) as counter:
-        out = ops.ms_deform_attn(value, [(3, 4)], loc, attn)
-    assert counter.get_total_flops() == 8 * 2 * 7 * 4 * 3 * 8
+        out = op(*leaves)
+    assert counter.get_total_flops() == expected
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(out.sum(), leaves)
-    assert counter.get_total_flops() == 16 * 2 * 7 * 4 * 3 * 8
+    assert counter.get_total_flops() == 2 * expected
 
 
 def test_a_model_that_can_be_fused_is_measured_both_ways():

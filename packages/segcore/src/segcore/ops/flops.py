@@ -1,33 +1,56 @@
 """Floating-point operations of our operators for `torch.utils.flop_counter`, which otherwise counts them as none.
 
-Importing this module registers the formulas. A multiply-add is 2, as everywhere in the counter. Counted is the work on
-channels; that on coordinates, a few operations per point, is not.
+Importing this module registers the formulas. A multiply-add is 2, as everywhere in the counter, and a bilinear sample 8
+per channel, for its four corners. Work on coordinates and in the softmax, a few operations per point, is not counted.
 
-    ms_deform_attn            8 N Q M L P D     a point sums four corners: 4 multiply-adds per channel
-    ms_deform_attn_backward   16 N Q M L P D    gradient of the value, and of the corners' weights: 4 each
+    ms_deform_attn       8 N Q M L P D
+    deform_unfold        8 N C K Ho Wo
+    deform_conv2d        8 N C K Ho Wo + 2 N Co (C / groups) K Ho Wo
+    deform_local_attn    20 B N M K D       samples of key and value, the logits and the weighted sum
+
+A gradient, `NAME_backward`, counts twice its operator.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from segcore.ops import ms_deform_attn  # noqa: F401  (defines the operator)
+from segcore import ops  # noqa: F401  (defines the operators)
 
 Shape = Sequence[int]
 
 
-@register_flop_formula(torch.ops.segcore.ms_deform_attn)
-def _ms_deform_attn(value: Shape, spatial_shapes: Any, loc: Shape, attn: Shape, *_: Any, **__: Any) -> int:
-    return 8 * math.prod(attn) * value[3]
+def _ms_deform_attn(value: Shape, spatial_shapes: Shape, locations: Shape, weights: Shape) -> int:
+    return 8 * math.prod(weights) * value[3]
 
 
-@register_flop_formula(torch.ops.segcore.ms_deform_attn_backward)
-def _ms_deform_attn_backward(
-    grad: Shape, value: Shape, spatial_shapes: Any, loc: Shape, attn: Shape, *_: Any, **__: Any
-) -> int:
-    return 16 * math.prod(attn) * value[3]
+def _deform_unfold(input: Shape, offset: Shape, mask: Shape | None, window: Shape) -> int:
+    return 8 * input[0] * input[1] * window[0] * window[1] * offset[2] * offset[3]
+
+
+def _deform_conv2d(input: Shape, offset: Shape, weight: Shape, mask: Shape | None, window: Shape) -> int:
+    return _deform_unfold(input, offset, mask, window) + 2 * input[0] * math.prod(weight) * offset[2] * offset[3]
+
+
+def _deform_local_attn(q: Shape, k: Shape, v: Shape, offset: Shape, *_: Any) -> int:
+    return 20 * math.prod(q) * (offset[3] // 2)
+
+
+def _register(name: str, formula: Callable[..., int]) -> None:
+    def forward(*args: Any, out_shape: Any = None) -> int:
+        return formula(*args)
+
+    def backward(grad_output: Shape, *args: Any, out_shape: Any = None) -> int:
+        return 2 * formula(*args)
+
+    register_flop_formula(getattr(torch.ops.segcore, name))(forward)
+    register_flop_formula(getattr(torch.ops.segcore, f"{name}_backward"))(backward)
+
+
+for _formula in (_ms_deform_attn, _deform_unfold, _deform_conv2d, _deform_local_attn):
+    _register(_formula.__name__[1:], _formula)
