@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import cv2
 import numpy as np
 import pytest
@@ -130,6 +134,31 @@ def test_resize_treats_every_channel_alike(channels):
         np.testing.assert_array_equal(resized[..., c], bilinear(image[..., c], (31, 14)))
 
 
+@st.composite
+def boxes_of_resized_images(draw):
+    """Return a size, the size it is resized to (also half and double), and a box (y1, y2, x1, x2) of the latter."""
+    old = draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    half, double = tuple(max(side // 2, 1) for side in old), tuple(2 * side for side in old)
+    new = draw(st.sampled_from([old, half, double]) | st.tuples(st.integers(1, 200), st.integers(1, 200)))
+    sides = [sorted(draw(st.tuples(st.integers(0, side - 1), st.integers(1, side)))) for side in new]
+    return old, new, tuple(end for low, high in sides for end in (low, max(high, low + 1)))
+
+
+@given(boxes_of_resized_images(), st.sampled_from([(3, np.uint8), (1, np.uint8), (2, np.uint16), (130, np.uint8)]))
+def test_a_box_is_cut_from_the_resized_image_and_label(sizes, form):
+    old, new, (y1, y2, x1, x2) = sizes
+    channels, dtype = form
+    image = RandomState(0).randint(0, np.iinfo(dtype).max + 1, (*old, channels)).astype(dtype)
+    box = np.s_[y1:y2, x1:x2]
+    whole = np.dstack([cv2.resize(image[..., i : i + 128], new[::-1]) for i in range(0, channels, 128)])
+    found = T.resize_image(image, new, (y1, y2, x1, x2))
+    assert found.shape == (y2 - y1, x2 - x1, channels)
+    np.testing.assert_allclose(found.astype(int), whole[box], rtol=0, atol=int(dtype == np.uint16))
+    label = image[..., 0].astype(np.uint8)
+    expected = cv2.resize(label, new[::-1], interpolation=cv2.INTER_NEAREST)[box]
+    np.testing.assert_array_equal(T.resize_label(label, new, (y1, y2, x1, x2)), expected)
+
+
 @pytest.mark.parametrize("label", ["label0", "label1", "label2", "label3"])
 def test_random_crop_golden(golden, label):
     cases = golden("eval/golden/random_crop.npz")
@@ -154,6 +183,10 @@ def test_a_crop_needs_two_classes_and_the_largest_strictly_below_the_limit():
     assert T.is_varied(label, 0.76)
     assert not T.is_varied(np.full((4, 4), 255, np.uint8), 0.75)
     assert not T.is_varied(np.full((4, 4), 3, np.uint8), 1.0)
+    nearly = np.zeros(2**24, np.uint8)  # 1.5e-8 below the limit, which float32 cannot tell from it
+    nearly[: 2**22] = 1
+    nearly[-1] = 255
+    assert T.is_varied(nearly.reshape(4096, 4096), 0.75)
 
 
 @given(st.integers(1, 80), st.integers(1, 80), st.tuples(st.integers(1, 80), st.integers(1, 80)), st.integers(0, 99))
@@ -249,6 +282,32 @@ def test_pipeline_golden(golden, seed):
     expected = cases[f"seed{seed}_img"].transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)
     assert_close_levels(np.rint(levels), np.rint(expected))
     assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """The benchmark, which holds the published pipeline in plain OpenCV."""
+    path = Path(__file__).parents[3] / "benchmarks" / "train_pipeline.py"
+    if not path.is_file():
+        pytest.skip(f"no {path}: the plain pipeline is in the repository only")
+    spec = importlib.util.spec_from_file_location("train_pipeline", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("scale", [(128, 64), (300, 100), None])
+def test_every_byte_is_that_of_the_plain_opencv_pipeline(benchmark, scale):
+    data = Data(scale=scale, crop=(48, 64))
+    plain, ours = benchmark.Plain(data), T.TrainTransform(data)
+    image = cv2.resize(RandomState(0).randint(0, 256, (9, 17, 3)).astype(np.uint8), (160, 90))
+    label = cv2.resize(RandomState(1).randint(0, 5, (3, 6)).astype(np.uint8), (160, 90), interpolation=0)
+    label[label == 4] = 255
+    for seed in range(40):
+        expected, found = (pipeline(image, label, RandomState(seed)) for pipeline in (plain, ours))
+        for a, b in zip(expected, found, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b, err_msg=f"seed {seed}")
 
 
 def test_pipeline_without_a_base_scale_uses_the_images_own(golden):

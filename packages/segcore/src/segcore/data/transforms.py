@@ -6,6 +6,7 @@ streams are frozen across numpy versions, and is drawn in the published order: r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -17,6 +18,8 @@ from torch import Tensor
 from segcore.data.dataset import IGNORE
 from segcore.experiment import Data
 
+Box = tuple[int, int, int, int]
+"""Rows y1 to y2 and columns x1 to x2 of an image, as (y1, y2, x1, x2)."""
 _MAX_CV_CHANNELS = 128  # what every OpenCV version takes in one call
 
 
@@ -30,52 +33,74 @@ def rescale_size(height: int, width: int, scale: tuple[int, int] | float) -> tup
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the image at `size` (height, width): OpenCV's bilinear resize, no antialiasing; uint8 is exact."""
+def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """Return the image at `size` (height, width): OpenCV's bilinear resize, no antialiasing; uint8 is exact.
+
+    With a `box`, only that part of the resized image: the same bytes for uint8, within one of 65536 levels for uint16.
+    """
+    y1, y2, x1, x2 = box or (0, size[0], 0, size[1])
     if image.shape[:2] == size:
-        return image
-    step, channels = _MAX_CV_CHANNELS, image.shape[2]
-    parts = [cv2.resize(image[..., i : i + step], size[::-1]) for i in range(0, channels, step)]
-    return (parts[0] if len(parts) == 1 else np.dstack(parts)).reshape(*size, channels)
+        return image[y1:y2, x1:x2]
+    # OpenCV rounds positions to float32 and weights to 1/2048: they are the same only when counted from the image's own
+    # corner at its own scale (`fx`, `fy`). What lies right of the box and below is not needed, so it is not computed.
+    (height, width), channels = image.shape[:2], image.shape[2]
+    scale = size[0] / height, size[1] / width
+    image = image[: math.ceil(y2 / scale[0]) + 2, : math.ceil(x2 / scale[1]) + 2]
+    parts = [
+        cv2.resize(image[..., i : i + _MAX_CV_CHANNELS], None, fx=scale[1], fy=scale[0])[y1:y2, x1:x2]
+        for i in range(0, channels, _MAX_CV_CHANNELS)
+    ]
+    return (parts[0] if len(parts) == 1 else np.dstack(parts)).reshape(y2 - y1, x2 - x1, channels)
 
 
-def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the label at `size` (height, width): nearest, source index floor(i * old / new) as OpenCV computes it."""
+def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """Return the label at `size` (height, width), or the `box` of it: nearest, source index floor(i * old / new).
+
+    The index is computed as OpenCV does.
+    """
+    y1, y2, x1, x2 = box or (0, size[0], 0, size[1])
     if label.shape == size:
-        return label
+        return label[y1:y2, x1:x2]
     rows, columns = (
-        np.minimum((np.arange(new) * (1 / (new / old))).astype(np.intp), old - 1)
-        for new, old in zip(size, label.shape, strict=True)
+        np.minimum((np.arange(first, last) * (1 / (new / old))).astype(np.intp), old - 1)
+        for first, last, new, old in ((y1, y2, size[0], label.shape[0]), (x1, x2, size[1], label.shape[1]))
     )
     return label.take(rows, axis=0).take(columns, axis=1)
 
 
 def is_varied(label: np.ndarray, max_class_ratio: float) -> bool:
     """Return whether the label has two values or more (255 left out) and the most frequent one is below that share."""
-    counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE].astype(np.int64)
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_ratio)
 
 
 def random_crop_box(
-    label: np.ndarray, crop: tuple[int, int], max_class_ratio: float, rng: RandomState
-) -> tuple[int, int, int, int]:
+    label: np.ndarray,
+    crop: tuple[int, int],
+    max_class_ratio: float,
+    rng: RandomState,
+    size: tuple[int, int] | None = None,
+) -> Box:
     """Return (y1, y2, x1, x2) of a random window of at most `crop` (height, width), inside the label.
 
-    With `max_class_ratio` below 1, a window that is not `is_varied` is drawn again up to 10 times; the 11th is not
-    checked.
+    The label counts as resized to `size` (None: as it is). With `max_class_ratio` below 1, a window that is not
+    `is_varied` is drawn again up to 10 times; the 11th is not checked.
     """
+    height, width = size = size or (label.shape[0], label.shape[1])
     for trial in range(11):
-        y = rng.randint(0, max(label.shape[0] - crop[0], 0) + 1)
-        x = rng.randint(0, max(label.shape[1] - crop[1], 0) + 1)
-        box = y, min(y + crop[0], label.shape[0]), x, min(x + crop[1], label.shape[1])
-        if max_class_ratio >= 1 or trial == 10 or is_varied(label[box[0] : box[1], box[2] : box[3]], max_class_ratio):
+        y = rng.randint(0, max(height - crop[0], 0) + 1)
+        x = rng.randint(0, max(width - crop[1], 0) + 1)
+        box = y, min(y + crop[0], height), x, min(x + crop[1], width)
+        if max_class_ratio >= 1 or trial == 10 or is_varied(resize_label(label, size, box), max_class_ratio):
             break
     return box
 
 
 def flip(array: np.ndarray) -> np.ndarray:
-    """Return an image or label mirrored left to right (a view)."""
-    return array[:, ::-1]
+    """Return an image or label mirrored left to right."""
+    if array.ndim > 2 and array.shape[2] > _MAX_CV_CHANNELS:
+        return array[:, ::-1]
+    return cv2.flip(array, 1).reshape(array.shape)
 
 
 def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
@@ -86,15 +111,14 @@ def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
     trip of its own.
     """
     values = np.arange(256, dtype=np.float32)
-    image = np.ascontiguousarray(image)
 
     def scaled(factor: float, shift: float = 0.0) -> np.ndarray:
         return np.clip(values * np.float32(factor) + np.float32(shift), 0, 255).astype(np.uint8)
 
     def in_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
-        tables = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-        tables[0, :, channel] = table
-        return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables), cv2.COLOR_HSV2RGB)
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, channel), table), hsv, channel)
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
     if rng.randint(2):
         image = cv2.LUT(image, scaled(1, rng.uniform(-32, 32)))
@@ -111,14 +135,19 @@ def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return (image - mean) / std as float32 (H, W, C), computed in float32; `mean`, `std` in units of the image."""
+    """Return (image - mean) / std as float32 (H, W, C), computed in float32; `mean`, `std` in units of the image.
+
+    In memory the channels are planes, as models read them.
+    """
     centre, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    if (
-        image.dtype == np.uint8 and image.shape[2] <= _MAX_CV_CHANNELS
-    ):  # the same numbers from a table, several times faster
-        table = (np.arange(256, dtype=np.float32)[:, None] - centre) / width
-        return cv2.LUT(np.ascontiguousarray(image), table[None]).reshape(image.shape)
-    return (image.astype(np.float32) - centre) / width
+    planes = np.empty((image.shape[2], *image.shape[:2]), np.float32)
+    if image.dtype == np.uint8:  # the same numbers from a table, several times faster
+        tables = (np.arange(256, dtype=np.float32) - centre[:, None]) / width[:, None]
+        for c, (plane, table) in enumerate(zip(planes, tables, strict=True)):
+            cv2.LUT(np.ascontiguousarray(image[..., c]), table, dst=plane)
+    else:
+        np.divide(image.transpose(2, 0, 1) - centre[:, None, None], width[:, None, None], out=planes)
+    return planes.transpose(1, 2, 0)
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarray:
@@ -147,9 +176,8 @@ class TrainTransform:
         ratio = rng.random_sample() * (high - low) + low
         long, short = data.scale or (width, height)
         size = rescale_size(height, width, (int(long * ratio), int(short * ratio)))
-        image, label = resize_image(image, size), resize_label(label, size)
-        y1, y2, x1, x2 = random_crop_box(label, data.crop, data.max_class_ratio, rng)
-        image, label = image[y1:y2, x1:x2], label[y1:y2, x1:x2]
+        box = random_crop_box(label, data.crop, data.max_class_ratio, rng, size)
+        image, label = resize_image(image, size, box), resize_label(label, size, box)
         if rng.rand() < data.flip:
             image, label = flip(image), flip(label)
         if data.photometric:
