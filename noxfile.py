@@ -40,6 +40,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session
+def slow_tests(session: nox.Session) -> None:
+    """Run the tests that take minutes: runs of several processes that are killed, starved and resumed."""
+    session.install(*EDITABLE, *group("test"))
+    session.run("pytest", "-m", "slow and not gpu", *session.posargs)
+
+
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""

@@ -19,16 +19,17 @@ LAYERS = {
     "errors": "",
     "seeds": "",
     "files": "errors",
+    "distributed": "errors",
     "experiment": "errors",
     "progress": "",
     "ops": "errors",
     "models": "errors seeds experiment ops",
     "data": "errors seeds files experiment progress",
     "visualize": "errors seeds files experiment data",
-    "evaluation": "errors seeds files experiment ops models data visualize",
+    "evaluation": "errors distributed seeds files experiment ops models data visualize",
     "environment": "ops",
     "bench": "errors environment ops models",
-    "training": "errors seeds files experiment environment ops models data visualize evaluation",
+    "training": "errors distributed seeds files experiment environment ops models data visualize evaluation",
 }
 """Room of segcore -> the other rooms it may import. Rooms that are not listed may import all but those on top."""
 ON_TOP = {"cli", "__main__", "testing"}

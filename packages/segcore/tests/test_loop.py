@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from segcore.data.dataset import open_dataset
 from segcore.errors import UserError
+from segcore.evaluation.evaluate import evaluate
 from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
 from segcore.models.segmentor import Segmentor
 from segcore.training import checkpoint, loop
@@ -58,6 +60,17 @@ class TinyModel(Model):
 
     def build(self) -> Segmentor:
         return Net(self.num_classes, self.dropout)
+
+
+@dataclass(frozen=True)
+class Plain(TinyModel):
+    """Without dropout, norm and noise; its loss is a mean over equally many pixels."""
+
+    def build(self) -> Segmentor:
+        net = Net(self.num_classes, 0.0)
+        net.bn = nn.Identity()
+        net.losses = lambda images, labels, seeds: {"loss": net(images).square().mean()}
+        return net
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +143,9 @@ def state(work_dir: Path, iteration: int = 6) -> dict[str, Any]:
     """Return all that is saved of an iteration in one flat dict."""
     found = checkpoint.load(checkpoint.folder_of(work_dir, iteration))
     moments = {f"{n}/{k}": v for n, values in found.state["optimizer"].items() for k, v in values.items()}
-    scaler = {f"scaler/{k}": v for k, v in found.state["scaler"].items()}
-    rest = {k: v for k, v in found.state.items() if k not in ("optimizer", "scaler")}
-    return {**found.model, **moments, **scaler, **rest}
+    parts = {f"{part}/{k}": v for part in ("scaler", "trained") for k, v in found.state.get(part, {}).items()}
+    rest = {k: v for k, v in found.state.items() if k not in ("optimizer", "scaler", "trained")}
+    return {**found.model, **moments, **parts, **rest}
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -149,7 +162,8 @@ def log(work_dir: Path, mode: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cut", ["interrupted", "killed", "in evaluation"])
 def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, capsys, precision: str, cut: str) -> None:
-    exp = replace(exp, train=replace(exp.train, precision=precision, channels_last=precision != "fp32"))
+    half = precision != "fp32"
+    exp = replace(exp, train=replace(exp.train, precision=precision, channels_last=half, ema=0.7 if half else None))
     unbroken = train(exp, tmp_path / "a")
     assert unbroken is not None
     happens, expected = (fail, RuntimeError) if cut == "killed" else (interrupt, KeyboardInterrupt)
@@ -217,7 +231,6 @@ def test_a_resumed_run_knows_of_an_evaluation_that_was_no_better(exp: Experiment
         results.final["mIoU"] = 0.5
         return results
 
-    evaluate = loop.evaluate
     monkeypatch.setattr(loop, "evaluate", always_the_same)
     FAULT["losses"] = at_call(14, fail)  # in iteration 5
     with pytest.raises(RuntimeError):
@@ -286,16 +299,6 @@ def test_never_evaluating(exp: Experiment, tmp_path: Path) -> None:
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch(exp: Experiment, tmp_path: Path) -> None:
-    """Of a model without dropout and norm, whose loss is a mean over equally many pixels."""
-
-    @dataclass(frozen=True)
-    class Plain(TinyModel):
-        def build(self) -> Segmentor:
-            net = Net(self.num_classes, 0.0)
-            net.bn = nn.Identity()
-            net.losses = lambda images, labels, seeds: {"loss": net(images).square().mean()}
-            return net
-
     exp = replace(exp, model=Plain(), train=replace(exp.train, batch=4))
     for parts in (1, 4):
         train(replace(exp, train=replace(exp.train, max_per_device=4 // parts)), tmp_path / str(parts))
@@ -373,6 +376,44 @@ def test_resume_says_which_settings_changed(exp: Experiment, tmp_path: Path, cap
     train(replace(exp, schedule=replace(exp.schedule, iterations=7)), tmp_path, resume=True)
     assert "changed since then: schedule.iterations: 6 -> 7" in capsys.readouterr().out
     assert state(tmp_path, 7)["conv.weight/step"] == 7
+
+
+def test_averaged_weights_are_what_is_evaluated_and_saved(exp: Experiment, tmp_path: Path) -> None:
+    train(exp, tmp_path / "plain")
+    results = train(replace(exp, train=replace(exp.train, ema=0.9)), tmp_path / "averaged")
+    plain, ours = state(tmp_path / "plain"), state(tmp_path / "averaged")
+    assert torch.equal(ours["trained/conv.weight"], plain["conv.weight"])
+    assert not torch.allclose(ours["conv.weight"], plain["conv.weight"], atol=1e-4)
+    model = exp.model.build()
+    model.load_own(checkpoint.load(checkpoint.folder_of(tmp_path / "averaged", 6)).model)
+    again = evaluate(model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device="cpu")
+    assert results is not None
+    assert again.to_json() == results.to_json()
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_same_losses(exp: Experiment, tmp_path: Path) -> None:
+    exp = replace(exp, model=Plain(), train=replace(exp.train, evaluate_every=0))
+    train(exp, tmp_path / "eager")
+    train(replace(exp, train=replace(exp.train, compile=True)), tmp_path / "compiled")
+    eager, compiled = ([record["loss"] for record in log(tmp_path / run, "train")] for run in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(exp, tmp_path)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = events.Tags()["scalars"]
+    wanted = ("loss", "loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
+    assert {f"train/{name}" for name in wanted} | {"val/mIoU", "IoU final/dark", "IoU final/bright"} <= set(names)
+    logged = [record["loss"] for record in log(tmp_path, "train")]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
+    assert [event.step for event in events.Images("predictions")] == [2, 4, 6]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "loss.svg",
+        *(f"predictions_{iteration}.png" for iteration in (2, 4, 6)),
+    }
 
 
 def test_used_folder_is_refused_without_resume(exp: Experiment, tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,24 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Train(Command):
+class Parallel(Command):
+    """What the commands have that several processes can do together."""
+
+    gpus: int | None = None
+    """Start this many processes, one per GPU (with `--device cpu`: on the CPU). Do not give it below torchrun."""
+
+    def run(self, package: str | None) -> None:
+        from segcore import distributed
+
+        with distributed.process_group(self.experiment.train.timeout):
+            self.run_in_process()
+
+    def run_in_process(self) -> None:
+        """Do it in one of the processes, or in the only one."""
+
+
+@dataclass(frozen=True)
+class Train(Parallel):
     """Train a configuration and evaluate it."""
 
     work_dir: Path | None = None
@@ -58,15 +76,17 @@ class Train(Command):
     resume: Flag = False
     """Go on from the newest valid checkpoint in the folder, if there is one."""
 
-    def run(self, package: str | None) -> None:
+    def run_in_process(self) -> None:
         from segcore.training.loop import train
 
         work_dir = self.work_dir or self.default_dir
-        train(self.experiment, work_dir, device=_device(self.device), resume=self.resume, offline=self.offline)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts, after a failure
+        resume = self.resume or restarted
+        train(self.experiment, work_dir, device=_device(self.device), resume=resume, offline=self.offline)
 
 
 @dataclass(frozen=True)
-class Test(Command):
+class Test(Parallel):
     """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
@@ -80,7 +100,8 @@ class Test(Command):
     json: Path | None = None
     """Where the figures go at full precision; runs/<configuration>.test.json if not given."""
 
-    def run(self, package: str | None) -> None:
+    def run_in_process(self) -> None:
+        from segcore import distributed
         from segcore.data.dataset import open_dataset
         from segcore.evaluation import report
         from segcore.evaluation.evaluate import evaluate
@@ -90,13 +111,15 @@ class Test(Command):
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         device = _device(self.device)
         model = load_model(self, self.checkpoint, device)
-        dataset = open_dataset(exp.data, "val")
+        dataset = distributed.lead_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
                 model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,
                 precision=exp.train.precision, channels_last=exp.train.channels_last,
                 on_progress=advance, limit=self.limit,
             )  # fmt: skip
+        if distributed.rank():
+            return
         print(report.per_class(results, settings.metrics), report.summary(results, settings.metrics), sep="\n\n")
         row = published(exp.name)
         if row and row.miou and is_row(exp):
@@ -280,9 +303,13 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        parse(words, package).run(package)
+        command = parse(words, package)
+        if isinstance(command, Parallel) and command.gpus is not None:
+            _start(command, words, package)
+        else:
+            command.run(package)
     except UserError as error:
-        _exit(f"error: {error}", 1)
+        _exit(_news(f"error: {error}" if str(error) else ""), 1)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -290,8 +317,8 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         if error.filename is None:
             raise
         _exit(f"error: {error.filename}: {error.strerror}", 1)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
+    except KeyboardInterrupt as error:  # holds the number of the signal, if it was not a Ctrl-C
+        _exit(_news("interrupted"), 128 + (error.args[0] if error.args else signal.SIGINT))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
             raise
@@ -352,11 +379,14 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     """Return the command's model with the weights of `checkpoint`, for evaluation on `device`; prints the report."""
     import torch
 
+    from segcore import distributed
     from segcore.training.weights import load_weights, resolve
 
-    path = resolve(checkpoint, command.experiment.name, offline=command.offline)
+    path = distributed.lead_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
     model = command.experiment.model.build()
-    print(f"{path}: {load_weights(model, path)}", file=sys.stderr)
+    report = load_weights(model, path)
+    if not distributed.rank():
+        print(f"{path}: {report}", file=sys.stderr)
     layout = torch.channels_last if command.experiment.train.channels_last else torch.contiguous_format
     return model.eval().to(device).to(memory_format=layout)
 
@@ -368,11 +398,51 @@ def _until_converged(exp: Experiment, percent: float | None) -> Experiment:
     return dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, until_converged=percent))
 
 
+def _start(command: Parallel, words: list[str], package: str | None) -> None:
+    """Start the processes of `--gpus N` as torchrun does, with the same words, and wait for them."""
+    import logging
+
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as torchrun
+
+    count = command.gpus or 0
+    if "RANK" in os.environ:
+        raise UserError(f"--gpus {count}: torchrun has started this process already; leave --gpus out")
+    if count < 1:
+        raise UserError(f"--gpus {count}: give at least 1")
+    if command.device != "cpu" and count > torch.cuda.device_count():
+        raise UserError(
+            f"--gpus {count}: torch sees {torch.cuda.device_count()} here; give fewer, or --device cpu for processes "
+            "on the CPU"
+        )
+    at = next(i for i, word in enumerate(words) if word.split("=")[0] == "--gpus")
+    own = words[:at] + words[at + (1 if "=" in words[at] else 2) :]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is wrong
+    try:
+        torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))
+    except ChildFailedError as error:
+        raise SystemExit(max(failure.exitcode for failure in error.failures.values())) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def _news(text: str) -> str:
+    """Return the text, or nothing where another of several processes says it."""
+    from_torchrun = "segcore.distributed" in sys.modules and "RANK" in os.environ
+    return text if not from_torchrun or sys.modules["segcore.distributed"].is_news(text) else ""
+
+
 def _device(name: str) -> torch.device:
     import torch
 
+    from segcore import distributed
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.local_device()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -384,5 +454,6 @@ def _device(name: str) -> torch.device:
 
 
 def _exit(message: str, status: int) -> None:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     raise SystemExit(status)

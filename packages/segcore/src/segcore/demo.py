@@ -26,8 +26,9 @@ from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.seeds import derive
 from segcore.training import checkpoint
+from segcore.training.log import loss_curve
 from segcore.training.loop import train
-from segcore.visualize import colorize, curve_svg, legend, png_data_uri, strip, write_image
+from segcore.visualize import colorize, legend, png_data_uri, strip, write_image
 
 SHOWN = 4
 """Validation images on the page."""
@@ -112,11 +113,7 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
 def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[str, np.ndarray]], log: Path) -> str:
     """Return the page: self-contained HTML."""
     dataset = open_dataset(exp.data, "val")
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    losses = [
-        (line["iteration"], line["loss"]) for line in lines if line["mode"] == "train" and line["loss"] is not None
-    ]
-    curve = curve_svg([i for i, _ in losses], [v for _, v in losses], "Training loss", "iteration", "loss")
+    curve = loss_curve(map(json.loads, log.read_text(encoding="utf-8").splitlines()))
     name, miou = results.final_entry, results.final["mIoU"]
     figures = [(_steps(entry), m) for entry, m in results.entries.items()]
     rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]

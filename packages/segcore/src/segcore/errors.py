@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and ends with status 1; from Python it is an ordinary ValueError.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop, by Ctrl-C or a signal whose number this holds; raised where its state is whole."""

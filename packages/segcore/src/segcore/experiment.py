@@ -87,7 +87,9 @@ class Data:
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
     """Standard deviation per channel, likewise."""
     workers: int = 4
-    """Processes that read and transform images; 0 does it in the main process. Samples do not depend on it."""
+    """Processes per device that read and transform images; 0: none beside the main one. Samples do not depend on it."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,12 @@ class Train:
     """Weight of each class in the cross entropy; auto: from the training labels, see `training.class_weight`."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
+    compile: bool = False
+    """Compile the training step with torch.compile: minutes at the start, then faster, on a GPU above all."""
+    ema: float | None = None
+    """Decay, 0..1, of an average of the weights over the iterations: what is evaluated and saved then. None: off."""
+    timeout: float = 600.0
+    """Seconds after which a process of several that the others wait for ends the run."""
     log_every: int = 50
     evaluate_every: int = 16_000
     """Iterations between evaluations on the validation set; 0: never."""
@@ -305,11 +313,12 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 0", lambda v: v >= 0, ("data.workers", "schedule.warmup_iterations", "train.evaluate_every")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip",)),
     ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.until_converged",)),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),
     ("finite", math.isfinite, ("data.mean",)),
     (
         "above 0 and finite",
         lambda v: 0 < v < math.inf,
-        ("data.std", "data.ratio_range", "train.class_weight", "evaluate.ratios"),
+        ("data.std", "data.ratio_range", "train.class_weight", "train.timeout", "evaluate.ratios"),
     ),
 )
 """What a value must be, the test of it, and its settings: every value of each, where one is given."""

@@ -21,7 +21,7 @@ from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.experiment import Data, Experiment
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
-from segcore.visualize import colorize, grey, overlay, strip, write_class_png, write_image
+from segcore.visualize import colorize, displayable, grey, overlay, strip, write_class_png, write_image
 
 
 class Job(NamedTuple):
@@ -135,12 +135,12 @@ def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndar
                 continue
             job.mask.parent.mkdir(parents=True, exist_ok=True)
             write_class_png(job.mask, classes, palette)
-            write_image(job.overlay, overlay(_displayable(image), classes, palette, opacity))
+            write_image(job.overlay, overlay(displayable(image), classes, palette, opacity))
             if job.uncertainty:
                 write_image(job.uncertainty, grey(image_uncertainty(model, exp, image, classes, device)))
             if job.steps:
                 maps = {**image_steps(model, exp, image, device), "answer": classes}
-                write_image(job.steps, step_strip(_displayable(image), maps, palette))
+                write_image(job.steps, step_strip(displayable(image), maps, palette))
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
     print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
@@ -208,11 +208,3 @@ def step_strip(image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.nd
         colours = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
         panels[f"{name}{changed}"], before = colours, classes
     return strip(list(panels.values()), list(panels))
-
-
-def _displayable(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 of an image with any channels and depth."""
-    image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
-    if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
-        image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
-    return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,13 @@ PLAIN_SECONDS = 10.0
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function `advance(done, total)` that shows how far the task is; what is shown goes to standard error."""
+    """Yield a function `advance(done, total)` that shows how far the task is; what is shown goes to standard error.
+
+    Of several processes that torchrun started only the first shows anything.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda done, total: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain(title)

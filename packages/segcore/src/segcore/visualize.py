@@ -95,6 +95,14 @@ def _png(picture: Image.Image) -> bytes:
     return data.getvalue()
 
 
+def displayable(image: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8 of an image with any channels and depth."""
+    image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
+    if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
+        image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
+    return image
+
+
 def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:
     """Return the images side by side on white, each below its caption, all scaled to the height of the first."""
     height = images[0].shape[0]

@@ -7,13 +7,15 @@ on at any iteration, and the samples do not depend on the number of workers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -28,6 +30,7 @@ from segcore.errors import UserError
 from segcore.seeds import derive
 
 Transform = Callable[[np.ndarray, np.ndarray, RandomState], tuple[Tensor, Tensor]]
+OnError = Literal["stop", "skip"]
 
 
 @dataclass
@@ -39,16 +42,18 @@ class Batch:
         labels: (n, H, W) int64 train ids.
         seeds: one integer per image, for the model's noise.
         iteration: the optimizer step that it belongs to.
+        skipped: what was wrong with each sample that another one was taken for.
     """
 
     images: Tensor
     labels: Tensor
     seeds: list[int]
     iteration: int
+    skipped: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the loader calls this."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.seeds, self.iteration)
+        return dataclasses.replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def sample_index(seed: int, iteration: int, position: int, batch: int, length: int) -> int:
@@ -75,40 +80,68 @@ def train_batches(
     start: int,
     stop: int,
     workers: int,
+    rank: int = 0,
+    world: int = 1,
+    on_error: OnError = "stop",
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the `batch // micro` parts of every iteration start .. stop-1, in order.
+    """Yield the parts of every iteration start .. stop-1 that process `rank` of `world` trains on, in order.
 
-    `batch` is the global batch and `micro` the images per part, which divides it. `workers` spawned processes read
-    ahead; with 0 this process reads. They end with the iterator, whichever way that ends. Raises UserError about a
-    file in either case.
+    `batch` is the global batch, of which each process takes an equal share, and `micro` the images per part, which
+    divides that share. `workers` spawned processes read ahead; with 0 this process reads. They end with the iterator,
+    whichever way that ends. A sample that cannot be read raises UserError in either case, or with `on_error` "skip" is
+    replaced by the one after it in the data set.
     """
-    if batch % micro:
-        raise ValueError(f"batch {batch} does not divide into parts of {micro}")
-    keys = ((iteration, first) for iteration in range(start, stop) for first in range(0, batch, micro))
-    load = functools.partial(_load_batch, dataset, transform, batch, micro, seed)
+    share = batch // world
+    if batch % world or share % micro:
+        raise ValueError(f"batch {batch} does not divide into parts of {micro} in {world} processes")
+    firsts = range(rank * share, (rank + 1) * share, micro)
+    keys = ((iteration, first) for iteration in range(start, stop) for first in firsts)
+    load = functools.partial(_load_batch, dataset, transform, batch, micro, seed, on_error)
     return _read_ahead(load, keys, workers, pin_memory)
 
 
-def eval_samples(dataset: Dataset, workers: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-    """Yield (index, image, label) of every sample in order, as `Dataset.pair` reads them; `workers` read ahead."""
-    return _read_ahead(functools.partial(_load_pair, dataset), range(len(dataset)), workers)
+def eval_samples(
+    dataset: Dataset, workers: int, indices: Iterable[int] | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray | None] | UserError]:
+    """Yield (index, image, label) of the samples `indices` (None: all) in order, as `Dataset.pair` reads them.
+
+    In the place of one that cannot be read comes the UserError. `workers` spawned processes read ahead.
+    """
+    load = functools.partial(_load_pair, dataset)
+    return _read_ahead(load, range(len(dataset)) if indices is None else indices, workers, errors=True)
 
 
 def _load_batch(
-    dataset: Dataset, transform: Transform, batch: int, micro: int, seed: int, key: tuple[int, int]
+    dataset: Dataset, transform: Transform, batch: int, micro: int, seed: int, on_error: OnError, key: tuple[int, int]
 ) -> Batch:
     iteration, first = key
     seeds = [derive(seed, iteration, position) for position in range(first, first + micro)]
-    samples = []
+    samples, skipped = [], list[str]()
     for position, own_seed in enumerate(seeds, first):
         index = sample_index(seed, iteration, position, batch, len(dataset))
-        image, label = dataset.pair(index)
-        if label is None:
-            raise UserError(f"{dataset.samples[index].image}: has no label file; training needs one")
+        image, label, errors = _readable(dataset, index, on_error)
+        skipped += errors
         samples.append(transform(image, label, RandomState(own_seed)))
     images, labels = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels), seeds, iteration)
+    return Batch(torch.stack(images), torch.stack(labels), seeds, iteration, tuple(skipped))
+
+
+def _readable(dataset: Dataset, index: int, on_error: OnError) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return sample `index`, or the first one after it that can be read, and what was wrong with those passed over."""
+    errors: list[str] = []
+    for offset in range(len(dataset)):
+        index_now = (index + offset) % len(dataset)
+        try:
+            image, label = dataset.pair(index_now)
+            if label is None:
+                raise UserError(f"{dataset.samples[index_now].image}: has no label file; training needs one")
+            return image, label, errors
+        except UserError as error:
+            if on_error == "stop":
+                raise
+            errors.append(str(error))
+    raise UserError(f"{errors[0]} (and none of the {len(dataset)} samples can be read)")
 
 
 def _load_pair(dataset: Dataset, index: int) -> tuple[int, np.ndarray, np.ndarray | None]:
@@ -129,11 +162,11 @@ class _Loads(TorchDataset):
 
 
 def _read_ahead(
-    load: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False
+    load: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False, errors: bool = False
 ) -> Iterator[Any]:
-    """Yield load(key) of every key in order."""
-    # Workers inherit that interrupts are ignored: Ctrl-C is for the main process, which ends them.
-    with _interrupts_ignored(), warnings.catch_warnings():
+    """Yield load(key) of every key in order; raise its UserError, or with `errors` yield it."""
+    # Workers inherit that signals to stop are ignored: these are for the main process, which ends the workers.
+    with _signals_ignored(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         loader = DataLoader(
             _Loads(load),
@@ -149,7 +182,7 @@ def _read_ahead(
         loaded = iter(loader)
     try:
         for item in loaded:
-            if isinstance(item, UserError):
+            if isinstance(item, UserError) and not errors:
                 raise item
             yield item
     finally:
@@ -162,15 +195,24 @@ def _as_it_is(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just replaced what the worker inherited
+    sys.excepthook = _quiet_when_alone
+
+
+def _quiet_when_alone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Print nothing about a connection that broke because the main process has ended or was interrupted."""
+    if not issubclass(kind, OSError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def _signals_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

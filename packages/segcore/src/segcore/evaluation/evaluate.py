@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segcore import distributed
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
-from segcore.errors import UserError
+from segcore.errors import Stopped, UserError
 from segcore.evaluation.inference import Precision, predict_classes, until_converged
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
+
+Sample = tuple[int, np.ndarray, np.ndarray | None]
+OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Results:
     """Step entry -> the metrics of `ConfusionMatrix.compute`, fractions 0..1."""
     images: int
     """Number of images."""
+    confusion: dict[str, Tensor] = field(default_factory=dict)
+    """Step entry -> the counts behind its metrics, `ConfusionMatrix.matrix` on the CPU."""
+    skipped: tuple[str, ...] = ()
+    """What was wrong with each image that could not be read."""
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
     steps_taken: float | None = None
@@ -61,7 +68,8 @@ class Results:
 
         entries = {name: {key: plain(x) for key, x in metrics.items()} for name, metrics in self.entries.items()}
         early = {"steps_taken": self.steps_taken} if self.steps_taken else {}
-        return {"images": self.images, "classes": list(self.classes), "entries": entries, **early}
+        found = {"images": self.images, "skipped": list(self.skipped), "classes": list(self.classes)}
+        return {**found, "entries": entries, **early}
 
 
 def check_fit(model: Segmentor, dataset: Dataset) -> None:
@@ -90,13 +98,20 @@ def evaluate(
     precision: Precision = "fp32",
     channels_last: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_prediction: OnPrediction | None = None,
     limit: int | None = None,
 ) -> Results:
     """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
 
     The model is on `device`; it is put into evaluation mode meanwhile. The noise of an image follows from (seed, its
-    index), so neither `evaluate.batch` nor `workers` changes the results. `on_progress(done, total)` is called after
-    every batch. Raises UserError when model and data set do not fit together, or an image has no label.
+    index), so neither `evaluate.batch` nor `workers` nor the number of processes changes the results: each of several
+    processes takes every n-th image, and all return the same. Nothing of a prediction is kept.
+
+    Of the images of this process, `on_progress(done, total)` is called after every batch (it may raise Stopped, which
+    ends all processes), and `on_prediction(index, image, label, entries)` with the classes (H, W) by entry.
+
+    Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
+    `data.on_error` is "skip".
     """
     check_fit(model, dataset)
     total = min(len(dataset), len(dataset) if limit is None else limit)
@@ -105,6 +120,9 @@ def evaluate(
     empty = partial(ConfusionMatrix, model.num_classes, model.ignore_index, device)
     matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
     taken: list[int] = []
+    own = range(distributed.rank(), total, distributed.size())
+    done, skipped = 0, list[str]()
+    failed: UserError | Stopped | None = None
 
     def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
         entries = model.predict_steps(images, evaluate.steps or None, seeds)
@@ -112,31 +130,55 @@ def evaluate(
             entries |= until_converged(model, evaluate.until_converged, taken, images, seeds)
         return entries
 
-    done = 0
-    with evaluation_mode(model):
-        for batch in _equal_sized(islice(eval_samples(dataset, workers), total), evaluate.batch):
-            predictions = predict_classes(
-                model,
-                [image for _, image, _ in batch],
-                evaluate,
-                data,
-                [derive(seed, index) for index, _, _ in batch],
-                device=device,
-                precision=precision,
-                channels_last=channels_last,
-                network=network,
-            )
-            for (index, _, label), by_entry in zip(batch, predictions, strict=True):
-                if label is None:
-                    raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
-                for entry, classes in by_entry.items():
-                    matrices[entry].update(classes, label)
-            done += len(batch)
-            if on_progress:
-                on_progress(done, total)
-    entries = {entry: matrix.compute() for entry, matrix in matrices.items()}
-    steps_taken = sum(taken) / len(taken) if taken else None
-    return Results(tuple(dataset.classes), entries, done, model.configured_entry, steps_taken)
+    def readable() -> Iterator[Sample]:
+        for sample in eval_samples(dataset, workers, own):
+            if not isinstance(sample, UserError):
+                yield sample
+            elif data.on_error == "stop":
+                raise sample
+            else:
+                skipped.append(str(sample))
+
+    try:
+        with evaluation_mode(model):
+            for batch in _equal_sized(readable(), evaluate.batch):
+                predictions = predict_classes(
+                    model,
+                    [image for _, image, _ in batch],
+                    evaluate,
+                    data,
+                    [derive(seed, index) for index, _, _ in batch],
+                    device=device,
+                    precision=precision,
+                    channels_last=channels_last,
+                    network=network,
+                )
+                for (index, image, label), by_entry in zip(batch, predictions, strict=True):
+                    if label is None:
+                        raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
+                    for entry, classes in by_entry.items():
+                        matrices[entry].update(classes, label)
+                    if on_prediction:
+                        on_prediction(index, image, label, by_entry)
+                done += len(batch)
+                if on_progress:
+                    on_progress(done + len(skipped), len(own))
+    except (UserError, Stopped) as error:
+        failed = error
+    images, steps, runs = distributed.agree(failed, done, sum(taken), len(taken))
+    if not images:
+        raise UserError(f"{skipped[0]} (and none of the {total} images can be read)")
+    for entry in dict.fromkeys(distributed.gather(list(matrices))):  # a process without images has none
+        distributed.total(matrices[entry].matrix)
+    return Results(
+        tuple(dataset.classes),
+        {entry: matrix.compute() for entry, matrix in matrices.items()},
+        images,
+        {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
+        tuple(distributed.gather(skipped)),
+        model.configured_entry,
+        steps / runs if runs else None,
+    )
 
 
 @contextmanager
@@ -149,9 +191,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-Sample = tuple[int, np.ndarray, np.ndarray | None]
 
 
 def _equal_sized(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:

@@ -21,6 +21,10 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     """
     names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
     final = _table(names, [[_percent(results.final[name]) for name in names]])
+    if results.skipped:
+        final += (
+            f"\n\n{len(results.skipped)} images could not be read and are left out; the first: {results.skipped[0]}"
+        )
     if len(results.entries) == 1:
         return f"Summary:\n\n{final}"
     rows = [[name, *(_percent(entry[name]) for entry in results.entries.values())] for name in names]

@@ -32,7 +32,7 @@ def class_weights(exp: Experiment, dataset: Dataset, work_dir: Path) -> Tensor |
     pixels = _read(path, key)
     if pixels is None:
         found, problems = label_pixels(dataset)
-        if problems:
+        if problems and exp.data.on_error == "stop":
             more = f" (and {len(problems) - 1} more; `check` lists them)" if len(problems) > 1 else ""
             raise UserError(problems[0] + more)
         found[dataset.ignore_index] = 0

@@ -1,0 +1,36 @@
+"""The exponential moving average (EMA) of a model's weights, which evaluation and checkpoints use when it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Average = dict[str, Tensor]
+"""Name -> averaged value of every floating entry of a state dict; the others are not averaged."""
+
+
+def start_average(model: nn.Module) -> Average:
+    """Return the average before the first step: the weights as they are."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+@torch.no_grad()
+def update_average(average: Average, model: nn.Module, decay: float) -> None:
+    """Set average = decay * average + (1 - decay) * value, for parameters and running statistics."""
+    state = model.state_dict()
+    torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)
+
+
+@contextmanager
+def averaged(model: nn.Module, average: Average | None) -> Iterator[None]:
+    """Let `model` have the averaged weights within a `with` block; nothing happens without an average."""
+    own = {name: value.clone() for name, value in model.state_dict().items() if name in average} if average else {}
+    try:
+        if average:
+            model.load_state_dict(average, strict=False)
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)

@@ -1,0 +1,39 @@
+"""Being told to stop: Ctrl-C, and SIGTERM as torchrun, SLURM and others send it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from segcore.errors import Stopped
+
+
+class Stop:
+    """Holds a Ctrl-C or SIGTERM back, in a `with` block, until `check`, where the state of the run is whole.
+
+    A second Ctrl-C is not held back, except below torchrun, which sends a signal of its own after each Ctrl-C.
+    """
+
+    signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+        signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self.previous = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Stopped after a signal."""
+        if self.signal is not None:
+            raise Stopped(self.signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number

@@ -1,0 +1,19 @@
+"""Evaluate tiny.py's model below torchrun: `count.py FOLDER OUTPUT` saves the confusion matrix of process 0."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from segcore import distributed, load_experiment
+from segcore.data.dataset import open_dataset
+from segcore.evaluation.evaluate import evaluate
+
+exp = load_experiment(f"{Path(__file__).with_name('tiny.py')}:tiny").with_overrides([f"data.root={sys.argv[1]}"])
+torch.manual_seed(0)
+model = exp.model.build()
+with distributed.process_group(60):
+    results = evaluate(model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device="cpu")
+    assert distributed.size() == int(sys.argv[2].rsplit("_", 1)[1])
+    if distributed.rank() == 0:
+        torch.save({"images": results.images, "matrix": results.confusion["final"]}, sys.argv[2])

@@ -1,0 +1,80 @@
+"""A run of seconds for tests of processes: `train tiny.py:tiny --data.root FOLDER`, below torchrun or alone.
+
+The environment variable TINY_FAULT, `KIND:RANK:ITERATION`, lets one process fail: `nan` (its loss, three times with
+`nan3`), `die`, or `sleep` past its time.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.models.segmentor import Segmentor
+
+KIND, RANK, ITERATION = (os.environ.get("TINY_FAULT") or "none:0:-1").split(":")
+
+
+class Net(Segmentor):
+    """A convolution, a group norm and seeded noise in float64; no batch norm, whose statistics are each process's."""
+
+    def __init__(self, num_classes: int, pause: float) -> None:
+        super().__init__()
+        self.num_classes, self.pause, self.calls = num_classes, pause, 0
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.GroupNorm(2, 8),
+            nn.Conv2d(8, num_classes, 1),
+        )
+        self.double()
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return {"final": self.head(self.norm(self.conv(images + 0.1 * torch.stack(noise).double())).relu())}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        time.sleep(self.pause)
+        loss = F.cross_entropy(self.predict_steps(images, seeds=seeds)["final"], labels, ignore_index=255)
+        return {"loss": loss * self.fault()}
+
+    def fault(self) -> float:
+        """Return the factor of the loss, after what TINY_FAULT asks for."""
+        self.calls += 1
+        late = self.calls - 1 - int(ITERATION)
+        if os.environ.get("RANK", "0") != RANK or not 0 <= late < (3 if KIND == "nan3" else 1):
+            return 1.0
+        if KIND == "die" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os._exit(7)
+        if KIND == "sleep":
+            time.sleep(12)
+        return float("nan") if KIND.startswith("nan") else 1.0
+
+    def official_names(self):
+        return {name: name for name in self.state_dict()}
+
+
+@dataclass(frozen=True)
+class Tiny(Model):
+    num_classes: int = 3
+    pause: float = 0.0
+    """Seconds that a step takes at least."""
+
+    def build(self) -> Segmentor:
+        return Net(self.num_classes, self.pause)
+
+
+def tiny() -> Experiment:
+    """Return 20 iterations of batch 4 on a folder of images of 32x64."""
+    data = Data("folder", classes=("dark", "bright", "absent"), scale=(64, 32), crop=(32, 32), workers=0)
+    return Experiment(
+        "tiny",
+        Tiny(),
+        data,
+        Optimizer("sgd", lr=0.05, clip_norm=1.0),
+        Schedule(iterations=20, warmup_iterations=2),
+        Train(batch=4, max_per_device=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
+        Evaluate(scale=(64, 32)),
+    )

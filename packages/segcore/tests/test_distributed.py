@@ -1,0 +1,178 @@
+"""Several gloo processes on the CPU do what one does; when one is missing, the others say which."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from segcore.cli import main
+from segcore.training import checkpoint
+
+RUNS = Path(__file__).parent / "runs"
+CONFIG = f"{RUNS / 'tiny.py'}:tiny"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training images whose brighter stripe is class 1, and seven others for validation."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.RandomState(0)
+    for i in range(15):
+        label = np.zeros((32, 64), np.uint8)
+        label[:, 4 * i : 4 * i + 16] = 1
+        image = (rng.randint(0, 100, (32, 64, 3)) + 120 * label[..., None]).astype(np.uint8)
+        label[image.max(2) < 20] = 255
+        for folder, pixels in (("images", image), ("masks", label)):
+            path = root / folder / ("train" if i < 8 else "val") / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), pixels)
+    return root
+
+
+def run(*words: Any, processes: int = 1, fault: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m segcore …`, or a script, alone or below torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    module = [] if str(words[0]).endswith(".py") else ["-m", "segcore"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault, **variables}
+    command = [sys.executable, *start, *module, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+
+
+def train(root: Path, work_dir: Path, *options: Any, **how: Any) -> subprocess.CompletedProcess[str]:
+    return run("train", CONFIG, "--data.root", root, "--work-dir", work_dir, "--device", "cpu", *options, **how)
+
+
+def records(work_dir: Path, mode: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (work_dir / "log.jsonl").read_text().splitlines()]
+    return [record for record in found if record["mode"] == mode]
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that others are compared with."""
+    work_dir = tmp_path_factory.mktemp("alone") / "run"
+    main(None, ["train", CONFIG, "--data.root", str(root), "--work-dir", str(work_dir), "--device", "cpu"])
+    return work_dir
+
+
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("processes", [2, FOUR])
+def test_training_is_that_of_one_process(root: Path, alone: Path, tmp_path: Path, processes: int) -> None:
+    done = train(root, tmp_path / "run", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert f"{processes} processes on cpu\n" in done.stdout
+    assert done.stdout.count("Summary:") == 1
+    ours, theirs = ([record["loss"] for record in records(path, "train")] for path in (tmp_path / "run", alone))
+    assert len(ours) == 20
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    weights = [checkpoint.load(path / "checkpoints/iter_20").model for path in (tmp_path / "run", alone)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-9, atol=1e-12)
+    figures = [json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", alone)]
+    assert figures[0] == figures[1]
+    assert figures[0]["images"] == 7
+
+
+@pytest.mark.parametrize("processes", [2, FOUR])
+def test_counts_are_equal_when_the_set_does_not_divide(root: Path, tmp_path: Path, processes: int) -> None:
+    found = []
+    for world in (1, processes):
+        done = run(RUNS / "count.py", root, tmp_path / f"world_{world}", processes=world)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(tmp_path / f"world_{world}"))
+    one, several = found
+    assert one["images"] == several["images"] == 7
+    assert one["matrix"].sum() > 0
+    assert torch.equal(one["matrix"], several["matrix"])
+
+
+@pytest.mark.slow
+def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> None:
+    """Training and testing; a wrong setting is one line, not one per process."""
+    done = train(root, tmp_path / "run", "--gpus", 2, "--schedule.iterations", 3)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu\n" in done.stdout
+    assert len(records(tmp_path / "run", "train")) == 3
+    json_file = tmp_path / "test.json"
+    words = ("test", CONFIG, tmp_path / "run", "--data.root", root, "--device", "cpu", "--json", json_file)
+    done = run(*words, "--gpus=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Summary:") == 1
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert json.loads(json_file.read_text())["entries"] == results["entries"]
+    done = train(root, tmp_path / "other", "--gpus", 3)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: train.batch 4 on 3 devices does not divide into passes of train.max_per_device 1; "
+        "choose a multiple for train.batch, or another number of devices\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="has eight GPUs")
+def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(None, ["train", CONFIG, "--gpus", "8"])
+    assert "error: --gpus 8: torch sees" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_missing_process_is_named(root: Path, tmp_path: Path) -> None:
+    done = train(root, tmp_path, "--train.timeout", 3, processes=2, fault="sleep:1:6")
+    assert done.returncode != 0
+    assert done.stderr.count("error: process 1 of 0-1 did not answer: ended, or busy for longer than") == 1
+    assert "Traceback" not in done.stderr.split("error: process 1")[0]
+
+
+def test_nan_in_one_of_two_processes_is_skipped_by_both(root: Path, tmp_path: Path) -> None:
+    done = train(root, tmp_path, "--schedule.iterations", 6, processes=2, fault="nan:1:5")
+    assert done.returncode == 0, done.stderr  # two passes each per step: the second of the third step
+    assert [record.get("skipped", 0) for record in records(tmp_path, "train")] == [0, 0, 1, 0, 0, 0]
+    model = checkpoint.load(tmp_path / "checkpoints/iter_6").model
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+@pytest.mark.slow
+def test_three_nans_in_one_of_two_processes_end_both(root: Path, tmp_path: Path) -> None:
+    options = ("--train.max-per-device", 2, "--train.save-every", 2)
+    done = train(root, tmp_path, *options, processes=2, fault="nan3:1:5")
+    assert done.returncode != 0
+    line = "not finite 3 times in a row, at iteration 8; lower optimizer.lr or set optimizer.clip_norm; "
+    assert done.stderr.count(f"{line}last good checkpoint: {tmp_path / 'checkpoints/iter_6'}") == 1
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: Path) -> None:
+    """One training and one validation image are cut short: the run stops and names it, or goes on and counts."""
+    broken = tmp_path / "data"
+    for path in root.rglob("*.png"):
+        (broken / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes()
+        bad = path.parent.parent.name == "images" and path.name in ("03.png", "09.png")
+        (broken / path.relative_to(root)).write_bytes(content[:-40] if bad else content)
+    done = train(broken, tmp_path / "a", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {broken}/images/train/03.png: cannot be read") == 1
+    counts = []
+    for processes in (1, 2):
+        work_dir = tmp_path / f"run_{processes}"
+        done = train(broken, work_dir, "--data.on-error", "skip", processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert f"skipped: {broken}/images/train/03.png: cannot be read" in done.stderr
+        results = json.loads((work_dir / "results.json").read_text())
+        counts.append((results["skipped_training_samples"], results["images"], results["skipped"]))
+        assert f"{counts[-1][0]} training samples could not be read and were skipped" in done.stdout
+        assert "1 images could not be read and are left out" in done.stdout
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 10  # 20 iterations of 4 are 10 epochs of 8
+    assert counts[0][1] == 6
+    assert counts[0][2][0].startswith(f"{broken}/images/val/09.png: cannot be read")
