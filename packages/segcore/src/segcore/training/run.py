@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm  # unlike torch's own it knows timm's norms with an activation
 from torch import Tensor, nn
 
 from segcore import distributed
@@ -69,7 +70,7 @@ def build(exp: Experiment, device: torch.device) -> Run:
     if exp.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if distributed.size() > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     scaler = torch.amp.GradScaler(device.type, enabled=exp.train.precision == "fp16")
     average = start_average(model) if exp.train.ema is not None else None
     return Run(model, Losses(model), build_optimizer(model, exp.optimizer), scaler, average, describe(exp))
