@@ -29,7 +29,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     assert re.search(r"linear classifier on colour and position \(quadratic terms\): \d+\.\d%; ratio \d+\.\d\d", page)
     assert "Training loss" in page
     assert page.count("<figcaption>step 1</figcaption>") == 2, "one strip per image"
-    for caption in ("input", "truth", "step 3", "prediction"):
+    for caption in ("input", "truth", "step 3", "prediction", "uncertainty", "wrong pixels"):
         assert f"<figcaption>{caption}</figcaption>" in page
     for entry in ("1 step", "3 steps", "10 steps", "road", "bicycle"):
         assert entry in page
@@ -40,6 +40,9 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     assert len(list(folder.glob("picture_*.png"))) == 2
     figures = json.loads((folder / "figures.json").read_text())
     assert f"mIoU at 3 steps: {figures['mIoU']:.1%}; " in page
+    assert 0 <= figures["uncertainty_AUROC"] <= 1
+    assert f"AUROC of {figures['uncertainty_AUROC']:.3f}" in page
+    assert "from 0 (black) to 1 (yellow)" in page
 
 
 def test_started_again_it_goes_on(folder, capsys):

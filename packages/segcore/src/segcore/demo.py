@@ -20,6 +20,7 @@ from segcore.evaluation.baseline import fit_linear
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.inference import autocast
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
 from segcore.experiment import Experiment
 from segcore.files import write
 from segcore.models.segmentor import Segmentor
@@ -28,10 +29,13 @@ from segcore.seeds import derive
 from segcore.training import checkpoint
 from segcore.training.log import loss_curve
 from segcore.training.loop import train
-from segcore.visualize import colorize, legend, png_data_uri, strip, write_image
+from segcore.visualize import colorize, heat, legend, png_data_uri, strip, write_image
 
 SHOWN = 4
 """Validation images on the page."""
+UNCERTAINTY = "Its uncertainty separates wrong from right pixels with an AUROC of {:.3f} (0.5 is chance, 1 perfect)"
+SCALE = "Uncertainty is the probability of another class than the predicted one, from 0 (black) to 1 (yellow): "
+RAMP = np.tile(np.linspace(0, 1, 200), (12, 1))
 
 
 def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
@@ -47,15 +51,17 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
     folder = checkpoint.newest(work_dir / "run")
     assert folder is not None
     model.load_own(checkpoint.read_model_state(folder))
-    shown = pictures(model.eval().to(device), exp)
+    area = uncertainty_area(model.eval().to(device), exp)
+    shown = pictures(model, exp)
     for i, maps in enumerate(shown, 1):
         write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
+    figures |= {} if area is None else {"uncertainty_AUROC": area}
     write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     page = work_dir / "index.html"
-    text = render(exp, results, baseline, shown, work_dir / "run" / "log.jsonl")
-    write(page, text)
-    print(f"\n{report.summary(results)}\n\n{comparison(results, baseline)}\n\nopen {page} in a browser")
+    notes = [comparison(results, baseline), *([] if area is None else [UNCERTAINTY.format(area)])]
+    write(page, render(exp, results, baseline, notes, shown, work_dir / "run" / "log.jsonl"))
+    print("", report.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
     return page
 
 
@@ -89,9 +95,23 @@ def comparison(results: Results, baseline: float) -> str:
     )
 
 
+def uncertainty_area(model: Segmentor, exp: Experiment) -> float | None:
+    """Return the AUROC of the model's uncertainty over the validation set; None for a model without diffusion."""
+    if not model.diffusion:
+        return None
+    with progress("judging the uncertainty") as advance:
+        return evaluate_uncertainty(
+            model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device=next(model.parameters()).device,
+            seed=exp.seed, precision=exp.train.precision, channels_last=exp.train.channels_last, on_progress=advance,
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
-    """Return, for some validation images, the panels by caption: input, truth, every denoising step, prediction."""
+    """Return, for some validation images, the panels by caption: input, truth, every denoising step, prediction.
+
+    A diffusion model's last panels are the uncertainty of the prediction and, to compare, where it is wrong.
+    """
     dataset = open_dataset(exp.data, "val")
     device = next(model.parameters()).device
     shown = []
@@ -105,13 +125,23 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
         truth = colorize(label, dataset.palette, dataset.ignore_index)
         maps = {"input": image, "truth": truth}
         for caption, logits in {**steps, "prediction": answer}.items():
-            maps[caption] = colorize(logits[0].argmax(0).cpu().numpy(), dataset.palette, dataset.ignore_index)
+            classes = logits[0].argmax(0).cpu()
+            maps[caption] = colorize(classes.numpy(), dataset.palette, dataset.ignore_index)
+        if model.diffusion:
+            whole = dataclasses.replace(exp.evaluate, scale=None, mode="whole", ratios=(1.0,), flip=False)
+            [unsure] = predict_uncertainty(
+                model, [image], [classes], whole, exp.data, seeds, device=device, precision=exp.train.precision
+            )
+            maps["uncertainty"] = heat(unsure.cpu().numpy())
+            maps["wrong pixels"] = heat((classes.numpy() != label) & (label != dataset.ignore_index))
         shown.append(maps)
     return shown
 
 
-def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[str, np.ndarray]], log: Path) -> str:
-    """Return the page: self-contained HTML."""
+def render(
+    exp: Experiment, results: Results, baseline: float, notes: list[str], shown: list[dict[str, np.ndarray]], log: Path
+) -> str:
+    """Return the page: self-contained HTML. `notes` are sentences without their full stops."""
     dataset = open_dataset(exp.data, "val")
     curve = loss_curve(map(json.loads, log.read_text(encoding="utf-8").splitlines()))
     name, miou = results.final_entry, results.final["mIoU"]
@@ -133,7 +163,8 @@ def render(exp: Experiment, results: Results, baseline: float, shown: list[dict[
         name=html.escape(exp.name),
         miou=f"{miou:.1%}",
         steps=f" at {_steps(name)}" if name.isdigit() else "",
-        comparison=html.escape(comparison(results, baseline)),
+        notes=".<br>\n".join(html.escape(note) for note in notes),
+        scale=f'<p>{SCALE}<img src="{png_data_uri(heat(RAMP))}" alt="0 to 1"></p>' if "uncertainty" in shown[0] else "",
         images=results.images,
         iterations=exp.schedule.iterations,
         train=len(open_dataset(exp.data, "train")),
@@ -166,13 +197,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76re
 h1 {{ font-size: 1.6rem; margin-bottom: 0; }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 .columns {{ display: flex; flex-wrap: wrap; gap: 2.5rem; align-items: flex-start; }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .6rem; margin-bottom:
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem; margin-bottom:
 1.6rem; }} figure {{ margin: 0; }} figure img {{ width: 100%; display: block; border-radius: 3px; }} figcaption {{
 font-size: .85rem; color: #5a6675; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} th, td
 {{ text-align: right; padding: .15rem .8rem; border-bottom: 1px solid #e2e6ec; }} th:first-child, td:first-child {{
 text-align: left; padding-left: 0; }} .legend {{ max-width: 100%; }} </style> <h1>{name}: {miou} mIoU{steps}</h1>
 <p>Trained from scratch for {iterations} iterations on {train} generated street scenes, evaluated on {images}
-others.<br> {comparison}.</p> <div class="columns"> <div><h2>Figures</h2>{figures}<h2>Training</h2>{curve}</div>
+others.<br> {notes}.</p> <div class="columns"> <div><h2>Figures</h2>{figures}<h2>Training</h2>{curve}</div>
 <div><h2>Per class</h2>{classes}</div> </div> <h2>Validation images, step by step</h2> <p><img class="legend"
-src="{legend}" alt="colours of the classes"></p> {panels} </html>
+src="{legend}" alt="colours of the classes"></p> {scale} {panels} </html>
 """
