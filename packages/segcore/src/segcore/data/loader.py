@@ -6,9 +6,11 @@ on at any iteration, and the samples do not depend on the number of workers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
+import os
 import signal
 import sys
 import threading
@@ -197,6 +199,7 @@ def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just replaced what the worker inherited
     sys.excepthook = _quiet_when_alone
+    atexit.register(os._exit, 0)  # without unloading the libraries, in which threads that still run can abort
 
 
 def _quiet_when_alone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
