@@ -5,10 +5,12 @@
 All forms take turns in one process, on the same image, noise and (random) weights, after a warm-up each. Printed is a
 form's best turn and the ratio to the plain form's. With one thread the seconds are the process's CPU time, which other
 programs on the machine disturb less than the clock; with more they are wall time. Memory is the peak of a pass beyond
-model and image; the difference is the largest one of the logits, whose standard deviation is printed.
+model and image; the difference is the largest one of the logits, whose standard deviation is printed. Compiled are the
+decoder's layers, which share one compilation.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 
@@ -17,6 +19,7 @@ from ddp_plain import predict
 from torch import Tensor
 
 import segcore
+from ddp_seg.model import DDPSegmentor
 from segcore import bench
 from segcore.environment import environment
 
@@ -32,14 +35,12 @@ def build_forms(images: Tensor, steps: int, with_compile: bool) -> dict[str, For
         if ".sampling_offsets.weight" in name or ".attention_weights.weight" in name:
             torch.nn.init.normal_(parameter, std=0.02)  # zero at the start: all pixels would look alike
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    last = segcore.load_experiment(CONFIG).model.build().eval()
-    last.load_own(weights)
-    last.to(memory_format=torch.channels_last)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     noise = model.draw_noise(torch.empty(1, 256, images.shape[2] // 4, images.shape[3] // 4), None, steps)[0]
 
-    def ours(network: torch.nn.Module, dtype: str, compiled: bool = False) -> Form:
+    def ours(network: DDPSegmentor, dtype: str) -> Form:
         x = images.to(memory_format=torch.channels_last) if network is last else images
-        forward = bench.forward_of(network, (steps,), dtype, compiled, images.device)
+        forward = bench.forward_of(network, (steps,), dtype, False, images.device)
         return lambda: forward(x)[str(steps)]
 
     forms = {
@@ -49,7 +50,12 @@ def build_forms(images: Tensor, steps: int, with_compile: bool) -> dict[str, For
         "ddp_seg, bf16": ours(model, "bf16"),
         "ddp_seg, bf16, channels_last": ours(last, "bf16"),
     }
-    return forms | ({"ddp_seg, compiled": ours(model, "fp32", compiled=True)} if with_compile else {})
+    if with_compile:
+        compiled = copy.deepcopy(model)
+        for layer in compiled.decoder.layers:
+            layer.compile()
+        forms |= {"ddp_seg, compiled": ours(compiled, "fp32"), "ddp_seg, bf16, compiled": ours(compiled, "bf16")}
+    return forms
 
 
 def main() -> None:
