@@ -176,9 +176,11 @@ def _onnx(
     return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=input.dtype, shape=shape, version=19)
 
 
-def _fake(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, window: Sequence[int]) -> Tensor:
+def _shape(
+    input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, window: Sequence[int]
+) -> tuple[int, ...]:
     _, height, width = check(input, offset, weight, mask, window)
-    return input.new_empty(len(input), len(weight), height, width)
+    return len(input), len(weight), height, width
 
 
 registry.define(
@@ -186,7 +188,7 @@ registry.define(
     "Tensor input, Tensor offset, Tensor weight, Tensor? mask, SymInt[] window",
     reference,
     reference_backward,
-    _fake,
+    _shape,
 )
 
 

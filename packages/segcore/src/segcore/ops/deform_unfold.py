@@ -110,8 +110,7 @@ def reference(
     window: Sequence[int],
 ) -> Tensor:
     """Return the columns (N, C * K, Ho * Wo), contiguous, on any device; no autograd."""
-    _, height, width = check("deform_unfold", input, offset, mask, window)
-    shape = (len(input), input.shape[1] * window[0] * window[1], height * width)
+    shape = _shape(input, offset, mask, window)
     if not input.numel():
         return input.new_zeros(shape)
     return sample(input, offset, mask, window).permute(0, 2, 4, 3, 1).to(input.dtype).reshape(shape).contiguous()
@@ -227,14 +226,9 @@ def _by_place(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return taps_last.unsqueeze(3)
 
 
-def _fake(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    window: Sequence[int],
-) -> Tensor:
+def _shape(input: Tensor, offset: Tensor, mask: Tensor | None, window: Sequence[int]) -> tuple[int, ...]:
     _, height, width = check("deform_unfold", input, offset, mask, window)
-    return input.new_empty(len(input), input.shape[1] * window[0] * window[1], height * width)
+    return len(input), input.shape[1] * window[0] * window[1], height * width
 
 
 registry.define(
@@ -242,5 +236,5 @@ registry.define(
     "Tensor input, Tensor offset, Tensor? mask, SymInt[] window",
     reference,
     reference_backward,
-    _fake,
+    _shape,
 )

@@ -24,7 +24,7 @@ PLAIN = "plain PyTorch"
 
 library = torch.library.Library("segcore", "FRAGMENT")  # must stay alive
 defaults: dict[str, Callable[..., Any]] = {}
-"""The plain kernel of every operator and of its gradient, `NAME` and `NAME_backward`."""
+"""The plain kernel of every operator and of its gradient, `NAME` and `NAME_backward`, and its check, `NAME_shape`."""
 
 _devices: dict[str, str] = {}  # device type -> package whose compiled kernels serve it
 _refused: dict[str, str] = {}  # device type -> why they do not
@@ -36,13 +36,13 @@ def define(
     inputs: str,
     kernel: Callable[..., Tensor],
     backward: Callable[..., tuple[Tensor, ...]],
-    fake: Callable[..., Tensor],
+    shape: Callable[..., tuple[int, ...]],
 ) -> None:
     """Register `segcore::NAME(inputs) -> Tensor` and `segcore::NAME_backward`, which gives each tensor its gradient.
 
     `inputs` is the schema's argument list. `backward` takes the gradient of the output and then the inputs; it returns
-    contiguous gradients in the inputs' shapes and dtypes, an empty tensor for an optional input that is None. `fake`
-    returns an empty output. A second derivative raises.
+    contiguous gradients in the inputs' shapes and dtypes, an empty tensor for an optional input that is None. `shape`
+    checks the inputs and returns the shape of the output, whose dtype is the first input's. A second derivative raises.
     """
     kinds = [part.split()[0] for part in inputs.split(", ")]
     slots = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
@@ -54,6 +54,11 @@ def define(
     for suffix, function in (("", kernel), ("_backward", backward)):
         defaults[name + suffix] = _without_autocast(function)
         library.impl(name + suffix, defaults[name + suffix], "CompositeExplicitAutograd")
+
+    defaults[f"{name}_shape"] = shape
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(shape(*args))
 
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(empty_gradient(args[i], grad_output) for i in slots)
@@ -124,7 +129,7 @@ def compiled(device: torch.device) -> bool:
 def kernels() -> dict[str, dict[str, str]]:
     """Return per operator and device type ("cpu", "cuda") what serves it: a package and its version, or why not."""
     served = {device: _devices.get(device) or f"{PLAIN}: {_refused[device]}" for device in ("cpu", "cuda")}
-    return {name: dict(served) for name in defaults if not name.endswith("_backward")}
+    return {name: dict(served) for name in defaults if not name.endswith(("_backward", "_shape"))}
 
 
 def load() -> None:
