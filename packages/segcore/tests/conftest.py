@@ -1,11 +1,13 @@
 """Where the reference numbers and the few real images are. Tests that need them skip without, saying so."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from segcore import ops
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,13 @@ def real_data(reference: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("no folder `data` beside SEG_REFERENCE: no real images to read")
     return folder
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with the plain kernels of the operators, and again with those of an installed package."""
+    ops.load() if request.param == "compiled" else ops.unload()
+    if request.param == "compiled" and ops.kernels()["ms_deform_attn"]["cpu"].startswith("plain"):
+        pytest.skip(f"no compiled kernels: {ops.kernels()['ms_deform_attn']['cpu']}")
+    yield request.param
+    ops.load()

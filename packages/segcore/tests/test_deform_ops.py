@@ -17,6 +17,7 @@ from segcore import ops
 from segcore.ops import registry
 
 NAN, INF = math.nan, math.inf
+pytestmark = pytest.mark.usefixtures("kernels")
 GENERATOR = torch.Generator()
 
 
@@ -449,6 +450,7 @@ def test_kernels_tells_what_serves_an_operator(monkeypatch):
             self.load = lambda: function
 
     case, names = CASES["unfold"], {"deform_conv2d", "deform_local_attn", "deform_unfold", "ms_deform_attn"}
+    ops.unload()
     expected = case.operator(case.inputs())
     try:
         monkeypatch.delenv("SEG_KERNELS", raising=False)

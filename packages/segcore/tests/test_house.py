@@ -125,7 +125,7 @@ def test_configuration_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("package", sorted(PACKAGES))
+@pytest.mark.parametrize("package", sorted(set(PACKAGES) - {"seg_cuda_ops"}))
 def test_wheel_is_pure_and_complete(package, tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     source = PACKAGES[package].parents[1]

@@ -13,6 +13,7 @@ from segcore import ops
 from segcore.ops.ms_deform_attn import reference, reference_backward, with_gather, with_grid_sample
 
 NAN, INF = math.nan, math.inf
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def make(shapes, n=2, q=7, m=3, d=8, p=2, dtype=torch.float32, seed=0):

@@ -1,0 +1,362 @@
+// The operators on the CPU. Compiled once per instruction set, under the name that KERNELS_NAME gives; everything else
+// has internal linkage and nothing of the standard library is instantiated, so that no function compiled for a newer
+// instruction set can take the place of another one.
+#include <math.h>
+#include <stdlib.h>
+
+#include "arguments.h"
+#include "rows.h"
+#include "sampling.h"
+
+namespace {
+
+using namespace seg;
+
+template <typename T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t count) : data(static_cast<T*>(malloc(sizeof(T) * (count > 0 ? count : 1)))) {
+    if (!data) abort();  // a few hundred bytes
+  }
+  ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// A list of rows with weights, summed when it is full: what is added up stays in registers for many corners.
+template <typename T>
+struct Corners {
+  static constexpr int capacity = 64;
+  const T* rows[capacity];
+  T weights[capacity];
+  int count = 0;
+  bool added = false;
+
+  INLINE void push(const T* map, int64_t stride, const Point<T>& p, int width, T factor, T* out, int64_t d) {
+    T weight[4];
+    int64_t pixel[4];
+    corners(p, width, weight, pixel);
+    if (count + 4 > capacity) flush(out, d);
+    for (int i = 0; i < 4; ++i) {
+      rows[count + i] = map + pixel[i] * stride;
+      weights[count + i] = weight[i] * factor;
+    }
+    count += 4;
+  }
+  INLINE void flush(T* out, int64_t d) {
+    weighted_sum(out, rows, weights, count, d, added);
+    added = true, count = 0;
+  }
+};
+
+template <typename T>
+INLINE void corner_rows(const T* map, int64_t stride, const Point<T>& p, int width, T weight[4], const T* rows[4]) {
+  int64_t pixel[4];
+  corners(p, width, weight, pixel);
+  for (int i = 0; i < 4; ++i) rows[i] = map + pixel[i] * stride;
+}
+
+// map[corner] += factor * weight * g, from channel `first` of rows that are `stride` apart.
+template <typename T>
+INLINE void scatter(T* map, int64_t stride, const Point<T>& p, int width, T factor, const T* g, int64_t d) {
+  T weight[4];
+  int64_t pixel[4];
+  corners(p, width, weight, pixel);
+  for (int i = 0; i < 4; ++i)
+    if (weight[i] != T(0)) add_scaled(map + pixel[i] * stride, factor * weight[i], g, d);
+}
+
+// What unit `i` of a division works on.
+struct Part {
+  int64_t n, head, last_head, first, d;  // image, heads from `head` to before `last_head`, d channels from `first`
+  Part(const Division& cut, int64_t i, int64_t heads, int64_t channels) {
+    const int64_t chunks = (channels + cut.channels - 1) / cut.channels, groups = (heads + cut.heads - 1) / cut.heads;
+    n = i / chunks / groups, head = i / chunks % groups * cut.heads, first = i % chunks * cut.channels;
+    last_head = head + cut.heads < heads ? head + cut.heads : heads;
+    d = channels - first < cut.channels ? channels - first : cut.channels;
+  }
+};
+
+// ---- ms_deform_attn -------------------------------------------------------------------------------------------------
+
+template <typename T>
+INLINE Point<T> attn_point(const MsDeformAttn<T>& a, int64_t point, int height, int width) {
+  return locate(a.loc[2 * point + 1] * height - T(0.5), a.loc[2 * point] * width - T(0.5), height, width);
+}
+
+template <typename T>
+void ms_deform_attn(const MsDeformAttn<T>& a, int64_t begin, int64_t end) {
+  const int64_t stride = a.m * a.d;
+  for (int64_t i = begin; i < end; ++i) {  // (n, q, m)
+    const T* map = a.value + i / (a.q * a.m) * a.s * stride + i % a.m * a.d;
+    Corners<T> list;
+    for (int64_t level = 0; level < a.levels; ++level) {
+      const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
+      for (int64_t j = 0; j < a.points; ++j) {
+        const int64_t point = (i * a.levels + level) * a.points + j;
+        const Point<T> p = attn_point(a, point, height, width);
+        if (p.inside) list.push(map, stride, p, width, a.attn[point], a.out + i * a.d, a.d);
+      }
+      map += int64_t(height) * width * stride;
+    }
+    list.flush(a.out + i * a.d, a.d);
+  }
+}
+
+template <typename T>
+void ms_deform_attn_points(const MsDeformAttn<T>& a, int64_t begin, int64_t end) {
+  const int64_t stride = a.m * a.d;
+  for (int64_t i = begin; i < end; ++i) {
+    const T *map = a.value + i / (a.q * a.m) * a.s * stride + i % a.m * a.d, *g = a.grad + i * a.d;
+    for (int64_t level = 0; level < a.levels; ++level) {
+      const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
+      for (int64_t j = 0; j < a.points; ++j) {
+        const int64_t point = (i * a.levels + level) * a.points + j;
+        T value = 0, d_y = 0, d_x = 0;
+        const Point<T> p = attn_point(a, point, height, width);
+        if (p.inside) {
+          T weight[4], dots[4];
+          const T* rows[4];
+          corner_rows(map, stride, p, width, weight, rows);
+          four_dots(g, rows, a.d, dots);
+          derivatives(p, dots, value, d_y, d_x);
+        }
+        a.grad_attn[point] = value;
+        a.grad_loc[2 * point] = d_x * a.attn[point] * width;
+        a.grad_loc[2 * point + 1] = d_y * a.attn[point] * height;
+      }
+      map += int64_t(height) * width * stride;
+    }
+  }
+}
+
+template <typename T>
+void ms_deform_attn_maps(const MsDeformAttn<T>& a, const Division& cut, int64_t begin, int64_t end) {
+  const int64_t stride = a.m * a.d;
+  for (int64_t i = begin; i < end; ++i) {
+    const Part part(cut, i, a.m, a.d);
+    for (int64_t query = part.n * a.q; query < (part.n + 1) * a.q; ++query)
+      for (int64_t head = part.head; head < part.last_head; ++head) {
+        const int64_t item = query * a.m + head;
+        if (cut.whole) ms_deform_attn_points(a, item, item + 1);
+        T* map = a.grad_value + part.n * a.s * stride + head * a.d + part.first;
+        for (int64_t level = 0; level < a.levels; ++level) {
+          const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
+          for (int64_t j = 0; j < a.points; ++j) {
+            const int64_t point = (item * a.levels + level) * a.points + j;
+            const Point<T> p = attn_point(a, point, height, width);
+            if (p.inside) scatter(map, stride, p, width, a.attn[point], a.grad + item * a.d + part.first, part.d);
+          }
+          map += int64_t(height) * width * stride;
+        }
+      }
+  }
+}
+
+// ---- deform_unfold and deform_conv2d --------------------------------------------------------------------------------
+
+// Calls body(group, tap, point, mask, index of the first offset) for every sample at a place, group by group.
+template <typename T, typename Body>
+INLINE void at_place(const Columns<T>& a, int64_t n, int64_t place, int64_t group, Body body) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width;
+  const int64_t top = place / a.out_width * a.stride[0] - a.padding[0];
+  const int64_t left = place % a.out_width * a.stride[1] - a.padding[1];
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t index = (n * a.groups + group) * taps + tap;
+    const int64_t y = top + tap / a.kernel[1] * a.dilation[0], x = left + tap % a.kernel[1] * a.dilation[1];
+    const T* offset = a.offset + index * 2 * places + place;
+    const Point<T> p = locate(T(y) + offset[0], T(x) + offset[places], int(a.height), int(a.width));
+    body(tap, p, a.mask ? a.mask[index * places + place] : T(1), index * places + place);
+  }
+}
+
+template <typename T>
+void columns(const Columns<T>& a, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
+  for (int64_t i = begin; i < end; ++i) {  // (n, place)
+    const int64_t n = i / places;
+    for (int64_t group = 0; group < a.groups; ++group) {
+      const T* map = a.input + n * a.height * a.width * stride + group * a.d;
+      at_place(a, n, i % places, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
+        T* out = a.columns + ((i * taps + tap) * a.groups + group) * a.d;
+        Corners<T> list;
+        if (p.inside) list.push(map, stride, p, int(a.width), mask, out, a.d);
+        list.flush(out, a.d);
+      });
+    }
+  }
+}
+
+template <typename T>
+void columns_points(const Columns<T>& a, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / places, place = i % places;
+    for (int64_t group = 0; group < a.groups; ++group) {
+      const T* map = a.input + n * a.height * a.width * stride + group * a.d;
+      at_place(a, n, place, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t index) {
+        T value = 0, d_y = 0, d_x = 0;
+        if (p.inside) {
+          T weight[4], dots[4];
+          const T* rows[4];
+          corner_rows(map, stride, p, int(a.width), weight, rows);
+          four_dots(a.grad + ((i * taps + tap) * a.groups + group) * a.d, rows, a.d, dots);
+          derivatives(p, dots, value, d_y, d_x);
+        }
+        T* grad_offset = a.grad_offset + 2 * (index - place) + place;
+        grad_offset[0] = d_y * mask;
+        grad_offset[places] = d_x * mask;
+        if (a.grad_mask) a.grad_mask[index] = value;
+      });
+    }
+  }
+}
+
+template <typename T>
+void columns_maps(const Columns<T>& a, const Division& cut, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
+  for (int64_t i = begin; i < end; ++i) {
+    const Part part(cut, i, a.groups, a.d);
+    for (int64_t place = 0; place < places; ++place)
+      for (int64_t group = part.head; group < part.last_head; ++group) {
+        T* map = a.grad_input + part.n * a.height * a.width * stride + group * a.d + part.first;
+        at_place(a, part.n, place, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
+          const T* g = a.grad + (((part.n * places + place) * taps + tap) * a.groups + group) * a.d + part.first;
+          if (p.inside) scatter(map, stride, p, int(a.width), mask, g, part.d);
+        });
+      }
+  }
+}
+
+// ---- deform_local_attn ----------------------------------------------------------------------------------------------
+
+template <typename T>
+INLINE Point<T> tap_point(const LocalAttn<T>& a, int64_t item, int64_t tap) {
+  const int64_t token = item / a.m % (a.height * a.width), taps = a.kernel[0] * a.kernel[1];
+  const int64_t y = token / a.width + tap / a.kernel[1] - a.kernel[0] / 2;
+  const int64_t x = token % a.width + tap % a.kernel[1] - a.kernel[1] / 2;
+  const T* offset = a.offset + (item * taps + tap) * 2;
+  return locate(T(y) + offset[0], T(x) + offset[1], int(a.height), int(a.width));
+}
+
+INLINE float exponential(float x) { return expf(x); }
+INLINE double exponential(double x) { return exp(x); }
+
+// Turns logits without scale and bias into attention.
+template <typename T>
+INLINE void softmax(const LocalAttn<T>& a, int64_t item, T* logits, int64_t taps) {
+  const int64_t tokens = a.height * a.width, token = item / a.m % tokens;
+  const T* bias = a.bias ? a.bias + ((item / a.m / tokens * a.m + item % a.m) * tokens + token) * taps : nullptr;
+  T largest = -INFINITY, total = 0;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    logits[tap] = logits[tap] * a.scale + (bias ? bias[tap] : T(0));
+    largest = logits[tap] > largest ? logits[tap] : largest;
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) total += logits[tap] = exponential(logits[tap] - largest);
+  for (int64_t tap = 0; tap < taps; ++tap) logits[tap] /= total;
+}
+
+template <typename T>
+void local_attn(const LocalAttn<T>& a, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d;
+  Scratch<T> attention(taps);
+  Scratch<Point<T>> points(taps);
+  for (int64_t i = begin; i < end; ++i) {  // (b, token, m)
+    const int64_t start = i / (a.height * a.width * a.m) * a.height * a.width * stride + i % a.m * a.d;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const Point<T> p = points.data[tap] = tap_point(a, i, tap);
+      T weight[4], product = 0;
+      const T* rows[4];
+      if (p.inside) {
+        corner_rows(a.k + start, stride, p, int(a.width), weight, rows);
+        product = dot_of_sum(a.q + i * a.d, rows, weight, a.d);
+      }
+      attention.data[tap] = product;
+    }
+    softmax(a, i, attention.data, taps);
+    Corners<T> list;
+    T* out = a.out + i * a.d;
+    for (int64_t tap = 0; tap < taps; ++tap)
+      if (points.data[tap].inside)
+        list.push(a.v + start, stride, points.data[tap], int(a.width), attention.data[tap], out, a.d);
+    list.flush(out, a.d);
+  }
+}
+
+template <typename T>
+void local_attn_points(const LocalAttn<T>& a, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d;
+  Scratch<Point<T>> points(taps);
+  Scratch<T> dots(8 * taps);  // per tap <q, corner of k> and <grad, corner of v>
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tokens = a.height * a.width, start = i / (tokens * a.m) * tokens * stride + i % a.m * a.d;
+    T *of_key = a.factors + i * 2 * taps, *of_value = of_key + taps;  // logits, then attention; then their gradients
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const Point<T> p = points.data[tap] = tap_point(a, i, tap);
+      T weight[4], *dot = dots.data + 8 * tap;
+      const T* rows[4];
+      for (int j = 0; j < 8; ++j) dot[j] = 0;
+      of_value[tap] = of_key[tap] = 0;
+      if (!p.inside) continue;
+      corner_rows(a.k + start, stride, p, int(a.width), weight, rows);
+      four_dots(a.q + i * a.d, rows, a.d, dot);
+      corner_rows(a.v + start, stride, p, int(a.width), weight, rows);
+      four_dots(a.grad + i * a.d, rows, a.d, dot + 4);
+      for (int j = 0; j < 4; ++j) of_value[tap] += weight[j] * dot[j], of_key[tap] += weight[j] * dot[4 + j];
+    }
+    softmax(a, i, of_value, taps);  // now attention; of_key is still the attention's gradient
+    T mean = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) mean += of_value[tap] * of_key[tap];
+    T* grad_bias = a.grad_bias ? a.grad_bias + ((i / a.m / tokens * a.m + i % a.m) * tokens + i / a.m % tokens) * taps
+                               : nullptr;
+    Corners<T> list;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const T by_logit = of_value[tap] * (of_key[tap] - mean);
+      if (grad_bias) grad_bias[tap] = by_logit;
+      of_key[tap] = by_logit * a.scale;
+      const Point<T>& p = points.data[tap];
+      T value = 0, d_y = 0, d_x = 0, *dot = dots.data + 8 * tap;
+      if (p.inside) {
+        for (int j = 0; j < 4; ++j) dot[j] = dot[j] * of_key[tap] + dot[4 + j] * of_value[tap];
+        derivatives(p, dot, value, d_y, d_x);
+        list.push(a.k + start, stride, p, int(a.width), of_key[tap], a.grad_q + i * a.d, a.d);
+      }
+      a.grad_offset[(i * taps + tap) * 2] = d_y;
+      a.grad_offset[(i * taps + tap) * 2 + 1] = d_x;
+    }
+    list.flush(a.grad_q + i * a.d, a.d);
+  }
+}
+
+template <typename T>
+void local_attn_maps(const LocalAttn<T>& a, const Division& cut, int64_t begin, int64_t end) {
+  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d, tokens = a.height * a.width;
+  for (int64_t i = begin; i < end; ++i) {
+    const Part part(cut, i, a.m, a.d);
+    for (int64_t token = part.n * tokens; token < (part.n + 1) * tokens; ++token)
+      for (int64_t head = part.head; head < part.last_head; ++head) {
+        const int64_t item = token * a.m + head, start = part.n * tokens * stride + head * a.d + part.first;
+        if (cut.whole) local_attn_points(a, item, item + 1);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const Point<T> p = tap_point(a, item, tap);
+          if (!p.inside) continue;
+          const T *factor = a.factors + item * 2 * taps + tap, *q = a.q + item * a.d, *grad = a.grad + item * a.d;
+          scatter(a.grad_k + start, stride, p, int(a.width), factor[0], q + part.first, part.d);
+          scatter(a.grad_v + start, stride, p, int(a.width), factor[taps], grad + part.first, part.d);
+        }
+      }
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> table() {
+  return {ms_deform_attn<T>, ms_deform_attn_points<T>, ms_deform_attn_maps<T>,
+          columns<T>,        columns_points<T>,        columns_maps<T>,
+          local_attn<T>,     local_attn_points<T>,     local_attn_maps<T>};
+}
+
+}  // namespace
+
+namespace seg {
+extern const AllKernels KERNELS_NAME = {table<float>(), table<double>()};
+}
