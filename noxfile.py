@@ -5,6 +5,7 @@ after `--` go to the command, as in `nox -s tests -- packages/ddp -k losses`.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ nox.options.sessions = ["tests", "lint"]
 
 PACKAGES = ("packages/segcore", "packages/ddp", "packages/ddrnet")
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+"""Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
+COMPILED = ["-e", "packages/cuda-ops"] if COMPILER else []
 
 
 def group(name: str) -> list[str]:
@@ -35,8 +39,8 @@ def oldest() -> list[str]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test every package with the newest dependencies."""
-    session.install(*EDITABLE, *group("test"))
+    """Test every package with the newest dependencies; the compiled kernels where there is a C++ compiler."""
+    session.install(*EDITABLE, *COMPILED, *group("test"))
     session.run("pytest", *session.posargs)
 
 
@@ -50,7 +54,7 @@ def slow_tests(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""
-    session.install(*EDITABLE, *group("test"), *oldest())
+    session.install(*EDITABLE, *COMPILED, *group("test"), *oldest())
     session.run("pytest", *session.posargs)
 
 
@@ -61,6 +65,21 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def wheels(session: nox.Session) -> None:
+    """Build the wheel of compiled kernels into dist/ and test it beside the oldest and the newest torch."""
+    session.install("build", "uv")
+    folder = Path("dist", f"cpu-{session.python}")
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(folder), "packages/cuda-ops")
+    (wheel,) = folder.glob("*.whl")
+    if wheel.stat().st_size > 3e6:
+        session.error(f"{wheel} has {wheel.stat().st_size / 1e6:.1f} MB; keep it below 3 MB")
+    for torch in ("torch==2.10.*", "torch"):
+        session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", str(wheel), *group("test"))
+        session.run("pytest", "packages/cuda-ops", "packages/segcore/tests/test_deform_ops.py", *session.posargs)
 
 
 @nox.session
