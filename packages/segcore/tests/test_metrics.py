@@ -136,6 +136,29 @@ def test_torchmetrics_agrees(label, random, ignore_index):
     assert torch.equal(found["IoU"].isnan(), absent)
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(-2, 300), st.sampled_from([-1, 0, 1, 2, 3, 18, 19, 149, 254, 255, 256])), max_size=40
+    ),
+    st.sampled_from([1, 2, 19, 150, 255, 256, 300]),
+    st.sampled_from([255, 0, -1]),
+    st.sampled_from([np.uint8, np.int32, np.int64]),
+    st.sampled_from([np.uint8, np.int16, np.int64]),
+)
+def test_counts_are_those_of_a_loop_whatever_the_types(pairs, classes, ignore_index, p_type, g_type):
+    p, g = (np.array([pair[i] for pair in pairs], np.int64).astype(t) for i, t in ((0, p_type), (1, g_type)))
+    expected = np.zeros((classes + 1, classes + 1), np.int64)
+    for a, b in zip(p.tolist(), g.tolist(), strict=True):
+        if b != ignore_index:
+            expected[b if 0 <= b < classes else classes, a if 0 <= a < classes else classes] += 1
+    np.testing.assert_array_equal(ConfusionMatrix(classes, ignore_index).update(p, g).matrix, expected)
+
+
+def test_counts_beyond_what_float32_holds():
+    matrix = ConfusionMatrix(2).update(np.ones(2**24 + 3, np.uint8), np.zeros(2**24 + 3, np.uint8))
+    assert matrix.matrix[0, 1] == matrix.matrix.sum() == 2**24 + 3
+
+
 @given(VALUES, VALUES, st.randoms(use_true_random=False))
 def test_parts_add_up_to_the_whole(first, second, random):
     predictions = [np.array([random.randrange(5) for _ in label]) for label in (first, second)]

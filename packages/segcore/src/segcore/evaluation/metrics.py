@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import cv2
 import numpy as np
 import torch
@@ -37,14 +39,36 @@ class ConfusionMatrix:
                 f"prediction {tuple(p.shape)} {p.dtype} does not go with label {tuple(g.shape)}; "
                 "give class indices of one shape"
             )
-        outside, device = self.num_classes, self.matrix.device
-        p, g = (t.to(device).to(torch.int32).reshape(-1) for t in (p, g))
+        p, g = p.to(self.matrix.device), g.to(self.matrix.device)
+        small_p, small_g = _as_bytes(p), _as_bytes(g)
+        if small_p is None or small_g is None or self.num_classes > 255:
+            self.matrix += self._count(p, g)
+        else:
+            self.matrix += torch.from_numpy(self._count_bytes(small_p, small_g))
+        return self
+
+    def _count_bytes(self, p: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """Return the counts of two uint8 arrays (n,): OpenCV's histogram of their pairs as 16-bit codes."""
+        pairs = np.zeros((256, 256), np.int64)
+        for i in range(0, len(g), 1 << 24):  # the histogram is float32, exact up to here
+            low_high = (p, g) if sys.byteorder == "little" else (g, p)
+            codes = cv2.merge([x[None, i : i + (1 << 24)] for x in low_high]).view(np.uint16)  # g << 8 | p, in one pass
+            histogram = cv2.calcHist([codes], [0], None, [1 << 16], [0, 1 << 16])
+            pairs += histogram.reshape(256, 256).astype(np.int64)
+        if 0 <= self.ignore_index < 256:
+            pairs[self.ignore_index] = 0
+        first = np.arange(self.num_classes + 1)  # 0 .. K-1 by themselves, K .. 255 together
+        return np.add.reduceat(np.add.reduceat(pairs, first, axis=0), first, axis=1)
+
+    def _count(self, p: Tensor, g: Tensor) -> Tensor:
+        """Return the counts of any two integer tensors of one device, made there."""
+        outside = self.num_classes
+        p, g = (t.to(torch.int32).reshape(-1) for t in (p, g))
         row = torch.where((g < 0) | (g >= outside), outside, g)
         row.masked_fill_(g == self.ignore_index, outside + 1)  # a row that is cut off: cheaper than picking the others
         column = torch.where((p < 0) | (p >= outside), outside, p)
         counts = torch.bincount(row.mul_(outside + 1).add_(column), minlength=(outside + 2) * (outside + 1))
-        self.matrix += counts.view(outside + 2, outside + 1)[:-1]
-        return self
+        return counts.view(outside + 2, outside + 1)[:-1]
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add the counts of another part of the data set."""
@@ -77,6 +101,16 @@ class ConfusionMatrix:
         }
         means = {f"m{name}": values.nanmean().item() for name, values in classes.items()}
         return {"aAcc": (intersection.sum() / labelled.sum()).item(), **means, **classes}
+
+
+def _as_bytes(classes: Tensor) -> np.ndarray | None:
+    """Return an integer tensor as uint8 (n,); None where that cannot hold its values, or they are not on the CPU."""
+    if classes.device.type != "cpu":
+        return None
+    values = classes.numpy().ravel()
+    if values.dtype != np.uint8 and values.size and (values.min() < 0 or values.max() > 255):
+        return None
+    return values.astype(np.uint8, copy=False)
 
 
 class BoundaryIoU:
