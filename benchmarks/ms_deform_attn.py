@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segcore import ops
+from segcore.environment import environment
 
 
 def grid_sample_form(value: Tensor, spatial_shapes: list[tuple[int, int]], loc: Tensor, attn: Tensor) -> Tensor:
@@ -72,6 +73,10 @@ def main() -> None:
     def both(op: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(op(tensors[0], [(args.height, args.width)], *tensors[1:]), leaves, grad)
 
+    print(f"{environment()['machine']['cpu']}, torch {torch.__version__}, threads {args.threads}")
+    print(
+        f"map of {args.height}x{args.width}, batch {args.batch}, {args.heads} heads; median of {args.repeats} turns\n"
+    )
     forms = (grid_sample_form, ops.ms_deform_attn)
     for name, run in (("forward", forward), ("forward + backward", both)):
         yardstick, ours = alternate([lambda op=op, run=run: run(op) for op in forms], args.repeats)

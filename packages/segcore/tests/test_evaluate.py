@@ -1,7 +1,9 @@
 """A model over a data set on disk: the same answer however it is batched, and clear words where it cannot be."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ from torch import nn
 
 from segcore.data.dataset import Dataset, Sample, index_table
 from segcore.errors import UserError
+from segcore.evaluation import evaluate as evaluate_module
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.report import summary
@@ -145,6 +148,29 @@ def test_limit_and_progress(dataset):
     assert run(Redness(), dataset, limit=9).images == 5
     with pytest.raises(UserError, match="limit 0"):
         run(Redness(), dataset, limit=0)
+
+
+def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
+    made, alive = [], []  # weak references to all predictions, the pictures they are of; how many are left each time
+    predict = evaluate_module.predict_classes
+
+    def watched(model, images, *args, **options):
+        predictions = predict(model, images, *args, **options)
+        made.extend(weakref.ref(classes) for by_entry in predictions for classes in by_entry.values())
+        made.extend(weakref.ref(image) for image in images)
+        return predictions
+
+    def count(done, total):
+        alive.append(sum(reference() is not None for reference in made))
+
+    monkeypatch.setattr(evaluate_module, "predict_classes", watched)
+    many = dataclasses.replace(dataset, samples=dataset.samples[:2] * 6)
+    run(Redness(), many, dataclasses.replace(PLAIN, batch=2), on_progress=count)
+    assert len(made) == 2 * 12
+    assert len(alive) == 6
+    assert max(alive) <= 2 * 4  # this batch and what is left of the one before
+    gc.collect()
+    assert not any(reference() is not None for reference in made)
 
 
 def test_json_is_plain(dataset):

@@ -1,0 +1,98 @@
+"""Peak memory of an evaluation over few and many images: it does not grow with their number.
+
+    python benchmarks/evaluation_memory.py [--images 8 64 256] [--height 512] [--width 1024]
+
+Each count runs in a process of its own on the CPU, whose greatest resident memory (ru_maxrss) is printed. The model is
+one 1x1 convolution, so that the images, predictions and probabilities make up what can grow: for comparison, the size
+that all predictions (int64) would have is printed, too. Needs Linux or macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from segcore.data.dataset import open_dataset
+from segcore.data.toy import generate
+from segcore.environment import environment
+from segcore.evaluation.evaluate import evaluate
+from segcore.experiment import Data, Evaluate
+from segcore.models.segmentor import Segmentor
+
+
+class Pointwise(Segmentor):
+    """The smallest model: one 1x1 convolution to 19 classes."""
+
+    num_classes = 19
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, self.num_classes, 1)
+
+    def predict_steps(
+        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        return {"final": self.head(images)}
+
+    def losses(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Sequence[int] | None = None,
+        draws: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError("it is only evaluated")
+
+    def official_names(self) -> dict[str, str]:
+        return {name: name for name in self.state_dict()}
+
+
+def peak(root: Path, images: int) -> float:
+    """Return this process's peak memory in MB after evaluating that many images, the one of the toy set over again."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = Data(root=root)
+    dataset = open_dataset(data, "val")
+    dataset = dataclasses.replace(dataset, samples=dataset.samples[:1] * images)
+    results = evaluate(Pointwise(), dataset, Evaluate(scale=None), data, device="cpu")
+    assert results.images == images
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[8, 64, 256])
+    for name, default in (("height", 512), ("width", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # set in the process that measures one count
+    args = parser.parse_args()
+    if args.root:
+        print(peak(args.root, args.images[0]))
+        return
+    print(f"{environment()['machine']['cpu']}, torch {torch.__version__}, 1 thread")
+    print(f"images of {args.height}x{args.width} pixels, a 1x1 convolution to {Pointwise.num_classes} classes\n")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "toy"
+        generate(root, train=1, val=1, height=args.height, width=args.width)
+        first = None
+        for images in args.images:
+            command = [sys.executable, __file__, "--root", str(root), "--images", str(images)]
+            used = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            first = first or used
+            predictions = images * args.height * args.width * 8 / 1e6
+            ratio = f"{used / first:5.2f} of the first"
+            print(f"{images:4} images   peak {used:7.0f} MB   {ratio}   all predictions: {predictions:6.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
