@@ -10,7 +10,7 @@ def ddrnet_23_slim_toy() -> Experiment:
     """DDRNet-23-slim."""
     return Experiment(
         name="ddrnet_23_slim_toy",
-        model=DDRNet(variant="23_slim", ohem_min_kept=16_384),
+        model=DDRNet(variant="23_slim", ohem_min_kept=100_000),
         data=Data(
             "toy",
             Path("data/toy"),
@@ -20,8 +20,16 @@ def ddrnet_23_slim_toy() -> Experiment:
             photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
             workers=0,
         ),
-        optimizer=Optimizer("sgd", lr=0.02, weight_decay=5e-4),
-        schedule=Schedule(iterations=800, power=0.9, warmup_iterations=40),
-        train=Train(batch=4, max_per_device=4, log_every=10, evaluate_every=800, save_every=100),
+        optimizer=Optimizer("adamw", lr=2e-3, weight_decay=0.01),
+        schedule=Schedule(iterations=420, power=0.9, warmup_iterations=20),
+        train=Train(
+            batch=4,
+            max_per_device=4,
+            precision="bf16",
+            channels_last=True,
+            log_every=10,
+            evaluate_every=420,
+            save_every=100,
+        ),
         evaluate=Evaluate(scale=(512, 256), batch=2),
     )
