@@ -18,6 +18,7 @@ from ddp_seg.configs import DDP
 from ddp_seg.decoder import MapDecoder, TimeEmbedding, make_grid
 from ddp_seg.diffusion import add_noise, ddim_step, ddpm_step, log_snr, noise_at, time_pairs
 from ddp_seg.official import official_name
+from segcore.errors import UserError
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.layers import ConvNorm, resize
@@ -238,6 +239,14 @@ class DDPSegmentor(Segmentor):
         answers = (self.denoise(features, noise, steps=count, step_noise=step_noise) for count in counts)
         return {str(count): resize(answer, images.shape[-2:]) for count, answer in zip(counts, answers, strict=True)}
 
+    def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
+        """Return the configured run with the noise of seed 0 as a constant; see `Segmentor`."""
+        if dynamic:
+            raise UserError(
+                "DDP's noise has the size of the image, so it is exported for one size; leave out --dynamic"
+            )
+        return _FixedNoise(self, images)
+
     @property
     def configured_entry(self) -> str:
         """The entry of `predict_steps` for the configured number of steps."""
@@ -332,6 +341,26 @@ class DDPSegmentor(Segmentor):
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
         return self.backbone.load_pretrained(state)
+
+
+class _FixedNoise(nn.Module):
+    """A model whose noise is a constant, for images of the shape of `images`."""
+
+    noise: Tensor
+    step_noise: Tensor | None
+
+    def __init__(self, model: DDPSegmentor, images: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            noise, step_noise = model.draw_noise(model.encode(images), None, model.config.timesteps)
+        self.register_buffer("noise", noise)
+        self.register_buffer("step_noise", step_noise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, K, H, W) for images (N, C, H, W)."""
+        answer = self.model.denoise(self.model.encode(images), self.noise, step_noise=self.step_noise)
+        return resize(answer, images.shape[-2:])
 
 
 def _generators(seeds: Sequence[int] | None, images: int) -> Iterator[torch.Generator]:

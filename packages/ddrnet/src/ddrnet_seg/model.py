@@ -174,6 +174,7 @@ class DDRNetSegmentor(Segmentor):
     """DDRNet-23-slim, -23 and -39. Built by `DDRNet.build`. Images of any size are padded to a multiple of 8 inside."""
 
     auxiliary_names = ("auxiliary_head.", "seghead_extra.")
+    size_divisor = STRIDE
 
     def __init__(self, config: DDRNet) -> None:
         super().__init__()
@@ -324,5 +325,5 @@ def _report(report: LoadReport, source: Source, dropped: tuple[str, ...] = ()) -
 
 def _padded(images: Tensor) -> Tensor:
     """Return images with zeros, the mean colour, to the right and below, up to multiples of 8."""
-    height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+    below, right = (-side % STRIDE for side in images.shape[-2:])
+    return F.pad(images, (0, right, 0, below)) if below or right else images

@@ -131,14 +131,14 @@ class Test(Parallel):
 
 @dataclass(frozen=True)
 class Predict(Command):
-    """Segment an image, or every image of a folder: class-index PNGs and colour overlays."""
+    """Segment an image, every image of a folder, a video or a camera: class-index PNGs and colour overlays."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
     """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
     input: Annotated[Positional[Path], arg(metavar="INPUT")] = dataclasses.field(kw_only=True)
-    """An image file or a folder of images."""
+    """An image file, a folder of images, a video file, or the number of a camera."""
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
-    """A folder; for one image also a .png file."""
+    """A folder; for one image also a .png file, for a video also a video file, such as .mp4."""
     palette: str = "auto"
     """Colours: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
@@ -150,15 +150,57 @@ class Predict(Command):
     until_converged: float | None = None
     """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
 
+    frames: int | None = None
+    """Videos and cameras only: stop after so many frames. Ctrl-C also ends a camera's recording."""
+
     def run(self, package: str | None) -> None:
-        from segcore import predict
+        from segcore import predict, video
 
         exp = _until_converged(self.experiment, self.until_converged)
-        jobs = predict.plan(self.input, self.output, uncertainty=self.uncertainty, steps=self.steps)
+        moving = video.is_video(self.input)
+        if moving and (self.uncertainty or self.steps):
+            raise UserError(f"{self.input}: --uncertainty and --steps are for images, not for videos")
+        if moving:
+            path = video.plan(self.input, self.output)
+        else:
+            jobs = predict.plan(self.input, self.output, uncertainty=self.uncertainty, steps=self.steps)
         classes, palette = predict.classes_and_palette(exp.data, self.palette)
         model = load_model(self, self.checkpoint, _device(self.device))
         predict.check_classes(model, classes)
-        predict.run(model, exp, jobs, palette, opacity=self.opacity)
+        if moving:
+            video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
+        else:
+            predict.run(model, exp, jobs, palette, opacity=self.opacity)
+
+
+@dataclass(frozen=True)
+class Export(Command):
+    """Write a checkpoint as ONNX (.onnx) or as a torch.export program (.pt2), checked against the model."""
+
+    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
+    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
+    """The file to write; its ending says which kind."""
+    size: str | None = None
+    """Size of the images, HEIGHTxWIDTH; evaluate.scale if not given."""
+    batch: int = 1
+    """Images per call."""
+    dynamic: Flag = False
+    """Accept any number of images of any size whose sides are multiples of what the network needs."""
+
+    def run(self, package: str | None) -> None:
+        import torch
+
+        from segcore import export
+        from segcore.bench import parse_size
+
+        exp = self.experiment
+        height, width = parse_size(self.size) if self.size else (exp.evaluate.scale or exp.data.crop[::-1])[::-1]
+        settings = export.Settings(height, width, self.batch, self.dynamic)
+        model = load_model(self, self.checkpoint, torch.device("cpu"))
+        for check in export.export(model, exp, self.output, settings):
+            print(check)
+        print(f"{self.output}: {self.output.stat().st_size / 2**20:.1f} MiB")
 
 
 @dataclass(frozen=True)
@@ -292,6 +334,7 @@ COMMANDS: dict[str, type[Any]] = {
     "configs": Configs,
     "check": Check,
     "bench": Bench,
+    "export": Export,
     "demo": Demo,
     "env": Env,
 }
@@ -376,19 +419,24 @@ def is_row(exp: Experiment) -> bool:
 
 
 def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
-    """Return the command's model with the weights of `checkpoint`, for evaluation on `device`; prints the report."""
+    """Return the command's model with the weights of `checkpoint`, for inference on `device`; prints the report.
+
+    A model that has `fuse()` comes fused and in the channels-last layout, which is faster and answers alike.
+    """
     import torch
 
     from segcore import distributed
     from segcore.training.weights import load_weights, resolve
 
     path = distributed.lead_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
-    model = command.experiment.model.build()
+    model: Any = command.experiment.model.build()
     report = load_weights(model, path)
     if not distributed.rank():
         print(f"{path}: {report}", file=sys.stderr)
-    layout = torch.channels_last if command.experiment.train.channels_last else torch.contiguous_format
-    return model.eval().to(device).to(memory_format=layout)
+    fuses = hasattr(model, "fuse")
+    channels_last = fuses or command.experiment.train.channels_last
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return (model.fuse() if fuses else model).eval().to(device).to(memory_format=layout)
 
 
 def _until_converged(exp: Experiment, percent: float | None) -> Experiment:

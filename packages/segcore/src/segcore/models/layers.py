@@ -14,7 +14,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Return `x` (N, C, H, W) resized bilinearly, without antialiasing, to `size` (height, width)."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    symbolic = any(isinstance(side, torch.SymInt) for side in (*x.shape[-2:], *size))  # comparing would fix them
+    if not symbolic and tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
 

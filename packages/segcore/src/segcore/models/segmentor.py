@@ -43,6 +43,7 @@ class Segmentor(nn.Module, ABC):
         ignore_index: label value that takes no part in loss and metric.
         align_corners: convention of the second resize, from the network's input size to the original image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
+        size_divisor: an export for any size takes images whose sides are multiples of it.
         auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
         diffusion: whether inference denoises from random noise; if not, `predict_trace` is empty and
             `predict_marginal` and `predict_converged` raise UserError.
@@ -57,6 +58,7 @@ class Segmentor(nn.Module, ABC):
     ignore_index: int = 255
     align_corners: bool = False
     min_size: int = 1
+    size_divisor: int = 32
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
     diffusion: bool = False
     class_weight: Tensor | None = None
@@ -97,6 +99,13 @@ class Segmentor(nn.Module, ABC):
         """Return the error for what only a diffusion model can do."""
         name = type(self).__name__
         return UserError(f"{name} is no diffusion model; leave out --uncertainty, --steps and until_converged")
+
+    def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
+        """Return what `export` writes: a module that maps images of this shape, or with `dynamic` of any, to logits.
+
+        A method that draws noise fixes it as for seed 0 and raises UserError where that needs a fixed shape.
+        """
+        return self
 
     @abstractmethod
     def losses(

@@ -1,0 +1,152 @@
+"""The commands on real files, as far as they are DDRNet's own: train, resume, test, predict fused, export, bench."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segcore
+from segcore.cli import load_model, main, parse
+from segcore.data.toy import generate
+from segcore.training.checkpoint import newest, read_model_state
+
+CONFIG = "ddrnet_23_slim_toy"
+SMALL = [
+    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch=2", "--train.max-per-device=2",
+    "--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+]  # fmt: skip
+ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    generate(root, train=3, val=2, height=64, width=128)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(toy, tmp_path_factory):
+    """A finished training run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    return folder
+
+
+def refused(capsys, *words):
+    """Run a command that must end with status 1 and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as end:
+        main("ddrnet_seg", [str(word) for word in words])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_train_logs_both_heads(run):
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in log if line["mode"] == "train"]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["decode.loss_ce"] + line["aux.loss_ce"], rel=1e-5)
+    settings = json.loads((newest(run) / "experiment.json").read_text())["experiment"]
+    assert settings["data"]["mean"] == [123.675, 116.28, 103.53]
+    assert settings["model"]["align_corners"] is False
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
+    """Momentum and running statistics come back, too."""
+    shutil.copytree(run, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
+    main("ddrnet_seg", [*words, "--resume"])
+    whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
+    assert newest(tmp_path / "cut").name == "iter_3"
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_inference_is_fused_and_channels_last(run):
+    words = ["test", CONFIG, str(run), *SMALL]
+    model = load_model(parse(words, "ddrnet_seg"), str(run), torch.device("cpu"))
+    assert not hasattr(model.backbone.conv1[0], "norm")
+    assert model.auxiliary_head is None
+    assert model.head.hidden.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = segcore.load_experiment(CONFIG).model.build().eval()
+    plain.load_own(read_model_state(newest(run)))
+    images = torch.randn(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-4)
+
+
+def test_test_predict_and_export(run, toy, tmp_path, capsys):
+    main("ddrnet_seg", ["test", CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL])
+    assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["final"]
+    cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8))
+    main("ddrnet_seg", ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL])
+    mask = np.array(Image.open(tmp_path / "out" / "a.png"))
+    assert mask.shape == (70, 90)
+    path = tmp_path / "model.pt2"
+    capsys.readouterr()
+    main("ddrnet_seg", ["export", CONFIG, str(run), str(path), "--size=64x128", "--dynamic", *SMALL])
+    text = capsys.readouterr().out
+    assert "1x3x64x128: logits within" in text
+    assert "2x3x72x136: logits within" in text
+    assert str(path) in text
+
+
+def test_export_as_onnx(run, tmp_path):
+    """ONNX Runtime answers as the model does, on any size, or the command fails."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "model.onnx"
+    main("ddrnet_seg", ["export", CONFIG, str(run), str(path), "--size=64x128", "--dynamic", *SMALL])
+    plain = segcore.load_experiment(CONFIG).model.build().eval()
+    plain.load_own(read_model_state(newest(run)))
+    images = torch.randn(3, 3, 136, 72, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = plain(images).numpy()
+    assert np.abs(logits - expected).max() <= 1e-3
+    assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.999
+
+
+def test_predict_a_video(run, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "in.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 128, "yuv420p"
+        frame = np.random.RandomState(0).randint(0, 255, (64, 128, 3), np.uint8)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    main("ddrnet_seg", ["predict", CONFIG, str(run), str(tmp_path / "in.mp4"), str(tmp_path / "out"), *SMALL])
+    with av.open(str(tmp_path / "out" / "in_overlay.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 3
+
+
+def test_wrong_wishes(run, tmp_path, capsys):
+    words = ["export", CONFIG, run]
+    assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic", *SMALL)
+    assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth", *SMALL)
+    assert "not for videos" in refused(capsys, "predict", CONFIG, run, "a.mp4", tmp_path, "--steps", *SMALL)
+    assert "no such video" in refused(capsys, "predict", CONFIG, run, tmp_path / "a.mp4", tmp_path, *SMALL)
+    assert "ddrnet_39_cityscapes" in refused(capsys, "test", "ddrnet_39_cityscapes", "official", "--device=cpu")
+
+
+def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
+    """Google Drive's addresses have no file names, so the rows say them."""
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    line = refused(capsys, "test", "ddrnet_23_slim_cityscapes", "official", "--offline", "--device=cpu")
+    assert str(tmp_path / "DDRNet23s_cityscapes.pth") in line
+    assert "drive.google.com" in line
+
+
+def test_bench_shows_the_fused_model(capsys):
+    main("ddrnet_seg", ["bench", CONFIG, "--sizes=64x64", "--repeats=1", "--warmup=1", "--device=cpu"])
+    text = capsys.readouterr().out
+    assert "fused" in text

@@ -1,0 +1,124 @@
+"""Exports of a small network: what is written answers as the model does, or nothing is written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from segcore import export
+from segcore.errors import UserError
+from segcore.experiment import Data, Experiment, Model
+from segcore.models.layers import resize
+from segcore.models.segmentor import Segmentor
+
+
+class Tiny(Segmentor):
+    """Two convolutions, the second at half the size."""
+
+    num_classes = 19
+    size_divisor = 2
+    min_size = 4
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 19, 1)
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        return {"final": resize(self.second(self.first(images).relu()), images.shape[-2:])}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        return {name: name for name in self.state_dict()}
+
+
+class Forgetful(Tiny):
+    """What it gives to export does not stay the same."""
+
+    def exportable(self, images, *, dynamic):
+        return Drifting(self)
+
+
+class Drifting(nn.Module):
+    """Answers differently from call to call, outside a traced program."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, images):
+        self.calls += not torch.compiler.is_exporting()
+        return self.model(images) + 0.01 * self.calls
+
+
+class TinyConfig(Model):
+    def build(self):
+        return Tiny()
+
+
+EXP = Experiment("tiny", TinyConfig(), Data("toy"))
+
+
+def run(path, images):
+    """The answer of what was written, read by itself, and the description that goes along."""
+    if path.suffix == ".onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+        text = session.get_modelmeta().custom_metadata_map["segcore"]
+        return session.run(["logits"], {"images": images.numpy()})[0], json.loads(text)
+    extra = {"segcore.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    return program.module()(images).detach().numpy(), json.loads(extra["segcore.json"])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_round_trip(tmp_path, suffix, dynamic):
+    if suffix == ".onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name)
+    model, path = Tiny().eval(), tmp_path / "new" / f"tiny{suffix}"
+    checks = export.export(model, EXP, path, export.Settings(12, 16, dynamic=dynamic))
+    assert [check.shape for check in checks] == [(1, 3, 12, 16)] + [(2, 3, 14, 18)] * dynamic
+    assert all(check.difference <= 1e-5 and check.agreement == 1 for check in checks)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for shape in [(1, 3, 12, 16)] + [(3, 3, 40, 4)] * dynamic:
+        images = torch.randn(shape)
+        logits, about = run(path, images)
+        np.testing.assert_allclose(logits, model(images).detach().numpy(), atol=1e-5)
+    assert about["mean"] == list(EXP.data.mean)
+    assert about["classes"][0] == "road"
+    assert about["size_divisor"] == (2 if dynamic else None)
+
+
+def test_what_answers_differently_is_not_written(tmp_path):
+    path = tmp_path / "tiny.pt2"
+    with pytest.raises(UserError, match=r"not written.*1x3x12x16"):
+        export.export(Forgetful().eval(), EXP, path, export.Settings(12, 16))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("a.pth", export.Settings(12, 16), ".onnx (ONNX) or .pt2"),
+        ("a.pt2", export.Settings(13, 16, dynamic=True), "multiples of 2"),
+        ("a.pt2", export.Settings(12, 16, batch=0), "--batch 0"),
+        ("a.pt2", export.Settings(2, 16), "at least 4"),
+    ],
+)
+def test_wrong_wishes(tmp_path, name, settings, said):
+    with pytest.raises(UserError) as error:
+        export.export(Tiny().eval(), EXP, tmp_path / name, settings)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_onnx_without_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript; install segcore\[export\]"):
+        export.export(Tiny().eval(), EXP, Path(tmp_path / "a.onnx"), export.Settings(12, 16))

@@ -1,0 +1,126 @@
+"""Predicting videos: every frame, whole files or none, and what is said about those that cannot be read."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from segcore import video
+from segcore.data.dataset import palette_of
+from segcore.errors import UserError
+from segcore.experiment import Data, Evaluate, Experiment, Model
+from segcore.models.segmentor import Segmentor
+
+av = pytest.importorskip("av")
+
+
+class Brightness(Segmentor):
+    """Class 0 where a pixel is dark, 13 where it is bright."""
+
+    num_classes = 19
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        bright = images.mean(1, keepdim=True) * self.scale
+        logits = torch.full((len(images), 19, *images.shape[-2:]), -100.0)
+        logits[:, :1], logits[:, 13:14] = -bright, bright
+        return {"final": logits}
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        raise NotImplementedError
+
+    def official_names(self):
+        return {}
+
+
+class Config(Model):
+    def build(self):
+        return Brightness()
+
+
+EXP = Experiment("brightness", Config(), Data("toy"), evaluate=Evaluate(scale=None))
+PALETTE = palette_of(EXP.data)[1]
+
+
+def make(path, frames=6, height=50, width=64):
+    """A video whose left half is dark and whose right half is bright."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, width // 2 :] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def read(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], container.streams.video[0]
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(None, 6), (4, 4)])
+def test_every_frame_is_painted(tmp_path, frames, expected):
+    source = make(tmp_path / "in.mp4")
+    path = video.plan(source, tmp_path / "out")
+    assert path == tmp_path / "out" / "in_overlay.mp4"
+    assert video.run(Brightness(), EXP, source, path, PALETTE, opacity=1.0, frames=frames) == expected
+    images, stream = read(path)
+    assert len(images) == expected
+    assert stream.average_rate == 10
+    for image in images:
+        assert image.shape == (50, 64, 3)
+        for half, colour in ((image[:, 4:28], PALETTE[0]), (image[:, 36:60], PALETTE[13])):
+            assert np.abs(half.mean((0, 1)) - colour).max() < 12, "not the class's colour"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_odd_sides_grow_by_a_pixel(tmp_path, monkeypatch):
+    path = tmp_path / "odd.mp4"
+    with video._writer(path, 5) as write:
+        write(np.zeros((51, 63, 3), np.uint8))
+    assert read(path)[0][0].shape == (52, 64, 3)
+
+
+def test_what_is_a_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert video.is_video(Path("a.MP4"))
+    assert video.is_video(Path("0"))
+    assert not video.is_video(Path("a.png"))
+    Path("0").mkdir()
+    assert not video.is_video(Path("0")), "a folder of that name is there"
+
+
+def refused(tmp_path, source, target="out", **options):
+    with pytest.raises(UserError) as error:
+        video.run(Brightness(), EXP, source, video.plan(source, tmp_path / target), PALETTE, **options)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("*")), "something was left behind"
+    return str(error.value)
+
+
+def test_bad_input(tmp_path):
+    good, bad = make(tmp_path / "good.mp4"), tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video at all" * 100)
+    assert str(bad) in refused(tmp_path, bad)
+    assert "no such video" in refused(tmp_path, tmp_path / "none.mp4")
+    assert "would overwrite" in refused(tmp_path, good, "good.mp4")
+    assert "--opacity 2" in refused(tmp_path, good, opacity=2.0)
+    assert "--frames 0" in refused(tmp_path, good, frames=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name of the device is Linux's")
+def test_a_camera_that_is_not_there(tmp_path):
+    assert "cannot be read as a camera" in refused(tmp_path, Path("987"))
+
+
+def test_without_pyav(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"install segcore\[video\]"):
+        video.plan(Path("a.mp4"), tmp_path)
