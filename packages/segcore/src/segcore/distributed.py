@@ -60,7 +60,9 @@ def process_group(timeout: float) -> Iterator[None]:
     limit = timedelta(seconds=timeout)
     cuda = torch.cuda.is_available()
     try:
-        _store, own, count = next(iter(dist.rendezvous("env://", timeout=limit)))
+        found, own, count = next(iter(dist.rendezvous("env://", timeout=limit)))
+        # torchrun may keep one store for all its restarts: the addresses of processes that have ended are in it, too.
+        _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
         # Tensors on the CPU always travel over gloo: what they hold is needed on the host, without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=own, world_size=count, timeout=limit)
