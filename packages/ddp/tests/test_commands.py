@@ -349,7 +349,7 @@ def test_a_bad_validation_image_does_not_lose_what_was_trained(toy, tmp_path, ca
     root, run = tmp_path / "toy", tmp_path / "run"
     shutil.copytree(toy, root)
     bad = first(root, "leftImg8bit/val/*/*.png")
-    bad.write_bytes(b"")
+    bad.write_bytes(bad.read_bytes()[:-40])  # its header is whole: the look before training passes it
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={run}", *SMALL]
     line = refused(capsys, *words, "--schedule.iterations=4", "--train.evaluate-every=3", "--train.save-every=100")
     assert bad.name in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from segcore.training import checkpoint
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.name != "posix", reason="kills processes by signals"),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc"),
 ]
 TINY = Path(__file__).parent / "runs/tiny.py"
 ITERATIONS = 60
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """A run of tiny.py in a session of its own, so that all of its processes can be found."""
+    """A run of tiny.py, whose processes carry a mark in their environment by which they are found."""
 
     def __init__(
         self, root: Path, work_dir: Path, *options: Any, processes: int = 1, torchrun: Any = (), fault: str = ""
@@ -61,8 +62,8 @@ class Training:
         ]
         words += ["--schedule.iterations", ITERATIONS, "--train.evaluate-every", ITERATIONS, *options]
         command = [sys.executable, *(start if processes > 1 else []), *words]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault}
-        self.work_dir = work_dir
+        self.mark = f"{work_dir} {time.monotonic()}"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault, "TINY_MARK": self.mark}
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
             start_new_session=True,
@@ -77,13 +78,18 @@ class Training:
             time.sleep(0.002)
 
     def processes(self) -> list[int]:
-        """Return the living processes that work on this run, data workers included."""
-        found = subprocess.run(["pgrep", "-f", str(self.work_dir)], capture_output=True, text=True).stdout.split()
-        return [int(number) for number in found]
+        """Return the living processes of this run, data workers included: those that have its mark."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"TINY_MARK={self.mark}".encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
 
     def kill(self) -> None:
         for number in self.processes():
-            os.kill(number, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         self.process.communicate(timeout=60)
 
     def end(self) -> str:

@@ -77,11 +77,15 @@ class Train(Parallel):
     """Go on from the newest valid checkpoint in the folder, if there is one."""
 
     def run_in_process(self) -> None:
+        from segcore import distributed
         from segcore.training.loop import train
 
         work_dir = self.work_dir or self.default_dir
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts, after a failure
-        resume = self.resume or restarted
+        # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
+        record = work_dir / "experiment.json"
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()
+        own = restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.run_id()
+        resume = self.resume or own
         train(self.experiment, work_dir, device=_device(self.device), resume=resume, offline=self.offline)
 
 
@@ -473,7 +477,11 @@ def _start(command: Parallel, words: list[str], package: str | None) -> None:
     try:
         torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))
     except ChildFailedError as error:
-        raise SystemExit(max(failure.exitcode for failure in error.failures.values())) from None
+        killed = {number: -failure.exitcode for number, failure in error.failures.items() if failure.exitcode < 0}
+        for number, by in killed.items():  # these could not say it themselves
+            print(f"process {number} was ended by signal {by} ({signal.Signals(by).name})", file=sys.stderr)
+        status = max(failure.exitcode for failure in error.failures.values())
+        raise SystemExit(status if status > 0 else 128 + max(killed.values())) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 
@@ -489,7 +497,7 @@ def _device(name: str) -> torch.device:
 
     from segcore import distributed
 
-    if name == "auto":
+    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
         return distributed.local_device()
     try:
         device = torch.device(name)

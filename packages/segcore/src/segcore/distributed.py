@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -23,18 +22,19 @@ from segcore.errors import Stopped, UserError
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 5.0
-"""How long processes that gave up waiting look for each other, so as to name those that are missing."""
-
 _store: dist.Store | None = None
+_entered = 0
+"""How often this process has begun to communicate; the store has it of every process, to tell who is behind."""
 
 
 class PeerError(UserError):
     """Another process failed and says why; this one only ends."""
 
+    agreed = True
 
-class AloneError(UserError):
-    """An error that the other processes do not know of: no more can be done together."""
+
+class LostError(UserError):
+    """Another process did not answer."""
 
 
 def rank() -> int:
@@ -47,13 +47,18 @@ def size() -> int:
     return dist.get_world_size() if _together() else 1
 
 
+def run_id() -> str | None:
+    """Return torchrun's name of this start, the same after its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[None]:
     """Join the other processes for a `with` block where torchrun has started this one; otherwise do nothing.
 
     A process that the others wait for longer than `timeout` seconds ends the run, see `collective`.
     """
-    global _store
+    global _store, _entered
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -62,6 +67,7 @@ def process_group(timeout: float) -> Iterator[None]:
     try:
         found, own, count = next(iter(dist.rendezvous("env://", timeout=limit)))
         # torchrun may keep one store for all its restarts: the addresses of processes that have ended are in it, too.
+        _entered = 0
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
         # Tensors on the CPU always travel over gloo: what they hold is needed on the host, without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -133,8 +139,12 @@ def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
     Where another process has it, PeerError or Stopped is raised.
     """
     flags = [isinstance(error, UserError), isinstance(error, Stopped), *counts]
-    failed, stopped, *sums = total(torch.tensor(flags, dtype=torch.int64)).tolist()
+    try:
+        failed, stopped, *sums = total(torch.tensor(flags, dtype=torch.int64)).tolist()
+    except LostError as lost:
+        raise LostError(f"{error} (besides, {lost})") if isinstance(error, UserError) else lost from None
     if isinstance(error, UserError):
+        error.agreed = True
         raise error
     if failed:
         raise PeerError
@@ -188,19 +198,27 @@ def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def collective() -> Iterator[None]:
-    """Turn the failure of communication in a `with` block into an AloneError that names the missing processes."""
+def collective(counted: bool = True) -> Iterator[None]:
+    """Turn the failure of communication in a `with` block into a LostError that names the missing processes.
+
+    `counted` is False for a block that does other things before it communicates.
+    """
+    global _entered
     try:
+        if counted and size() > 1:
+            assert _store is not None
+            _entered += 1
+            _store.set(f"entered {rank()}", str(_entered))
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        if not lost or size() == 1:
+        if size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         names = _missing()
-        who = f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))}" if names else "another process"
-        raise AloneError(
-            f"{who} of 0-{size() - 1} did not answer: ended, or busy for longer than train.timeout; "
-            "see what it printed, then go on with --resume"
+        if not names:
+            raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
+        raise LostError(
+            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{size() - 1} did not answer: ended, "
+            "or busy for longer than train.timeout; see what it printed, then go on with --resume"
         ) from None
 
 
@@ -209,14 +227,10 @@ def _together() -> bool:
 
 
 def _missing() -> list[int]:
-    """Return the processes that are not also looking for the others."""
+    """Return the processes that have not come as far as this one."""
     assert _store is not None
-    waiting, others = f"waiting/{rank()}", [f"waiting/{other}" for other in range(size())]
-    end = time.monotonic() + GRACE_SECONDS
     try:
-        _store.set(waiting, "")
-        while time.monotonic() < end and not _store.check(others):
-            time.sleep(0.1)
-        return [number for number, key in enumerate(others) if not _store.check([key])]
+        keys = [f"entered {other}" for other in range(size())]
+        return [n for n, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < _entered]
     except RuntimeError:  # the store is in process 0 when torchrun does not keep it
         return [0]

@@ -7,6 +7,9 @@ class UserError(ValueError):
     The command line prints it without a traceback and ends with status 1; from Python it is an ordinary ValueError.
     """
 
+    agreed = False
+    """Whether all of several processes know of it, so that they can still save together."""
+
 
 class Stopped(KeyboardInterrupt):
     """The run was told to stop, by Ctrl-C or a signal whose number this holds; raised where its state is whole."""

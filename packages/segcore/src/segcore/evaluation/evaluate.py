@@ -121,7 +121,7 @@ def evaluate(
     matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
     taken: list[int] = []
     own = range(distributed.rank(), total, distributed.size())
-    done, skipped = 0, list[str]()
+    done, skipped = 0, list[tuple[int, str]]()
     failed: UserError | Stopped | None = None
 
     def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
@@ -131,13 +131,13 @@ def evaluate(
         return entries
 
     def readable() -> Iterator[Sample]:
-        for sample in eval_samples(dataset, workers, own):
+        for index, sample in zip(own, eval_samples(dataset, workers, own), strict=False):
             if not isinstance(sample, UserError):
                 yield sample
             elif data.on_error == "stop":
                 raise sample
             else:
-                skipped.append(str(sample))
+                skipped.append((index, str(sample)))
 
     try:
         with evaluation_mode(model):
@@ -166,8 +166,9 @@ def evaluate(
     except (UserError, Stopped) as error:
         failed = error
     images, steps, runs = distributed.agree(failed, done, sum(taken), len(taken))
+    missed = tuple(text for _, text in sorted(distributed.gather(skipped)))
     if not images:
-        raise UserError(f"{skipped[0]} (and none of the {total} images can be read)")
+        raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
     for entry in dict.fromkeys(distributed.gather(list(matrices))):  # a process without images has none
         distributed.total(matrices[entry].matrix)
     return Results(
@@ -175,7 +176,7 @@ def evaluate(
         {entry: matrix.compute() for entry, matrix in matrices.items()},
         images,
         {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
-        tuple(distributed.gather(skipped)),
+        missed,
         model.configured_entry,
         steps / runs if runs else None,
     )

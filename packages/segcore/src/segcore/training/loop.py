@@ -83,7 +83,8 @@ def train(
     weights = distributed.lead_first(lambda: class_weights(exp, dataset, work_dir))
     run.model.class_weight = weights if weights is None else weights.to(run.device)
     prepare(exp, run)
-    distributed.lead(lambda: write(work_dir / "experiment.json", json.dumps(run.description, indent=1) + "\n"))
+    record = {**run.description, "torchrun": distributed.run_id()}
+    distributed.lead(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # the first process writes and talks
     with RunLog(own_dir, exp.schedule.iterations, run.description, start=run.iteration) as log, Stop() as stop:
         for note in notes:
@@ -98,7 +99,8 @@ def train(
             )
             raise KeyboardInterrupt(*error.args) from None
         except UserError as error:  # a file that cannot be read, say: what was trained so far is kept
-            if run.saved < run.iteration and not isinstance(error, DivergedError | distributed.AloneError):
+            together = distributed.size() == 1 or error.agreed
+            if run.saved < run.iteration and together and not isinstance(error, DivergedError):
                 with contextlib.suppress(UserError):
                     save(exp, run, work_dir)
             raise
@@ -142,9 +144,9 @@ def iterate(
                 meter = Meter()
     if run.skipped:
         log.line(f"{run.skipped} training samples could not be read and were skipped; `check` names the files")
-    if results and log.path:
-        extra = {"name": exp.name, "iteration": run.iteration, "skipped_training_samples": run.skipped}
-        report.write_json(work_dir / "results.json", results, extra)
+    if results:
+        found, extra = results, {"name": exp.name, "iteration": run.iteration, "skipped_training_samples": run.skipped}
+        distributed.lead(lambda: report.write_json(work_dir / "results.json", found, extra))
     return results
 
 
@@ -188,14 +190,15 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
             accumulate = number < len(parts) and distributed.size() > 1
             with (
                 _enough_memory(_memory_for_training(exp)),
-                distributed.collective(),
+                distributed.collective(counted=False),
                 run.losses.no_sync() if accumulate else contextlib.nullcontext(),  # type: ignore[operator]
             ):
                 images = batch.images.to(device, memory_format=layout, non_blocking=True)
                 labels = batch.labels.to(device, non_blocking=True)
                 with autocast(device, exp.train.precision):
                     part = run.losses(images, labels, batch.seeds)
-                scaler.scale(part["loss"] / len(parts)).backward()
+                with distributed.collective():
+                    scaler.scale(part["loss"] / len(parts)).backward()
             losses = {name: losses.get(name, 0) + value.detach().float() / len(parts) for name, value in part.items()}
     except UserError:
         _put_back(model.buffers(), kept)  # running statistics have seen the parts before
@@ -231,8 +234,8 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: RunLog, stop: Stop) ->
     gallery = Gallery(val)
     batch, mode = exp.evaluate.batch, exp.evaluate.mode
     remedy = f"lower evaluate.batch ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
-    distributed.broadcast(list(run.model.buffers()))  # running statistics of the first process count
     with averaged(run.model, run.average), _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
+        distributed.broadcast(list(run.model.buffers()))  # running statistics of the first process count
         results = evaluate(
             run.model,
             val,
@@ -349,7 +352,7 @@ def _enough_memory(message: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise (UserError if distributed.size() == 1 else distributed.AloneError)(message) from None
+        raise UserError(message) from None
 
 
 def _memory_for_training(exp: Experiment) -> str:
