@@ -1,0 +1,87 @@
+"""Time DDRNet's forms for inference on the CPU against the plain one, in fp32 and bf16.
+
+    python benchmarks/ddrnet_cpu.py [--variant 23_slim] [--size 512 1024] [--threads 1] [--repeats 12]
+
+The forms take turns in one process, so that a busy machine slows them alike. Printed are the best times, their ratio to
+the plain model's and how far the answers are from its own. Times are those of the processor, not of the clock, with one
+thread; of the clock with more. Weights are random, scaled by fan-in, so that maps keep their size from block to block.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.model import DDRNetSegmentor
+from segcore.environment import environment
+
+
+def build(variant: str) -> DDRNetSegmentor:
+    """Return a model in evaluation mode."""
+    torch.manual_seed(0)
+    model = DDRNet(variant=variant).build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model
+
+
+def forms(model: DDRNetSegmentor, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return what to time, the plain form first."""
+    last = torch.channels_last
+    turned, fused = images.to(memory_format=last), model.fuse()
+    fused_last, plain_last = model.fuse().to(memory_format=last), build(model.config.variant).to(memory_format=last)
+
+    def bf16() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused_last(turned)
+
+    half, half_images = model.fuse().to(memory_format=last).bfloat16(), turned.bfloat16()
+    return {
+        "plain": lambda: model(images),
+        "channels_last": lambda: plain_last(turned),
+        "fused": lambda: fused(images),
+        "fused channels_last": lambda: fused_last(turned),
+        "fused channels_last bf16 (autocast)": bf16,
+        "fused channels_last bf16 (weights)": lambda: half(half_images),
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="23_slim", choices=("23_slim", "23", "39"))
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=12)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    images = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0))
+    runs = forms(build(options.variant), images)
+    answers = {name: run().float() for name, run in runs.items()}
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            best[name] = min(best[name], clock() - start)
+    machine = environment()["machine"]["cpu"]
+    print(f"DDRNet-{options.variant}, {options.size[0]}x{options.size[1]}, batch 1, {options.threads} thread(s)")
+    print(f"{machine}, torch {torch.__version__}, best of {options.repeats}")
+    plain = answers["plain"]
+    for name, answer in answers.items():
+        difference = (answer - plain).abs().max().item()
+        same = (answer.argmax(1) == plain.argmax(1)).double().mean().item()
+        ratio = best["plain"] / best[name]
+        print(
+            f"{name:37}{1e3 * best[name]:8.1f} ms {ratio:6.2f}x   logits within {difference:.1e}, {same:.2%} same class"
+        )
+
+
+if __name__ == "__main__":
+    main()

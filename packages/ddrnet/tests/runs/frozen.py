@@ -1,0 +1,62 @@
+"""DDRNet with frozen batch norms for a test of processes: `train frozen.py:frozen --data.root FOLDER`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.model import DDRNetSegmentor
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+class Net(DDRNetSegmentor):
+    """Batch norms keep their statistics, as each process would have its own; float64, so that sums agree closely."""
+
+    def __init__(self, config: DDRNet) -> None:
+        super().__init__(config)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim == 4:  # by fan-in: with statistics that are not the maps' own, these would grow
+                    parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+        self.double()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        return super().predict_steps(images.double(), steps, seeds)
+
+    def losses(self, images, labels, seeds=None, draws=None):
+        return super().losses(images.double(), labels, seeds, draws)
+
+
+@dataclass(frozen=True)
+class Frozen(DDRNet):
+    def build(self):
+        return Net(self)
+
+
+def frozen() -> Experiment:
+    """Return 3 iterations of batch 4 with the plain cross entropy and weighted classes on images of 64x64."""
+    return Experiment(
+        "frozen",
+        Frozen(loss="cross_entropy"),
+        Data("toy", scale=(128, 64), crop=(64, 64), photometric=False, workers=0),
+        Optimizer("sgd", lr=0.01, weight_decay=5e-4),
+        Schedule(iterations=3, power=0.9, warmup_iterations=0),
+        Train(
+            batch=4,
+            max_per_device=2,
+            class_weight="auto",
+            log_every=1,
+            evaluate_every=3,
+            save_every=3,
+            timeout=120,
+        ),
+        Evaluate(scale=(128, 64)),
+    )
