@@ -477,11 +477,11 @@ def _start(command: Parallel, words: list[str], package: str | None) -> None:
     try:
         torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))
     except ChildFailedError as error:
-        killed = {number: -failure.exitcode for number, failure in error.failures.items() if failure.exitcode < 0}
-        for number, by in killed.items():  # these could not say it themselves
-            print(f"process {number} was ended by signal {by} ({signal.Signals(by).name})", file=sys.stderr)
-        status = max(failure.exitcode for failure in error.failures.values())
-        raise SystemExit(status if status > 0 else 128 + max(killed.values())) from None
+        ends = {number: -failure.exitcode for number, failure in error.failures.items()}
+        for number, by in ends.items():
+            if by > 0 and by != signal.SIGTERM:  # it could not say it itself; SIGTERM is torchrun's, for the others
+                print(f"process {number} was ended by signal {by} ({signal.Signals(by).name})", file=sys.stderr)
+        raise SystemExit(-min(ends.values()) if min(ends.values()) < 0 else 128 + max(ends.values())) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
 
