@@ -33,6 +33,7 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
             _start(command, words, package)
         else:
             command.run(package)
+            _leave(0)
     except UserError as error:
         _exit(_news(f"error: {error}" if str(error) else ""), 1)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing may be written at exit either
@@ -139,4 +140,10 @@ def _news(text: str) -> str:
 def _exit(message: str, status: int) -> None:
     if message:
         print(message, file=sys.stderr)
+    _leave(status)
     raise SystemExit(status)
+
+
+def _leave(status: int) -> None:
+    if "segcore.distributed" in sys.modules:  # importing it would import torch
+        sys.modules["segcore.distributed"].leave(status)

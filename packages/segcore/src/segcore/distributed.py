@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -80,6 +81,18 @@ def process_group(timeout: float) -> Iterator[None]:
         dist.barrier()  # nobody leaves while another one still needs it
     dist.destroy_process_group()  # not after an error: it could wait for processes that no longer answer
     _store = None
+
+
+def leave(status: int) -> None:
+    """End this process now if it has ever joined others; otherwise return.
+
+    gloo's threads outlive their group (torch 2.10 to 2.15), and one that still lets go of a Python object aborts an
+    interpreter that is coming to its end.
+    """
+    if _entered:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def local_device() -> torch.device:

@@ -17,3 +17,4 @@ with distributed.process_group(60):
     assert distributed.size() == int(sys.argv[2].rsplit("_", 1)[1])
     if distributed.rank() == 0:
         torch.save({"images": results.images, "matrix": results.confusion["final"]}, sys.argv[2])
+distributed.leave(0)
