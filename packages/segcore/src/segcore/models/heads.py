@@ -10,17 +10,22 @@ from segcore.models.layers import ConvNorm
 
 
 class FPN(nn.Module):
-    """Feature pyramid network (Lin et al. 2017) with GroupNorm and no activation.
+    """Feature pyramid network (Lin et al. 2017) without activations, with GroupNorm or with biases instead.
 
     Maps of decreasing size with `in_channels` each become as many maps with `width` channels: a 1x1 convolution,
-    nearest upsampling added from coarse to fine, then a 3x3 convolution.
+    nearest upsampling added from coarse to fine, then a 3x3 convolution. `groups` None leaves the norms out.
     """
 
-    def __init__(self, in_channels: Sequence[int], width: int, groups: int = 32) -> None:
+    def __init__(self, in_channels: Sequence[int], width: int, groups: int | None = 32) -> None:
         super().__init__()
-        norm = partial(nn.GroupNorm, groups)
-        self.lateral = nn.ModuleList(ConvNorm(c, width, 1, norm) for c in in_channels)
-        self.output = nn.ModuleList(ConvNorm(width, width, 3, norm) for _ in in_channels)
+
+        def conv(channels: int, kernel: int) -> nn.Module:
+            if groups is None:
+                return nn.Conv2d(channels, width, kernel, padding=kernel // 2)
+            return ConvNorm(channels, width, kernel, partial(nn.GroupNorm, groups))
+
+        self.lateral = nn.ModuleList(conv(c, 1) for c in in_channels)
+        self.output = nn.ModuleList(conv(width, 3) for _ in in_channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)

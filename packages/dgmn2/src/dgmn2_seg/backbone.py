@@ -1,0 +1,157 @@
+"""The backbone: four stages of blocks whose tokens attend to nine places around themselves, which they move themselves.
+
+DGMN2 (Zhang, Chen, Arnab, Xue, Torr, arXiv 2209.09760). What looks odd in the position term is what the published
+weights were trained with: see `Position`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from dgmn2_seg.configs import Variant
+from segcore.models.layers import ConvNorm, resize
+from segcore.ops import deform_local_attn
+
+TAPS = 9
+"""Places that a token attends to: a window of 3x3."""
+TABLES = (56, 28, 14, 7)
+"""Sides of the stages' maps in ImageNet training, at 224x224; they set the rows of the position tables."""
+
+
+class Position(nn.Module):
+    """Position term of the attention's logits: q times rows of two learned tables.
+
+    With the tables resized to the map, `x` to W + 8 rows and `y` to H + 8, a query q(i, j) at row i and column j and
+    the tap s, 0 to 8, it is
+
+        q(i, j) · x[W - 1 - j + s] + R(i, j, s)
+
+    where R is q(i, j) · y[H - 1 - i + s] with its spatial axes swapped, as an image of W x H, and resized bilinearly to
+    H x W. So it depends on a query's own row and column and the tap's number, not on where the tap lies, and the second
+    term of a square map belongs to the query at the mirrored place (j, i). Neither is corrected: the published weights
+    have learned it.
+    """
+
+    def __init__(self, side: int, channels: int) -> None:
+        """`side` is that of the map that the tables are made for, `channels` that of a head."""
+        super().__init__()
+        self.y, self.x = (nn.Parameter(torch.randn(side + TAPS - 1, channels) * channels**-0.5) for _ in range(2))
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Return (B, M, H * W, 9) for queries (B, H, W, M, D) of M heads, which are not scaled."""
+        height, width = q.shape[1:3]
+        across = torch.einsum("bijmd,jsd->bmijs", q, _rows(self.x, width))
+        down = torch.einsum("bijmd,isd->bmsji", q, _rows(self.y, height)).flatten(0, 1)
+        down = resize(down, (height, width)).unflatten(0, (len(q), -1)).movedim(2, -1)
+        return (across + down).flatten(2, 3)
+
+
+def _rows(table: Tensor, size: int) -> Tensor:
+    """Return (size, 9, D): of a table (rows, D) resized to size + 8 rows, row size - 1 - j + s for each j and s."""
+    wide = resize(table.T[None, :, :, None], (size + TAPS - 1, 1))[0, :, :, 0].T
+    taps, places = (torch.arange(n, device=table.device) for n in (TAPS, size))
+    return wide[size - 1 - places[:, None] + taps]
+
+
+class Attention(nn.Module):
+    """Deformable local attention: softmax over nine bilinear samples of the keys, the mean of those of the values.
+
+    See `segcore.ops.deform_local_attn`. Offsets are those of the tokens, head by head, not of the queries.
+    """
+
+    def __init__(self, width: int, heads: int, side: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.offset = nn.Linear(width // heads, 2 * TAPS)  # shared by the heads
+        self.position = Position(side, width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Return (B, N, C) for tokens (B, N, C), the pixels of a map of height x width row by row."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        offset = self.offset(x.unflatten(2, (self.heads, -1)))
+        bias = self.position(q.unflatten(1, (height, width)))
+        return self.proj(deform_local_attn(q, k, v, offset, bias, height=height, width=width).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int, ratio: int, side: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, side)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        layers = {"fc1": nn.Linear(width, ratio * width), "act": nn.GELU(), "fc2": nn.Linear(ratio * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Return tokens (B, N, C) for tokens (B, N, C)."""
+        x = x + self.drop_path(self.attention(self.norm1(x), height, width))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Convolutions of 3x3, which may halve the map, then blocks. There is no norm at the end."""
+
+    def __init__(
+        self, channels: tuple[int, ...], strides: tuple[int, ...], heads: int, ratio: int, side: int, drops: list[float]
+    ) -> None:
+        """`channels` are those before and after each convolution; there is a block for each of `drops`."""
+        super().__init__()
+        self.embed = nn.Sequential(
+            *(
+                ConvNorm(before, after, 3, nn.BatchNorm2d, nn.ReLU(inplace=True), stride=stride)
+                for (before, after), stride in zip(pairwise(channels), strides, strict=True)
+            )
+        )
+        self.blocks = nn.ModuleList(Block(channels[-1], heads, ratio, side, drop) for drop in drops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map (N, C, H / stride, W / stride), rounded up, for a map (N, channels[0], H, W)."""
+        x = self.embed(x)
+        height, width = x.shape[2:]
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens, height, width)
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Backbone(nn.Module):
+    """Four stages, whose maps are at 1/4, 1/8, 1/16 and 1/32 of the images' size, or with `dense` at 1/4 and three 1/8.
+
+    The parameters are the same either way.
+    """
+
+    def __init__(self, variant: Variant, in_channels: int = 3, *, dense: bool = False, drop_path: float = 0.0) -> None:
+        super().__init__()
+        depths, widths = variant.depths, variant.widths
+        drops = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        half = widths[0] // 2
+        channels = [(in_channels, half, half, widths[0]), *pairwise(widths)]
+        late = 1 if dense else 2
+        strides = [(2, 1, 2), (2,), (late,), (late,)]
+        sizes = zip(channels, strides, depths, variant.heads, variant.ratios, TABLES, strict=True)
+        self.stages = nn.ModuleList(
+            Stage(c, s, heads, ratio, side, [next(drops) for _ in range(depth)])
+            for c, s, depth, heads, ratio, side in sizes
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of the four stages (N, C_i, H_i, W_i) for images (N, C, H, W)."""
+        maps, x = [], images
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps

@@ -1,0 +1,105 @@
+"""The published Cityscapes rows: crops of 769x769, 8 images per iteration, sliding windows over 1025x2049."""
+
+from pathlib import Path
+
+from dgmn2_seg.configs import DGMN2, Head, Size
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+def recipe(head: Head, size: Size) -> Experiment:
+    """Return the 40k recipe: one learning rate and decay for all parameters, no warm-up, no stochastic depth."""
+    return Experiment(
+        name=f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes",
+        model=DGMN2(backbone=size, head=head),
+        data=Data("cityscapes", Path("data/cityscapes"), scale=(2049, 1025), crop=(769, 769)),
+        optimizer=Optimizer("adamw", lr=1e-4, weight_decay=1e-4),
+        schedule=Schedule(iterations=40_000, power=0.9, warmup_iterations=0),
+        train=Train(
+            batch=8,
+            max_per_device=2,
+            init=f"official:dgmn2_{size}_imagenet",
+            evaluate_every=4_000,
+            save_every=4_000,
+        ),
+        evaluate=Evaluate(scale=(2049, 1025), mode="slide", crop=(769, 769), stride=(513, 513)),
+    )
+
+
+def fpn_dgmn2_tiny_4x2_769x769_40k_cityscapes() -> Experiment:
+    """Semantic FPN, DGMN2-Tiny."""
+    return recipe("fpn", "tiny")
+
+
+def fpn_dgmn2_small_4x2_769x769_40k_cityscapes() -> Experiment:
+    """Semantic FPN, DGMN2-Small."""
+    return recipe("fpn", "small")
+
+
+def fpn_dgmn2_medium_4x2_769x769_40k_cityscapes() -> Experiment:
+    """Semantic FPN, DGMN2-Medium."""
+    return recipe("fpn", "medium")
+
+
+def fpn_dgmn2_large_4x2_769x769_40k_cityscapes() -> Experiment:
+    """Semantic FPN, DGMN2-Large."""
+    return recipe("fpn", "large")
+
+
+def setr_naive_dgmn2_tiny_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-Naive, DGMN2-Tiny."""
+    return recipe("setr_naive", "tiny")
+
+
+def setr_naive_dgmn2_small_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-Naive, DGMN2-Small."""
+    return recipe("setr_naive", "small")
+
+
+def setr_naive_dgmn2_medium_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-Naive, DGMN2-Medium."""
+    return recipe("setr_naive", "medium")
+
+
+def setr_naive_dgmn2_large_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-Naive, DGMN2-Large."""
+    return recipe("setr_naive", "large")
+
+
+def setr_pup_dgmn2_tiny_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-PUP, DGMN2-Tiny."""
+    return recipe("setr_pup", "tiny")
+
+
+def setr_pup_dgmn2_small_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-PUP, DGMN2-Small."""
+    return recipe("setr_pup", "small")
+
+
+def setr_pup_dgmn2_medium_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-PUP, DGMN2-Medium."""
+    return recipe("setr_pup", "medium")
+
+
+def setr_pup_dgmn2_large_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-PUP, DGMN2-Large."""
+    return recipe("setr_pup", "large")
+
+
+def setr_mla_dgmn2_tiny_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-MLA, DGMN2-Tiny."""
+    return recipe("setr_mla", "tiny")
+
+
+def setr_mla_dgmn2_small_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-MLA, DGMN2-Small."""
+    return recipe("setr_mla", "small")
+
+
+def setr_mla_dgmn2_medium_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-MLA, DGMN2-Medium."""
+    return recipe("setr_mla", "medium")
+
+
+def setr_mla_dgmn2_large_4x2_769x769_40k_cityscapes() -> Experiment:
+    """SETR-MLA, DGMN2-Large."""
+    return recipe("setr_mla", "large")

@@ -1,0 +1,27 @@
+"""A small DGMN2 on generated street scenes: what `dgmn2-seg demo` trains, on a laptop's CPU, from scratch."""
+
+from pathlib import Path
+
+from dgmn2_seg.configs import DGMN2
+from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+
+
+def fpn_dgmn2_nano_toy() -> Experiment:
+    """Semantic FPN on a narrow backbone with one block per stage."""
+    return Experiment(
+        name="fpn_dgmn2_nano_toy",
+        model=DGMN2(backbone="nano", head="fpn"),
+        data=Data(
+            "toy",
+            Path("data/toy"),
+            scale=(512, 256),
+            ratio_range=(0.8, 1.25),
+            crop=(256, 512),
+            photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
+            workers=0,
+        ),
+        optimizer=Optimizer("adamw", lr=1e-3, weight_decay=0.01),
+        schedule=Schedule(iterations=420, power=0.9, warmup_iterations=40),
+        train=Train(batch=2, max_per_device=2, log_every=10, evaluate_every=420, save_every=100),
+        evaluate=Evaluate(scale=(512, 256), batch=2),
+    )
