@@ -39,7 +39,8 @@ def filled(model):
 
 def compute():
     """Return every reference value by name."""
-    images, values = normal("image", (2, 3, 57, 90)), {}
+    # No sample and no ReLU of this image is so near its kink that rounding could change the gradients.
+    images, values = normal("image4", (2, 3, 57, 90)), {}
     labels = torch.arange(2 * 57 * 90).view(2, 57, 90) // 50 % 20
     labels[labels == 19] = 255
     with torch.no_grad():

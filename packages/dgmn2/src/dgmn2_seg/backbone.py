@@ -44,18 +44,28 @@ class Position(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """Return (B, M, H * W, 9) for queries (B, H, W, M, D) of M heads, which are not scaled."""
-        height, width = q.shape[1:3]
-        across = torch.einsum("bijmd,jsd->bmijs", q, _rows(self.x, width))
-        down = torch.einsum("bijmd,isd->bmsji", q, _rows(self.y, height)).flatten(0, 1)
-        down = resize(down, (height, width)).unflatten(0, (len(q), -1)).movedim(2, -1)
-        return (across + down).flatten(2, 3)
+        size = q.shape[1:3]
+        across = _products(q.movedim(2, 0), self.x).permute(1, 3, 2, 0, 4)
+        down = _products(q.movedim(1, 0), self.y).permute(1, 3, 4, 2, 0)
+        down = resize(_flat(down, 1, 2), size).unflatten(1, (-1, TAPS)).movedim(2, -1)
+        return _flat(across + down, 2, 3)
 
 
-def _rows(table: Tensor, size: int) -> Tensor:
-    """Return (size, 9, D): of a table (rows, D) resized to size + 8 rows, row size - 1 - j + s for each j and s."""
-    wide = resize(table.T[None, :, :, None], (size + TAPS - 1, 1))[0, :, :, 0].T
-    taps, places = (torch.arange(n, device=table.device) for n in (TAPS, size))
-    return wide[size - 1 - places[:, None] + taps]
+def _products(q: Tensor, table: Tensor) -> Tensor:
+    """Return (S, …, 9): of queries (S, …, D) along an axis of S places, their products with the rows of their place.
+
+    The table (rows, D) is resized to S + 8 rows; place p has the nine rows from S - 1 - p on.
+    """
+    size = q.shape[0]
+    wide = resize(table.T[None, :, :, None], (size + TAPS - 1, 1))[0, :, :, 0]
+    places, taps = (torch.arange(n, device=table.device) for n in (size, TAPS))
+    rows = wide[:, size - 1 - places[:, None] + taps]
+    return torch.bmm(_flat(q, 1, -2), rows.transpose(0, 1)).unflatten(1, q.shape[1:-1])
+
+
+def _flat(x: Tensor, start: int, end: int) -> Tensor:
+    """Flatten a contiguous copy: conditions on strides would become ones on the sizes that an export takes."""
+    return x.clone(memory_format=torch.contiguous_format).flatten(start, end)
 
 
 class Attention(nn.Module):

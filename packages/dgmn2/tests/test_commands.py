@@ -1,0 +1,111 @@
+"""The commands on real files, as far as they are DGMN2's own: ImageNet weights, resuming, sliding windows, export."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segcore
+from segcore.cli import main
+from segcore.data.toy import generate
+from segcore.training.checkpoint import newest, read_model_state
+
+CONFIG = "fpn_dgmn2_nano_toy"
+SMALL = [
+    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch=2", "--train.max-per-device=1",
+    "--data.crop", "65", "97", "--data.scale", "129", "65", "--evaluate.scale", "129", "65",
+    "--evaluate.mode=slide", "--evaluate.crop", "65", "65", "--evaluate.stride", "43", "43",
+]  # fmt: skip
+ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    generate(root, train=3, val=2, height=64, width=128)
+    return root
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Start weights of the backbone as classification training saves them."""
+    model = segcore.load_experiment(CONFIG).model.build()
+    names = model.official_names()
+    state = {names[n].removeprefix("backbone."): t for n, t in model.state_dict().items() if n.startswith("backbone.")}
+    path = tmp_path_factory.mktemp("weights") / "imagenet.pth"
+    torch.save({"model": {**state, "head.weight": torch.zeros(9, 192)}, "epoch": 300}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(toy, imagenet, tmp_path_factory):
+    """A finished training run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init={imagenet}"]
+    main("dgmn2_seg", [*words, *SMALL, *ITERATIONS])
+    return folder
+
+
+def refused(capsys, *words):
+    """Run a command that must end with status 1 and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as end:
+        main("dgmn2_seg", [str(word) for word in words])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, imagenet, tmp_path):
+    """Dropout is on: its draws come back, too."""
+    shutil.copytree(run, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", f"--train.init={imagenet}"]
+    main("dgmn2_seg", [*words, *SMALL, *ITERATIONS, "--resume"])
+    whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
+    assert newest(tmp_path / "cut").name == "iter_3"
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_test_and_predict(run, toy, tmp_path):
+    words = [f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", "--multi-scale"]
+    main("dgmn2_seg", ["test", CONFIG, str(run), *words, *SMALL])
+    assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["final"]
+    cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8))
+    main("dgmn2_seg", ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL])
+    assert np.array(Image.open(tmp_path / "out" / "a.png")).shape == (70, 90)
+
+
+SETR = [pytest.param(f"setr_{name}", marks=pytest.mark.slow) for name in ("naive", "pup", "mla")]
+
+
+@pytest.mark.parametrize("head", ["fpn", *SETR])
+def test_export_for_any_size(head, tmp_path, capsys):
+    """The command compares the file with the model, at two sizes, before it writes it."""
+    weights, path = tmp_path / "weights.pth", tmp_path / "model.pt2"
+    exp = segcore.load_experiment(CONFIG).with_overrides([f"model.head={head}"])
+    torch.save(exp.model.build().state_dict(), weights)
+    words = ["export", CONFIG, str(weights), str(path), "--size=64x96", "--dynamic", f"--model.head={head}"]
+    main("dgmn2_seg", [*words, *SMALL])
+    assert "1x3x64x96: logits within" in capsys.readouterr().out
+    assert path.exists()
+
+
+def test_wrong_wishes(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    row = "setr_mla_dgmn2_tiny_4x2_769x769_40k_cityscapes"
+    line = refused(capsys, "test", row, "official", "--offline", "--device=cpu")
+    assert str(tmp_path / f"{row}.pth") in line
+    assert "1EpgGGDzRzwMslW07ML93fO0VgIKbqFWr" in line
+    line = refused(capsys, "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
+    assert "dgmn2_tiny_imagenet.pth" in line or "data/cityscapes" in line
+    assert "name the configuration" in refused(capsys, "test", CONFIG, run, "--model.head=setr_pup", *SMALL)
+
+
+def test_bench_shows_the_fused_model(capsys):
+    main("dgmn2_seg", ["bench", CONFIG, "--sizes=64x64", "--repeats=1", "--warmup=1", "--device=cpu"])
+    assert "fused" in capsys.readouterr().out
