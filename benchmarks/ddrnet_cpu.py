@@ -4,7 +4,8 @@
 
 The forms take turns in one process, so that a busy machine slows them alike. Printed are the best times, their ratio to
 the plain model's and how far the answers are from its own. Times are those of the processor, not of the clock, with one
-thread; of the clock with more. Weights are random, scaled by fan-in, so that maps keep their size from block to block.
+thread; of the clock with more. The last column is the arithmetic done per second; below the table stands that of a
+single large convolution, in which there is nothing else to save. Weights are random, scaled by fan-in, so that maps keep their size from block to block.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddrnet_seg.configs import DDRNet
 from ddrnet_seg.model import DDRNetSegmentor
@@ -51,6 +53,13 @@ def forms(model: DDRNetSegmentor, images: Tensor) -> dict[str, Callable[[], Tens
     }
 
 
+def convolution(dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """Return a 3x3 convolution of 256 channels on 64x64 pixels, channels-last, and its floating-point operations."""
+    layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(dtype=dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, 256, 64, 64).to(dtype=dtype, memory_format=torch.channels_last)
+    return lambda: layer(x), 2 * 9 * 256 * 256 * 64 * 64
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +72,14 @@ def main() -> None:
     clock = time.process_time if options.threads == 1 else time.perf_counter
     images = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0))
     runs = forms(build(options.variant), images)
-    answers = {name: run().float() for name, run in runs.items()}
+    with FlopCounterMode(display=False) as counter:
+        answers = {"plain": runs["plain"]()}
+    answers |= {name: run().float() for name, run in runs.items() if name != "plain"}
+    operations = dict.fromkeys(runs, counter.get_total_flops())
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"one convolution in {str(dtype)[6:]}"
+        runs[name], operations[name] = convolution(dtype)
+        runs[name]()
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(options.repeats):
         for name, run in runs.items():
@@ -74,12 +90,18 @@ def main() -> None:
     print(f"DDRNet-{options.variant}, {options.size[0]}x{options.size[1]}, batch 1, {options.threads} thread(s)")
     print(f"{machine}, torch {torch.__version__}, best of {options.repeats}")
     plain = answers["plain"]
-    for name, answer in answers.items():
+    for name in runs:
+        rate = f"{operations[name] / best[name] / 1e9:6.1f} GFLOP/s"
+        if name not in answers:
+            print(f"{name:37}{rate:>72}")
+            continue
+        answer = answers[name]
         difference = (answer - plain).abs().max().item()
         same = (answer.argmax(1) == plain.argmax(1)).double().mean().item()
         ratio = best["plain"] / best[name]
         print(
-            f"{name:37}{1e3 * best[name]:8.1f} ms {ratio:6.2f}x   logits within {difference:.1e}, {same:.2%} same class"
+            f"{name:37}{1e3 * best[name]:8.1f} ms {ratio:6.2f}x   logits within {difference:.1e}, {same:7.2%} same class"
+            f" {rate}"
         )
 
 

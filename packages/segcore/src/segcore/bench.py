@@ -63,11 +63,11 @@ class Settings:
     """Timed passes, at least 1."""
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Return (height, width) of "HxW". Raises UserError when it is none."""
+def parse_size(text: str, option: str = "--sizes") -> tuple[int, int]:
+    """Return (height, width) of "HxW". Raises UserError, which names the option, when it is none."""
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal()) or not (int(height) and int(width)):
-        raise UserError(f"--sizes {text}: not a size; write HEIGHTxWIDTH, such as 512x1024")
+        raise UserError(f"{option} {text}: not a size; write HEIGHTxWIDTH, such as 512x1024")
     return int(height), int(width)
 
 

@@ -27,6 +27,7 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
     try:
         command = parse(words, package)
         if isinstance(command, Parallel) and command.gpus is not None:
