@@ -5,7 +5,8 @@
 The forms take turns in one process, so that a busy machine slows them alike. Printed are the best times, their ratio to
 the plain model's and how far the answers are from its own. Times are those of the processor, not of the clock, with one
 thread; of the clock with more. The last column is the arithmetic done per second; below the table stands that of a
-single large convolution, in which there is nothing else to save. Weights are random, scaled by fan-in, so that maps keep their size from block to block.
+single large convolution, which is what the machine can do. Weights are random, scaled by fan-in, so that maps keep
+their size from block to block.
 """
 
 import argparse
@@ -100,8 +101,8 @@ def main() -> None:
         same = (answer.argmax(1) == plain.argmax(1)).double().mean().item()
         ratio = best["plain"] / best[name]
         print(
-            f"{name:37}{1e3 * best[name]:8.1f} ms {ratio:6.2f}x   logits within {difference:.1e}, {same:7.2%} same class"
-            f" {rate}"
+            f"{name:37}{1e3 * best[name]:8.1f} ms {ratio:6.2f}x   "
+            f"logits within {difference:.1e}, {same:7.2%} same class {rate}"
         )
 
 

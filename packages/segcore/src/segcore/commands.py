@@ -196,7 +196,8 @@ class Export(Command):
         from segcore.bench import parse_size
 
         exp = self.experiment
-        height, width = parse_size(self.size, "--size") if self.size else (exp.evaluate.scale or exp.data.crop[::-1])[::-1]
+        size = (exp.evaluate.scale or exp.data.crop[::-1])[::-1]
+        height, width = parse_size(self.size, "--size") if self.size else size
         settings = export.Settings(height, width, self.batch, self.dynamic)
         model = load_model(self, self.checkpoint, torch.device("cpu"))
         for check in export.export(model, exp, self.output, settings):
