@@ -19,7 +19,7 @@ nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint"]
 
-PACKAGES = ("packages/segcore", "packages/ddp", "packages/ddrnet", "packages/dgmn2")
+PACKAGES = ("packages/segcore", "packages/ddp", "packages/ddps", "packages/ddrnet", "packages/dgmn2")
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""

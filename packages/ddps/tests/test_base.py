@@ -1,0 +1,133 @@
+"""The base models compute what MMSegmentation computes: features and logits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import segcore
+from ddps_seg.backbones import build
+from ddps_seg.configs.stock import rows
+from ddps_seg.official import IMAGENET, STOCK
+from segcore.experiment import published
+from segcore.training.optimizer import param_settings
+
+GOLDEN = {"r50": "deeplabv3plus_r50-d8_512x512_160k_ade20k", "m-v2": "deeplabv3plus_m-v2-d8_512x512_160k_ade20k"}
+
+
+def normal(seed, shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+def test_mit_features(golden, fill, manifest, variant):
+    name = f"segformer_mit-{variant}_512x512_160k_ade20k"
+    shapes = {k.removeprefix("backbone."): v for k, v in manifest(name)["state_dict"].items() if k[:9] == "backbone."}
+    backbone = build(f"mit_{variant}").eval()
+    ours = {official: name for name, official in backbone.official_names().items()}
+    backbone.load_state_dict({ours[k]: v for k, v in fill(shapes).items()})
+    expected = golden("mit_features")
+    for stage, x in enumerate(backbone(expected["input"])):
+        torch.testing.assert_close(x, expected[f"{variant}_stage{stage}"], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_deeplab_features_and_logits(golden, filled, kind):
+    g, model = golden("deeplabv3plus"), filled(GOLDEN[kind])
+    maps = model.backbone(g["input"])
+    for i, x in enumerate(maps):
+        assert list(x.shape) == g[f"{kind}_feat{i}_shape"].tolist()
+        assert x.std().item() == pytest.approx(g[f"{kind}_feat{i}_std"].item(), abs=1e-5)
+        (name,) = (key for key in g if key.startswith(f"{kind}_feat{i}_every"))
+        torch.testing.assert_close(x[:, :: int(name.rpartition("every")[2])], g[name], atol=2e-5, rtol=0)
+    torch.testing.assert_close(model.classifier(model.encode(g["input"])), g[f"{kind}_logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.auxiliary_head(maps[2])[:, :8], g[f"{kind}_aux_ch0_8"], atol=1e-4, rtol=0)
+
+
+def test_every_manifest_is_a_configuration(reference):
+    names = {path.stem for path in (reference / "ddps" / "manifests").glob("*d8*.json")}
+    names |= {path.stem for path in (reference / "ddps" / "manifests").glob("segformer_mit*.json")}
+    assert {name.replace("-", "_") for name in names} | {"segformer_mit_b5_640x640_160k_ade20k"} == set(rows())
+
+
+@pytest.mark.parametrize("name", rows())
+def test_parameters_equal_the_manifest(manifest, name):
+    exp = segcore.load_experiment(name)
+    expected = manifest(exp.name.replace("640x640", "512x512"))
+    with torch.device("meta"):
+        model = exp.model.build()
+    names = model.official_names()
+    assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == expected["params"]
+
+
+# So that a clone without the reference checks them too: of the backbone alone, and with the head and 19 classes.
+PARAMETERS = {
+    "mit_b0": 3_319_392,
+    "mit_b1": 13_151_424,
+    "mit_b2": 24_196_288,
+    "mit_b3": 44_072_128,
+    "mit_b4": 60_842_688,
+    "mit_b5": 81_443_008,
+    "mobilenet_v2": 1_811_712,
+    "resnet50": 23_527_264,
+    "resnet101": 42_519_392,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(name).parameters()) == PARAMETERS[name]
+
+
+def test_stochastic_depth_grows_linearly():
+    rates = [block.drop_path.drop_prob for stage in build("mit_b0").stages for block in stage.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.1, 8))
+
+
+def test_recipes():
+    exp = segcore.load_experiment("segformer_mit-b2_8x1_1024x1024_160k_cityscapes")
+    assert (exp.train.batch, exp.schedule.iterations, exp.optimizer.lr) == (8, 160_000, 6e-5)
+    assert (exp.evaluate.mode, exp.evaluate.crop, exp.evaluate.stride) == ("slide", (1024, 1024), (768, 768))
+    exp = segcore.load_experiment("segformer_mit-b5_640x640_160k_ade20k")
+    assert (exp.data.crop, exp.data.scale, exp.evaluate.scale) == ((640, 640), (2048, 640), (2048, 640))
+    exp = segcore.load_experiment("deeplabv3plus_m-v2-d8_512x1024_80k_cityscapes")
+    assert (exp.train.batch, exp.schedule.iterations, exp.schedule.min_lr, exp.optimizer.lr) == (8, 80_000, 1e-4, 0.01)
+
+
+def test_learning_rates_follow_the_published_names():
+    exp = segcore.load_experiment("segformer_mit-b0_512x512_160k_ade20k")
+    with torch.device("meta"):
+        names = exp.model.build().official_names().values()
+    settings = param_settings(names, exp.optimizer)
+    assert settings["decode_head.convs.0.conv.weight"] == (pytest.approx(6e-4), 0.01)
+    assert settings["backbone.layers.0.1.0.norm1.weight"] == (6e-5, 0.0)
+    assert settings["backbone.layers.0.1.0.attn.attn.in_proj_weight"] == (6e-5, 0.01)
+
+
+def test_figures_equal_the_published_list(reference):
+    found = [r for r in json.loads((reference / "published.json").read_text()) if "stock_base" in r]
+    assert {r["stock_base"].replace("-", "_") for r in found} == set(STOCK)
+    for row in found:
+        ours = published(row["stock_base"])
+        assert list(ours.miou.values()) == list(row["metrics"].values())
+        assert ours.url == row["checkpoint"]
+
+
+def test_start_weights_have_a_source():
+    for build_row in rows().values():
+        exp = build_row()
+        assert exp.train.init.removeprefix("official:") in IMAGENET or "." in exp.train.init
+
+
+@pytest.mark.parametrize("name", ["mit_b0", "mobilenet_v2", "resnet50"])
+def test_imagenet_weights_load_under_published_names(name):
+    source, target = build(name), build(name)
+    state = {source.official_names()[k]: v for k, v in source.state_dict().items()}
+    report = target.load_pretrained({**state, "head.fc.weight": torch.ones(3)})
+    assert report.loaded == len(state)
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
