@@ -234,7 +234,10 @@ class DDPSegmentor(Segmentor):
 
         With `accumulation` the entries are probability maps instead of logits, as published.
         """
-        features, counts = self.encode(images), steps or (self.config.timesteps,)
+        counts = steps or (self.config.timesteps,)
+        if min(counts) < 1:
+            raise UserError(f"evaluate.steps has {min(counts)}; DDP takes at least 1 step")
+        features = self.encode(images)
         noise, step_noise = self.draw_noise(features, seeds, max(counts))
         answers = (self.denoise(features, noise, steps=count, step_noise=step_noise) for count in counts)
         return {str(count): resize(answer, images.shape[-2:]) for count, answer in zip(counts, answers, strict=True)}

@@ -163,6 +163,8 @@ class Train:
     """Compile the training step with torch.compile: minutes at the start, then faster, on a GPU above all."""
     ema: float | None = None
     """Decay, 0..1, of an average of the weights over the iterations: what is evaluated and saved then. None: off."""
+    ema_every: int = 1
+    """Iterations between two updates of that average."""
     timeout: float = 600.0
     """Seconds after which a process of several that the others wait for ends the run."""
     log_every: int = 50
@@ -192,10 +194,11 @@ class Evaluate:
     batch: int = 1
     """Images per forward pass, where sizes are equal."""
     steps: tuple[int, ...] = ()
-    """Sampling steps to report, one column each; empty: as the model is configured. Methods without steps ignore it."""
+    """What to report of the sampling, one column each: DDP's numbers of steps, DDPS's timesteps. Empty: the configured
+    answer. Methods without steps ignore it."""
     until_converged: float | None = None
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
-    metrics: tuple[Literal["mIoU", "mDice", "mFscore"], ...] = ("mIoU",)
+    metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
 
 
 def multi_scale(evaluate: Evaluate) -> Evaluate:
@@ -305,12 +308,16 @@ def _arguments(name: str, value: str, several: bool) -> list[str]:
 
 _COUNTS = (
     *("model.num_classes", "data.channels", "data.scale", "data.crop", "schedule.iterations", "schedule.step"),
-    *("train.batch", "train.max_per_device", "train.log_every", "train.save_every", "train.keep"),
-    *("evaluate.scale", "evaluate.crop", "evaluate.stride", "evaluate.batch", "evaluate.steps"),
+    *("train.batch", "train.max_per_device", "train.ema_every", "train.log_every", "train.save_every", "train.keep"),
+    *("evaluate.scale", "evaluate.crop", "evaluate.stride", "evaluate.batch"),
 )
 _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda v: v >= 1, _COUNTS),
-    ("at least 0", lambda v: v >= 0, ("data.workers", "schedule.warmup_iterations", "train.evaluate_every")),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        ("data.workers", "schedule.warmup_iterations", "train.evaluate_every", "evaluate.steps"),
+    ),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip",)),
     ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.until_converged",)),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),

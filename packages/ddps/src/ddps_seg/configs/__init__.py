@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from segcore.errors import UserError
 from segcore.experiment import Experiment, Model
 
 if TYPE_CHECKING:
     from ddps_seg.base import BaseSegmentor
+    from ddps_seg.model import DDPSSegmentor
 
 Backbone = Literal[
     "mit_b0",
@@ -55,8 +57,67 @@ class Base(Encoder):
         return BaseSegmentor(self)
 
 
+@dataclass(frozen=True)
+class DDPS(Encoder):
+    """The mask prior on a base model's features. Class 0 is background: `data.background` puts it there."""
+
+    num_classes: int = 151
+    """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
+    single_step: bool = False
+    """The single-step variant, which the multi-step training starts from: one pass on a random label map."""
+    width: int = 256
+    """Channels of the UNet, a multiple of 8."""
+    multipliers: tuple[int, ...] = (1, 1, 1)
+    """Width of each of the UNet's levels, in multiples of `width`."""
+    output_width: int = 256
+    """Channels that the classifier sees."""
+    embedding_width: int = 16
+    """Channels of the label embedding."""
+    train_labels: bool = False
+    """Train the label embedding, which the published models leave at its random start values."""
+    timesteps: int = 100
+    """Diffusion timesteps T, those of the checkpoint."""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    other_timesteps: bool = False
+    """Accept weights trained with another number of timesteps and keep this schedule, as the official loader does."""
+    freeze: Literal["published", "eval", "none"] = "published"
+    """The base model's part in training. published: no gradients, but in training mode: batch statistics, which are
+    also averaged, and stochastic depth; eval: as in testing; none: it trains along."""
+    condition_dropout: float = 0.0
+    """Share of the training images whose condition is zero; guidance needs it."""
+    inference_timesteps: int | None = None
+    """Timesteps to run: every (T // this)-th, and the last one. None: all."""
+    mode: Literal["q_pred", "q_posterior", "bayes"] = "q_pred"
+    """Next map: q_pred, the answer with fresh noise; q_posterior, as published (not Bayes' rule, see the README);
+    bayes, the exact posterior."""
+    guidance_scale: float = 1.0
+    """g in (1 + g) * logits - g * logits without condition, in mode q_pred; 1 means off."""
+    suppress_background: bool = False
+    """Never answer background."""
+
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise UserError(f"model.width is {self.width}; it must be a multiple of 8")
+        if self.timesteps < 2:
+            raise UserError(f"model.timesteps is {self.timesteps}; it must be at least 2")
+        if self.inference_timesteps is not None and self.inference_timesteps < 1:
+            raise UserError(f"model.inference_timesteps is {self.inference_timesteps}; it must be at least 1")
+        if not 0 <= self.condition_dropout < 1:
+            raise UserError(f"model.condition_dropout is {self.condition_dropout}; it must be at least 0 and below 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"model.multipliers are {self.multipliers}; give one or more whole numbers above 0")
+        if self.guidance_scale != 1 and self.mode != "q_pred":
+            raise UserError(f"model.guidance_scale works in model.mode q_pred, not {self.mode}; set it to 1")
+
+    def build(self) -> DDPSSegmentor:
+        """Return the model with random weights; downloads nothing."""
+        from ddps_seg.model import DDPSSegmentor
+
+        return DDPSSegmentor(self)
+
+
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddps_seg.configs import stock
+    from ddps_seg.configs import rows, stock
 
-    return {**stock.rows()}
+    return {**rows.rows(), **stock.rows()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -151,6 +151,16 @@ class Segmentor(nn.Module, ABC):
         A method that starts from ImageNet weights overrides this; the default raises ValueError.
         """
         raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
+
+    def load_start(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
+        """Load start weights that are not those of a whole model; return which part they are of, and the report.
+
+        Here that is the backbone; what is beside `backbone.*`, an ImageNet classifier, is dropped.
+        """
+        backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")} or state
+        report = self.load_backbone(backbone)
+        rest = tuple(name for name in state if name not in backbone)
+        return "backbone only", replace(report, dropped=report.dropped + rest)
 
     def is_whole(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether start weights `state` are those of a whole model, not of a backbone alone."""

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 Average = dict[str, Tensor]
-"""Name -> averaged value of every floating entry of a state dict; the others are not averaged."""
+"""Name -> averaged value of every floating entry of a state dict that is finite; the others are not averaged."""
 
 
 def start_average(model: nn.Module) -> Average:
     """Return the average before the first step: the weights as they are."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    state = {name: value.detach() for name, value in model.state_dict().items() if value.is_floating_point()}
+    # A table may hold an infinity, whose mean with itself is NaN.
+    return {name: value.clone() for name, value in state.items() if value.isfinite().all()}
 
 
 @torch.no_grad()

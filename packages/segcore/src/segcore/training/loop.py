@@ -213,7 +213,8 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
             clip_grads_with_norm_(model.parameters(), exp.optimizer.clip_norm, norm)
         scaler.step(optimizer)
         meter.add({**losses, "grad_norm": norm})
-        if run.average is not None and exp.train.ema is not None:
+        due = (run.iteration + 1) % exp.train.ema_every == 0
+        if due and run.average is not None and exp.train.ema is not None:
             update_average(run.average, model, exp.train.ema)
     else:
         meter.skipped += 1

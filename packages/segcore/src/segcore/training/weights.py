@@ -7,7 +7,6 @@ Everything here treats a file as untrusted: safetensors have no code in them, an
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import os
 import pickle
@@ -119,7 +118,7 @@ def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
 
     `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file that has nothing of the
     model outside its backbone (timm names, or `backbone.*` as OpenMMLab's ImageNet files have) goes to
-    `model.load_backbone`. Raises ValueError when there is no such thing, it cannot be had offline, or it does not fit.
+    `model.load_start`. Raises ValueError when there is no such thing, it cannot be had offline, or it does not fit.
     """
     import timm  # takes seconds, and only start weights need it
 
@@ -130,11 +129,9 @@ def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
         state, source = read_state(path), str(path)
     if model.is_whole(state):
         return f"{source}: {_load(model, state, source)}"
-    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")} or state
     with _naming(source):
-        report = model.load_backbone(backbone)
-    rest = tuple(name for name in state if name not in backbone)  # the ImageNet classifier
-    return f"{source}: backbone only: {dataclasses.replace(report, dropped=report.dropped + rest)}"
+        part, report = model.load_start(state)
+    return f"{source}: {part}: {report}"
 
 
 def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:

@@ -1,0 +1,119 @@
+"""Discrete diffusion of label maps with uniform transitions (arXiv 2306.01721, section 3; D3PM, arXiv 2107.03006).
+
+Every class, background included, is a state; a step of noise keeps a label or draws a new one uniformly. A noise index
+k runs from 0 (cleanest) to T - 1 (all but uniform), and -1 means no noise. The network's timestep t runs the other way:
+t = 0 is the noisiest map, and k = T - 1 - t.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["linear", "cosine"]
+Mode = Literal["q_pred", "q_posterior", "bayes"]
+CLEAN, NOISY = 0.99999, 0.000009
+"""The cumulative keep of the first and of the last noise index."""
+TINY = 1e-30
+"""What stands for a probability of zero."""
+
+
+class Tables(NamedTuple):
+    """Logarithms of keep a and leak b = (1 - a) / K, float32: per step (T,), and cumulative (T + 1,), no noise last."""
+
+    log_at: Tensor
+    log_bt: Tensor
+    log_cumprod_at: Tensor
+    log_cumprod_bt: Tensor
+
+
+def keep_and_leak(timesteps: int, num_classes: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return keep and leak per step (T,), and cumulative (T + 1,), in float32 and in this order of operations."""
+    i = torch.arange(timesteps, device="cpu")
+    if schedule == "linear":
+        kept = i / (timesteps - 1) * (NOISY - CLEAN) + CLEAN
+    else:
+        kept = (torch.cos((i + timesteps) * math.pi * 0.5 / timesteps) + 1) ** 2 * (CLEAN - NOISY) + NOISY
+    at = kept / torch.cat([torch.ones(1, device="cpu"), kept[:-1]])
+    cumulative = torch.cat([kept, torch.ones(1, device="cpu")])
+    return at, (1 - at) / num_classes, cumulative, (1 - cumulative) / num_classes
+
+
+def tables(timesteps: int, num_classes: int, schedule: Schedule) -> Tables:
+    """Return the tables of a schedule."""
+    return Tables(*(values.log() for values in keep_and_leak(timesteps, num_classes, schedule)))
+
+
+def step_list(timesteps: int, wanted: int | None = None) -> list[int]:
+    """Return the network's timesteps of a run, from the noisiest to T - 1, which always comes last.
+
+    `wanted` (None: all) gives the stride T // wanted, so that the number of evaluations is usually another one.
+    """
+    found = list(range(0, timesteps, timesteps // min(timesteps, wanted or timesteps)))
+    return found if found[-1] == timesteps - 1 else [*found, timesteps - 1]
+
+
+def gumbel(uniforms: Tensor) -> Tensor:
+    """Return Gumbel noise for uniform draws in [0, 1)."""
+    return -torch.log(-torch.log(uniforms + TINY) + TINY)
+
+
+def sample(log_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Return labels (N, h, w) drawn from log-probabilities (N, K, h, w), which need not be normalised."""
+    return (gumbel(uniforms) + log_p).argmax(1)
+
+
+def q_pred(labels: Tensor, index: int | Tensor, noise: Tables, uniforms: Tensor) -> Tensor:
+    """Return labels (N, h, w) with the noise of an index, or of one index per image (N,), at once.
+
+    The same draw as `sample(log_q_pred(…), uniforms)` without the (N, K, h, w) in between: among the classes that are
+    alike the one with the greatest uniform number wins, and only that one is to be held against the old label.
+    """
+    uniforms = uniforms.to(labels.device)
+    most, other = uniforms.max(1)
+    own = uniforms.gather(1, labels[:, None])[:, 0]
+    kept, changed = _levels(index, noise, labels)
+    return torch.where(gumbel(own) + kept >= gumbel(most) + changed, labels, other)
+
+
+def log_q_pred(labels: Tensor, index: int | Tensor, noise: Tables, num_classes: int) -> Tensor:
+    """Return log q(x_k | x_0) (N, K, h, w) for labels (N, h, w) and an index or one per image (N,)."""
+    kept, changed = _levels(index, noise, labels)
+    return torch.where(_is(labels, num_classes), kept[:, None], changed[:, None])
+
+
+def log_q_posterior(
+    clean: Tensor, noisy: Tensor, index: int | Tensor, noise: Tables, num_classes: int, *, exact: bool = False
+) -> Tensor:
+    """Return log-probabilities (N, K, h, w) of x_(k-1), not normalised, from labels x_0 and x_k (N, h, w).
+
+    As the published code has it, which is not Bayes' rule: it divides by q(x_k = c | x_0) of each class c instead of
+    the class observed, and so favours the noisy label. With `exact` it is Bayes' rule.
+    """
+    at, bt = _at(noise.log_at, index, noisy), _at(noise.log_bt, index, noisy)
+    tiny = math.log(TINY)
+    same, changed = torch.logaddexp(at, bt), torch.logaddexp(at + tiny, bt)
+    likelihood = torch.where(_is(noisy, num_classes), same[:, None], changed[:, None])
+    before = likelihood + log_q_pred(clean, index - 1, noise, num_classes)
+    if exact:
+        return before
+    return (before - log_q_pred(clean, index, noise, num_classes)).clamp(-70, 0)
+
+
+def _is(labels: Tensor, num_classes: int) -> Tensor:
+    """Return (N, K, h, w) bool: whether the class is the label's."""
+    return labels[:, None] == torch.arange(num_classes, device=labels.device)[:, None, None]
+
+
+def _levels(index: int | Tensor, noise: Tables, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of the old label and of every other one, (N or 1, 1, 1)."""
+    a, b = _at(noise.log_cumprod_at, index, labels), _at(noise.log_cumprod_bt, index, labels)
+    return torch.logaddexp(a, b), torch.logaddexp(a + math.log(TINY), b)
+
+
+def _at(table: Tensor, index: int | Tensor, like: Tensor) -> Tensor:
+    """Return a table's values at an index, or one per image, as (N or 1, 1, 1)."""
+    return table[torch.as_tensor(index, device=table.device)].reshape(-1, 1, 1).to(like.device)

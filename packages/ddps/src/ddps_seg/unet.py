@@ -1,0 +1,248 @@
+"""The network of the mask prior: a time-conditioned UNet with weight-standardised convolutions (arXiv 2306.01721)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
+
+
+class StandardConv(nn.Conv2d):
+    """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
+
+    In evaluation they are standardised once and kept until the weights change.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self._kept: tuple[object, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map (N, out_channels, h, w) for (N, in_channels, h, w)."""
+        return F.conv2d(x, self.standardized(), self.bias, padding=1)
+
+    def standardized(self) -> Tensor:
+        """Return the standardised weights."""
+        weight = self.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+            return standardize(weight)
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable anywhere
+                self._kept = state, standardize(weight)
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> StandardConv:
+        """Forget what is kept: weights may change where no version counts it."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": None}
+
+
+def standardize(weight: Tensor) -> Tensor:
+    """Return weights (O, I, kh, kw) less their mean, over their standard deviation, per output channel."""
+    variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) * (variance + EPS).rsqrt()
+
+
+class ChannelNorm(nn.Module):
+    """Norm over the channels of every pixel, with a gain and without a bias; always in float32 or wider."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the same shape (N, C, h, w)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
+        return ((wide - mean) * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with group norm and SiLU, the first scaled and shifted by the time, and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_width: int) -> None:
+        super().__init__()
+        self.time = nn.Linear(time_width, 2 * out_channels)
+        self.conv1, self.conv2 = StandardConv(in_channels, out_channels), StandardConv(out_channels, out_channels)
+        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, out_channels), nn.GroupNorm(GROUPS, out_channels)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Return a map (N, out_channels, h, w) for (N, in_channels, h, w) and a time embedding (N or 1, E)."""
+        scale, shift = self.time(F.silu(time))[..., None, None].chunk(2, 1)
+        y = self.conv1(x)
+        if len(time) == 1:  # one time for all: scale and shift are a part of the norm's own
+            norm, scale = self.norm1, 1 + scale[0, :, 0, 0]
+            y = F.group_norm(y, GROUPS, norm.weight * scale, norm.bias * scale + shift[0, :, 0, 0], norm.eps)
+        else:
+            y = torch.addcmul(shift, self.norm1(y), scale + 1)
+        y = F.silu(self.norm2(self.conv2(F.silu(y))))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class LinearAttention(nn.Module):
+    """Attention of linear cost in the pixels (Shen et al., arXiv 1812.01243), with norms and a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * HEADS * HEAD_WIDTH, 1, bias=False)
+        self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
+        self.out_norm = ChannelNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the same shape (N, C, h, w)."""
+        q, k, v = _heads(self.qkv(self.norm(x)))  # (N, head, 32, pixels)
+        context = k.softmax(-1) @ v.transpose(2, 3) / v.shape[-1]
+        attended = context.transpose(2, 3) @ (q.softmax(2) * HEAD_WIDTH**-0.5)
+        return x + self.out_norm(self.out(attended.flatten(1, 2).unflatten(2, x.shape[-2:])))
+
+
+class FullAttention(nn.Module):
+    """Softmax attention over all pixels, with a norm and a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * HEADS * HEAD_WIDTH, 1, bias=False)
+        self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the same shape (N, C, h, w)."""
+        q, k, v = (part.transpose(2, 3) for part in _heads(self.qkv(self.norm(x))))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        return x + self.out(attended.flatten(1, 2).unflatten(2, x.shape[-2:]))
+
+
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values (N, head, 32, pixels) of a map (N, 3 * 128, h, w)."""
+    q, k, v = qkv.flatten(2).unflatten(1, (3, HEADS, HEAD_WIDTH)).unbind(1)
+    return q, k, v
+
+
+class Level(nn.Module):
+    """One resolution: two blocks, linear attention, and the convolution to the next resolution or width."""
+
+    def __init__(self, in_channels: int, channels: int, time_width: int, resample: nn.Module) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(in_channels, channels, time_width)
+        self.block2 = ResidualBlock(in_channels, channels, time_width)
+        self.attention = LinearAttention(channels)
+        self.resample = resample
+
+
+class Down(Level):
+    """A level on the way down."""
+
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next level's map, and what the way up takes from here: after the first block and at the end."""
+        first = self.block1(x, time)
+        second = self.attention(self.block2(first, time))
+        return self.resample(second), first, second
+
+
+class Up(Level):
+    """A level on the way up."""
+
+    def forward(self, x: Tensor, second: Tensor, first: Tensor, time: Tensor) -> Tensor:
+        """Return the next level's map from (N, C, h, w) and what the way down left at this size."""
+        x = self.block1(torch.cat([x, second], 1), time)
+        return self.resample(self.attention(self.block2(torch.cat([x, first], 1), time)))
+
+
+class UNet(nn.Module):
+    """Predicts features of the clean label map from features, a noisy label map's embedding and the timestep.
+
+    Resolutions halve once per multiplier but the last; sides are multiples of 2 ** (number of multipliers - 1).
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, multipliers: Sequence[int]) -> None:
+        super().__init__()
+        self.width, time_width = width, 4 * width
+        widths = [width, *(width * multiplier for multiplier in multipliers)]
+        pairs = list(itertools.pairwise(widths))
+        self.stem = nn.Conv2d(in_channels, width, 7, padding=3)
+        self.time1, self.time2 = nn.Linear(width, time_width), nn.Linear(time_width, time_width)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, (a, b) in enumerate(pairs, 1):
+            # The lowest level changes the width only.
+            resample = nn.Conv2d(a, b, 3, padding=1) if level == len(pairs) else nn.Conv2d(a, b, 4, 2, 1)
+            self.downs.append(Down(a, a, time_width, resample))
+        self.middle1 = ResidualBlock(b, b, time_width)
+        self.middle_attention = FullAttention(b)
+        self.middle2 = ResidualBlock(b, b, time_width)
+        for level, (a, b) in enumerate(pairs[::-1], 1):
+            conv = nn.Conv2d(b, a, 3, padding=1)
+            up = conv if level == len(pairs) else nn.Sequential(nn.Upsample(scale_factor=2), conv)
+            self.ups.append(Up(a + b, b, time_width, up))
+        self.last = ResidualBlock(2 * width, width, time_width)
+        self.output = nn.Conv2d(width, out_channels, 1)
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return the embedding (N, 4 * width) of timesteps (N,)."""
+        return self.time2(F.gelu(self.time1(sinusoid(timesteps, self.width).to(self.time1.weight.dtype))))
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Return a map (N, out_channels, h, w) for a map (N, in_channels, h, w) and timesteps (N,)."""
+        return self.body(self.stem(x), self.embed_time(timesteps))
+
+    def body(self, stem: Tensor, time: Tensor) -> Tensor:
+        """Return what follows the stem (N, width, h, w), for a time embedding (N or 1, 4 * width)."""
+        x, saved = stem, list[Tensor]()
+        for down in self.downs:
+            x, *left = down(x, time)
+            saved += left
+        x = self.middle2(self.middle_attention(self.middle1(x, time)), time)
+        for up in self.ups:
+            x = up(x, saved.pop(), saved.pop(), time)
+        return self.output(self.last(torch.cat([x, stem], 1), time))
+
+
+def sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """Return sines and then cosines (N, width) float32 of timesteps (N,), at width / 2 frequencies from 1 to 1e-4."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=timesteps.device) * -(math.log(10000) / (half - 1)))
+    angles = timesteps[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+_RULES = (
+    (r"^stem\.", "init_conv."),
+    (r"^time1\.", "time_mlp.1."),
+    (r"^time2\.", "time_mlp.3."),
+    (r"^(downs|ups)\.(\d)\.block1\.", r"\1.\2.0."),
+    (r"^(downs|ups)\.(\d)\.block2\.", r"\1.\2.1."),
+    (r"^(downs|ups)\.(\d)\.attention\.", r"\1.\2.2."),
+    (r"^(downs|ups)\.(\d)\.resample\.", r"\1.\2.3."),
+    (r"^middle(\d)\.", r"mid_block\1."),
+    (r"^middle_attention\.", "mid_attn."),
+    (r"^last\.", "final_res_block."),
+    (r"^output\.", "final_conv."),
+    (r"\.time\.", ".mlp.1."),
+    (r"\.conv(\d)\.", r".block\1.proj."),
+    (r"\.norm(\d)\.", r".block\1.norm."),
+    (r"\.shortcut\.", ".res_conv."),
+    (r"\.norm\.gain$", ".fn.norm.g"),
+    (r"\.qkv\.", ".fn.fn.to_qkv."),
+    (r"^(mid_attn)\.out\.", r"\1.fn.fn.to_out."),
+    (r"^((?:downs|ups).*)\.out\.", r"\1.fn.fn.to_out.0."),
+    (r"\.out_norm\.gain$", ".fn.fn.to_out.1.g"),
+)
+
+
+def official_name(name: str) -> str:
+    """Return the published name (without `decode_head.unet.`) of a parameter."""
+    for pattern, replacement in _RULES:
+        name = re.sub(pattern, replacement, name)
+    return name
