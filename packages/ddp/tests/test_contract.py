@@ -36,6 +36,11 @@ def test_steps(variant):
     contract.check_steps(build(variant), (1, 2, 3))
 
 
+@pytest.mark.parametrize("variant", ["resnet", "ddpm"])
+def test_diffusion(variant):
+    contract.check_diffusion(build(variant))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backward(variant):
     contract.check_backward(build(variant))

@@ -17,7 +17,10 @@ from ddps_seg.diffusion import (
     sample,
     step_list,
 )
+from segcore.evaluation.evaluate import Results
 from segcore.evaluation.inference import window_boxes
+from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
+from segcore.evaluation.report import summary
 from segcore.experiment import Schedule
 from segcore.models.layers import resize
 from segcore.training.average import start_average, update_average
@@ -290,3 +293,53 @@ def test_averaged_weights(golden):
         swapped = n in (5, 11)
         close(model.weight.detach(), g["ema_buffer_after_iter" if swapped else "weight_after_iter"][n], 1e-6)
         close(average["weight"], g["weight_after_iter" if swapped else "ema_buffer_after_iter"][n], 1e-6)
+
+
+# Metrics
+
+
+def pairs(g, name):
+    """The labels and predictions of a set, in the convention of its configuration."""
+    classes, ignored, _ = g[f"{name}_cfg"].tolist()
+    found = []
+    for i in range(5):
+        label, prediction = g[f"A_label{i}"].long(), g[f"A_pred{i}"].long()
+        if name != "A":
+            prediction = torch.where(prediction == 0, 3, prediction)
+        if name == "B":
+            label, prediction = torch.where(label == 0, 255, label - 1), prediction - 1
+        found.append((prediction, label))
+    return classes, ignored, found
+
+
+@pytest.mark.parametrize("name", ["A", "A_nozero", "B"])
+def test_metrics(golden, name):
+    g = golden("metrics")
+    classes, ignored, found = pairs(g, name)
+    matrix, band = ConfusionMatrix(classes, ignored), BoundaryIoU(classes, ignored)
+    for i, (prediction, label) in enumerate(found):
+        matrix.update(prediction, label)
+        band.update(prediction, label)
+        assert torch.equal(BoundaryIoU(classes, ignored).update(prediction, label).intersection,
+                           g[f"{name}_boundary_intersect"][i].long())  # fmt: skip
+    ours = matrix.compute() | band.compute()
+    torch.testing.assert_close(ours["IoU"], g[f"{name}_IoU"].double(), atol=1e-6, rtol=0, equal_nan=True)
+    torch.testing.assert_close(ours["BIoU"], g[f"{name}_bIoU"].double(), atol=1e-6, rtol=0, equal_nan=True)
+    for key in ("mIoU", "mBIoU", "mAcc", "aAcc"):
+        assert ours[key] == pytest.approx(g[f"{name}_{key}"].item(), abs=1e-6), key
+
+
+def test_printed_line_by_timestep(golden):
+    g = golden("metrics")
+    entries = {}
+    for entry, name in zip(("0", "10", "19"), ("A", "A_nozero", "perfect"), strict=True):
+        classes, ignored, found = pairs(g, "A_nozero" if name == "perfect" else name)
+        matrix, band = ConfusionMatrix(classes, ignored), BoundaryIoU(classes, ignored)
+        for prediction, label in found:
+            prediction = label if name == "perfect" else prediction
+            matrix.update(prediction, label)
+            band.update(prediction, label)
+        entries[entry] = matrix.compute() | band.compute()
+    text = summary(Results(tuple("abcdefg"), entries, 5, configured="19"), ("mIoU", "mBIoU"))
+    table = str(g["eval_summary_table"]).partition("\n\n")[2].strip()
+    assert table.replace("mbIoU", "mBIoU") in text

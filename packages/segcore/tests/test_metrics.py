@@ -219,3 +219,24 @@ def test_counts_give_the_figures_of_the_ddrnet_seed(golden, name):
         np.testing.assert_allclose(figures, seed[f"{name}/running_pixAcc_mIoU"][i], rtol=1e-6)
     np.testing.assert_array_equal(intersect, seed[f"{name}/total_inter"])
     np.testing.assert_array_equal(union, seed[f"{name}/total_union"])
+
+
+def test_boundary_counts_are_added_and_bands_of_zero_hold_nothing():
+    rng = np.random.RandomState(0)
+    pairs = [(rng.randint(0, 4, (30, 50)), rng.randint(0, 5, (30, 50))) for _ in range(3)]
+    whole, parts = BoundaryIoU(4, 0), [BoundaryIoU(4, 0).update(*pair) for pair in pairs]
+    for prediction, label in pairs:
+        whole.update(prediction, label)
+    assert torch.equal(sum(part.counts for part in parts), whole.counts)
+    assert whole.union.sum() > 0
+    assert whole.union[0] == 0
+    assert BoundaryIoU(4).update(np.zeros((10, 10), int), np.zeros((10, 10), int)).union.sum() == 0
+
+
+def test_an_ignored_class_that_is_predicted_counts_as_zero_and_the_mean_without_it_is_there():
+    label, prediction = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 2, 2, 1])
+    found = ConfusionMatrix(3, ignore_index=0).update(prediction, label).compute()
+    assert found["IoU"].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+    assert found["mIoU"] == pytest.approx(1 / 3)
+    assert found["mIoU without ignored"] == pytest.approx(1 / 2)
+    assert "mIoU without ignored" not in ConfusionMatrix(3).update(prediction, label).compute()

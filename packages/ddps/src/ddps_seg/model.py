@@ -79,6 +79,11 @@ class DDPSSegmentor(EncoderSegmentor):
 
     # Inference
 
+    def condition(self, images: Tensor) -> Tensor:
+        """Return the condition (N, C, h, w) of images of any size, padded; see `encode`."""
+        self.check_size(images)
+        return self.encode(padded(images))
+
     def denoise(self, condition: Tensor, mask: Tensor, timesteps: Tensor) -> Tensor:
         """Return logits (N, K, h, w) from a condition (N, C, h, w) and label maps (N, h, w) at timesteps (N,)."""
         embedded = self.labels(mask).permute(0, 3, 1, 2)
@@ -180,7 +185,7 @@ class DDPSSegmentor(EncoderSegmentor):
         Raises UserError when the configured run does not come to one of them.
         """
         names = self.collected(steps)
-        run = self.run(self.encode(padded(images)), seeds)
+        run = self.run(self.condition(images), seeds)
         found = {n: s.logits for s in run if (n := self._entry(s)) in names}
         return {name: self._full_size(found[name], images) for name in names}
 
@@ -205,7 +210,7 @@ class DDPSSegmentor(EncoderSegmentor):
         """Return the logits after every timestep of the configured run; see `Segmentor`."""
         if self.config.single_step:
             return {}
-        run = self.run(self.encode(padded(images)), seeds)
+        run = self.run(self.condition(images), seeds)
         return {f"timestep {step.timestep}": self._full_size(step.logits, images) for step in run}
 
     def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
@@ -215,7 +220,7 @@ class DDPSSegmentor(EncoderSegmentor):
         """
         if self.config.single_step:
             raise self.no_diffusion()
-        condition = self.encode(padded(images))
+        condition = self.condition(images)
         total, count = torch.zeros((), device=condition.device), 0
         for start in range(starts):
             for step in self.run(condition, seeds, start=start):
@@ -232,7 +237,7 @@ class DDPSSegmentor(EncoderSegmentor):
         """
         if self.config.single_step:
             raise self.no_diffusion()
-        run = self.run(self.encode(padded(images)), seeds)
+        run = self.run(self.condition(images), seeds)
         left, last = list(range(len(images))), self.config.timesteps - 1
         answers: dict[int, tuple[Tensor, int]] = {}
         before: Tensor | None = None
@@ -287,7 +292,7 @@ class DDPSSegmentor(EncoderSegmentor):
         self.check_batch(images)
         frozen = self.config.freeze != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            condition = self.encode(padded(images))
+            condition = self.condition(images)
         draws = self.draw(condition, seeds) if draws is None else draws
         draws = {name: value.to(condition.device) for name, value in draws.items()}
         if self.config.condition_dropout:
@@ -392,7 +397,7 @@ class _FixedDraws(nn.Module):
         config = self.model.config
         draws: Iterator[Tensor] = (u.expand(len(images), -1, -1, -1) for u in self.uniforms.unbind())
         steps = self.model.trace(
-            self.model.encode(padded(images)), self.mask, uniforms=draws, mode=config.mode,
+            self.model.condition(images), self.mask, uniforms=draws, mode=config.mode,
             inference_timesteps=config.inference_timesteps, guidance_scale=config.guidance_scale,
         )  # fmt: skip
         *_, last = steps

@@ -118,6 +118,7 @@ class DDPS(Encoder):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddps_seg.configs import rows, stock
+    from ddps_seg.configs import rows, stock, toy
 
-    return {**rows.rows(), **stock.rows()}
+    own = (toy.ddps_resnet18_toy, toy.ddps_resnet18_base_toy)
+    return {**{build.__name__: build for build in own}, **rows.rows(), **stock.rows()}

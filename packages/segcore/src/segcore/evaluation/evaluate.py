@@ -19,7 +19,7 @@ from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.inference import Precision, predict_classes, until_converged
-from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
@@ -35,7 +35,7 @@ class Results:
     classes: tuple[str, ...]
     """Class names, in the order of the per-class values."""
     entries: dict[str, dict[str, Any]]
-    """Step entry -> the metrics of `ConfusionMatrix.compute`, fractions 0..1."""
+    """Step entry -> the metrics of `ConfusionMatrix.compute` and, where asked for, `BoundaryIoU.compute`; 0..1."""
     images: int
     """Number of images."""
     confusion: dict[str, Tensor] = field(default_factory=dict)
@@ -119,6 +119,8 @@ def evaluate(
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
     empty = partial(ConfusionMatrix, model.num_classes, model.ignore_index, device)
     matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
+    banded = "mBIoU" in evaluate.metrics
+    bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, model.num_classes, model.ignore_index, device))
     taken: list[int] = []
     own = range(distributed.rank(), total, distributed.size())
     done, skipped = 0, list[tuple[int, str]]()
@@ -158,6 +160,8 @@ def evaluate(
                         raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
                     for entry, classes in by_entry.items():
                         matrices[entry].update(classes, label)
+                        if banded:
+                            bands[entry].update(classes, label)
                     if on_prediction:
                         on_prediction(index, image, label, by_entry)
                 done += len(batch)
@@ -171,9 +175,11 @@ def evaluate(
         raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
     for entry in dict.fromkeys(distributed.gather(list(matrices))):  # a process without images has none
         distributed.total(matrices[entry].matrix)
+        if banded:
+            distributed.total(bands[entry].counts)
     return Results(
         tuple(dataset.classes),
-        {entry: matrix.compute() for entry, matrix in matrices.items()},
+        {e: matrix.compute() | (bands[e].compute() if banded else {}) for e, matrix in matrices.items()},
         images,
         {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
         missed,

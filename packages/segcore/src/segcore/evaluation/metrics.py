@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segcore.errors import UserError
 
@@ -79,7 +81,8 @@ class ConfusionMatrix:
 
         Keys: aAcc, mIoU, mAcc, mDice, mFscore, mPrecision, mRecall, then IoU, Acc, Dice, Fscore, Precision, Recall. A
         value is NaN where it is 0/0, and each mean leaves out its own NaNs: a class that is in neither label nor
-        prediction does not count, one that is only predicted has IoU 0.
+        prediction does not count, one that is only predicted has IoU 0. So where `ignore_index` is one of the classes
+        it counts as 0 once it is predicted anywhere, as published; "mIoU without ignored" is the mean of the others.
 
         One class is the published special case: labels and predictions are 0 or 1, every pixel that is not ignored adds
         to both areas, and the intersection is where the two agree.
@@ -100,6 +103,9 @@ class ConfusionMatrix:
             "Recall": recall,
         }
         means = {f"m{name}": values.nanmean().item() for name, values in classes.items()}
+        if 0 <= self.ignore_index < self.num_classes > 1:
+            real = torch.arange(self.num_classes) != self.ignore_index
+            means["mIoU without ignored"] = classes["IoU"][real].nanmean().item()
         return {"aAcc": (intersection.sum() / labelled.sum()).item(), **means, **classes}
 
 
@@ -121,46 +127,74 @@ class BoundaryIoU:
     predictions count there as anywhere.
 
     Attributes:
-        intersection, union: (K,) int64 counts.
+        intersection, union: (K,) int64 counts, on the device.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.intersection = np.zeros(num_classes, np.int64)
-        self.union = np.zeros(num_classes, np.int64)
+        self.counts = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
+        self.intersection, self.union = self.counts
 
     def update(self, prediction: Tensor | np.ndarray, label: Tensor | np.ndarray) -> BoundaryIoU:
-        """Count one image's class indices: two integer maps (H, W). Returns itself.
+        """Count one image's class indices: two integer maps (H, W), of any device. Returns itself.
 
         Raises UserError when they are not two maps of one size.
         """
-        p, g = (np.asarray(torch.as_tensor(x).cpu(), np.int16) for x in (prediction, label))
+        p, g = (torch.as_tensor(x).to(self.counts.device) for x in (prediction, label))
         if p.shape != g.shape or p.ndim != 2:
-            raise UserError(f"prediction {p.shape} does not go with label {g.shape}; give two maps (H, W) of one size")
+            raise UserError(
+                f"prediction {tuple(p.shape)} does not go with label {tuple(g.shape)}; give two maps (H, W) of one size"
+            )
+        p, g = (x.to(torch.int16) for x in (p, g))
         band = round(0.02 * (p.shape[0] ** 2 + p.shape[1] ** 2) ** 0.5)
-        in_p, in_g = boundaries(p, band), boundaries(g, band)
-        both, of_p, of_g = (self._count(classes) for classes in (p[in_p & in_g & (p == g)], p[in_p], g[in_g]))
+        near = boundaries((p, g), band)
+        p_in, g_in = near & 1 > 0, near & 2 > 0
+        both, of_p, of_g = (self._count(x) for x in (p[p_in & g_in & (p == g)], p[p_in], g[g_in]))
         self.intersection += both
         self.union += of_p + of_g - both
         return self
 
     def compute(self) -> dict[str, float | Tensor]:
-        """Return fractions 0..1: "BIoU" (K,) float64, NaN for classes without boundary, and their mean "mBIoU"."""
-        biou = torch.from_numpy(self.intersection) / torch.from_numpy(self.union).double()
-        return {"BIoU": biou, "mBIoU": biou.nanmean().item()}
+        """Return fractions 0..1: "BIoU" (K,) float64 on the CPU, NaN for classes without boundary, and "mBIoU"."""
+        intersection, union = self.counts.cpu().double()
+        biou = intersection / union
+        return {"mBIoU": biou.nanmean().item(), "BIoU": biou}
 
-    def _count(self, classes: np.ndarray) -> np.ndarray:
-        kept = classes[(classes >= 0) & (classes < self.num_classes) & (classes != self.ignore_index)]
-        return np.bincount(kept, minlength=self.num_classes)
+    def _count(self, classes: Tensor) -> Tensor:
+        outside = self.num_classes
+        odd = (classes < 0) | (classes >= outside) | (classes == self.ignore_index)
+        return torch.bincount(torch.where(odd, outside, classes.int()), minlength=outside + 1)[:outside]
 
 
-def boundaries(classes: np.ndarray, band: int) -> np.ndarray:
-    """Return which pixels (H, W) of an int16 map lie within `band` pixels of another value or of the edge.
+def boundaries(maps: Sequence[Tensor], band: int) -> Tensor:
+    """Return (H, W) uint8 whose bit i says that maps[i] (H, W) has another value or its edge within `band` pixels.
 
-    That is where the least and the greatest value of the square around a pixel differ: two filters serve all classes.
+    A square is of one value if every 2x2 block in it is: one map of blocks, widened to all directions, serves all
+    classes, and a byte holds it for up to 8 maps.
     """
-    padded = cv2.copyMakeBorder(classes, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=-1)
-    square = np.ones((2 * band + 1, 2 * band + 1), np.uint8)
-    least, greatest = (f(padded, square, borderType=cv2.BORDER_REPLICATE) for f in (cv2.erode, cv2.dilate))
-    return (least != greatest)[1:-1, 1:-1]
+    height, width = maps[0].shape
+    if not band:
+        return torch.zeros(height, width, dtype=torch.uint8, device=maps[0].device)
+    ring = (1 << len(maps)) - 1  # blocks at the edge are never of one value
+    mixed = torch.full((height + 1, width + 1), ring, dtype=torch.uint8, device=maps[0].device)
+    inner = mixed[1:-1, 1:-1].zero_()
+    for bit, x in enumerate(maps):
+        corner = x[:-1, :-1]
+        other = (corner != x[1:, :-1]) | (corner != x[:-1, 1:]) | (corner != x[1:, 1:])
+        inner |= other.to(torch.uint8) << bit
+    near = F.pad(mixed, (band - 1,) * 4)
+    for dim in (0, 1):
+        near = _running_or(near, dim, 2 * band)
+    return near
+
+
+def _running_or(x: Tensor, dim: int, size: int) -> Tensor:
+    """Return the bitwise or of every `size` neighbours along a dimension, which gets `size` - 1 shorter."""
+    width = 1
+    while width < size:
+        step = min(width, size - width)
+        length = x.shape[dim] - step
+        x = x.narrow(dim, 0, length) | x.narrow(dim, step, length)
+        width += step
+    return x

@@ -10,16 +10,26 @@ from typing import Any
 from segcore.evaluation.evaluate import Results
 from segcore.files import write
 
-COLUMNS = {"mIoU": ("IoU", "Acc"), "mDice": ("Dice", "Acc"), "mFscore": ("Fscore", "Precision", "Recall")}
+COLUMNS = {
+    "mIoU": ("IoU", "Acc"),
+    "mDice": ("Dice", "Acc"),
+    "mFscore": ("Fscore", "Precision", "Recall"),
+    "mBIoU": ("BIoU",),
+}
 """What each name in `Evaluate.metrics` reports, besides aAcc."""
+
+WITHOUT = "mIoU without ignored"
 
 
 def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured answer.
 
-    Several step entries get a table with a column each in front of it.
+    Several step entries get a table with a column each in front of it, and the means once more in a cell each, as
+    DDPS publishes them: `| mIoU 0,10,19 |` over `| 49.35,49.55,49.66 |`.
     """
     names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
+    if WITHOUT in results.final:
+        names.insert(names.index("mIoU") + 1 if "mIoU" in names else 1, WITHOUT)
     final = _table(names, [[_percent(results.final[name]) for name in names]])
     if results.skipped:
         final += (
@@ -29,6 +39,8 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
         return f"Summary:\n\n{final}"
     rows = [[name, *(_percent(entry[name]) for entry in results.entries.values())] for name in names]
     steps = _table(["Steps", *results.entries], rows)
+    heads = {f"{row[0]} {','.join(results.entries)}": ",".join(row[1:]) for row in rows if row[0] in metrics}
+    steps += f"\n\n{_table(list(heads), [list(heads.values())])}"
     if results.steps_taken:
         steps += f"\n\n{list(results.entries)[-1]}: denoising took {results.steps_taken:.2f} steps on average"
     return f"By step entry:\n\n{steps}\n\nSummary (step entry {results.final_entry}):\n\n{final}"

@@ -83,6 +83,28 @@ def check_steps(model: Segmentor, steps: tuple[int, ...]) -> None:
         assert logits.shape == (2, model.num_classes, 64, 96)
 
 
+@torch.no_grad()
+def check_diffusion(model: Segmentor) -> None:
+    """Traces end with the configured answer, the marginal holds log-probabilities, a run may end early or not."""
+    model.eval()
+    batch, seeds = images(2), [1, 2]
+    answer, trace = model(batch, seeds=seeds), model.predict_trace(batch, seeds=seeds)
+    assert model.diffusion
+    assert len(trace) > 1
+    torch.testing.assert_close(list(trace.values())[-1], answer, atol=1e-4, rtol=1e-4)
+    marginal = model.predict_marginal(batch, seeds, starts=2)
+    assert marginal.shape == answer.shape
+    assert marginal.isfinite().all()
+    assert marginal.max() < 1e-5, "no log-probabilities"
+    assert not torch.equal(marginal, model.predict_marginal(batch, [7, 8], starts=2)), "the noise plays no part"
+    steps = list(trace.values())
+    for percent in (1e-9, 50.0, 100.0):
+        found, taken = model.predict_converged(batch, percent, seeds)
+        for row, count in enumerate(taken):
+            assert 1 < count <= len(steps)
+            torch.testing.assert_close(found[row], steps[count - 1][row], atol=1e-4, rtol=1e-4)
+
+
 def check_backward(model: Segmentor) -> None:
     """Batches of 2 and 3: a loss that is the sum of its parts, and a finite gradient for every parameter."""
     model.train()

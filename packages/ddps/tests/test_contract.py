@@ -1,0 +1,112 @@
+"""DDPS and its base models keep the contract of every segmentor."""
+
+import pytest
+import torch
+
+from ddps_seg.configs import DDPS, Base
+from segcore.testing import contract
+
+SMALL = {
+    "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "timesteps": 4, "condition_width": 16,
+    "drop_path": 0.0,
+}  # fmt: skip
+TRAINED = {**SMALL, "freeze": "none", "train_labels": True}
+VARIANTS = {
+    "segformer": Base(num_classes=5, backbone="mit_b0", drop_path=0.0),
+    "deeplab": Base(num_classes=5, backbone="mobilenet_v2", condition_width=64, auxiliary=True),
+    "small base": Base(num_classes=5, backbone="resnet18", condition_width=32),
+    "prior on mit": DDPS(backbone="mit_b0", **TRAINED),
+    "prior on mobilenet": DDPS(backbone="mobilenet_v2", **{**TRAINED, "noise_schedule": "cosine"}),
+    "guided": DDPS(backbone="resnet18", guidance_scale=0.4, condition_dropout=0.5, **TRAINED),
+    "posterior": DDPS(backbone="resnet18", mode="q_posterior", inference_timesteps=2, **TRAINED),
+    "bayes": DDPS(backbone="resnet18", mode="bayes", **TRAINED),
+    "single-step": DDPS(backbone="resnet18", single_step=True, **TRAINED),
+}
+PRIORS = [name for name, config in VARIANTS.items() if isinstance(config, DDPS) and not config.single_step]
+
+
+def build(variant):
+    torch.manual_seed(0)
+    return VARIANTS[variant].build()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_and_seeds(variant):
+    model = build(variant)
+    contract.check_forward(model)
+    contract.check_seeds(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps(variant):
+    model = build(variant)
+    assert model.configured_entry == ("3" if variant in PRIORS else "final")
+    contract.check_steps(model, (0, 2, 3) if variant in PRIORS else ())
+
+
+@pytest.mark.parametrize("variant", PRIORS)
+def test_diffusion(variant):
+    contract.check_diffusion(build(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training(variant):
+    contract.check_backward(build(variant))
+    contract.check_training_draws(build(variant))
+    contract.check_all_ignored(build(variant))
+    contract.check_class_weight(build(variant))
+
+
+@pytest.mark.parametrize("variant", ["segformer", "deeplab", "prior on mit", "single-step"])
+def test_state_dict(variant):
+    contract.check_state_dict(lambda: VARIANTS[variant].build())
+
+
+def test_configs():
+    contract.check_configs("ddps_seg")
+
+
+def test_help():
+    contract.check_help("ddps_seg")
+
+
+@pytest.mark.parametrize("variant", ["deeplab", "prior on mobilenet"])
+def test_a_single_image_cannot_train_deeplab(variant):
+    model = build(variant)
+    assert "max_per_device" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
+    assert model.eval().losses(contract.images(1), contract.labels(model, 1))["loss"].isfinite()
+
+
+def test_wrong_number_of_seeds_is_refused():
+    assert "2 seeds for 3 images" in contract.refusal(lambda: build("guided")(contract.images(3), seeds=[1, 2]))
+
+
+def test_other_channel_counts():
+    for backbone in ("mit_b0", "mobilenet_v2", "resnet18"):
+        model = DDPS(in_channels=5, backbone=backbone, **SMALL).build().eval()
+        assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
+
+
+def test_float64_and_half_precision():
+    model = build("guided").eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(contract.images(1)).isfinite().all()
+    assert model.double()(contract.images(1).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", [{"width": 20}, {"timesteps": 1}, {"inference_timesteps": 0}, {"multipliers": ()},
+                                   {"condition_dropout": 1.0}])  # fmt: skip
+def test_wrong_settings_are_refused(wrong):
+    (name,) = wrong
+    assert f"model.{name}" in contract.refusal(lambda: DDPS(**wrong))
+
+
+def test_guidance_needs_q_pred():
+    assert "q_pred" in contract.refusal(lambda: DDPS(mode="bayes", guidance_scale=2.0))
+
+
+def test_a_timestep_that_no_run_comes_to_is_refused():
+    model = build("posterior").eval()
+    text = contract.refusal(lambda: model.predict_steps(contract.images(1), steps=(0, 1)))
+    assert "has 1" in text
+    assert "0, 2, 3" in text
