@@ -361,7 +361,7 @@ def test_wrong_file_is_named_with_the_remedy(config, spec, text):
 
 @pytest.mark.parametrize(
     "override",
-    ["data.workers=-1", "evaluate.steps=3 0", "evaluate.ratios=", "evaluate.ratios=1 0", "data.std=1 0 1",
+    ["data.workers=-1", "evaluate.steps=3 -1", "evaluate.ratios=", "evaluate.ratios=1 0", "data.std=1 0 1",
      "schedule.step=0", "schedule.warmup_iterations=-1", "model.num_classes=0", "train.evaluate_every=-1"],
 )  # fmt: skip
 def test_values_that_no_run_can_use_are_refused(override):
