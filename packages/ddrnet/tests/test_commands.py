@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import segcore
-from segcore.cli import load_model, main, parse
+from segcore.cli import main, parse
+from segcore.commands import load_model
 from segcore.data.toy import generate
 from segcore.training.checkpoint import newest, read_model_state
 

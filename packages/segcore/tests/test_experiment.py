@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from segcore import experiment
+from segcore import experiment, options
 from segcore.errors import UserError
 from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train, load_experiment
 
@@ -100,12 +100,12 @@ def test_pair_that_is_none_takes_two_numbers():
         ("model=x", ["no setting 'model'"]),
         ("help=1", ["no setting 'help'"]),
         ("seed", ["'seed' has no '='", "name=value"]),
-        ("model.timesteps=ten", ["--model.timesteps", "'ten'"]),
-        ("model.accumulation=maybe", ["--model.accumulation", "'maybe'", "True", "False"]),
-        ("schedule.kind=poli", ["--schedule.kind", "'poli'", "poly"]),
+        ("model.timesteps=ten", ["--model.timesteps", "ten: expected"]),
+        ("model.accumulation=maybe", ["--model.accumulation", "maybe: expected", "True", "False"]),
+        ("schedule.kind=poli", ["--schedule.kind", "poli: expected", "poly"]),
         ("data.crop=256", ["--data.crop", "2"]),
         ("data.crop='256 512", ["data.crop", "no closing quotation"]),
-        ("evaluate.metrics=IoU", ["--evaluate.metrics", "'IoU'", "mIoU"]),
+        ("evaluate.metrics=IoU", ["--evaluate.metrics", "IoU: expected", "mIoU"]),
     ],
 )
 def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
@@ -217,7 +217,7 @@ def experiments(draw):
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a command line of 70 words each
 @given(experiments())
 def test_every_experiment_can_be_written_as_overrides(wanted):
-    overrides = [_override(path, value_at(wanted, path)) for path in experiment.settings(EXPERIMENT)]
+    overrides = [_override(path, value_at(wanted, path)) for path in options.settings(EXPERIMENT)]
     assert EXPERIMENT.with_overrides(overrides) == wanted
 
 
@@ -280,7 +280,7 @@ def test_unknown_name_is_answered_with_the_nearest():
         load_experiment("alpha-net-smal")
     with pytest.raises(UserError, match=r"did you mean beta_net_small\?"):
         load_experiment("alpha_net_small", package="beta_net")
-    with pytest.raises(UserError, match="no configuration 'x'; `configs` lists all"):
+    with pytest.raises(UserError, match="no configuration 'x'; `segcore configs` lists all"):
         load_experiment("x")
 
 

@@ -1,7 +1,7 @@
 """The command line of every method: `<method>-seg COMMAND …`, and `segcore COMMAND …` over all installed methods.
 
 Here words become a command of `segcore.commands`, and whatever ends one becomes a line and an exit status. Nothing
-imports torch before a command runs.
+imports torch before a command runs; what takes time to import is imported where a Ctrl-C is answered already.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from segcore.errors import UsageError, UserError
 
-from segcore.commands import COMMANDS, Command, Demo, Parallel, load_model
-from segcore.errors import UserError
-from segcore.experiment import Experiment, experiments, load_experiment
+if TYPE_CHECKING:
+    from segcore.commands import Parallel
+    from segcore.experiment import Experiment
 
-__all__ = ["COMMANDS", "load_model", "main", "parse"]
+OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch, set --evaluate.mode slide, or use --device cpu"
 
 
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -30,13 +30,13 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
     try:
         command = parse(words, package)
-        if isinstance(command, Parallel) and command.gpus is not None:
+        if getattr(command, "gpus", None) is not None:
             _start(command, words, package)
         else:
             command.run(package)
             _leave(0)
     except UserError as error:
-        _exit(_news(f"error: {error}" if str(error) else ""), 1)
+        _exit(_news(f"error: {error}" if str(error) else ""), 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -45,50 +45,64 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
             raise
         _exit(f"error: {error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt as error:  # holds the number of the signal, if it was not a Ctrl-C
-        _exit(_news("interrupted"), 128 + (error.args[0] if error.args else signal.SIGINT))
+        number = error.args[0] if error.args else signal.SIGINT
+        _exit(_news("terminated" if number == signal.SIGTERM else "interrupted"), 128 + number)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
             raise
-        _exit("error: out of GPU memory; lower evaluate.batch, set --evaluate.mode slide, or use --device cpu", 1)
+        _exit(f"error: {OUT_OF_MEMORY}", 1)
 
 
 def parse(words: list[str], package: str | None = None) -> Any:
-    """Return the command that `words` describe. Raises UserError or SystemExit (wrong usage, --help)."""
-    prog = f"{package.removesuffix('_seg')}-seg" if package else "segcore"
+    """Return the command that `words` describe. Raises UserError, or SystemExit after `--help`."""
+    from segcore import options
+    from segcore.commands import COMMANDS, Command, Demo
+    from segcore.experiment import program
+
+    prog = program(package)
     name, *rest = words or ["--help"]
-    if name not in COMMANDS:
+    if name in ("-h", "--help"):
         lines = "\n".join(f"  {key:10}{command.__doc__}" for key, command in COMMANDS.items())
-        usage = f"usage: {prog} COMMAND …\n\n{lines}\n\n{prog} COMMAND --help tells more."
-        if name in ("-h", "--help"):
-            print(usage)
-            raise SystemExit(0)
-        _exit(f"{prog}: there is no command {name!r}\n{usage}", 2)
-    command = COMMANDS[name]
-    if not issubclass(command, Command):
-        return tyro.cli(command, args=rest, prog=f"{prog} {name}", description=command.__doc__)
-    if command is Demo:
-        experiment = demo_experiment(package)
-    elif rest and not rest[0].startswith("-"):
-        experiment = load_experiment(rest.pop(0), package)
-    elif rest and rest[0] in ("-h", "--help"):
-        experiment = next(iter(experiments(package).values()))()  # any will do: the help then shows this one's values
-    else:
-        raise UserError(
-            f"{prog} {name} needs a configuration first: `{prog} {name} CONFIG …`; `{prog} configs` lists them"
-        )
-    fields = {f.name: tyro.MISSING for f in dataclasses.fields(command) if f.kw_only}
-    config = "" if command is Demo else " CONFIG"
-    return tyro.cli(
-        command,
-        default=command(experiment=experiment, **fields),
-        args=rest,
-        prog=f"{prog} {name}{config}",
-        description=command.__doc__,
-    )
+        print(f"usage: {prog} COMMAND …\n\n{lines}\n\n{prog} COMMAND --help tells more.")
+        raise SystemExit(0)
+    if name not in COMMANDS:
+        near = options.nearest(name, COMMANDS)
+        raise UsageError(f"{prog}: there is no command {name!r}{near}; the commands are {', '.join(COMMANDS)}")
+    command: type[Any] = COMMANDS[name]
+    places = [field.name for field in dataclasses.fields(command) if field.kw_only]
+    known = {field.name for field in dataclasses.fields(command)} - {"experiment", *places}
+    prog, how = f"{prog} {name}", dict[str, Any]()
+    if issubclass(command, Command):
+        if command is Demo:
+            experiment = demo_experiment(package)
+        else:
+            experiment, rest = _configuration(prog, rest, package)
+            prog += " CONFIG"
+        known |= set(options.settings(experiment))
+        how["default"] = command(experiment=experiment, **dict.fromkeys(places, options.MISSING))
+    options.check_names(rest, known)
+    what, order = command.__doc__, ""
+    if places:
+        order = f"put {' '.join(places).upper()} right after CONFIG: `{prog} {' '.join(places).upper()} [OPTIONS]`"
+        what = f"{what} {order[0].upper()}{order[1:]}."
+    return options.read(command, rest, order, prog=prog, description=what, **how)
+
+
+def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, list[str]]:
+    """Return the configuration that the words after a command begin with, and the words after its name."""
+    from segcore.experiment import experiments, load_experiment
+
+    if words and not words[0].startswith("-"):
+        return load_experiment(words[0], package), words[1:]
+    if {"-h", "--help"} & set(words):
+        return next(iter(experiments(package).values()))(), words  # any: the help then shows this one's values
+    raise UserError(f"{prog} needs a configuration first: `{prog} CONFIG …`; `{prog.split()[0]} configs` lists them")
 
 
 def demo_experiment(package: str | None) -> Experiment:
     """Return the configuration that `demo` runs: the first of the method that trains on the toy set."""
+    from segcore.experiment import experiments
+
     for build in experiments(package).values():
         experiment = build()
         if experiment.data.dataset == "toy":
@@ -119,7 +133,7 @@ def _start(command: Parallel, words: list[str], package: str | None) -> None:
     at = next(i for i, word in enumerate(words) if word.split("=")[0] == "--gpus")
     own = words[:at] + words[at + (1 if "=" in words[at] else 2) :]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is wrong
+    logging.disable(logging.ERROR)  # torchrun's own words: the processes say what is wrong
     try:
         torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))
     except ChildFailedError as error:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, Positional, arg
 
 from segcore import files
-from segcore.errors import UserError
-from segcore.experiment import Experiment, experiments, load_experiment, multi_scale, published, source
+from segcore.errors import UsageError, UserError
+from segcore.experiment import Experiment, experiments, load_experiment, multi_scale, program, published, source
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Parallel(Command):
     """What the commands have that several processes can do together."""
 
     gpus: int | None = None
-    """Start this many processes, one per GPU (with `--device cpu`: on the CPU). Do not give it below torchrun."""
+    """Start so many processes, one per GPU (with `--device cpu`: on the CPU). Leave it out if torchrun starts them."""
 
     def run(self, package: str | None) -> None:
         from segcore import distributed
@@ -228,6 +228,9 @@ class Configs:
     """Write the configuration as a Python file to edit; run it as `train FILE.py`."""
 
     def run(self, package: str | None) -> None:
+        if self.name is None and self.write:
+            usage = f"{program(package)} configs CONFIG --write {self.write}"
+            raise UsageError(f"--write {self.write}: which configuration? write `{usage}`")
         if self.name is None:
             for name in experiments(package):
                 row = published(name)
@@ -297,6 +300,8 @@ class Bench(Command):
         from segcore import bench
 
         both = {"no": (False,), "yes": (True,), "both": (False, True)}
+        if not (self.batches and self.dtypes):
+            raise UsageError("--batches and --dtypes need a value at least; leave them out for the usual ones")
         exp = self.experiment
         sizes = tuple(bench.parse_size(size) for size in self.sizes) or (exp.data.crop,)
         settings = bench.Settings(

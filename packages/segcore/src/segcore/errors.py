@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class Stopped(KeyboardInterrupt):
     """The run was told to stop, by Ctrl-C or a signal whose number this holds; raised where its state is whole."""
+
+
+class UsageError(UserError):
+    """Words of a command line that cannot be read; it ends with status 2."""

@@ -6,27 +6,22 @@ Python function that returns one. Nothing here imports torch, so that `--help` a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
-import io
 import math
 import operator
-import shlex
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 from segcore.errors import UserError
+from segcore.options import nearest, override
 
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
@@ -100,8 +95,11 @@ class ParamRule:
     """
 
     key: str
+    """Part of the parameter names that the rule is for."""
     lr_mult: float = 1.0
+    """Factor of the learning rate."""
     decay_mult: float = 1.0
+    """Factor of the weight decay."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,11 @@ class Optimizer:
     """The optimizer."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
     lr: float = 6e-5
     """Base learning rate at the stated global batch."""
     weight_decay: float = 0.01
+    """Weight decay: decoupled with AdamW, added to the gradients with SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW only."""
     momentum: float = 0.9
@@ -127,15 +127,19 @@ class Schedule:
     """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
 
     iterations: int = 160_000
+    """Optimizer steps of the whole run."""
     kind: Literal["poly", "step"] = "poly"
+    """How the learning rate falls after the warm-up."""
     power: float = 1.0
     """poly only: lr = (base - min) * (1 - i / iterations) ^ power + min."""
     step: int = 20_000
     """step only: multiply by gamma after every `step` iterations."""
     gamma: float = 0.5
-    """step only."""
+    """step only: the factor."""
     min_lr: float = 0.0
+    """Lowest learning rate: where poly ends, and what step never goes below."""
     warmup_iterations: int = 1500
+    """Iterations of the warm-up; 0: none."""
     warmup_ratio: float = 1e-6
     """The warm-up starts at this fraction of the rate that it leads to."""
     warmup: Literal["scheduled", "linear", "constant"] = "scheduled"
@@ -156,7 +160,8 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
     class_weight: tuple[float, ...] | Literal["auto"] | None = None
-    """Weight of each class in the cross entropy; auto: from the training labels, see `training.class_weight`."""
+    """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
+    of the training labels' pixels), scaled so that the loss keeps its size."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
     compile: bool = False
@@ -168,6 +173,7 @@ class Train:
     timeout: float = 600.0
     """Seconds after which a process of several that the others wait for ends the run."""
     log_every: int = 50
+    """Iterations between lines of the log."""
     evaluate_every: int = 16_000
     """Iterations between evaluations on the validation set; 0: never."""
     save_every: int = 16_000
@@ -183,6 +189,7 @@ class Evaluate:
     scale: tuple[int, int] | None = (2048, 1024)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
     mode: Literal["whole", "slide"] = "whole"
+    """The whole image in one pass, or windows that overlap, which needs less memory."""
     crop: tuple[int, int] = (512, 1024)
     """slide only: window (height, width)."""
     stride: tuple[int, int] = (341, 683)
@@ -199,6 +206,7 @@ class Evaluate:
     until_converged: float | None = None
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
+    """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
 
 
 def multi_scale(evaluate: Evaluate) -> Evaluate:
@@ -211,6 +219,7 @@ class Experiment:
     """One run: the model, the data, the recipe. Published rows are functions that return one."""
 
     name: str
+    """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
     model: Model
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -261,49 +270,8 @@ class Experiment:
 
         Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
         """
-        known = settings(self)
-        args: list[str] = []
-        for override in overrides:
-            name, sign, value = override.partition("=")
-            if not sign:
-                raise UserError(f"override {override!r} has no '='; write it as name=value")
-            name = _key(name.strip())
-            if name not in known:
-                raise UserError(f"there is no setting {name!r}{_nearest(name, known)}")
-            args += _arguments(name, value, several=known[name])
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-                return tyro.cli(Experiment, default=self, args=args, config=(tyro.conf.FlagConversionOff,))
-        except SystemExit:
-            text = " ".join(word for word in errors.getvalue().split() if not set(word) <= set("│╭╮╰╯─-"))
-            text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
-            raise UserError(f"cannot apply {', '.join(overrides)}: {text}") from None
-
-
-def settings(node: Any, prefix: str = "") -> dict[str, bool]:
-    """Return the dotted name of every setting below a dataclass instance, and whether it takes several values."""
-    found: dict[str, bool] = {}
-    for item in dataclasses.fields(node):
-        name, value = prefix + item.name, getattr(node, item.name)
-        if dataclasses.is_dataclass(value):
-            found |= settings(value, f"{name}.")
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for index, rule in enumerate(value):
-                found |= settings(rule, f"{name}.{index}.")
-        else:
-            found[name] = "tuple" in str(item.type)  # the value may be None, so only the annotation tells
-    return found
-
-
-def _arguments(name: str, value: str, several: bool) -> list[str]:
-    """Return the command-line words that set one setting."""
-    if not several:
-        return [f"--{name}={value}"]  # one word: the value may begin with a dash
-    try:
-        return [f"--{name}", *shlex.split(value.replace(",", " "))]
-    except ValueError as error:
-        raise UserError(f"{name} cannot be read from {value!r}: {str(error).lower()}") from None
+        changed: Experiment = override(self, overrides)
+        return changed
 
 
 _COUNTS = (
@@ -340,6 +308,7 @@ class Published:
     url: str | None = None
     """Where the weights are hosted; None: the authors offer none."""
     note: str = ""
+    """What else the list of configurations says."""
     file: str | None = None
     """Local name of the weights file; None: the last part of the URL."""
 
@@ -376,7 +345,8 @@ def load_experiment(name: str, package: str | None = None) -> Experiment:
     known = experiments(package)
     if _key(name) not in known:
         where = "" if known else " (no method package is installed)"
-        raise UserError(f"there is no configuration {name!r}{where}{_nearest(_key(name), known)}; `configs` lists all")
+        near = nearest(_key(name), known, cutoff=0.3)  # the published names are long
+        raise UserError(f"there is no configuration {name!r}{where}{near}; `{program(package)} configs` lists all")
     return known[_key(name)]()
 
 
@@ -408,6 +378,11 @@ def source(exp: Experiment) -> str:
     body = text(exp, "    ")
     header = "\n".join(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items()))
     return f"{header}\n\n\ndef experiment() -> Experiment:\n    return {body}\n"
+
+
+def program(package: str | None) -> str:
+    """Return what the command line of a method's import package is called; None stands for all methods together."""
+    return f"{package.removesuffix('_seg')}-seg" if package else "segcore"
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
@@ -457,9 +432,3 @@ def _cannot_run(path: str, error: Exception) -> UserError:
 
 def _key(name: str) -> str:
     return name.replace("-", "_")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean …?)` with the most similar known name, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""

@@ -31,6 +31,7 @@ class DDP(Model):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     backbone: Backbone = "convnext_t"
+    """Encoder of the image, from timm."""
     drop_path: float = 0.4
     """Largest stochastic-depth rate of the backbone."""
     window: int = 7
@@ -38,6 +39,7 @@ class DDP(Model):
     width: int = 256
     """Channels of features, label codes and decoder; a multiple of 32 and of the heads."""
     decoder_layers: int = 6
+    """Layers of the decoder that denoises."""
     heads: int = 8
     """Heads of the deformable attention."""
     points: int = 4
@@ -53,7 +55,9 @@ class DDP(Model):
     sample_range: tuple[float, float] = (0.0, 0.999)
     """Training draws times from this range; inference runs from 1 down to its lower end."""
     noise_schedule: Literal["cosine", "linear"] = "cosine"
+    """How the share of noise falls with time."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
+    """Deterministic steps (DDIM), or steps that add noise again (DDPM)."""
     accumulation: bool = False
     """Answer with the mean probability over all steps instead of the last step's logits."""
     self_aligned: bool = False

@@ -38,6 +38,7 @@ class DDRNet(Model):
     """Deep dual-resolution network."""
 
     variant: Literal["23_slim", "23", "39"] = "23_slim"
+    """Size of the network, by the authors' names."""
     auxiliary: bool = True
     """Build the auxiliary head, which only training uses."""
     auxiliary_weight: float = 0.4

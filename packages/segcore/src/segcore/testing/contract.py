@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from segcore.cli import COMMANDS
+from segcore.commands import COMMANDS
 from segcore.data.dataset import palette_of
 from segcore.experiment import experiments, load_experiment
 from segcore.models.segmentor import Segmentor

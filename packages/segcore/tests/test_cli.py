@@ -1,0 +1,118 @@
+"""What the command line answers to words that it cannot read: one line each, which names option, value and remedy."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from segcore import commands, experiment
+from segcore.cli import main
+
+CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
+    """Run a command that must end with this status and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as end:
+        main(None, list(words))
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (status, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    return err.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--gpus two", "--gpus two: expected None or INT"),
+        ("--train.class-weight atuo --seed 1", "--train.class-weight atuo: expected None or FLOAT … or auto"),
+        ("--train.class-weight 1 2 x", "--train.class-weight 1 2 x: expected None or FLOAT … or auto"),
+        ("--data.scale 3 None", "--data.scale 3 None: expected None or INT INT"),
+        ("--train.batch=3.5", "--train.batch 3.5: expected INT"),
+        ("--train.channels-last maybe", "--train.channels-last maybe: expected one of True, False"),
+        ("--evaluate.metrics mIoU mIuO", "--evaluate.metrics mIoU mIuO: expected one of mIoU, mDice, mFscore"),
+        ("--data.crop 64", "--data.crop 64: expected 2 values"),
+        ("--work-dir", "--work-dir: expected a value"),
+        ("--train.bach 4", "there is no option --train.bach (did you mean --train.batch?); `--help` lists all"),
+        ("--lr 1", "there is no option --lr (did you mean --optimizer.lr?); `--help` lists all"),
+        ("--resume yes", "'yes' is not expected there; `--help` shows what can be given"),
+        ("--model.num-classes 3 --train.batch 0", "train.batch is 0; it must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_wrong_words(capsys, monkeypatch, words, expected, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    status = 1 if expected.startswith("train.batch") else 2
+    assert answer(capsys, "train", CONFIG, *words.split(), status=status) == expected
+
+
+def test_a_list_in_front_of_a_place_takes_its_word(capsys):
+    """Lists take all words up to the next option, so the places come first; help says so, too."""
+    line = answer(capsys, "test", CONFIG, "--evaluate.steps", "1", "run", "--limit", "2")
+    order = "put CHECKPOINT right after CONFIG: `segcore test CONFIG CHECKPOINT [OPTIONS]`"
+    assert line == f"missing: CHECKPOINT; {order}"
+    line = answer(capsys, "predict", CONFIG, "run", "photos", "--opacity", "1")
+    assert line.startswith("missing: OUTPUT; put CHECKPOINT INPUT OUTPUT right after CONFIG")
+    with pytest.raises(SystemExit) as end:
+        main(None, ["test", CONFIG, "--help"])
+    assert not end.value.code
+    assert order[1:] in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_and_configurations(capsys, monkeypatch):
+    assert "did you mean train?" in answer(capsys, "trian", CONFIG)
+    assert "which configuration?" in answer(capsys, "configs", "--write", "my.py")
+    known = dict.fromkeys(("net_small_512x1024_160k_cityscapes", "net_large_toy"))
+    monkeypatch.setattr(experiment, "experiments", lambda package=None: known)
+    line = answer(capsys, "configs", "net_small", status=1)
+    assert line.endswith("(did you mean net_small_512x1024_160k_cityscapes?); `segcore configs` lists all")
+    assert "--batches" in answer(capsys, "bench", CONFIG, "--batches")
+
+
+def test_every_option_has_a_line_of_help():
+    """tyro's help takes it from the text below the field."""
+    bare = []
+    for module in (experiment, commands):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            for field, below in itertools.pairwise([*kind.body, None]):
+                said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign) and not said:
+                    bare.append(f"{kind.name}.{ast.unparse(field.target)}")
+    nested = {f"Experiment.{name}" for name in ("model", "data", "optimizer", "schedule", "train", "evaluate")}
+    assert set(bare) - nested - {"Command.experiment"} == set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
+@pytest.mark.parametrize("module", ["tyro", "torch"])
+def test_interrupt_during_the_imports(tmp_path, module):
+    """A module of that name stands for the real one, whose import takes long."""
+    (tmp_path / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "segcore", "env"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "importing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_the_signal_that_ended_a_run_is_named(monkeypatch, capsys, number, said):
+    def run(self, package):
+        raise KeyboardInterrupt(number)
+
+    monkeypatch.setattr(commands.Env, "run", run)
+    with pytest.raises(SystemExit) as end:
+        main(None, ["env"])
+    assert (end.value.code, capsys.readouterr().err) == (128 + number, f"{said}\n")
