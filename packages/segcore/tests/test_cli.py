@@ -39,7 +39,7 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> 
         ("--data.scale 3 None", "--data.scale 3 None: expected None or INT INT"),
         ("--train.batch=3.5", "--train.batch 3.5: expected INT"),
         ("--train.channels-last maybe", "--train.channels-last maybe: expected one of True, False"),
-        ("--evaluate.metrics mIoU mIuO", "--evaluate.metrics mIoU mIuO: expected one of mIoU, mDice, mFscore"),
+        ("--schedule.kind poli", "--schedule.kind poli: expected one of poly, step"),
         ("--data.crop 64", "--data.crop 64: expected 2 values"),
         ("--work-dir", "--work-dir: expected a value"),
         ("--train.bach 4", "there is no option --train.bach (did you mean --train.batch?); `--help` lists all"),
