@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segcore.data import loader
 from segcore.data.dataset import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
 from segcore.data.transforms import TrainTransform
@@ -164,6 +165,16 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted", flush=True)
 """
+
+
+def test_a_signal_while_workers_start_is_not_lost(data, monkeypatch):
+    def start(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    monkeypatch.setattr(loader, "DataLoader", start)
+    with pytest.raises(KeyboardInterrupt):
+        next(eval_samples(open_dataset(data, "train"), 2), None)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")

@@ -167,8 +167,7 @@ def _read_ahead(
     load: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False, errors: bool = False
 ) -> Iterator[Any]:
     """Yield load(key) of every key in order; raise its UserError, or with `errors` yield it."""
-    # Workers inherit that signals to stop are ignored: these are for the main process, which ends the workers.
-    with _signals_ignored(), warnings.catch_warnings():
+    with _signals_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         loader = DataLoader(
             _Loads(load),
@@ -197,7 +196,8 @@ def _as_it_is(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just replaced what the worker inherited
+    for number in (signal.SIGINT, signal.SIGTERM):  # where they were not inherited as blocked
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _quiet_when_alone
     atexit.register(os._exit, 0)  # without unloading the libraries, in which threads that still run can abort
 
@@ -209,13 +209,21 @@ def _quiet_when_alone(kind: type[BaseException], error: BaseException, traceback
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield
-        return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_held() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for a `with` block, in which worker processes start.
+
+    Those inherit that the signals are blocked: they are for this process, which ends its workers.
+    """
+    signals, noted = (signal.SIGINT, signal.SIGTERM), list[int]()
+    main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+    handlers = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in signals * main}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield
     finally:
-        for number, handler in previous.items():
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what was blocked in this thread is noted now
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        for caught in noted:
+            signal.raise_signal(caught)
