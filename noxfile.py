@@ -19,7 +19,8 @@ nox.options.download_python = "never"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint"]
 
-PACKAGES = ("packages/segcore", "packages/ddp", "packages/ddps", "packages/ddrnet", "packages/dgmn2")
+METHODS = ("ddp", "ddps", "ddrnet", "dgmn2")
+PACKAGES = ("packages/segcore", *(f"packages/{method}" for method in METHODS))
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
@@ -83,10 +84,11 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
-def demo(session: nox.Session) -> None:
-    """Generate street scenes, train a small DDP on the CPU, evaluate it and write a page with pictures."""
+@nox.parametrize("method", METHODS, ids=METHODS)
+def demo(session: nox.Session, method: str) -> None:
+    """Generate street scenes, train a small model on the CPU, evaluate it and write a page with pictures."""
     session.install(*EDITABLE)
-    session.run("python", "-m", "ddp_seg", "demo", *session.posargs)
+    session.run("python", "-m", f"{method}_seg", "demo", *session.posargs)
 
 
 @nox.session

@@ -209,13 +209,13 @@ class Export(Command):
 class Demo(Command):
     """Train a small model on generated street scenes and write a page with its results; goes on if interrupted."""
 
-    work_dir: Path = Path("runs/demo")
-    """Folder for the scenes, the run and the page."""
+    work_dir: Path | None = None
+    """Folder for the scenes, the run and the page; runs/demo/<configuration> if not given."""
 
     def run(self, package: str | None) -> None:
         from segcore import demo
 
-        demo.run(self.experiment, self.work_dir, device=_device(self.device))
+        demo.run(self.experiment, self.work_dir or Path("runs/demo", self.experiment.name), device=_device(self.device))
 
 
 @dataclass(frozen=True)
