@@ -1,7 +1,5 @@
 """The model computes what the official code computed: every golden case at the tolerance of its README."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -47,7 +45,7 @@ def no_grad_by_default(request):
 
 @pytest.fixture(scope="module")
 def a(golden):
-    return golden("a_convnext_t_cityscapes.npz")
+    return golden("a_convnext_t_cityscapes")
 
 
 def sample(model, features, noise, **options):
@@ -100,9 +98,8 @@ def test_label_codes_large_enough_to_see(filled, a):
     check(torch.cat([s.noisy for s in trace])[:, ::16], a["ddim3_big_mask_in_c16"], 1e-5)
 
 
-def test_small_signals_show_the_norms_eps(reference, fill, a):
-    manifest = json.loads((reference / "ddp" / "manifests" / f"{CITYSCAPES}.json").read_text())
-    state = fill.filled({k: v for k, v in manifest["state_dict"].items() if "num_batches" not in k})
+def test_small_signals_show_the_norms_eps(manifest, fill, a):
+    state = fill({k: v for k, v in manifest(CITYSCAPES)["state_dict"].items() if "num_batches" not in k})
     scaled = [f"backbone.downsample_layers.{i}.1." for i in range(4)] + ["transform.conv."]
     for name in state:
         small = name.startswith(tuple(scaled)) or name.endswith(".gamma") or ".output_proj." in name
@@ -128,7 +125,7 @@ def test_odd_size(convnext, a):
 
 
 def test_swin(filled, golden):
-    b = golden("b_swin_t_ade20k.npz")
+    b = golden("b_swin_t_ade20k")
     model = filled(ADE20K)
     for i, x in enumerate(model.backbone(b["img"])):
         check(x[:, ::8], b[f"backbone{i}_c8"], 5e-5)
@@ -151,7 +148,7 @@ def test_swin(filled, golden):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize(("difference", "big"), [(0, False), (1, False), (2, False), (0, True)])
 def test_samplers(filled, golden, convnext, sampler, difference, big):
-    c = golden("c_samplers_convnext_t.npz")
+    c = golden("c_samplers_convnext_t")
     model = filled(CITYSCAPES, BIG) if big else convnext
     features = model.encode(c["img"])
     check(features[:, ::8], c["neck_c8"], 5e-5)
@@ -166,7 +163,7 @@ def test_samplers(filled, golden, convnext, sampler, difference, big):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_linear_schedule(filled, golden, sampler):
-    c = golden("c_samplers_convnext_t.npz")
+    c = golden("c_samplers_convnext_t")
     model = filled(CITYSCAPES, "model.noise_schedule=linear")
     features = model.encode(c["img"])
     logits, trace = sample(model, features, c["noise"], steps=3, sampler=sampler, step_noise=c["step_noise"])
@@ -176,7 +173,7 @@ def test_linear_schedule(filled, golden, sampler):
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_two_random_starts(convnext, golden, accumulate):
-    c = golden("c_samplers_convnext_t.npz")
+    c = golden("c_samplers_convnext_t")
     noise = torch.cat([c["noise"], c["step_noise"][0]])
     features = convnext.encode(c["img"])
     answer = convnext.denoise(features, noise, steps=3, accumulate=accumulate)
@@ -190,7 +187,7 @@ def test_two_random_starts(convnext, golden, accumulate):
     "case", ["ddp_convnext_t", "aligned_convnext_t", "ddp_swin_t", "ddp_convnext_t_big", "aligned_convnext_t_big"]
 )
 def test_training_step(filled, golden, case):
-    d = golden("d_training.npz")
+    d = golden("d_training")
     config = ADE20K if "swin" in case else ALIGNED if "aligned" in case else CITYSCAPES
     model = filled(config, "model.drop_path=0", *([BIG] if case.endswith("_big") else [])).train()
     model.auxiliary_head.dropout.p = 0.0
@@ -228,7 +225,7 @@ def test_training_step(filled, golden, case):
 
 
 def test_auxiliary_loss_with_batch_statistics_training(filled, golden):
-    d = golden("d_training.npz")
+    d = golden("d_training")
     model = filled(CITYSCAPES, "model.drop_path=0").train()
     model.auxiliary_head.dropout.p = 0.0
     draws = {"times": d["times"], "noise": d["noise"]}
@@ -239,7 +236,7 @@ def test_auxiliary_loss_with_batch_statistics_training(filled, golden):
 
 
 def test_pure_functions(convnext, golden):
-    e = golden("e_pure_functions.npz")
+    e = golden("e_pure_functions")
     for schedule in ("cosine", "linear"):
         level = log_snr(e["t"], schedule)
         check(level[:-1], e[f"log_snr_{schedule}"][:-1], 1e-6)
@@ -262,11 +259,11 @@ def test_pure_functions(convnext, golden):
 
 def test_sampling_offsets_start_along_the_compass(golden):
     bias = DDP(backbone="resnet18").build().decoder.layers[0].attention.sampling_offsets.bias
-    check(bias, golden("e_pure_functions.npz")["sampling_offset_bias_init"], 1e-6)
+    check(bias, golden("e_pure_functions")["sampling_offset_bias_init"], 1e-6)
 
 
 def test_decoder_layers(convnext, golden):
-    f = golden("f_msda_encoder.npz")
+    f = golden("f_msda_encoder")
     x = normal(152, (2, 256, 6, 10))
     time = convnext.time_embedding(log_snr(f["enc_t"].float()))
     layer = convnext.decoder.layers[0]

@@ -1,6 +1,5 @@
-"""Where the reference numbers and the few real images are. Tests that need them skip without, saying so."""
+"""Where golden numbers of all kinds and the few real images are. Tests that need them skip without, saying so."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,15 +7,6 @@ import numpy as np
 import pytest
 
 from segcore import ops
-
-
-@pytest.fixture(scope="session")
-def reference() -> Path:
-    """Folder of the reference specifications and golden numbers: the environment variable SEG_REFERENCE."""
-    folder = os.environ.get("SEG_REFERENCE")
-    if not folder:
-        pytest.skip("SEG_REFERENCE is not set: no reference numbers to compare with")
-    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -214,14 +214,14 @@ def experiments(draw):
     )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a command line of 70 words each
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a command line of 70 words each
 @given(experiments())
 def test_every_experiment_can_be_written_as_overrides(wanted):
     overrides = [_override(path, value_at(wanted, path)) for path in options.settings(EXPERIMENT)]
     assert EXPERIMENT.with_overrides(overrides) == wanted
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(wanted=experiments())
 def test_every_experiment_can_be_written_as_a_file(tmp_path_factory, wanted):
     path = tmp_path_factory.mktemp("written") / "my.py"  # a new path each time: compiled files go by path and second

@@ -351,3 +351,18 @@ def test_flip_turns_image_and_label_together():
     image, flipped = T.TrainTransform(data)(np.repeat(label[..., None], 3, axis=2), label, RandomState(0))
     np.testing.assert_array_equal(flipped, label[:, ::-1])
     np.testing.assert_array_equal(image[0], label[:, ::-1])
+
+
+def test_blur_comes_last_and_spreads_a_dot():
+    dot = np.zeros((32, 32, 3), np.uint8)
+    dot[16, 16] = 255
+    settings = {"scale": (32, 32), "ratio_range": (1.0, 1.0), "crop": (32, 32), "flip": 0.0, "photometric": False}
+    data = Data("folder", **settings, max_class_ratio=1.0, blur=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    image, label = T.TrainTransform(data)(dot, dot[..., 0], RandomState(0))
+    draws = RandomState(0)
+    draws.random_sample(), draws.randint(0, 1), draws.randint(0, 1), draws.rand(), draws.rand()  # ratio .. blur or not
+    expected = T.gaussian_blur(dot, draws.random_sample())
+    assert np.array_equal(image.numpy().transpose(1, 2, 0), expected)
+    assert 0 < expected[16, 17, 0] < expected[16, 16, 0] < 255
+    assert np.array_equal(label, dot[..., 0])
+    assert np.array_equal(T.gaussian_blur(dot, 0.0), dot)

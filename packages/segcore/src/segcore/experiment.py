@@ -77,6 +77,8 @@ class Data:
     """Probability of the horizontal flip."""
     photometric: bool = True
     """Photometric distortion (brightness, contrast, saturation, hue); 8-bit RGB only."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits)."""
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
@@ -286,7 +288,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda v: v >= 0,
         ("data.workers", "schedule.warmup_iterations", "train.evaluate_every", "evaluate.steps"),
     ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip",)),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip", "data.blur")),
     ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.until_converged",)),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),
     ("finite", math.isfinite, ("data.mean",)),

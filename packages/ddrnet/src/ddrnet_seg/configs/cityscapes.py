@@ -54,7 +54,7 @@ def seed_recipe(variant: Variant) -> Experiment:
             ohem_min_kept=100_000,
             align_corners=True,
         ),
-        data=replace(base.data, scale=(2080, 1040), max_class_ratio=1.0, photometric=False),
+        data=replace(base.data, scale=(2080, 1040), max_class_ratio=1.0, photometric=False, blur=0.5),
         optimizer=Optimizer("sgd", lr=0.003, momentum=0.9, weight_decay=1e-4),
         schedule=replace(base.schedule, iterations=250 * 595),
         train=replace(base.train, batch=5, max_per_device=5, evaluate_every=595, save_every=595),

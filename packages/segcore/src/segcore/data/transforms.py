@@ -1,7 +1,8 @@
 """Training transforms with the semantics of MMSegmentation 0.x, which DDP, DDPS and DGMN2 train with, on numpy arrays.
 
 Images are (H, W, C) uint8 or uint16 RGB, labels (H, W) uint8. Randomness comes from a numpy RandomState, whose
-streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets, flip, photometric.
+streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets, flip, photometric
+distortion, blur.
 """
 
 from __future__ import annotations
@@ -134,6 +135,11 @@ def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
     return image
 
 
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Return an image (H, W, C) blurred with a Gaussian of standard deviation `sigma`, in pixels."""
+    return cv2.GaussianBlur(image, (0, 0), max(sigma, 0.01)).reshape(image.shape)
+
+
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Return (image - mean) / std as float32 (H, W, C), computed in float32; `mean`, `std` in units of the image.
 
@@ -159,7 +165,7 @@ def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarra
 
 
 class TrainTransform:
-    """The published training pipeline: resize by a random ratio, crop, flip, photometric distortion, normalise, pad.
+    """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalise, pad.
 
     `ignore_index` fills the padding of labels; that of images is 0 after normalising, the mean colour. The crop's
     class limit always leaves out 255 only, so a `background` class counts, as published.
@@ -182,6 +188,8 @@ class TrainTransform:
             image, label = flip(image), flip(label)
         if data.photometric:
             image = photometric_distortion(image, rng)
+        if data.blur and rng.rand() < data.blur:
+            image = gaussian_blur(image, rng.random_sample())
         image = pad(normalize(image, data.mean, data.std), data.crop)
         label = pad(label, data.crop, self.ignore_index).astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(label)

@@ -1,0 +1,60 @@
+"""What the tests of all packages share: reference numbers, found through SEG_REFERENCE, which `.ci/run` sets."""
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+with contextlib.suppress(ImportError):  # the tests for GPUs run without hypothesis, too
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)  # an example takes as long as the machine is busy
+    settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of the reference specifications and golden numbers, or a skip."""
+    if not os.environ.get("SEG_REFERENCE"):
+        pytest.skip("SEG_REFERENCE is not set: no reference numbers to compare with")
+    return Path(os.environ["SEG_REFERENCE"])
+
+
+@pytest.fixture(scope="session")
+def fill(reference: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """A function that gives deterministic tensors for names and shapes."""
+    spec = importlib.util.spec_from_file_location("fill", reference / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.filled
+
+
+@pytest.fixture(scope="module")
+def golden(reference: Path, request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
+    """A function that loads one file of the method's golden numbers as tensors (texts stay arrays)."""
+
+    def load(name: str) -> dict[str, Any]:
+        with np.load(reference / _package(request) / "golden" / f"{name}.npz", allow_pickle=False) as data:
+            return {k: torch.from_numpy(v.copy()) if v.dtype.kind in "fiub" else v for k, v in data.items()}
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def manifest(reference: Path, request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
+    """A function that loads the parameter list of one of the method's rows or networks."""
+    return lambda name: json.loads((reference / _package(request) / "manifests" / f"{name}.json").read_text())
+
+
+def _package(request: pytest.FixtureRequest) -> str:
+    """Return the folder of the package whose tests ask."""
+    return request.path.relative_to(Path(__file__).parent).parts[0]
