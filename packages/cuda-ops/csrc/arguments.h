@@ -14,12 +14,12 @@ struct MsDeformAttn {
 };
 
 // The samples of a deformable convolution. input (N, H, W, G, D), offset (N, G, K, 2, L), mask (N, G, K, L) or null,
-// columns (N, L, K, G, D).
+// columns and grad (count, K, G, D) for `count` of the N * L places.
 template <typename T>
 struct Columns {
   const T *input, *offset, *mask, *grad;
   T *columns, *grad_input, *grad_offset, *grad_mask;
-  int64_t n, height, width, groups, d, out_height, out_width;
+  int64_t n, height, width, groups, d, out_height, out_width, first, count;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
@@ -31,6 +31,15 @@ struct LocalAttn {
   T* factors;  // (B, H * W, M, 2, K) from the first half of the backward pass to the second: of keys and of values
   int64_t b, height, width, m, d, kernel[2];
   T scale;
+};
+
+// out (N, columns, middle, rows) from in (N, rows, middle, columns).
+template <typename T>
+struct Transpose {
+  const T* in;
+  T* out;
+  int64_t n, rows, middle, columns;
+  static constexpr int64_t block = 16;
 };
 
 // How the gradients of maps are divided among threads, so that every element has one thread and a fixed order of its
@@ -54,6 +63,7 @@ struct Kernels {
   void (*local_attn)(const LocalAttn<T>&, int64_t begin, int64_t end);
   void (*local_attn_points)(const LocalAttn<T>&, int64_t begin, int64_t end);
   void (*local_attn_maps)(const LocalAttn<T>&, const Division&, int64_t begin, int64_t end);
+  void (*transpose)(const Transpose<T>&, int64_t begin, int64_t end);
 };
 
 struct AllKernels {
@@ -64,7 +74,7 @@ struct AllKernels {
 // The same source compiled for several instruction sets.
 extern const AllKernels baseline;
 #if defined(SEG_X86)
-extern const AllKernels avx2, avx512;
+extern const AllKernels avx2;
 #endif
 
 }  // namespace seg

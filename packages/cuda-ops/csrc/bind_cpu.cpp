@@ -30,8 +30,6 @@ std::string use_instruction_set(const std::string& wanted) {
   };
   std::vector<Set> sets;
 #if defined(SEG_X86)
-  sets.push_back({"avx512", &avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")});
   sets.push_back({"avx2", &avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
   sets.push_back({"baseline", &baseline, true});
@@ -111,22 +109,28 @@ void ms_deform_attn_backward(const std::vector<Address>& p, const Sizes& shapes,
 template <typename T>
 Columns<T> columns_arguments(const std::vector<Address>& p, const Sizes& s, const Sizes& w) {
   return {pointer<T>(p[0]), pointer<T>(p[1]), pointer<T>(p[2]), pointer<T>(p[3]), pointer<T>(p[4]), pointer<T>(p[5]),
-          pointer<T>(p[6]), pointer<T>(p[7]), s[0], s[1], s[2], s[3], s[4], s[5], s[6],
+          pointer<T>(p[6]), pointer<T>(p[7]), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8],
           {w[0], w[1]},     {w[2], w[3]},     {w[4], w[5]},     {w[6], w[7]}};
 }
 
 template <typename T>
 void columns(const std::vector<Address>& p, const Sizes& s, const Sizes& window) {
   const auto a = columns_arguments<T>(p, s, window);
-  parallel(a.n * a.out_height * a.out_width, grain, [&](int64_t b, int64_t e) { of<T>().columns(a, b, e); });
+  parallel(a.count, grain, [&](int64_t b, int64_t e) { of<T>().columns(a, b, e); });
 }
 
 template <typename T>
 void columns_backward(const std::vector<Address>& p, const Sizes& s, const Sizes& window, int64_t threads) {
   const auto a = columns_arguments<T>(p, s, window);
   const Division cut = divide(a.n, a.groups, a.d, threads);
-  parallel(a.n * a.out_height * a.out_width, grain, [&](int64_t b, int64_t e) { of<T>().columns_points(a, b, e); });
+  parallel(a.count, grain, [&](int64_t b, int64_t e) { of<T>().columns_points(a, b, e); });
   parallel(cut.units, 1, [&](int64_t b, int64_t e) { of<T>().columns_maps(a, cut, b, e); });
+}
+
+template <typename T>
+void transpose(const std::vector<Address>& p, const Sizes& s) {
+  const Transpose<T> a = {pointer<T>(p[0]), pointer<T>(p[1]), s[0], s[1], s[2], s[3]};
+  parallel(a.n * divided(a.rows, Transpose<T>::block), 1, [&](int64_t b, int64_t e) { of<T>().transpose(a, b, e); });
 }
 
 template <typename T>
@@ -164,6 +168,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("ms_deform_attn_backward_" suffix, &ms_deform_attn_backward<type>, Unlocked()); \
   module.def("columns_" suffix, &columns<type>, Unlocked());                                 \
   module.def("columns_backward_" suffix, &columns_backward<type>, Unlocked());               \
+  module.def("transpose_" suffix, &transpose<type>, Unlocked());                             \
   module.def("local_attn_" suffix, &local_attn<type>, Unlocked());                           \
   module.def("local_attn_backward_" suffix, &local_attn_backward<type>, Unlocked());
   DEFINE(float, "f32")

@@ -130,26 +130,84 @@ void ms_deform_attn_points(const MsDeformAttn<T>& a, int64_t begin, int64_t end)
   }
 }
 
+// Points whose rows are on their way into the cache while others of the same list are worked on.
+template <typename T>
+struct Pending {
+  static constexpr int capacity = 32;
+  struct Entry {
+    Point<T> p;
+    T weight[4];
+    int64_t start[4];  // of the corners' rows
+    int64_t item, point;
+    T height, width;
+  };
+  Entry entries[capacity];
+  int count = 0;
+
+  INLINE void add(const MsDeformAttn<T>& a, const Part& part, bool whole, const Point<T>& p, int64_t map, int64_t item,
+                  int64_t point, int height, int width) {
+    Entry& e = entries[count++];
+    e.p = p, e.item = item, e.point = point, e.height = T(height), e.width = T(width);
+    int64_t pixel[4];
+    corners(p, width, e.weight, pixel);
+    for (int i = 0; i < 4; ++i) {
+      e.start[i] = map + pixel[i] * a.m * a.d;
+      for (int64_t c = 0; c < part.d; c += 64 / int64_t(sizeof(T))) {
+        if (whole) __builtin_prefetch(a.value + e.start[i] + c, 0);
+        __builtin_prefetch(a.grad_value + e.start[i] + c, 1);
+      }
+    }
+  }
+
+  INLINE void flush(const MsDeformAttn<T>& a, const Part& part, bool whole) {
+    for (const Entry* e = entries; e < entries + count; ++e) {
+      const T *g = a.grad + e->item * a.d + part.first, factor = a.attn[e->point];
+      T *maps[4], weight[4];
+      for (int i = 0; i < 4; ++i) maps[i] = a.grad_value + e->start[i], weight[i] = factor * e->weight[i];
+      if (whole) {
+        const T* rows[4];
+        T dots[4], value, d_y, d_x;
+        for (int i = 0; i < 4; ++i) rows[i] = a.value + e->start[i];
+        dots_and_add_scaled(g, rows, maps, weight, part.d, dots);
+        derivatives(e->p, dots, value, d_y, d_x);
+        a.grad_attn[e->point] = value;
+        a.grad_loc[2 * e->point] = d_x * factor * e->width;
+        a.grad_loc[2 * e->point + 1] = d_y * factor * e->height;
+      } else {
+        for (int i = 0; i < 4; ++i)
+          if (weight[i] != T(0)) add_scaled(maps[i], weight[i], g, part.d);
+      }
+    }
+    count = 0;
+  }
+};
+
 template <typename T>
 void ms_deform_attn_maps(const MsDeformAttn<T>& a, const Division& cut, int64_t begin, int64_t end) {
   const int64_t stride = a.m * a.d;
   for (int64_t i = begin; i < end; ++i) {
     const Part part(cut, i, a.m, a.d);
+    Pending<T> list;
     for (int64_t query = part.n * a.q; query < (part.n + 1) * a.q; ++query)
       for (int64_t head = part.head; head < part.last_head; ++head) {
         const int64_t item = query * a.m + head;
-        if (cut.whole) ms_deform_attn_points(a, item, item + 1);
-        T* map = a.grad_value + part.n * a.s * stride + head * a.d + part.first;
+        int64_t map = part.n * a.s * stride + head * a.d + part.first;
         for (int64_t level = 0; level < a.levels; ++level) {
           const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
           for (int64_t j = 0; j < a.points; ++j) {
             const int64_t point = (item * a.levels + level) * a.points + j;
             const Point<T> p = attn_point(a, point, height, width);
-            if (p.inside) scatter(map, stride, p, width, a.attn[point], a.grad + item * a.d + part.first, part.d);
+            if (p.inside) {
+              list.add(a, part, cut.whole, p, map, item, point, height, width);
+              if (list.count == list.capacity) list.flush(a, part, cut.whole);
+            } else if (cut.whole) {
+              a.grad_attn[point] = a.grad_loc[2 * point] = a.grad_loc[2 * point + 1] = 0;
+            }
           }
           map += int64_t(height) * width * stride;
         }
       }
+    list.flush(a, part, cut.whole);
   }
 }
 
@@ -161,23 +219,24 @@ INLINE void at_place(const Columns<T>& a, int64_t n, int64_t place, int64_t grou
   const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width;
   const int64_t top = place / a.out_width * a.stride[0] - a.padding[0];
   const int64_t left = place % a.out_width * a.stride[1] - a.padding[1];
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const int64_t index = (n * a.groups + group) * taps + tap;
-    const int64_t y = top + tap / a.kernel[1] * a.dilation[0], x = left + tap % a.kernel[1] * a.dilation[1];
-    const T* offset = a.offset + index * 2 * places + place;
-    const Point<T> p = locate(T(y) + offset[0], T(x) + offset[places], int(a.height), int(a.width));
-    body(tap, p, a.mask ? a.mask[index * places + place] : T(1), index * places + place);
-  }
+  int64_t index = (n * a.groups + group) * taps, tap = 0;
+  for (int64_t i = 0; i < a.kernel[0]; ++i)  // in two loops: a division costs as much as all the rest
+    for (int64_t j = 0; j < a.kernel[1]; ++j, ++tap, ++index) {
+      const T* offset = a.offset + index * 2 * places + place;
+      const T y = T(top + i * a.dilation[0]) + offset[0], x = T(left + j * a.dilation[1]) + offset[places];
+      const Point<T> p = locate(y, x, int(a.height), int(a.width));
+      body(tap, p, a.mask ? a.mask[index * places + place] : T(1), index * places + place);
+    }
 }
 
 template <typename T>
 void columns(const Columns<T>& a, int64_t begin, int64_t end) {
   const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
-  for (int64_t i = begin; i < end; ++i) {  // (n, place)
-    const int64_t n = i / places;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = (a.first + i) / places, place = (a.first + i) % places;
     for (int64_t group = 0; group < a.groups; ++group) {
       const T* map = a.input + n * a.height * a.width * stride + group * a.d;
-      at_place(a, n, i % places, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
+      at_place(a, n, place, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
         T* out = a.columns + ((i * taps + tap) * a.groups + group) * a.d;
         Corners<T> list;
         if (p.inside) list.push(map, stride, p, int(a.width), mask, out, a.d);
@@ -191,7 +250,7 @@ template <typename T>
 void columns_points(const Columns<T>& a, int64_t begin, int64_t end) {
   const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / places, place = i % places;
+    const int64_t n = (a.first + i) / places, place = (a.first + i) % places;
     for (int64_t group = 0; group < a.groups; ++group) {
       const T* map = a.input + n * a.height * a.width * stride + group * a.d;
       at_place(a, n, place, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t index) {
@@ -217,26 +276,60 @@ void columns_maps(const Columns<T>& a, const Division& cut, int64_t begin, int64
   const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
   for (int64_t i = begin; i < end; ++i) {
     const Part part(cut, i, a.groups, a.d);
-    for (int64_t place = 0; place < places; ++place)
+    const int64_t first = part.n * places, last = first + places, given = a.first + a.count;
+    for (int64_t j = first > a.first ? first : a.first; j < (last < given ? last : given); ++j)
       for (int64_t group = part.head; group < part.last_head; ++group) {
         T* map = a.grad_input + part.n * a.height * a.width * stride + group * a.d + part.first;
-        at_place(a, part.n, place, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
-          const T* g = a.grad + (((part.n * places + place) * taps + tap) * a.groups + group) * a.d + part.first;
+        at_place(a, part.n, j - first, group, [&](int64_t tap, const Point<T>& p, T mask, int64_t) {
+          const T* g = a.grad + (((j - a.first) * taps + tap) * a.groups + group) * a.d + part.first;
           if (p.inside) scatter(map, stride, p, int(a.width), mask, g, part.d);
         });
       }
   }
 }
 
-// ---- deform_local_attn ----------------------------------------------------------------------------------------------
+// One block in a buffer, so that only whole cache lines are read and written: rows are often a power of two apart, and
+// few lines at such distances have room in the cache together.
+template <typename T>
+INLINE void transpose_block(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t size = Transpose<T>::block;
+  T buffer[size][size];
+  if (rows == size && columns == size) {
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < size; ++j) buffer[j][i] = in[i * in_stride + j];
+    for (int64_t j = 0; j < size; ++j) __builtin_memcpy(out + j * out_stride, buffer[j], sizeof(buffer[j]));
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+  }
+}
 
 template <typename T>
-INLINE Point<T> tap_point(const LocalAttn<T>& a, int64_t item, int64_t tap) {
-  const int64_t token = item / a.m % (a.height * a.width), taps = a.kernel[0] * a.kernel[1];
-  const int64_t y = token / a.width + tap / a.kernel[1] - a.kernel[0] / 2;
-  const int64_t x = token % a.width + tap % a.kernel[1] - a.kernel[1] / 2;
-  const T* offset = a.offset + (item * taps + tap) * 2;
-  return locate(T(y) + offset[0], T(x) + offset[1], int(a.height), int(a.width));
+void transpose(const Transpose<T>& a, int64_t begin, int64_t end) {
+  constexpr int64_t size = Transpose<T>::block;
+  const int64_t blocks = (a.rows + size - 1) / size;
+  for (int64_t i = begin; i < end; ++i) {  // (n, rows of a block)
+    const int64_t start = i / blocks * a.rows * a.middle * a.columns, top = i % blocks * size;
+    const int64_t rows = a.rows - top < size ? a.rows - top : size;
+    for (int64_t middle = 0; middle < a.middle; ++middle)
+      for (int64_t left = 0; left < a.columns; left += size)
+        transpose_block(a.in + start + (top * a.middle + middle) * a.columns + left, a.middle * a.columns,
+                        a.out + start + (left * a.middle + middle) * a.rows + top, a.middle * a.rows, rows,
+                        a.columns - left < size ? a.columns - left : size);
+  }
+}
+
+// ---- deform_local_attn ----------------------------------------------------------------------------------------------
+
+// Sets the points of an item, one per tap.
+template <typename T>
+INLINE void tap_points(const LocalAttn<T>& a, int64_t item, Point<T>* points) {
+  const int64_t token = item / a.m % (a.height * a.width);
+  const int64_t top = token / a.width - a.kernel[0] / 2, left = token % a.width - a.kernel[1] / 2;
+  const T* offset = a.offset + item * a.kernel[0] * a.kernel[1] * 2;
+  for (int64_t i = 0; i < a.kernel[0]; ++i)
+    for (int64_t j = 0; j < a.kernel[1]; ++j, offset += 2)
+      *points++ = locate(T(top + i) + offset[0], T(left + j) + offset[1], int(a.height), int(a.width));
 }
 
 INLINE float exponential(float x) { return expf(x); }
@@ -263,8 +356,9 @@ void local_attn(const LocalAttn<T>& a, int64_t begin, int64_t end) {
   Scratch<Point<T>> points(taps);
   for (int64_t i = begin; i < end; ++i) {  // (b, token, m)
     const int64_t start = i / (a.height * a.width * a.m) * a.height * a.width * stride + i % a.m * a.d;
+    tap_points(a, i, points.data);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const Point<T> p = points.data[tap] = tap_point(a, i, tap);
+      const Point<T>& p = points.data[tap];
       T weight[4], product = 0;
       const T* rows[4];
       if (p.inside) {
@@ -291,8 +385,9 @@ void local_attn_points(const LocalAttn<T>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tokens = a.height * a.width, start = i / (tokens * a.m) * tokens * stride + i % a.m * a.d;
     T *of_key = a.factors + i * 2 * taps, *of_value = of_key + taps;  // logits, then attention; then their gradients
+    tap_points(a, i, points.data);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const Point<T> p = points.data[tap] = tap_point(a, i, tap);
+      const Point<T>& p = points.data[tap];
       T weight[4], *dot = dots.data + 8 * tap;
       const T* rows[4];
       for (int j = 0; j < 8; ++j) dot[j] = 0;
@@ -331,14 +426,16 @@ void local_attn_points(const LocalAttn<T>& a, int64_t begin, int64_t end) {
 template <typename T>
 void local_attn_maps(const LocalAttn<T>& a, const Division& cut, int64_t begin, int64_t end) {
   const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d, tokens = a.height * a.width;
+  Scratch<Point<T>> points(taps);
   for (int64_t i = begin; i < end; ++i) {
     const Part part(cut, i, a.m, a.d);
     for (int64_t token = part.n * tokens; token < (part.n + 1) * tokens; ++token)
       for (int64_t head = part.head; head < part.last_head; ++head) {
         const int64_t item = token * a.m + head, start = part.n * tokens * stride + head * a.d + part.first;
         if (cut.whole) local_attn_points(a, item, item + 1);
+        tap_points(a, item, points.data);
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const Point<T> p = tap_point(a, item, tap);
+          const Point<T>& p = points.data[tap];
           if (!p.inside) continue;
           const T *factor = a.factors + item * 2 * taps + tap, *q = a.q + item * a.d, *grad = a.grad + item * a.d;
           scatter(a.grad_k + start, stride, p, int(a.width), factor[0], q + part.first, part.d);
@@ -352,7 +449,8 @@ template <typename T>
 constexpr Kernels<T> table() {
   return {ms_deform_attn<T>, ms_deform_attn_points<T>, ms_deform_attn_maps<T>,
           columns<T>,        columns_points<T>,        columns_maps<T>,
-          local_attn<T>,     local_attn_points<T>,     local_attn_maps<T>};
+          local_attn<T>,     local_attn_points<T>,     local_attn_maps<T>,
+          transpose<T>};
 }
 
 }  // namespace

@@ -2,9 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
+#if defined(__AVX__)
 #define VECTOR_BYTES 32
 #else
 #define VECTOR_BYTES 16
@@ -100,6 +98,27 @@ INLINE void add_scaled(T* row, T weight, const T* g, int64_t d) {
   int64_t c = 0;
   for (; c + V::size <= d; c += V::size) V::store(row + c, V::load(row + c) + weight * V::load(g + c));
   for (; c < d; ++c) row[c] += weight * g[c];
+}
+
+// result[i] = <g, rows[i]> and maps[i] += weights[i] * g, of four rows and four maps.
+template <typename T>
+INLINE void dots_and_add_scaled(const T* g, const T* const rows[4], T* const maps[4], const T weights[4], int64_t d,
+                                T result[4]) {
+  using V = Vector<T>;
+  typename V::type total[4] = {};
+  int64_t c = 0;
+  for (; c + V::size <= d; c += V::size) {
+    const typename V::type v = V::load(g + c);
+    for (int i = 0; i < 4; ++i) total[i] += v * V::load(rows[i] + c);
+    for (int i = 0; i < 4; ++i)
+      if (weights[i] != T(0)) V::store(maps[i] + c, V::load(maps[i] + c) + weights[i] * v);
+  }
+  for (int i = 0; i < 4; ++i) result[i] = c ? V::sum(total[i]) : T(0);
+  for (; c < d; ++c)
+    for (int i = 0; i < 4; ++i) {
+      result[i] += g[c] * rows[i][c];
+      if (weights[i] != T(0)) maps[i][c] += weights[i] * g[c];
+    }
 }
 
 }  // namespace

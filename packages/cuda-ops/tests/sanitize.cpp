@@ -1,38 +1,12 @@
 // Runs every CPU kernel on arrays of exactly their size with coordinates of every kind, to be built with sanitizers:
 // a read or write outside an array, or an undefined conversion, ends the program. The answers must be finite.
-#include <cmath>
-#include <cstdio>
-#include <limits>
-#include <random>
-#include <vector>
-
 #include "../csrc/arguments.h"
+#include "arrays.h"
 
 namespace seg {
 extern const AllKernels kernels_under_test;
 }
 using namespace seg;
-
-static std::mt19937 generator(0);
-
-template <typename T>
-std::vector<T> normal(int64_t count) {
-  std::normal_distribution<double> draw;
-  std::vector<T> out(count);
-  for (T& x : out) x = T(draw(generator));
-  return out;
-}
-
-// Coordinates of which many lie on or outside the border, or are no numbers.
-template <typename T>
-std::vector<T> wild(int64_t count) {
-  const T inf = std::numeric_limits<T>::infinity();
-  const T special[] = {T(NAN), inf, -inf, T(1e30), T(-1e30), T(-1), T(0), T(1), T(2147483648.0), T(-0.5), T(3), T(1.5)};
-  std::vector<T> out = normal<T>(count);
-  for (int64_t i = 0; i < count; ++i)
-    if (generator() % 2) out[i] = special[generator() % (sizeof(special) / sizeof(T))];
-  return out;
-}
 
 template <typename T>
 int not_finite(const char* name, const std::vector<std::vector<T>*>& arrays) {
@@ -68,12 +42,15 @@ int run(const Kernels<T>& kernels, int64_t d) {
     for (const Division& cut : divisions) {
       std::vector<T> out(grad.size(), poison), g_input(input.size()), g_offset(offset.size(), poison);
       std::vector<T> g_mask(mask.size(), poison);
-      const Columns<T> a = {input.data(), offset.data(),   mask.data(),   grad.data(), out.data(), g_input.data(),
-                            g_offset.data(), g_mask.data(), n, h, w, groups, d, oh, ow,
-                            {3, 2}, {1, 1}, {0, 1}, {1, 1}};
-      kernels.columns(a, 0, n * l);
-      kernels.columns_points(a, 0, n * l);
-      kernels.columns_maps(a, cut, 0, cut.units);
+      for (const int64_t first : {0, 20}) {  // the places in two parts
+        const int64_t count = first ? n * l - first : 20, start = first * taps * groups * d;
+        const Columns<T> a = {input.data(), offset.data(), mask.data(), grad.data() + start, out.data() + start,
+                              g_input.data(), g_offset.data(), g_mask.data(), n, h, w, groups, d, oh, ow, first, count,
+                              {3, 2}, {1, 1}, {0, 1}, {1, 1}};
+        kernels.columns(a, 0, count);
+        kernels.columns_points(a, 0, count);
+        kernels.columns_maps(a, cut, 0, cut.units);
+      }
       wrong += not_finite<T>("columns", {&out, &g_input, &g_offset, &g_mask});
     }
   }
@@ -92,6 +69,12 @@ int run(const Kernels<T>& kernels, int64_t d) {
       kernels.local_attn_maps(a, cut, 0, cut.units);
       wrong += not_finite<T>("local_attn", {&out, &g_q, &g_k, &g_v, &g_offset, &g_bias});
     }
+  }
+  for (const int64_t columns : {int64_t(1), int64_t(16), 2 * d}) {
+    const auto in = normal<T>(2 * 19 * 3 * columns);
+    std::vector<T> out(in.size(), poison);
+    kernels.transpose({in.data(), out.data(), 2, 19, 3, columns}, 0, 2 * 2);
+    wrong += not_finite<T>("transpose", {&out});
   }
   return wrong;
 }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 def use_instruction_set(name: str) -> str:
-    """Use "baseline", "avx2" or "avx512", or the best one for ""; return the one in use. Raises ValueError."""
+    """Use "baseline" or "avx2", or the best one for ""; return the one in use. Raises ValueError."""
 
 def instruction_set() -> str:
     """Return the instruction set in use."""

@@ -6,7 +6,8 @@ below are the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,73 @@ class Backend:
 
     `call(name, dtype, tensors, *sizes)` runs the function `name` for values of `dtype` on tensors or None.
     `half` says that values may be half precision; if not they are converted, so that sums are float32 either way.
+    `chunk` is how many samples of a convolution are worth computing at a time: what the processor's cache holds.
     """
 
     call: Callable[..., None]
     half: bool
+    chunk: int
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """Return features in a dtype that the extension takes."""
+        return tensor if self.half else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def values(self, *tensors: Tensor) -> list[Tensor]:
         """Return features contiguous and in a dtype that the extension takes."""
-        return [t.contiguous() if self.half else exact(t, t) for t in tensors]
+        return [self.cast(t).contiguous() for t in tensors]
+
+    def swapped(self, tensor: Tensor) -> Tensor:
+        """Return (N, A, K, B) as (N, B, K, A), contiguous."""
+        view = tensor.permute(0, 3, 2, 1)
+        if tensor.is_cuda or view.is_contiguous():
+            return view.contiguous()
+        out = tensor.new_empty(view.shape)
+        self.call("transpose", out.dtype, [tensor.contiguous(), out], list(tensor.shape))  # torch's takes twice as long
+        return out
+
+
+class Samples:
+    """The samples of a deformable convolution on an input (N, C, H, W): K taps at each of N * L places."""
+
+    def __init__(self, backend: Backend, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> None:
+        self.backend, self.window, self.inputs = backend, window, (input, offset, mask)
+        (n, channels, *size), self.taps = input.shape, window[0] * window[1]
+        offset_groups, self.places = offset.shape[1] // (2 * self.taps), offset.shape[2] * offset.shape[3]
+        self.pixels = backend.swapped(backend.cast(input).reshape(n, channels, 1, math.prod(size)))
+        self.offset, self.mask = exact(offset, input), maybe(exact, mask, input)
+        self.sizes = [n, *size, offset_groups, channels // offset_groups, *offset.shape[2:]]
+
+    def chunks(self) -> Iterator[tuple[int, slice]]:
+        """Yield the image and its places, as many as are worth computing at a time."""
+        step = max(256, self.backend.chunk // (self.taps * self.pixels.shape[3]))
+        for image in range(len(self.pixels)):
+            for first in range(0, self.places, step):
+                yield image, slice(first, min(first + step, self.places))
+
+    def columns(self, first: int, count: int) -> Tensor:
+        """Return the samples (count, K, C) of places from `first` on."""
+        out = self.pixels.new_empty(count, self.taps, self.pixels.shape[3])
+        tensors = [self.pixels, self.offset, self.mask, None, out, None, None, None]
+        self.backend.call("columns", out.dtype, tensors, [*self.sizes, first, count], self.window)
+        return out
+
+    def new_gradients(self) -> list[MaybeTensor]:
+        """Return room for the gradients of pixels, offset and mask."""
+        of_pixels = torch.zeros(self.pixels.shape, dtype=self.offset.dtype, device=self.offset.device)
+        return [of_pixels, torch.empty_like(self.offset), maybe(torch.empty_like, self.mask)]
+
+    def backward(self, grad: Tensor, first: int, out: list[MaybeTensor]) -> None:
+        """Add to or set gradients, from those of the samples (count, K, C) of places from `first` on."""
+        tensors = [self.pixels, self.offset, self.mask, grad.contiguous(), None, *out]
+        sizes = [*self.sizes, first, len(grad)]
+        self.backend.call("columns_backward", self.pixels.dtype, tensors, sizes, self.window)
+
+    def as_inputs(self, grads: list[MaybeTensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of input, offset and mask as `as_inputs` does."""
+        input = self.inputs[0]
+        assert grads[0] is not None
+        by_channel = self.backend.swapped(grads[0]).view(input.shape)
+        return as_inputs([by_channel, *grads[1:]], self.inputs, input)
 
 
 def exact(tensor: Tensor, values: Tensor) -> Tensor:
@@ -87,69 +147,49 @@ def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[
 
     def deform_unfold(input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
         shape = shape_of("deform_unfold", input, offset, mask, window)
-        return packed(columns(input, offset, mask, window).permute(0, 3, 2, 1).reshape(shape).to(input.dtype))
+        samples = Samples(backend, input, offset, mask, window)
+        columns = samples.columns(0, len(input) * samples.places)
+        by_place = columns.view(len(input), samples.places, samples.taps, input.shape[1])
+        return packed(backend.swapped(by_place).view(shape).to(input.dtype))
 
     def deform_unfold_backward(
         grad: Tensor, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window
     ) -> tuple[Tensor, ...]:
-        _, rows, places = shape_of("deform_unfold", input, offset, mask, window, grad=grad)
-        taps = window[0] * window[1]
-        by_place = grad.to(input.dtype).reshape(len(grad), rows // taps, taps, places).permute(0, 3, 2, 1)
-        return as_inputs(columns_backward(by_place, input, offset, mask, window), (input, offset, mask), input)
+        shape_of("deform_unfold", input, offset, mask, window, grad=grad)
+        samples = Samples(backend, input, offset, mask, window)
+        by_channel = backend.cast(grad.to(input.dtype)).reshape(*input.shape[:2], samples.taps, samples.places)
+        grads = samples.new_gradients()
+        samples.backward(backend.swapped(by_channel).flatten(0, 1), 0, grads)
+        return samples.as_inputs(grads)
 
     def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
         out = input.new_empty(shape_of("deform_conv2d", input, offset, weight, mask, window))
-        rows = matrix(weight, input, backend)
+        samples, rows = Samples(backend, input, offset, mask, window), matrix(weight, input, backend)
+        by_place = out.view(len(input), len(rows), rows.shape[1], samples.places)
         with torch.autocast(input.device.type, enabled=False):  # it would reach into the product
-            for i in range(len(input)):  # an image at a time: its columns are nine times as large as its input
-                part = columns(input[i : i + 1], offset[i : i + 1], maybe(Tensor.narrow, mask, 0, i, 1), window)
-                out[i] = torch.bmm(rows, by_group(part, len(rows)).transpose(1, 2)).view(out.shape[1:])
+            for image, chunk in samples.chunks():
+                part = samples.columns(image * samples.places + chunk.start, chunk.stop - chunk.start)
+                by_place[image, :, :, chunk] = torch.bmm(rows, by_group(part, len(rows)).transpose(1, 2))
         return out
 
     def deform_conv2d_backward(
         grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window
     ) -> tuple[Tensor, ...]:
         shape_of("deform_conv2d", input, offset, weight, mask, window, grad=grad)
-        rows = matrix(weight, input, backend)
+        samples, rows = Samples(backend, input, offset, mask, window), matrix(weight, input, backend)
         of_rows = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-        inputs = input, offset, mask
-        grads = as_inputs([maybe(torch.empty_like, t) for t in inputs], inputs, input)
+        grads = samples.new_gradients()
+        by_place = grad.to(rows.dtype).reshape(len(input), len(rows), rows.shape[1], samples.places)
         with torch.autocast(input.device.type, enabled=False):
-            for i in range(len(input)):
-                image = input[i : i + 1], offset[i : i + 1], maybe(Tensor.narrow, mask, 0, i, 1)
-                part = columns(*image, window)
-                of_out = grad[i].to(rows.dtype).reshape(len(rows), rows.shape[1], -1)
-                of_rows += torch.bmm(of_out, by_group(part, len(rows)))
-                of_part = torch.bmm(of_out.transpose(1, 2), rows).unflatten(2, (part.shape[2], -1))
-                by_place = of_part.permute(1, 2, 0, 3).flatten(2).unsqueeze(0)
-                for target, g in zip(grads, columns_backward(by_place, *image, window), strict=True):
-                    if g is not None:
-                        target[i : i + 1] = g
+            for image, chunk in samples.chunks():
+                first = image * samples.places + chunk.start
+                of_out = by_place[image, :, :, chunk]
+                of_rows += torch.bmm(of_out, by_group(samples.columns(first, chunk.stop - chunk.start), len(rows)))
+                of_part = torch.bmm(of_out.transpose(1, 2), rows).unflatten(2, (samples.taps, -1))
+                samples.backward(of_part.permute(1, 2, 0, 3).flatten(2), first, grads)
+        of_input, of_offset, of_mask = samples.as_inputs(grads)
         taps_last = of_rows.view(len(weight), *weight.shape[2:], weight.shape[1])
-        grad_weight = packed(taps_last.permute(0, 3, 1, 2).to(weight.dtype))
-        return grads[0], grads[1], grad_weight, grads[2]
-
-    def columns(input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
-        """Return the samples (N, L, K, C) of an input (N, C, H, W)."""
-        (pixels,) = backend.values(input.permute(0, 2, 3, 1))
-        places, taps = offset.shape[2] * offset.shape[3], window[0] * window[1]
-        out = pixels.new_empty(len(input), places, taps, input.shape[1])
-        places_and_mask = exact(offset, input), maybe(exact, mask, input)
-        tensors = [pixels, *places_and_mask, None, out, None, None, None]
-        backend.call("columns", out.dtype, tensors, column_sizes(input, offset, taps), window)
-        return out
-
-    def columns_backward(
-        grad: Tensor, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window
-    ) -> list[MaybeTensor]:
-        """Return the gradients of input (N, C, H, W), offset and mask from that of the samples (N, L, K, C)."""
-        pixels, grads = backend.values(input.permute(0, 2, 3, 1), grad)
-        places, masks = exact(offset, input), maybe(exact, mask, input)
-        of_pixels = torch.zeros(pixels.shape, dtype=places.dtype, device=places.device)
-        out: list[MaybeTensor] = [of_pixels, torch.empty_like(places), maybe(torch.empty_like, masks)]
-        sizes = column_sizes(input, offset, window[0] * window[1])
-        backend.call("columns_backward", pixels.dtype, [pixels, places, masks, grads, None, *out], sizes, window)
-        return [of_pixels.permute(0, 3, 1, 2), *out[1:]]
+        return of_input, of_offset, packed(taps_last.permute(0, 3, 1, 2).to(weight.dtype)), of_mask
 
     def deform_local_attn(
         q: Tensor, k: Tensor, v: Tensor, offset: Tensor, bias: MaybeTensor, window: Window, scale: float
@@ -167,8 +207,8 @@ def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[
         shape = shape_of("deform_local_attn", q, k, v, offset, bias, window, scale, grad=grad)
         *qkv, grads = backend.values(q, k, v, grad.to(q.dtype))
         places, biases = exact(offset, q), maybe(exact, bias, q)
-        of_k, of_v = (torch.zeros(shape, dtype=places.dtype, device=places.device) for _ in range(2))
-        out = [torch.empty_like(of_k), of_k, of_v, torch.empty_like(places), maybe(torch.empty_like, biases)]
+        of_qkv = [torch.zeros(shape, dtype=places.dtype, device=places.device) for _ in range(3)]
+        out = [*of_qkv, torch.empty_like(places), maybe(torch.empty_like, biases)]
         tensors = [*qkv, places, biases, grads, None, *out, torch.empty_like(places)]
         backend.call("local_attn_backward", grads.dtype, tensors, local_sizes(q, window), scale)
         return as_inputs(out, (q, k, v, offset, bias), q)
@@ -195,12 +235,6 @@ def local_sizes(q: Tensor, window: Window) -> list[int]:
     return [len(q), *window[:2], *q.shape[2:], *window[2:]]
 
 
-def column_sizes(input: Tensor, offset: Tensor, taps: int) -> list[int]:
-    """Return N, H, W, offset groups, channels of a group, and the height and width of the output."""
-    (n, channels, height, width), groups = input.shape, offset.shape[1] // (2 * taps)
-    return [n, height, width, groups, channels // groups, *offset.shape[2:]]
-
-
 def matrix(weight: Tensor, input: Tensor, backend: Backend) -> Tensor:
     """Return the weight as (groups, Co / groups, K * C / groups), taps slow, in the dtype of the columns."""
     groups = input.shape[1] // weight.shape[1]
@@ -209,6 +243,6 @@ def matrix(weight: Tensor, input: Tensor, backend: Backend) -> Tensor:
 
 
 def by_group(columns: Tensor, groups: int) -> Tensor:
-    """Return samples (1, L, K, C) of one image as (groups, L, K * C / groups)."""
-    _, places, taps, channels = columns.shape
+    """Return samples (L, K, C) as (groups, L, K * C / groups)."""
+    places, taps, channels = columns.shape
     return columns.view(places, taps, groups, channels // groups).permute(2, 0, 1, 3).flatten(2)

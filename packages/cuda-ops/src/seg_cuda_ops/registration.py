@@ -19,7 +19,7 @@ def register(library: torch.library.Library, defaults: Mapping[str, Callable[...
 
     `defaults` holds for every operator NAME_shape, which checks the inputs and returns the shape of the output.
     """
-    for name, kernel in kernels(defaults, Backend(call_cpu, half=False)).items():
+    for name, kernel in kernels(defaults, Backend(call_cpu, half=False, chunk=2**20)).items():
         library.impl(name, kernel, "CPU")
     return {"cpu": "", "cuda": "this build has no CUDA kernels"}
 
