@@ -25,11 +25,17 @@ EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
 COMPILED = ["-e", "packages/cuda-ops"] if COMPILER else []
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def group(name: str) -> list[str]:
     """Return the requirements of a dependency group of the root pyproject.toml."""
     return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
+
+
+def build_for(device: str) -> dict[str, str]:
+    """Return the environment in which packages/cuda-ops is built for "cpu" alone, or for "cuda" too."""
+    return {"CMAKE_ARGS": f"-DSEG_CUDA={'ON' if device == 'cuda' else 'OFF'}"}
 
 
 def oldest() -> list[str]:
@@ -41,21 +47,21 @@ def oldest() -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test every package with the newest dependencies; the compiled kernels where there is a C++ compiler."""
-    session.install(*EDITABLE, *COMPILED, *group("test"))
+    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"))
     session.run("pytest", *session.posargs)
 
 
 @nox.session
 def slow_tests(session: nox.Session) -> None:
-    """Run the tests that take minutes: runs of several processes that are killed, starved and resumed."""
-    session.install(*EDITABLE, *group("test"))
+    """Run the tests that take minutes: whole runs killed, starved and resumed; the CUDA kernels where there is nvcc."""
+    session.install(*EDITABLE, *COMPILED, *group("test"), "pybind11", env=build_for("cuda" if NVCC else "cpu"))
     session.run("pytest", "-m", "slow and not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""
-    session.install(*EDITABLE, *COMPILED, *group("test"), *oldest())
+    session.install(*EDITABLE, *COMPILED, *group("test"), *oldest(), env=build_for("cpu"))
     session.run("pytest", *session.posargs)
 
 
@@ -69,17 +75,22 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
-def wheels(session: nox.Session) -> None:
-    """Build the wheel of compiled kernels into dist/ and test it beside the oldest and the newest torch."""
+@nox.parametrize("device", [nox.param("cpu", id="cpu"), nox.param("cuda", id="cuda")])
+def wheels(session: nox.Session, device: str) -> None:
+    """Build the wheels of compiled kernels, CPU and CUDA, into dist/; test them beside the oldest and newest torch."""
+    if device == "cuda" and not NVCC:
+        session.skip("no CUDA compiler: put nvcc on the path or name it in CUDACXX")
     session.install("build", "uv")
-    folder = Path("dist", f"cpu-{session.python}")
+    folder = Path("dist", f"{device}-{session.python}")
     shutil.rmtree(folder, ignore_errors=True)
-    session.run("python", "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(folder), "packages/cuda-ops")
+    build = ("python", "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(folder), "packages/cuda-ops")
+    session.run(*build, env=build_for(device))
     (wheel,) = folder.glob("*.whl")
     if wheel.stat().st_size > 3e6:
         session.error(f"{wheel} has {wheel.stat().st_size / 1e6:.1f} MB; keep it below 3 MB")
     for torch in ("torch==2.10.*", "torch"):
-        session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", str(wheel), *group("test"))
+        session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", *group("test"))
+        session.install("--no-deps", "--force-reinstall", str(wheel))
         session.run("pytest", "packages/cuda-ops", "packages/segcore/tests/test_deform_ops.py", *session.posargs)
 
 
@@ -94,14 +105,17 @@ def demo(session: nox.Session, method: str) -> None:
 @nox.session
 def gpu_tests(session: nox.Session) -> None:
     """Run the tests that need a CUDA device; with `nox --no-venv` in the environment that nox itself is in."""
-    python, env = "python", {}
-    if session.venv_backend == "none":  # nothing can be installed: take the packages from the source tree
-        sources = [str(Path(package, "src").resolve()) for package in PACKAGES]
-        python = sys.executable
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [*sources, os.environ.get("PYTHONPATH")]))
+    seen = ("-c", "import torch; print(torch.cuda.is_available())")
+    if session.venv_backend == "none":  # nothing can be downloaded: take the packages from the source tree
+        python, kernels = sys.executable, Path(session.create_tmp(), "kernels")
+        sources = [*(str(Path(package, "src").resolve()) for package in PACKAGES), str(kernels.resolve())]
+        env = {"PYTHONPATH": os.pathsep.join(filter(None, [*sources, os.environ.get("PYTHONPATH")]))}
+        shutil.rmtree(kernels, ignore_errors=True)
+        install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(kernels))
+        session.run(python, *install, "packages/cuda-ops", env=build_for("cuda"), external=True)
     else:
-        session.install(*EDITABLE, *group("test"))
-    seen = session.run(python, "-c", "import torch; print(torch.cuda.is_available())", silent=True, external=True)
-    if not str(seen).strip().endswith("True"):
+        python, env = "python", {}
+        session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cuda"))
+    if not str(session.run(python, *seen, silent=True, external=True)).strip().endswith("True"):
         session.error("gpu_tests needs a CUDA device, and torch sees none on this machine")
     session.run(python, "-m", "pytest", "-m", "gpu", *session.posargs, env=env, external=True)

@@ -1,0 +1,139 @@
+"""The CUDA kernels: run on the CPU under sanitizers, compiled within limits, and on a device where there is one."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGE = Path(__file__).parents[1]
+CSRC = PACKAGE / "csrc"
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+REGISTERS = 168
+"""Of a thread; blocks of 128 threads then fill at least a quarter of a multiprocessor's places for warps at 80."""
+
+
+@pytest.fixture(scope="module")
+def cpu_kernels(tmp_path_factory) -> Path:
+    """The CPU kernels, compiled with sanitizers."""
+    return build(["-c", CSRC / "cpu_kernels.cpp"], tmp_path_factory.mktemp("sanitized") / "cpu_kernels.o")
+
+
+def build(sources: list[str | Path], target: Path) -> Path:
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("no g++")
+    flags = ["-std=c++17", "-O0", "-g1", "-Wno-psabi", *SANITIZE, "-DKERNELS_NAME=kernels_under_test"]
+    built = subprocess.run([compiler, *flags, *sources, "-o", target], capture_output=True, text=True, timeout=600)
+    if "cannot find -lasan" in built.stderr:
+        pytest.skip("no sanitizers")
+    assert built.returncode == 0, built.stderr
+    return target
+
+
+@pytest.mark.parametrize("program", ["sanitize", "device_code"])
+def test_sanitizers_find_nothing(tmp_path, cpu_kernels, program):
+    """The CPU kernels, and the device code on the CPU, which must answer the same."""
+    executable = build([cpu_kernels, Path(__file__).with_name(f"{program}.cpp")], tmp_path / program)
+    done = subprocess.run([executable], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_compiles_within_limits(tmp_path, architecture):
+    """No kernel spills registers into memory or keeps an array there, on any of the architectures of a wheel."""
+    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if not compiler:
+        pytest.skip("no CUDA compiler")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    include = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    command = [compiler, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-Xcompiler", "-fPIC", *include]
+    built = subprocess.run(
+        [*command, "-cubin", CSRC / "bind_cuda.cu", "-o", tmp_path / "kernels.cubin"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert built.returncode == 0, built.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.stderr)]
+    assert len(registers) == 4 * 2 * 6  # dtypes, vectors or not, kernels
+    assert all(frame == ("0", "0", "0") for frame in frames), built.stderr
+    assert max(registers) <= REGISTERS
+
+
+@pytest.mark.slow  # as building it is
+def test_the_module_needs_no_driver():
+    """It is imported and asked anywhere; only launching takes a device, and raises without one."""
+    cuda = pytest.importorskip("seg_cuda_ops._cuda", reason="this build has no CUDA kernels", exc_type=ImportError)
+    assert cuda.built_for >= 12000
+    if cuda.driver_version():
+        pytest.skip("there is a driver")
+    assert "driver" in cuda.probe(0)
+    with pytest.raises(RuntimeError, match=r"seg_cuda_ops: .*driver"):
+        cuda.ms_deform_attn_f32([0] * 8, [1, 1], [1] * 7, 0, 0)
+    ops = pytest.importorskip("segcore.ops", reason="segcore is not installed")
+    assert "there is no driver" in ops.kernels()["ms_deform_attn"]["cuda"] or torch.version.cuda is None
+
+
+def test_says_why_there_is_no_cuda(monkeypatch):
+    registration = pytest.importorskip("seg_cuda_ops.registration", reason="the package is not installed")
+
+    class Module:
+        built_for = 13000
+
+        def __init__(self, driver):
+            self.driver_version = lambda: driver
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for module, reason in [
+        (None, "this build has no CUDA kernels"),
+        (Module(0), "there is no driver, this build needs 13.0 or newer"),
+        (Module(12080), "the driver knows CUDA 12.8, this build needs 13.0 or newer"),
+        (Module(13000), ""),
+        (Module(13020), ""),
+    ]:
+        monkeypatch.setattr(registration, "_cuda", module)
+        assert registration.why_no_cuda() == reason
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert registration.why_no_cuda() == "this torch is built without CUDA"
+
+
+def test_leaves_to_the_plain_kernels_what_it_cannot_do(monkeypatch):
+    registration = pytest.importorskip("seg_cuda_ops.registration", reason="the package is not installed")
+    usable = {0: "", 1: "no kernel image is available"}
+
+    class Module:
+        probe = usable.get
+
+    monkeypatch.setattr(registration, "_cuda", Module)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    registration.runs_on.cache_clear()
+
+    def choose(name, *args):
+        return registration.or_default(name, lambda *args: "compiled", lambda *args: "plain")(*args)
+
+    class On:
+        def __init__(self, index):
+            self.device = torch.device("cuda", index)
+
+    assert choose("deform_unfold", On(0)) == "compiled"
+    with pytest.warns(UserWarning, match="does not run on an old card.*no kernel image"):
+        assert choose("deform_unfold", On(1)) == "plain"
+    assert choose("ms_deform_attn", On(0), [4] * 32) == "compiled"
+    assert choose("ms_deform_attn", On(0), [4] * 34) == "plain"
+    assert choose("ms_deform_attn_backward", On(0), On(0), [4] * 34) == "plain"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose("deform_unfold", On(0)) == "compiled"
+        assert choose("deform_unfold_backward", On(0)) == "plain"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        registration.runs_on.cache_clear()
