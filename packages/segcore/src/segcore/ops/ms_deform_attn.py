@@ -80,7 +80,7 @@ def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tens
         )
 
 
-# The default kernels; `benchmarks/ms_deform_attn.py` compares them with grid_sample.
+# The default kernels; `benchmarks/ops_cpu.py` compares them with grid_sample and with the compiled ones.
 
 
 def reference(
