@@ -64,8 +64,9 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape (N, C, h, w)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
-        return ((wide - mean) * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
+        centred = wide - wide.mean(1, keepdim=True)
+        variance = centred.square().mean(1, keepdim=True)  # over strided memory much faster than torch.var
+        return (centred * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -87,7 +88,8 @@ class ResidualBlock(nn.Module):
             y = F.group_norm(y, GROUPS, norm.weight * scale, norm.bias * scale + shift[0, :, 0, 0], norm.eps)
         else:
             y = torch.addcmul(shift, self.norm1(y), scale + 1)
-        y = F.silu(self.norm2(self.conv2(F.silu(y))))
+        inplace = not torch.is_grad_enabled()
+        y = F.silu(self.norm2(self.conv2(F.silu(y, inplace))), inplace)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
