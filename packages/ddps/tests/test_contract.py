@@ -7,7 +7,7 @@ from ddps_seg.configs import DDPS, Base
 from segcore.testing import contract
 
 SMALL = {
-    "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "timesteps": 4, "condition_width": 16,
+    "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "timesteps": 4, "condition_width": 32,
     "drop_path": 0.0,
 }  # fmt: skip
 TRAINED = {**SMALL, "freeze": "none", "train_labels": True}

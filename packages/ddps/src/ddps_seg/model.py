@@ -189,6 +189,20 @@ class DDPSSegmentor(EncoderSegmentor):
         found = {n: s.logits for s in run if (n := self._entry(s)) in names}
         return {name: self._full_size(found[name], images) for name in names}
 
+    def predict_from(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the logits (N, K, H, W) after every timestep of a run that starts from label maps (N, H', W').
+
+        They may have any size; nearest neighbours bring them to the images' and the condition's. Raises UserError about
+        other labels than 0 .. K - 1.
+        """
+        if masks.numel() and not 0 <= masks.min() <= masks.max() < self.num_classes:
+            raise UserError(
+                f"the start map has labels {masks.min()} to {masks.max()}; give 0 to {self.num_classes - 1}"
+            )
+        start = padded(F.interpolate(masks[:, None].float(), images.shape[-2:], mode="nearest"))[:, 0, ::4, ::4]
+        run = self.run(self.condition(images), seeds, mask=start.long().to(images.device))
+        return {f"timestep {step.timestep}": self._full_size(step.logits, images) for step in run}
+
     def collected(self, steps: Collection[int] | None) -> list[str]:
         """Return the step entries for `steps`, in the order of the run."""
         if self.config.single_step or not steps:

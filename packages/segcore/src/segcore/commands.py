@@ -148,6 +148,11 @@ class Predict(Command):
     """Diffusion only: also write NAME_uncertainty.png, grey; value / 255 is the probability of another class."""
     steps: Flag = False
     """Diffusion only: also write NAME_steps.png, a strip of the map after every denoising step."""
+    animate: Flag = False
+    """Diffusion only: also write NAME_animation.gif, the same maps one after the other."""
+    start_mask: Path | None = None
+    """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
+    For a folder of images a folder of masks, NAME.png each."""
     until_converged: float | None = None
     """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
 
@@ -159,19 +164,23 @@ class Predict(Command):
 
         exp = _until_converged(self.experiment, self.until_converged)
         moving = video.is_video(self.input)
-        if moving and (self.uncertainty or self.steps):
-            raise UserError(f"{self.input}: --uncertainty and --steps are for images, not for videos")
+        if moving and (self.uncertainty or self.steps or self.animate or self.start_mask):
+            raise UserError(
+                f"{self.input}: --uncertainty, --steps, --animate and --start-mask are for images, not for videos"
+            )
         if moving:
             path = video.plan(self.input, self.output)
         else:
-            jobs = predict.plan(self.input, self.output, uncertainty=self.uncertainty, steps=self.steps)
+            jobs = predict.plan(
+                self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate
+            )
         classes, palette = predict.classes_and_palette(exp.data, self.palette)
         model = load_model(self, self.checkpoint, _device(self.device))
         predict.check_classes(model, classes)
         if moving:
             video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
         else:
-            predict.run(model, exp, jobs, palette, opacity=self.opacity)
+            predict.run(model, exp, jobs, palette, opacity=self.opacity, start=self.start_mask)
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,8 @@ class Demo(Command):
     def run(self, package: str | None) -> None:
         from segcore import demo
 
-        demo.run(self.experiment, self.work_dir or Path("runs/demo", self.experiment.name), device=_device(self.device))
+        work_dir = self.work_dir or Path("runs/demo", self.experiment.name)
+        demo.run(self.experiment, work_dir, device=_device(self.device), package=package)
 
 
 @dataclass(frozen=True)

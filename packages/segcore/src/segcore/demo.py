@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from segcore.evaluation.evaluate import Results
 from segcore.evaluation.inference import autocast
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
-from segcore.experiment import Experiment
+from segcore.experiment import Experiment, load_experiment
 from segcore.files import write
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
@@ -38,10 +39,22 @@ SCALE = "Uncertainty is the probability of another class than the predicted one,
 RAMP = np.tile(np.linspace(0, 1, 200), (12, 1))
 
 
-def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
-    """Do all of it below `work_dir` and return the page. What is there already is kept: an interrupted demo goes on."""
+def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
+    """Do all of it below `work_dir` and return the page. What is there already is kept: an interrupted demo goes on.
+
+    An experiment that starts from another one's run has that trained first; then `<package>.demo.measure`, of the
+    method's import package, adds figures and sentences of its own.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
     exp = prepare(exp, work_dir / "scenes")
+    first = first_stage(exp)
+    if first is not None:
+        base_dir = work_dir / "base"
+        if not (base_dir / "results.json").exists():
+            print(f"the first stage, {first.name}:")
+            train(first, base_dir, device=device, resume=True)
+        exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init=str(base_dir)))
+        print(f"the second stage, {exp.name}:")
     results = train(exp, work_dir / "run", device=device, resume=True)
     if results is None:
         raise UserError("train.evaluate_every is 0; the demo needs an evaluation, so give it any other value")
@@ -57,9 +70,13 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device) -> Path:
         write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
     figures |= {} if area is None else {"uncertainty_AUROC": area}
+    own: list[str] = []
+    if first is not None:
+        added, own = importlib.import_module(f"{package}.demo").measure(model, exp, first, base_dir)
+        figures |= {"by_step": {entry: m["mIoU"] for entry, m in results.entries.items()}, **added}
     write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     page = work_dir / "index.html"
-    notes = [comparison(results, baseline), *([] if area is None else [UNCERTAINTY.format(area)])]
+    notes = [comparison(results, baseline), *([] if area is None else [UNCERTAINTY.format(area)]), *own]
     write(page, render(exp, results, baseline, notes, shown, work_dir / "run" / "log.jsonl"))
     print("", report.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
     return page
@@ -71,6 +88,15 @@ def prepare(exp: Experiment, scenes: Path) -> Experiment:
         if not toy.is_complete(scenes):
             toy.generate(scenes, progress=advance)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=scenes))
+
+
+def first_stage(exp: Experiment) -> Experiment | None:
+    """Return the experiment whose run `exp` starts from (`train.init` is `runs/NAME`), on the same data; or None."""
+    folder, _, name = (exp.train.init or "").partition("/")
+    if folder != "runs":
+        return None
+    first = load_experiment(name)
+    return dataclasses.replace(first, data=dataclasses.replace(first.data, root=exp.data.root))
 
 
 def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:

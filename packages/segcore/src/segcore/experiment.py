@@ -313,6 +313,8 @@ class Published:
     """What else the list of configurations says."""
     file: str | None = None
     """Local name of the weights file; None: the last part of the URL."""
+    page: str | None = None
+    """Where to find the weights by hand, when the file's own address is not known."""
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:

@@ -14,14 +14,14 @@ import cv2
 import numpy as np
 import torch
 
-from segcore.data.dataset import IMAGE_SUFFIXES, palette_of, read_image
+from segcore.data.dataset import IMAGE_SUFFIXES, palette_of, read_image, read_label
 from segcore.errors import UserError
 from segcore.evaluation.inference import predict_classes, until_converged
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.experiment import Data, Experiment
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
-from segcore.visualize import colorize, displayable, grey, overlay, strip, write_class_png, write_image
+from segcore.visualize import colorize, displayable, grey, overlay, strip, write_animation, write_class_png, write_image
 
 
 class Job(NamedTuple):
@@ -32,14 +32,17 @@ class Job(NamedTuple):
     overlay: Path
     uncertainty: Path | None = None
     steps: Path | None = None
+    animation: Path | None = None
 
 
-def plan(source: Path, target: Path, *, uncertainty: bool = False, steps: bool = False) -> list[Job]:
+def plan(
+    source: Path, target: Path, *, uncertainty: bool = False, steps: bool = False, animation: bool = False
+) -> list[Job]:
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
     A single image goes to `target` itself when that ends in .png, otherwise everything goes below the folder `target`:
-    `NAME.png`, `NAME_overlay.png` and, where asked for, `NAME_uncertainty.png` and `NAME_steps.png`. Raises UserError
-    when there is nothing to read or two images would share a name.
+    `NAME.png`, `NAME_overlay.png` and, where asked for, `NAME_uncertainty.png`, `NAME_steps.png` and
+    `NAME_animation.gif`. Raises UserError when there is nothing to read or two images would share a name.
     """
     if source.is_dir():
         if target.resolve() == source.resolve():
@@ -55,9 +58,10 @@ def plan(source: Path, target: Path, *, uncertainty: bool = False, steps: bool =
         masks = [target if target.suffix.lower() == ".png" else target / f"{source.stem}.png"]
     else:
         raise UserError(f"{source}: no such image or folder")
-    kinds = ["overlay"] + ["uncertainty"] * uncertainty + ["steps"] * steps
+    wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
+    suffixes = {kind: "gif" if kind == "animation" else "png" for kind in wanted if wanted[kind]}
     jobs = [
-        Job(image, mask, **{kind: mask.with_name(f"{mask.stem}_{kind}.png") for kind in kinds})
+        Job(image, mask, **{kind: mask.with_name(f"{mask.stem}_{kind}.{end}") for kind, end in suffixes.items()})
         for image, mask in zip(images, masks, strict=True)
     ]
     written = Counter(path for job in jobs for path in job[1:] if path)
@@ -106,17 +110,22 @@ def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
         )
 
 
-def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray, *, opacity: float = 0.5) -> None:
+def run(
+    model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray,
+    *, opacity: float = 0.5, start: Path | None = None,
+) -> None:  # fmt: skip
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
-    The mask holds class indices; it is the same whatever is written beside it. The noise follows from `exp.seed` alone,
+    The mask holds class indices, of which a class `background` is none: it becomes 255. The mask is the same whatever
+    is written beside it. With `start`, a mask of that kind or a folder of such under the results' names, the denoising
+    starts from it, which only DDPS can do. The noise follows from `exp.seed` alone,
     so an image's answer does not depend on the other files. Images that cannot be read are left out; then a UserError
     at the end names them.
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
     early = exp.evaluate.until_converged is not None
-    if not model.diffusion and (early or any(job.uncertainty or job.steps for job in jobs)):
+    if not model.diffusion and (early or start or any(job.uncertainty or job.steps or job.animation for job in jobs)):
         raise model.no_diffusion()
     device = next(model.parameters()).device
     failures: list[str] = []
@@ -128,19 +137,27 @@ def run(model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndar
             except UserError as error:
                 failures.append(str(error))
                 continue
+            maps: dict[str, np.ndarray] = {}
             try:
-                classes = predict_image(model, exp, image, device, taken)
+                if start is not None:
+                    maps = steps_from(model, exp, image, start_map(start, job.mask, image, exp.data), device)
+                elif job.steps or job.animation:
+                    maps = image_steps(model, exp, image, device)
+                classes = predict_image(model, exp, image, device, taken) if start is None else list(maps.values())[-1]
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
             job.mask.parent.mkdir(parents=True, exist_ok=True)
-            write_class_png(job.mask, classes, palette)
-            write_image(job.overlay, overlay(displayable(image), classes, palette, opacity))
+            bare, colours = (_bare(classes), palette[1:]) if exp.data.background else (classes, palette)
+            write_class_png(job.mask, bare, colours)
+            write_image(job.overlay, overlay(displayable(image), bare, colours, opacity))
             if job.uncertainty:
                 write_image(job.uncertainty, grey(image_uncertainty(model, exp, image, classes, device)))
+            panels = step_panels(displayable(image), {**maps, "answer": classes}, palette) if maps else {}
             if job.steps:
-                maps = {**image_steps(model, exp, image, device), "answer": classes}
-                write_image(job.steps, step_strip(displayable(image), maps, palette))
+                write_image(job.steps, strip(list(panels.values()), list(panels)))
+            if job.animation:
+                write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
     print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
@@ -180,6 +197,43 @@ def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray, device: to
     return {step: classes.cpu().numpy() for step, classes in entries.items()}
 
 
+def steps_from(
+    model: Segmentor, exp: Experiment, image: np.ndarray, start: np.ndarray, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Return `start` and the classes (H, W) after every denoising step from there, on the whole image in one view.
+
+    `start` holds classes (H, W). Raises UserError when the model has no such start, or with windows or several views.
+    """
+    settings = exp.evaluate
+    if settings.mode != "whole" or len(settings.ratios) > 1 or settings.flip:
+        raise UserError(
+            "--start-mask takes whole images in one view; set evaluate.mode to whole, no ratios and no flip"
+        )
+    masks = torch.from_numpy(start)[None]
+    entries = _predict(
+        predict_classes, model, exp, image, device,
+        network=lambda images, seeds: model.predict_from(images, masks, seeds),
+    )  # fmt: skip
+    return {"start": start, **{step: classes.cpu().numpy() for step, classes in entries.items()}}
+
+
+def start_map(start: Path, mask: Path, image: np.ndarray, data: Data) -> np.ndarray:
+    """Return the start classes (H, W) int64 of an image: from the file `start`, or the one named like `mask` below it.
+
+    Raises UserError when the file cannot be read or has another size than the image.
+    """
+    path = start / mask.name if start.is_dir() else start
+    found = read_label(path).astype(np.int64)
+    if found.shape != image.shape[:2]:
+        raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
+    return np.where(found == 255, 0, found + 1) if data.background else found
+
+
+def _bare(classes: np.ndarray) -> np.ndarray:
+    """Return classes (H, W) without the class `background` in front, which becomes 255."""
+    return np.where(classes == 0, 255, classes - 1)
+
+
 def _predict(
     predict: Callable[..., list[Any]], model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device,
     **options: Any,
@@ -193,8 +247,10 @@ def _predict(
     return answer
 
 
-def step_strip(image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.ndarray, side: int = 512) -> np.ndarray:
-    """Return the image and then the class maps (H, W) by caption, side by side, none longer than `side` pixels.
+def step_panels(
+    image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.ndarray, side: int = 512
+) -> dict[str, np.ndarray]:
+    """Return the image and then the class maps (H, W) in colour by caption, none longer than `side` pixels.
 
     From the second map on the caption says how many of the pixels changed.
     """
@@ -207,4 +263,4 @@ def step_strip(image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.nd
         changed = "" if before is None else f": {(classes != before).mean():.1%} changed"
         colours = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
         panels[f"{name}{changed}"], before = colours, classes
-    return strip(list(panels.values()), list(panels))
+    return panels

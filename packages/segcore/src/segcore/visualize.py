@@ -84,6 +84,15 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
     write(path, _png(Image.fromarray(image)))
 
 
+def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: float = 0.7) -> None:
+    """Write images of one width and height as an endless animated GIF, whole or not at all; the last stays longer."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(3000 * seconds)]
+    data = io.BytesIO()
+    pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    write(path, data.getvalue())
+
+
 def png_data_uri(image: np.ndarray) -> str:
     """Return an image as a `data:` address, for a page that needs no other file."""
     return "data:image/png;base64," + base64.b64encode(_png(Image.fromarray(image))).decode()

@@ -8,10 +8,10 @@ from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, 
 
 
 def ddps_resnet18_base_toy() -> Experiment:
-    """The first stage: ResNet-18 with SegFormer's head."""
+    """The first stage: ResNet-18 with a feature pyramid."""
     return Experiment(
         name="ddps_resnet18_base_toy",
-        model=Base(num_classes=19, backbone="resnet18", condition_width=64),
+        model=Base(num_classes=19, backbone="resnet18"),
         data=Data(
             "toy",
             Path("data/toy"),
@@ -21,15 +21,15 @@ def ddps_resnet18_base_toy() -> Experiment:
             photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
             workers=0,
         ),
-        optimizer=Optimizer("adamw", lr=1e-3, weight_decay=0.01, clip_norm=1.0),
-        schedule=Schedule(iterations=300, warmup_iterations=30),
+        optimizer=Optimizer("adamw", lr=1.5e-3, weight_decay=0.01, clip_norm=1.0),
+        schedule=Schedule(iterations=400, warmup_iterations=30),
         train=Train(
-            batch=4,
-            max_per_device=4,
+            batch=2,
+            max_per_device=2,
             precision="bf16",
             channels_last=True,
             log_every=10,
-            evaluate_every=300,
+            evaluate_every=400,
             save_every=100,
         ),
         evaluate=Evaluate(scale=(512, 256), batch=2),
@@ -45,7 +45,6 @@ def ddps_resnet18_toy() -> Experiment:
         model=DDPS(
             num_classes=20,
             backbone="resnet18",
-            condition_width=64,
             width=32,
             output_width=64,
             timesteps=20,
@@ -54,6 +53,6 @@ def ddps_resnet18_toy() -> Experiment:
         ),
         data=replace(base.data, background=True),
         schedule=replace(base.schedule, iterations=240),
-        train=replace(base.train, init=f"runs/{base.name}", batch=2, max_per_device=2, evaluate_every=240),
+        train=replace(base.train, init=f"runs/{base.name}", evaluate_every=240),
         evaluate=replace(base.evaluate, steps=(0, 10, 19)),
     )

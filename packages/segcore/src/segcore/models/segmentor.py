@@ -95,6 +95,10 @@ class Segmentor(nn.Module, ABC):
         """
         raise self.no_diffusion()
 
+    def predict_from(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the logits (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64."""
+        raise UserError(f"{type(self).__name__} does not denoise label maps; leave out --start-mask")
+
     def no_diffusion(self) -> UserError:
         """Return the error for what only a diffusion model can do."""
         name = type(self).__name__

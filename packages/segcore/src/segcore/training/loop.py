@@ -33,7 +33,7 @@ from segcore.experiment import Experiment
 from segcore.files import write
 from segcore.seeds import derive
 from segcore.training import checkpoint
-from segcore.training.average import averaged, update_average
+from segcore.training.average import averaged, start_average, update_average
 from segcore.training.class_weight import class_weights
 from segcore.training.figures import Gallery
 from segcore.training.log import RunLog
@@ -80,6 +80,7 @@ def train(
 
         start = exp.train.init
         notes.append(distributed.lead_first(lambda: initialize(run.model, start, offline=offline)))
+        run.average = None if run.average is None else start_average(run.model)
     weights = distributed.lead_first(lambda: class_weights(exp, dataset, work_dir))
     run.model.class_weight = weights if weights is None else weights.to(run.device)
     prepare(exp, run)

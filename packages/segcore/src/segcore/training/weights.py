@@ -163,6 +163,8 @@ def official_file(name: str, *, offline: bool = False) -> Path:
     row = published(name)
     if row is None:
         raise UserError(f"{name!r} is not a published configuration; `configs` lists them, write official:CONFIG")
+    if row.url is None and row.page is not None:
+        raise UserError(f"the weights of {name} are at {row.page}; download the file there and give its path")
     if row.url is None:
         raise UserError(f"the authors of {name} offer no weights for it; train it, or give a checkpoint of your own")
     return fetch(row.url, offline=offline, name=row.file)

@@ -1,0 +1,140 @@
+"""Both stages on real files: train, resume, test, predict, demo; and what the commands say to bad input."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segcore.cli import main
+from segcore.data.toy import generate
+from segcore.training.checkpoint import newest, read_model_state
+
+BASE, PRIOR = "ddps_resnet18_base_toy", "ddps_resnet18_toy"
+SMALL = [
+    "--device=cpu", "--train.precision=fp32", "--train.log-every=1", "--data.crop", "64", "128",
+    "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+]  # fmt: skip
+NARROW = ["--model.width=8", "--model.output-width=16"]
+ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    generate(root, train=3, val=2, height=64, width=128)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(toy, tmp_path_factory):
+    """A finished run of the first stage."""
+    folder = tmp_path_factory.mktemp("runs") / "base"
+    main("ddps_seg", ["train", BASE, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    return folder
+
+
+def second_stage(toy, base, folder, *words):
+    main("ddps_seg", ["train", PRIOR, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init={base}",
+                      "--train.ema=0.5", "--train.ema-every=2", *SMALL, *NARROW, *ITERATIONS, *words])  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(toy, base, tmp_path_factory):
+    """A finished run of the second stage, with averaged weights."""
+    return second_stage(toy, base, tmp_path_factory.mktemp("runs") / "prior")
+
+
+def refused(capsys, *words):
+    """Run a command that must end with status 1 and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as end:
+        main("ddps_seg", [str(word) for word in words])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_second_stage_starts_from_the_first_and_keeps_it(base, run):
+    first, second = read_model_state(newest(base)), read_model_state(newest(run))
+    kept = [name for name in first if name.startswith(("backbone.", "head."))]
+    assert kept
+    assert all(torch.equal(first[name], second[name]) for name in kept)
+    assert second["log_cumprod_bt"].isinf().sum() == 1
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(toy, base, run, tmp_path):
+    shutil.copytree(run, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
+    second_stage(toy, base, tmp_path / "cut", "--resume")
+    whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
+    assert newest(tmp_path / "cut").name == "iter_3"
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_test_prints_a_column_per_timestep(run, toy, tmp_path, capsys):
+    main("ddps_seg", ["test", PRIOR, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL, *NARROW,
+                      "--evaluate.steps", "0", "10", "--evaluate.metrics", "mIoU", "mBIoU"])  # fmt: skip
+    text = capsys.readouterr().out
+    for words in ("mIoU 0,10,19", "mBIoU 0,10,19", "mIoU without ignored", "background"):
+        assert words in text
+    entries = json.loads((tmp_path / "out.json").read_text())["entries"]
+    assert list(entries) == ["0", "10", "19"]
+    assert len(entries["19"]["BIoU"]) == 20
+    assert entries["19"]["BIoU"][0] is None
+
+
+def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
+    image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    words = ["predict", PRIOR, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL, *NARROW]
+    main("ddps_seg", [*words, "--steps", "--animate", "--uncertainty"])
+    mask = np.array(Image.open(tmp_path / "out" / "a.png"))
+    assert mask.shape == (50, 70)
+    assert set(np.unique(mask)) <= {*range(19), 255}
+    with Image.open(tmp_path / "out" / "a_animation.gif") as film:
+        assert film.n_frames == 5  # input, three timesteps, answer
+    assert (tmp_path / "out" / "a_steps.png").exists()
+    assert (tmp_path / "out" / "a_uncertainty.png").exists()
+    # From a given map: the answer is another one, and the strip one panel longer.
+    start = np.full((50, 70), 255, np.uint8)
+    start[10:40] = 3
+    cv2.imwrite(str(tmp_path / "start.png"), start)
+    words[4] = str(tmp_path / "from")
+    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
+    with Image.open(tmp_path / "from" / "a_animation.gif") as film:
+        assert film.n_frames == 6
+
+
+def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
+    small = [f"--data.root={toy}", *SMALL, *NARROW]
+    assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
+        capsys, "test", PRIOR, run, *small, "--evaluate.steps", "7"
+    )
+    assert "missing" in refused(capsys, "test", PRIOR, base, *small)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
+    predict = ["predict", PRIOR, run, tmp_path / "a.png", tmp_path / "out", *SMALL, *NARROW]
+    assert "60x50" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
+    assert "labels" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    predict = ["predict", BASE, base, tmp_path / "a.png", tmp_path / "out", *SMALL]
+    assert "no diffusion model" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+
+
+def test_demo(toy, base, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    shutil.copytree(toy, folder / "scenes")
+    shutil.copytree(base, folder / "base")  # a first stage that is there is kept
+    main("ddps_seg", ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
+    figures = json.loads((folder / "figures.json").read_text())
+    assert list(figures["by_step"]) == ["0", "10", "19"]
+    for name in ("base_mIoU", "changed", "spoilt", "mended"):
+        assert 0 <= figures[name] <= 1
+    text = capsys.readouterr().out
+    assert f"The base model alone: mIoU {figures['base_mIoU']:.1%}" in text
+    assert "rectangles of random classes" in (folder / "index.html").read_text(encoding="utf-8")

@@ -1,0 +1,195 @@
+"""The published rows: recipes, figures, and the weights that each stage starts from."""
+
+import json
+
+import pytest
+import torch
+
+import segcore
+from ddps_seg.configs import DDPS, Base
+from ddps_seg.configs.rows import rows
+from ddps_seg.configs.stock import rows as stock_rows
+from ddps_seg.official import ROWS
+from segcore.errors import UserError
+from segcore.experiment import published
+from segcore.testing.contract import images, labels, refusal
+from segcore.training.weights import initialize, load_weights, read_state, resolve
+
+BACKBONES = {"MobibleNetV2": "m-v2", "MiT-B0": "mit-b0", "ResNet50": "r50", "MiT-B2": "mit-b2", "ResNet101": "r101",
+             "MiT-B5": "mit-b5"}  # fmt: skip
+SMALL = {"backbone": "resnet18", "condition_width": 32}
+PRIOR = {**SMALL, "num_classes": 4, "width": 8, "output_width": 8, "timesteps": 5}
+
+
+def test_figures_equal_the_published_list(reference):
+    theirs = [r for r in json.loads((reference / "published.json").read_text()) if r.get("model", "")[:5] == "DDPS-"]
+    assert len(theirs) == len(ROWS) == 12
+    for row in theirs:
+        family = "segformer" if "Segformer" in row["model"] else "deeplabv3plus"
+        classes = "ade20k151" if row["dataset"] == "ade20k" else "cityscapes20"
+        name = f"ddps_{family}_{BACKBONES[row['backbone']]}_{classes}_multistep"
+        ours = published(name)
+        assert list(ours.miou.values()) == [row["miou_ss"], row["miou_ms"]]
+        assert ours.note.startswith(f"mBIoU {row['mbiou']:.2f}; ")
+        assert ours.note.endswith(f"published as {row['params_m']} M")
+        assert ours.page == row["checkpoint"]
+        with torch.device("meta"):
+            model = segcore.load_experiment(name).model.build()
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters" in ours.note
+
+
+def test_recipes():
+    exp = segcore.load_experiment("ddps_deeplabv3plus_r50_cityscapes20_multistep")
+    assert (exp.model.width, exp.model.timesteps, exp.model.num_classes) == (128, 20, 20)
+    assert (exp.data.crop, exp.data.background, exp.train.batch) == ((512, 1024), True, 16)
+    assert (exp.optimizer.lr, exp.optimizer.betas, exp.optimizer.weight_decay) == (1.5e-4, (0.9, 0.96), 0.045)
+    assert (exp.schedule.iterations, exp.schedule.step, exp.schedule.min_lr) == (160_000, 20_000, 1e-6)
+    assert (exp.train.ema, exp.train.ema_every, exp.train.evaluate_every) == (0.99, 25, 16_000)
+    assert exp.evaluate.steps == tuple(range(20))
+    exp = segcore.load_experiment("ddps_segformer_mit-b5_ade20k151_multistep")
+    assert (exp.model.width, exp.model.timesteps, exp.train.batch) == (256, 100, 32)
+    assert exp.evaluate.steps == (*range(0, 100, 10), 99)
+    exp = segcore.load_experiment("segformer_b2_ade20k_multistep_inference")
+    assert (exp.model.inference_timesteps, exp.model.guidance_scale, exp.evaluate.steps) == (2, 0.4, (0, 10, 19))
+
+
+@pytest.mark.parametrize("name", [name for name in rows() if name.startswith("ddps_")])
+def test_every_stage_starts_from_the_one_before(name):
+    exp = segcore.load_experiment(name)
+    if name.endswith("_multistep"):
+        start = segcore.load_experiment(exp.train.init.removeprefix("runs/"))
+        assert start.model.single_step
+        assert (start.model.width, start.data) == (exp.model.width, exp.data)
+        assert exp.model.build is not None
+    else:
+        start = stock_rows()[exp.train.init.removeprefix("official:").replace("-", "_")]()
+        assert (start.model.backbone, start.data.dataset) == (exp.model.backbone, exp.data.dataset)
+
+
+def test_a_row_whose_file_is_not_known_says_where_to_look():
+    with pytest.raises(UserError, match=r"DDPS-all/tree/main/segformer_b2_multistep; download"):
+        resolve("official", "ddps_segformer_mit_b2_ade20k151_multistep")
+
+
+def save(model, path, official, **extra):
+    names = model.official_names()
+    state = {names[k] if official else k: v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": {**state, **extra}, "meta": {}}, path)
+    return path
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Base model, single-step and multi-step model with different weights."""
+    torch.manual_seed(0)
+    return (
+        Base(num_classes=3, auxiliary=True, **SMALL).build(),
+        DDPS(**{**PRIOR, "single_step": True}).build(),
+        DDPS(**PRIOR).build(),
+    )
+
+
+def same(a, b, *parts):
+    mine, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(mine[n], theirs[n]) for n in mine if n.startswith(parts) and n in theirs)
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_stages_load_what_the_one_before_has(chain, tmp_path, official):
+    base, single, multi = chain
+    tables = [t.clone() for t in multi.noise]
+    before = single.classifier.weight.clone()
+    line = initialize(single, str(save(base, tmp_path / "base.pth", official)))
+    assert ": base model: loaded" in line
+    assert "dropped" in line
+    assert same(single, base, "backbone.", "head.")
+    assert torch.equal(single.classifier.weight, before)
+    line = initialize(multi, str(save(single, tmp_path / "single.pth", official)))
+    assert ": single-step variant: loaded" in line
+    assert same(multi, single, "backbone.", "head.", "unet.", "labels.", "classifier.")
+    assert all(torch.equal(a, b) for a, b in zip(multi.noise, tables, strict=True))
+    other = DDPS(**PRIOR).build()
+    assert "loaded" in initialize(other, str(save(multi, tmp_path / "multi.pth", official)))
+    assert same(other, multi, "")
+
+
+def test_test_weights_must_be_whole(chain, tmp_path):
+    base, single, multi = chain
+    for start in (base, single):
+        path = save(start, tmp_path / "start.pth", True)
+        assert "missing" in refusal(lambda path=path: load_weights(multi, path))
+
+
+def test_raw_weights_beside_averaged_ones_are_left_out(chain, tmp_path):
+    *_, multi = chain
+    raw = {f"ema_{name.replace('.', '_')}": torch.zeros(1) for name in multi.official_names().values()}
+    path = save(multi, tmp_path / "file.pth", True, **raw)
+    assert set(read_state(path)) == set(multi.official_names().values())
+    assert load_weights(DDPS(**PRIOR).build(), path).loaded == len(multi.state_dict())
+
+
+def test_another_number_of_timesteps_is_refused_unless_asked_for(chain, tmp_path):
+    path = save(chain[-1], tmp_path / "file.pth", True)
+    assert "shapes differ" in refusal(lambda: load_weights(DDPS(**{**PRIOR, "timesteps": 7}).build(), path))
+    other = DDPS(**{**PRIOR, "timesteps": 7, "other_timesteps": True}).build()
+    load_weights(other, path)
+    assert len(other.noise.log_at) == 7
+    assert same(other, chain[-1], "unet.", "labels.")
+
+
+@pytest.mark.parametrize(("freeze", "moves", "learns"), [("published", True, False), ("eval", False, False),
+                                                         ("none", True, True)])  # fmt: skip
+def test_what_is_frozen(freeze, moves, learns):
+    model = DDPS(**{**PRIOR, "freeze": freeze}).build().train()
+    norm = model.head.smooth.norm
+    before = norm.running_mean.clone()
+    model.losses(images(2), labels(model, 2), seeds=[1, 2])["loss"].backward()
+    assert torch.equal(norm.running_mean, before) is not moves
+    assert (model.head.smooth.conv.weight.grad is not None) is learns
+    assert model.labels.weight.grad is None
+    assert all(p.grad is not None for part in (model.unet, model.classifier) for p in part.parameters())
+
+
+def test_condition_dropout_hides_the_image():
+    model = DDPS(**{**PRIOR, "condition_dropout": 0.5}).build().eval()
+    batch, target = images(2), labels(model, 2)
+    draws = model.draw(model.condition(batch), [1, 2])
+    losses = []
+    for kept in (0.9, 0.1):
+        draws["condition"] = torch.full((2,), kept)
+        losses.append([model.losses(x, target, draws=draws)["loss"].item() for x in (batch, batch.flip(3))])
+    assert losses[0][0] != losses[0][1]
+    assert losses[1][0] == losses[1][1]
+    assert losses[0][0] != losses[1][0]
+
+
+@torch.no_grad()
+def test_kept_weights_follow_the_parameters():
+    model = DDPS(**PRIOR).build().eval()
+    before = model(images(1))
+    with torch.inference_mode():
+        assert torch.equal(model(images(1)), before)
+    model.unet.downs[0].block1.conv1.weight[0, 0, 0, 0] += 5  # in place, as optimizers and load_state_dict do
+    after = model(images(1))
+    assert not torch.equal(after, before)
+    fresh = DDPS(**PRIOR).build().eval()
+    fresh.load_own(model.state_dict())
+    assert torch.equal(fresh(images(1)), after)
+
+
+@torch.no_grad()
+def test_background_can_be_left_out():
+    model = DDPS(**{**PRIOR, "suppress_background": True}).build().eval()
+    model.classifier.bias[0] += 100
+    assert model(images(1)).argmax(1).min() > 0
+
+
+@torch.no_grad()
+def test_a_run_from_a_given_map():
+    torch.manual_seed(0)
+    model = DDPS(**PRIOR).build().eval()
+    start = torch.randint(4, (2, 64, 96))
+    found = model.predict_from(images(2), start, [1, 2])
+    assert list(found) == [f"timestep {t}" for t in range(5)]
+    assert not torch.equal(found["timestep 0"], model.predict_from(images(2), 3 - start, [1, 2])["timestep 0"])
+    assert "labels" in refusal(lambda: model.predict_from(images(2), start + 1))
