@@ -14,7 +14,7 @@ from segcore.cli import main
 from segcore.data.toy import generate
 from segcore.training.checkpoint import newest, read_model_state
 
-CONFIG = "fpn_dgmn2_nano_toy"
+CONFIG = "setr_mla_dgmn2_nano_toy"
 SMALL = [
     "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch=2", "--train.max-per-device=1",
     "--data.crop", "65", "97", "--data.scale", "129", "65", "--evaluate.scale", "129", "65",
@@ -80,18 +80,20 @@ def test_test_and_predict(run, toy, tmp_path):
     assert np.array(Image.open(tmp_path / "out" / "a.png")).shape == (70, 90)
 
 
-SETR = [pytest.param(f"setr_{name}", marks=pytest.mark.slow) for name in ("naive", "pup", "mla")]
+HEADS = [pytest.param(head, True, marks=pytest.mark.slow) for head in ("fpn", "setr_naive", "setr_pup", "setr_mla")]
 
 
-@pytest.mark.parametrize("head", ["fpn", *SETR])
-def test_export_for_any_size(head, tmp_path, capsys):
-    """The command compares the file with the model, at two sizes, before it writes it."""
+@pytest.mark.parametrize(("head", "dynamic"), [("setr_mla", False), *HEADS])
+def test_export(head, dynamic, tmp_path, capsys):
+    """The command compares the file with the model, at two sizes if it is for any, before it writes it."""
     weights, path = tmp_path / "weights.pth", tmp_path / "model.pt2"
     exp = segcore.load_experiment(CONFIG).with_overrides([f"model.head={head}"])
     torch.save(exp.model.build().state_dict(), weights)
-    words = ["export", CONFIG, str(weights), str(path), "--size=64x96", "--dynamic", f"--model.head={head}"]
-    main("dgmn2_seg", [*words, *SMALL])
-    assert "1x3x64x96: logits within" in capsys.readouterr().out
+    words = ["export", CONFIG, str(weights), str(path), "--size=64x96", f"--model.head={head}"]
+    main("dgmn2_seg", [*words, *(["--dynamic"] if dynamic else []), *SMALL])
+    text = capsys.readouterr().out
+    assert "1x3x64x96: logits within" in text
+    assert ("2x3x96x128: logits within" in text) == dynamic
     assert path.exists()
 
 
@@ -103,9 +105,18 @@ def test_wrong_wishes(run, tmp_path, capsys, monkeypatch):
     assert "1EpgGGDzRzwMslW07ML93fO0VgIKbqFWr" in line
     line = refused(capsys, "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
     assert "dgmn2_tiny_imagenet.pth" in line or "data/cityscapes" in line
-    assert "name the configuration" in refused(capsys, "test", CONFIG, run, "--model.head=setr_pup", *SMALL)
+    assert "name the configuration" in refused(capsys, "test", CONFIG, run, "--model.head=fpn", *SMALL)
 
 
 def test_bench_shows_the_fused_model(capsys):
     main("dgmn2_seg", ["bench", CONFIG, "--sizes=64x64", "--repeats=1", "--warmup=1", "--device=cpu"])
     assert "fused" in capsys.readouterr().out
+
+
+def test_demo(toy, tmp_path):
+    """It trains this configuration and shows the result beside the linear classifier."""
+    shutil.copytree(toy, tmp_path / "scenes")
+    main("dgmn2_seg", ["demo", f"--work-dir={tmp_path}", *SMALL, *ITERATIONS])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"mIoU", "linear_mIoU", "iterations"}
+    assert CONFIG in (tmp_path / "index.html").read_text(encoding="utf-8")

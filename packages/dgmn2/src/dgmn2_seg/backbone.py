@@ -19,6 +19,8 @@ from segcore.ops import deform_local_attn
 
 TAPS = 9
 """Places that a token attends to: a window of 3x3."""
+ROWS = 1024
+"""Tokens that a CPU takes through an MLP at a time, in inference."""
 TABLES = (56, 28, 14, 7)
 """Sides of the stages' maps in ImageNet training, at 224x224; they set the rows of the position tables."""
 
@@ -105,7 +107,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Return tokens (B, N, C) for tokens (B, N, C)."""
         x = x + self.drop_path(self.attention(self.norm1(x), height, width))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        # Some tokens at a time: their hidden layer, eight times as wide as the map, stays in the CPU's caches.
+        parts = x.split(max(ROWS // x.shape[0], 1), 1)
+        return torch.cat([part + self.mlp(self.norm2(part)) for part in parts], 1)
 
 
 class Stage(nn.Module):
