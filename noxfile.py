@@ -105,17 +105,19 @@ def demo(session: nox.Session, method: str) -> None:
 @nox.session
 def gpu_tests(session: nox.Session) -> None:
     """Run the tests that need a CUDA device; with `nox --no-venv` in the environment that nox itself is in."""
-    seen = ("-c", "import torch; print(torch.cuda.is_available())")
+    python, env = "python", {}
+    if session.venv_backend == "none":
+        python = sys.executable
+    else:
+        session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cuda"))
+    seen = session.run(python, "-c", "import torch; print(torch.cuda.is_available())", silent=True, external=True)
+    if not str(seen).strip().endswith("True"):
+        session.error("gpu_tests needs a CUDA device, and torch sees none on this machine")
     if session.venv_backend == "none":  # nothing can be downloaded: take the packages from the source tree
-        python, kernels = sys.executable, Path(session.create_tmp(), "kernels")
-        sources = [*(str(Path(package, "src").resolve()) for package in PACKAGES), str(kernels.resolve())]
-        env = {"PYTHONPATH": os.pathsep.join(filter(None, [*sources, os.environ.get("PYTHONPATH")]))}
+        kernels = Path(session.create_tmp(), "kernels").resolve()
         shutil.rmtree(kernels, ignore_errors=True)
         install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(kernels))
         session.run(python, *install, "packages/cuda-ops", env=build_for("cuda"), external=True)
-    else:
-        python, env = "python", {}
-        session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cuda"))
-    if not str(session.run(python, *seen, silent=True, external=True)).strip().endswith("True"):
-        session.error("gpu_tests needs a CUDA device, and torch sees none on this machine")
+        sources = [*(str(Path(package, "src").resolve()) for package in PACKAGES), str(kernels)]
+        env = {"PYTHONPATH": os.pathsep.join(filter(None, [*sources, os.environ.get("PYTHONPATH")]))}
     session.run(python, "-m", "pytest", "-m", "gpu", *session.posargs, env=env, external=True)

@@ -1,12 +1,12 @@
 """Time the operators of segcore on the CPU against the usual way to compute them, and on two threads against one.
 
-    python benchmarks/ops_cpu.py [--repeats 15] [--scaling 60]
+    python benchmarks/ops_cpu.py [--repeats 20] [--scaling 0]
 
 Cases and usual forms are in `ops_cases.py`. All forms take turns in one process, float32, after a warm-up each. On one
 thread the time is the process's CPU time, which other programs disturb less than the clock; printed are each form's
 best and how many times as fast as the usual form it is. "plain" are segcore's kernels in PyTorch, "compiled" those of
-seg-cuda-ops. On two threads it is wall time, the best of `--scaling` turns, which takes a machine with two free cores.
-The answers are compared first, and the command fails when they differ.
+seg-cuda-ops. With `--scaling 60` the compiled ones run on one and two threads as well, in wall time, the best of 60
+turns: that takes a machine with two free cores. The answers are compared first, and the command fails when they differ.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def runs(case: Case, form: Callable[..., Tensor]) -> dict[str, Run]:
 
 
 def timed(run: Run, clock: Callable[[], float]) -> float:
+    """Return the seconds of a run by a clock."""
     start = clock()
     run()
     return clock() - start
@@ -90,8 +91,7 @@ def against_usual(case: Case, repeats: int) -> None:
 
 def on_two_threads(case: Case, repeats: int) -> None:
     switch(True)
-    steps = runs(case, case.ours)
-    for step, run in steps.items():
+    for step, run in runs(case, case.ours).items():
         best = {1: float("inf"), 2: float("inf")}
         for _ in range(repeats + 1):
             for threads in best:
@@ -102,8 +102,8 @@ def on_two_threads(case: Case, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--scaling", type=int, default=60, help="0 leaves it out")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--scaling", type=int, default=0, help="turns on one and two threads")
     args = parser.parse_args()
     switch(True)
     served = ops.kernels()["ms_deform_attn"]["cpu"]

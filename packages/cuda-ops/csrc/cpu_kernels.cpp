@@ -32,7 +32,8 @@ struct Corners {
   int count = 0;
   bool added = false;
 
-  INLINE void push(const T* map, int64_t stride, const Point<T>& p, int width, T factor, T* out, int64_t d) {
+  INLINE void push(const T* map, int64_t stride, const Point<T>& p, int width, T factor, T* out, int64_t d,
+                   bool prefetch = false) {
     T weight[4];
     int64_t pixel[4];
     corners(p, width, weight, pixel);
@@ -40,6 +41,8 @@ struct Corners {
     for (int i = 0; i < 4; ++i) {
       rows[count + i] = map + pixel[i] * stride;
       weights[count + i] = weight[i] * factor;
+      if (prefetch)
+        for (int64_t c = 0; c < d; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[count + i] + c);
     }
     count += 4;
   }
@@ -86,20 +89,26 @@ INLINE Point<T> attn_point(const MsDeformAttn<T>& a, int64_t point, int height, 
 
 template <typename T>
 void ms_deform_attn(const MsDeformAttn<T>& a, int64_t begin, int64_t end) {
+  constexpr int64_t group = 8;  // rows of so many items are on their way into the cache at once
   const int64_t stride = a.m * a.d;
-  for (int64_t i = begin; i < end; ++i) {  // (n, q, m)
-    const T* map = a.value + i / (a.q * a.m) * a.s * stride + i % a.m * a.d;
-    Corners<T> list;
-    for (int64_t level = 0; level < a.levels; ++level) {
-      const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
-      for (int64_t j = 0; j < a.points; ++j) {
-        const int64_t point = (i * a.levels + level) * a.points + j;
-        const Point<T> p = attn_point(a, point, height, width);
-        if (p.inside) list.push(map, stride, p, width, a.attn[point], a.out + i * a.d, a.d);
+  Corners<T> lists[group];
+  for (int64_t first = begin; first < end; first += group) {
+    const int64_t last = first + group < end ? first + group : end;
+    for (int64_t i = first; i < last; ++i) {  // (n, q, m)
+      Corners<T>& list = lists[i - first];
+      list.added = false;
+      const T* map = a.value + i / (a.q * a.m) * a.s * stride + i % a.m * a.d;
+      for (int64_t level = 0; level < a.levels; ++level) {
+        const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
+        for (int64_t j = 0; j < a.points; ++j) {
+          const int64_t point = (i * a.levels + level) * a.points + j;
+          const Point<T> p = attn_point(a, point, height, width);
+          if (p.inside) list.push(map, stride, p, width, a.attn[point], a.out + i * a.d, a.d, true);
+        }
+        map += int64_t(height) * width * stride;
       }
-      map += int64_t(height) * width * stride;
     }
-    list.flush(a.out + i * a.d, a.d);
+    for (int64_t i = first; i < last; ++i) lists[i - first].flush(a.out + i * a.d, a.d);
   }
 }
 
