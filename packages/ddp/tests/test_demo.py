@@ -50,4 +50,4 @@ def test_started_again_it_goes_on(folder, capsys):
     before = weights.stat().st_mtime_ns
     main("ddp_seg", ["demo", f"--work-dir={folder}", *SMALL])
     assert weights.stat().st_mtime_ns == before, "it trained again"
-    assert "going on from iteration 3" in capsys.readouterr().out
+    assert "iter_3: already finished" in capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
         capsys, "test", PRIOR, run, *small, "--evaluate.steps", "7"
     )
-    assert "missing" in refused(capsys, "test", PRIOR, base, *small)
+    assert f"name the configuration {BASE}" in refused(capsys, "test", PRIOR, base, *small)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
     predict = ["predict", PRIOR, run, tmp_path / "a.png", tmp_path / "out", *SMALL, *NARROW]

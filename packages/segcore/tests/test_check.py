@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from segcore.cli import main
+from segcore.data import toy
 from segcore.data.check import check, check_headers, label_pixels
 from segcore.data.dataset import open_dataset
 from segcore.errors import UserError
@@ -126,6 +127,25 @@ def test_no_folder_is_a_problem_of_each_split(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (problem,) = check(data, split).problems
         assert problem.startswith(f"{data.root}: no such folder")
+
+
+def test_toy_sets_are_read_and_never_generated(tmp_path: Path) -> None:
+    nowhere = Data("toy", tmp_path / "tyo")
+    (problem,) = check(nowhere, "train").problems
+    assert problem.startswith(f"{nowhere.root}: no such folder")
+    assert problem.endswith("or let `train` generate it there")
+    assert not nowhere.root.exists()
+    data = Data("toy", tmp_path / "toy")
+    toy.generate(data.root, train=2, val=1, height=32, width=64)
+    image = sorted(data.root.glob("leftImg8bit/train/*/*"))[0]
+    flip(image, image.stat().st_size // 2)
+    gone = sorted(data.root.glob("leftImg8bit/train/*/*"))[1]
+    gone.unlink()
+    missing, damaged = check(data, "train").problems
+    assert missing == f"{gone}: missing; `train` generates it again"
+    assert damaged.startswith(f"{image}: cannot be read as an image")
+    assert check(data, "val").problems == []
+    assert not gone.exists()
 
 
 def test_headers_show_what_a_first_look_can(data: Data) -> None:

@@ -201,7 +201,9 @@ def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(toy, "is_complete", lambda root: bool(calls))
-    monkeypatch.setattr(toy, "generate", lambda root: calls.append(root) or write_cityscapes(root, split="val"))
+    monkeypatch.setattr(
+        toy, "generate", lambda root, progress: calls.append(root) or write_cityscapes(root, split="val")
+    )
     for _ in range(2):
         dataset = open_dataset(Data("toy", tmp_path / "toy"), "val")
     assert calls == [tmp_path / "toy"]

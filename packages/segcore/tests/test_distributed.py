@@ -107,6 +107,7 @@ def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> N
     words = ("test", CONFIG, tmp_path / "run", "--data.root", root, "--device", "cpu", "--json", json_file)
     done = run(*words, "--gpus=2")
     assert done.returncode == 0, done.stderr
+    assert "evaluating: 7/7" in done.stderr, "the images of both"
     assert done.stdout.count("Summary:") == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert json.loads(json_file.read_text())["entries"] == results["entries"]

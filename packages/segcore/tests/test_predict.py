@@ -38,6 +38,14 @@ def test_results_may_go_above_the_images(folder):
     assert [job.image.name for job in plan(folder / "in", folder)] == ["a.png", "b.jpg"]
 
 
+def test_a_file_name_is_for_one_image_and_says_what_it_holds(folder):
+    for name in ("all.png", "all.jpg"):
+        with pytest.raises(UserError, match=r"one file for all images of the folder .*; give a folder"):
+            plan(folder / "in", folder / name)
+    with pytest.raises(UserError, match=r"one\.tif: results are written as \.png or \.jpg"):
+        plan(folder / "in" / "a.png", folder / "one.tif")
+
+
 def test_no_two_results_share_a_file(folder):
     cv2.imwrite(str(folder / "in" / "a_overlay.png"), np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UserError, match=r"a_overlay\.png: results of two images"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,14 @@ def test_a_column_per_step_entry():
     text = summary(found)
     assert "| Steps |   1   |   10  |" in text
     assert "|  mIoU | 66.67 | 100.0 |" in text
-    assert "Summary (step entry 10):" in text
+    assert text.startswith("By entry:\n")
+    assert "Summary (10):" in text
+    text = summary(replace(found, configured="1", by="steps"))
+    assert text.startswith("By number of denoising steps:\n")
+    assert "66.67" in text.partition("Summary (1 step):")[2]
+    text = summary(replace(found, configured="3", by="timestep"))
+    assert text.startswith("By timestep:\n")
+    assert "Summary (timestep 10; the model's configured timestep 3 not evaluated):" in text
     assert text.splitlines()[-4:-1] == [
         "|  aAcc |  mIoU |  mAcc |",
         "+-------+-------+-------+",

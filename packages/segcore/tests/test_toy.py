@@ -104,6 +104,25 @@ def test_a_lost_file_makes_the_set_incomplete_and_is_drawn_again(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_set_is_completed_by_its_own_parameters(tmp_path, capsys, monkeypatch):
+    toy.generate(tmp_path / "own", **SMALL)
+    before = contents(tmp_path / "own")
+    gone = next((tmp_path / "own").glob("gtFine/val/*/*_labelIds.png"))
+    gone.unlink()
+    assert toy.lost(tmp_path / "own") == toy.lost(tmp_path / "own", ["val"]) == [gone]
+    assert toy.lost(tmp_path / "own", ["train"]) == []
+    toy.complete(tmp_path / "own")
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'own'}: 1 of its files missing; generating")
+    assert contents(tmp_path / "own") == before
+    toy.complete(tmp_path / "own")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(toy, "generate", lambda root, progress: (root / "begun").mkdir(parents=True))
+    toy.complete(tmp_path / "new")
+    assert capsys.readouterr().err == f"{tmp_path / 'new'}: not there; generating 250 street scenes\n"
+    with pytest.raises(UserError, match=r"new: holds no toy set; name another folder in data\.root"):
+        toy.complete(tmp_path / "new")
+
+
 def test_nothing_there_is_not_complete(tmp_path):
     assert not toy.is_complete(tmp_path)
     assert not toy.is_complete(tmp_path / "missing")

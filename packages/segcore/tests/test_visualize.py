@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -90,6 +91,33 @@ def test_strip_puts_captioned_images_side_by_side():
     assert (picture[:head, 46:] == 255).all()
     with pytest.raises(ValueError, match="zip"):
         visualize.strip([a, b], ["one"])
+
+
+def test_a_caption_is_never_cut_off():
+    panels = [np.zeros((20, 30, 3), np.uint8), np.zeros((20, 200, 3), np.uint8)]
+    short, long = visualize.strip(panels, ["a", "b"]), visualize.strip(panels, ["3 steps: 12.5% changed", "b"])
+    assert short.shape[1] == 30 + 6 + 200
+    assert long.shape[1] > 150 + 6 + 200
+    gap = long[:22, 150 : long.shape[1] - 206]
+    assert (gap < 128).any(), "the end of the caption"
+    assert (long[22:, 31 : long.shape[1] - 206] == 255).all(), "white beside the image"
+
+
+@pytest.mark.parametrize(
+    ("entry", "by", "title"),
+    [("1", "steps", "1 step"), ("10", "steps", "10 steps"), ("0", "timestep", "timestep 0"), ("3", "", "3"),
+     ("final", "steps", "final"), ("until 4%", "steps", "until 4%")],
+)  # fmt: skip
+def test_entry_titles(entry, by, title):
+    assert visualize.entry_title(entry, by) == title
+
+
+def test_iterations_are_marked_by_integers():
+    marks = re.findall(
+        r'text-anchor="middle">([^<]*)</text>', visualize.curve_svg([1, 2, 3], [0.5, 0.1, 0.2], "t", "x", "y")
+    )
+    assert marks == ["1", "2", "3", "x", "y"]
+    assert ">1.5<" in visualize.curve_svg([1.0, 2.0, 3.0], [0.5, 0.1, 0.2], "t", "x", "y")
 
 
 def test_legend_shows_every_colour_and_name():

@@ -40,6 +40,7 @@ class Step:
 class DDPSegmentor(Segmentor):
     """DDP and self-aligned DDP. Built by `DDP.build`; strides, shapes and names as in the paper's section 3."""
 
+    entries_by = "steps"
     diffusion = True
 
     def __init__(self, config: DDP) -> None:

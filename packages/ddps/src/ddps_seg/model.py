@@ -44,6 +44,7 @@ class DDPSSegmentor(EncoderSegmentor):
     """
 
     ignore_index = BACKGROUND
+    entries_by = "timestep"
     diffusion = True
 
     def __init__(self, config: DDPS) -> None:

@@ -91,7 +91,7 @@ class Test(Parallel):
     """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
     multi_scale: Flag = False
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
@@ -135,11 +135,11 @@ class Predict(Command):
     """Segment an image, every image of a folder, a video or a camera: class-index PNGs and colour overlays."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
     input: Annotated[Positional[Path], arg(metavar="INPUT")] = dataclasses.field(kw_only=True)
-    """An image file, a folder of images, a video file, or the number of a camera."""
+    """An image file, a folder of images (subfolders too, which the output repeats), a video, or a camera's number."""
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
-    """A folder; for one image also a .png file, for a video also a video file, such as .mp4."""
+    """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file (.mp4)."""
     palette: str = "auto"
     """Colours: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
@@ -188,7 +188,7 @@ class Export(Command):
     """Write a checkpoint as ONNX (.onnx) or as a torch.export program (.pt2), checked against the model."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder, a checkpoint folder, a weights file, or `official` for the published weights."""
+    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
     """The file to write; its ending says which kind."""
     size: str | None = None
@@ -371,13 +371,24 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     import torch
 
     from segcore import distributed
+    from segcore.training.checkpoint import standing
+    from segcore.training.log import OtherSettings
     from segcore.training.weights import load_weights, resolve
 
     path = distributed.lead_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
     model: Any = command.experiment.model.build()
-    report = load_weights(model, path)
+    other = OtherSettings.of(path, command.experiment)
+    try:
+        report = load_weights(model, path)
+    except UserError:
+        if other.remedy:
+            raise UserError(f"{path}: was trained with other settings; {other.remedy}") from None
+        raise
     if not distributed.rank():
-        print(f"{path}: {report}", file=sys.stderr)
+        of_a_run = path.is_dir() and path != Path(checkpoint).expanduser()
+        print(f"{path}{f' ({standing(path)})' if of_a_run else ''}: {report}", file=sys.stderr)
+        if other.options:
+            print(f"note: {path} was trained with {other.options}", file=sys.stderr)
     fuses = hasattr(model, "fuse")
     channels_last = fuses or command.experiment.train.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -23,14 +23,14 @@ from segcore.evaluation.inference import autocast
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
 from segcore.experiment import Experiment, load_experiment
-from segcore.files import write
+from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.seeds import derive
 from segcore.training import checkpoint
 from segcore.training.log import loss_curve
 from segcore.training.loop import train
-from segcore.visualize import colorize, heat, legend, png_data_uri, strip, write_image
+from segcore.visualize import colorize, entry_title, heat, legend, png_data_uri, strip, write_image
 
 SHOWN = 4
 """Validation images on the page."""
@@ -45,7 +45,8 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     An experiment that starts from another one's run has that trained first; then `<package>.demo.measure`, of the
     method's import package, adds figures and sentences of its own.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    with writing(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
     exp = prepare(exp, work_dir / "scenes")
     first = first_stage(exp)
     if first is not None:
@@ -84,9 +85,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
 
 def prepare(exp: Experiment, scenes: Path) -> Experiment:
     """Generate the scenes if they are not there, and return the experiment on them."""
-    with progress("generating street scenes") as advance:
-        if not toy.is_complete(scenes):
-            toy.generate(scenes, progress=advance)
+    toy.complete(scenes)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=scenes))
 
 
@@ -114,7 +113,7 @@ def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
 def comparison(results: Results, baseline: float) -> str:
     """Return one line that holds the model against the linear classifier."""
     name, miou = results.final_entry, results.final["mIoU"]
-    steps = f" at {_steps(name)}" if name.isdigit() else ""
+    steps = f" at {entry_title(name, results.by)}" if name.isdigit() else ""
     return (
         f"mIoU{steps}: {miou:.1%}; linear classifier on colour and position (quadratic terms): {baseline:.1%}; "
         f"ratio {miou / baseline:.2f}"
@@ -152,7 +151,9 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
         maps = {"input": image, "truth": truth}
         for caption, logits in {**steps, "prediction": answer}.items():
             classes = logits[0].argmax(0).cpu()
-            maps[caption] = colorize(classes.numpy(), dataset.palette, dataset.ignore_index)
+            maps[entry_title(caption, model.entries_by)] = colorize(
+                classes.numpy(), dataset.palette, dataset.ignore_index
+            )
         if model.diffusion:
             whole = dataclasses.replace(exp.evaluate, scale=None, mode="whole", ratios=(1.0,), flip=False)
             [unsure] = predict_uncertainty(
@@ -171,7 +172,7 @@ def render(
     dataset = open_dataset(exp.data, "val")
     curve = loss_curve(map(json.loads, log.read_text(encoding="utf-8").splitlines()))
     name, miou = results.final_entry, results.final["mIoU"]
-    figures = [(_steps(entry), m) for entry, m in results.entries.items()]
+    figures = [(entry_title(entry, results.by), m) for entry, m in results.entries.items()]
     rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]
     rows.append(("linear classifier", f"{baseline:.1%}", "", ""))
     present = [k for k in range(len(dataset.classes)) if not np.isnan(float(results.final["IoU"][k]))]
@@ -188,7 +189,7 @@ def render(
     return PAGE.format(
         name=html.escape(exp.name),
         miou=f"{miou:.1%}",
-        steps=f" at {_steps(name)}" if name.isdigit() else "",
+        steps=f" at {entry_title(name, results.by)}" if name.isdigit() else "",
         notes=".<br>\n".join(html.escape(note) for note in notes),
         scale=f'<p>{SCALE}<img src="{png_data_uri(heat(RAMP))}" alt="0 to 1"></p>' if "uncertainty" in shown[0] else "",
         images=results.images,
@@ -200,11 +201,6 @@ def render(
         legend=png_data_uri(legend([dataset.classes[k] for k in present], dataset.palette[present])),
         panels=panels,
     )
-
-
-def _steps(entry: str) -> str:
-    """Return "1 step", "3 steps" for numbers of steps, other entries as they are."""
-    return f"{entry} step{'s' * (entry != '1')}" if entry.isdigit() else entry
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -21,7 +21,18 @@ from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.experiment import Data, Experiment
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
-from segcore.visualize import colorize, displayable, grey, overlay, strip, write_animation, write_class_png, write_image
+from segcore.visualize import (
+    JPEG,
+    colorize,
+    displayable,
+    entry_title,
+    grey,
+    overlay,
+    strip,
+    write_animation,
+    write_class_png,
+    write_image,
+)
 
 
 class Job(NamedTuple):
@@ -40,11 +51,17 @@ def plan(
 ) -> list[Job]:
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
-    A single image goes to `target` itself when that ends in .png, otherwise everything goes below the folder `target`:
-    `NAME.png`, `NAME_overlay.png` and, where asked for, `NAME_uncertainty.png`, `NAME_steps.png` and
-    `NAME_animation.gif`. Raises UserError when there is nothing to read or two images would share a name.
+    Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, where asked for,
+    `NAME_uncertainty.png`, `NAME_steps.png` and `NAME_animation.gif`. Of a single image `target` may be the mask's own
+    name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. Raises UserError when
+    there is nothing to read or two images would share a name.
     """
+    kind = "" if target.is_dir() else target.suffix.lower()
+    if kind in IMAGE_SUFFIXES and kind not in (".png", *JPEG):
+        raise UserError(f"{target}: results are written as .png or .jpg; choose one of these, or a folder")
     if source.is_dir():
+        if kind in (".png", *JPEG):
+            raise UserError(f"{target}: one file for all images of the folder {source}; give a folder")
         if target.resolve() == source.resolve():
             raise UserError(f"{target}: is the folder of the images; choose another output folder")
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -55,7 +72,7 @@ def plan(
         masks = [target / p.relative_to(source).with_suffix(".png") for p in images]
     elif source.is_file():
         images = [source]
-        masks = [target if target.suffix.lower() == ".png" else target / f"{source.stem}.png"]
+        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / f"{source.stem}.png"]
     else:
         raise UserError(f"{source}: no such image or folder")
     wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
@@ -64,6 +81,8 @@ def plan(
         Job(image, mask, **{kind: mask.with_name(f"{mask.stem}_{kind}.{end}") for kind, end in suffixes.items()})
         for image, mask in zip(images, masks, strict=True)
     ]
+    if kind in JPEG:  # a lossy file cannot hold classes
+        jobs = [jobs[0]._replace(overlay=target)]
     written = Counter(path for job in jobs for path in job[1:] if path)
     if twice := next((path for path, count in written.items() if count > 1), None):
         raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
@@ -160,7 +179,10 @@ def run(
                 write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
-    print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
+    if len(jobs) > 1:
+        print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
+    elif written:
+        print(*(path for path in jobs[0][1:] if path), sep="\n")
     if taken:
         print(f"{sum(taken) / len(taken):.2f} denoising steps on average")
     if failures:
@@ -194,7 +216,7 @@ def image_uncertainty(
 def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
     """Return the classes (H, W) after every denoising step, from the first noise start; empty without such steps."""
     entries = _predict(predict_classes, model, exp, image, device, network=model.predict_trace)
-    return {step: classes.cpu().numpy() for step, classes in entries.items()}
+    return {entry_title(step, model.entries_by): classes.cpu().numpy() for step, classes in entries.items()}
 
 
 def steps_from(

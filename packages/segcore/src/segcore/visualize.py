@@ -21,7 +21,9 @@ from segcore.files import write
 
 LINES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 """Colours of the curves, in order; they repeat."""
+JPEG = (".jpg", ".jpeg")
 FONT_SIZE = 14
+FONT = ImageFont.load_default(FONT_SIZE)
 
 
 def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
@@ -76,17 +78,29 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
             )
         # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no colour.
         picture.putpalette(np.asarray(palette, np.uint8).tobytes().ljust(3 * 256, b"\0"))
-    write(path, _png(picture))
+    write(path, _encoded(picture))
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
-    """Write an image, colour or grey (H, W) uint8, as PNG, whole or not at all; the folder is made."""
-    write(path, _png(Image.fromarray(image)))
+    """Write an image, colour or grey (H, W) uint8, whole or not at all; the folder is made.
+
+    As JPEG where the path ends so, else as PNG.
+    """
+    kind = "JPEG" if Path(path).suffix.lower() in JPEG else "PNG"
+    write(path, _encoded(Image.fromarray(image), kind))
+
+
+def entry_title(entry: str, by: str) -> str:
+    """Return `3 steps` or `timestep 3` for the entry "3" of a model whose `entries_by` is `by`; others as they are."""
+    if not (by and entry.isdigit()):
+        return entry
+    return f"timestep {entry}" if by == "timestep" else f"{entry} step{'s' * (entry != '1')}"
 
 
 def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: float = 0.7) -> None:
-    """Write images of one width and height as an endless animated GIF, whole or not at all; the last stays longer."""
-    pictures = [Image.fromarray(frame) for frame in frames]
+    """Write images of one height as an endless animated GIF, whole or not at all; the last stays longer."""
+    width = max(frame.shape[1] for frame in frames)
+    pictures = [Image.fromarray(_widened(frame, width)) for frame in frames]
     times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(3000 * seconds)]
     data = io.BytesIO()
     pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
@@ -95,12 +109,12 @@ def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: flo
 
 def png_data_uri(image: np.ndarray) -> str:
     """Return an image as a `data:` address, for a page that needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(_png(Image.fromarray(image))).decode()
+    return "data:image/png;base64," + base64.b64encode(_encoded(Image.fromarray(image))).decode()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
     data = io.BytesIO()
-    picture.save(data, format="PNG")
+    picture.save(data, format=kind, quality=95)  # of no meaning to a PNG
     return data.getvalue()
 
 
@@ -113,16 +127,25 @@ def displayable(image: np.ndarray) -> np.ndarray:
 
 
 def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:
-    """Return the images side by side on white, each below its caption, all scaled to the height of the first."""
+    """Return the images side by side on white, each below its caption, all scaled to the height of the first.
+
+    A column is as wide as its caption at least.
+    """
     height = images[0].shape[0]
     columns = []
     for image, caption in zip(images, captions, strict=True):
         if image.shape[0] != height:
             width = round(image.shape[1] * height / image.shape[0])
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        columns.append(np.concatenate([_text_line(caption, image.shape[1]), image]))
+        width = max(image.shape[1], math.ceil(FONT.getlength(caption)) + 6)
+        columns.append(np.concatenate([_text_line(caption, width), _widened(image, width)]))
         columns.append(np.full((columns[0].shape[0], gap, 3), 255, np.uint8))
     return np.concatenate(columns[:-1], 1)
+
+
+def _widened(image: np.ndarray, width: int) -> np.ndarray:
+    """Return the image with white at its right."""
+    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
 
 
 def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int = 130) -> np.ndarray:
@@ -140,7 +163,7 @@ def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: 
 def _text_line(text: str, width: int) -> np.ndarray:
     """Return a line of black text on white, cut off at `width` pixels."""
     line = Image.new("RGB", (width, FONT_SIZE + 8), "white")
-    ImageDraw.Draw(line).text((3, 2), text, "black", ImageFont.load_default(FONT_SIZE))
+    ImageDraw.Draw(line).text((3, 2), text, "black", FONT)
     return np.array(line)
 
 
@@ -155,10 +178,12 @@ def curve_svg(
     """Return a line chart as one SVG element of size (width, height) that needs nothing else.
 
     `ys` is one series over `xs`, or several by name, which the chart then shows. A value that is not finite is a gap.
+    Where all `xs` are integers, so are the marks below them.
     """
     series = dict(ys) if isinstance(ys, Mapping) else {"": ys}
     (width, height), (left, right, top, bottom) = size, (58, 16, 34, 44)
-    x_ticks, y_ticks = _ticks(xs, 8), _ticks([y for line in series.values() for y in line], 5)
+    whole = all(isinstance(x, int) for x in xs)
+    x_ticks, y_ticks = _ticks(xs, 8, whole), _ticks([y for line in series.values() for y in line], 5)
 
     def across(x: float) -> float:
         return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
@@ -192,13 +217,13 @@ def curve_svg(
     return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="#111827">{"".join(parts)}</svg>'
 
 
-def _ticks(values: Sequence[float], count: int) -> list[float]:
-    """Return round numbers, about `count`, from below the least to above the greatest finite value."""
+def _ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:
+    """Return round numbers, or `whole` ones, about `count`, from below the least to above the greatest finite value."""
     finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     if high - low <= 1e-9 * max(1, abs(low), abs(high)):
         low, high = (low, low + 1) if low >= 0 else (high - 1, high)
-    rough = (high - low) / count
+    rough = max((high - low) / count, 1 if whole else 0)
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -137,7 +137,11 @@ def check_headers(dataset: Dataset) -> list[str]:
 
     Only the beginning of each file is read: a look before training. Damage further inside is left to `check`.
     """
-    return [line for lines in _each(lambda i: _headers(dataset, i), len(dataset), "first look") for line in lines]
+    return [
+        line
+        for lines in _each(lambda i: _headers(dataset, i), len(dataset), "checking that images and labels open")
+        for line in lines
+    ]
 
 
 def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:

@@ -120,6 +120,10 @@ def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
     `toy` is generated below `data.root` first when it is not complete there. Raises UserError when the folder is
     missing, a split is empty, or an image has no label.
     """
+    if data.dataset == "toy":
+        from segcore.data import toy
+
+        toy.complete(data.root)
     dataset = find_files(data, split)
     if dataset.unpaired:
         more = f" (and {len(dataset.unpaired) - 1} more; `check` lists them)" if len(dataset.unpaired) > 1 else ""
@@ -128,20 +132,26 @@ def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
 
 
 def find_files(data: Data, split: Literal["train", "val"]) -> Dataset:
-    """Return the split as `open_dataset` does, but leave out images without a label, which `unpaired` then lists."""
+    """Return the split as `open_dataset` does, but leave out images without a label, which `unpaired` then lists.
+
+    Nothing is generated; of a toy set `unpaired` lists every file that it has lost.
+    """
     from segcore.data import ade20k, cityscapes, folder
 
-    if data.dataset == "toy":
-        from segcore.data import toy
-
-        if not toy.is_complete(data.root):
-            toy.generate(data.root)
     if not data.root.is_dir():
-        raise UserError(f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset")
+        raise UserError(
+            f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset"
+            + (", or let `train` generate it there" if data.dataset == "toy" else "")
+        )
     if data.dataset == "folder":
         dataset = folder.open_split(data, split)
     else:
         dataset = (ade20k if data.dataset == "ade20k" else cityscapes).open_split(data.root, split)
+    if data.dataset == "toy":
+        from segcore.data import toy
+
+        gone = tuple(f"{file}: missing; `train` generates it again" for file in toy.lost(data.root, [split]))
+        dataset = replace(dataset, unpaired=gone)
     dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth)
     return with_background(dataset) if data.background else dataset
 

@@ -7,7 +7,8 @@ between scenes than between classes, so that a class is told by shape, texture a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from segcore.data.cityscapes import RAW_IDS
 from segcore.data.street import draw_scene
 from segcore.errors import UserError
 from segcore.files import write
+from segcore.progress import progress as show_progress
 from segcore.seeds import derive
 
 CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
+TRAIN, VAL = 200, 50
 VERSION = 1
 """Changes whenever the same seed gives other pictures."""
 
@@ -32,8 +35,8 @@ TO_RAW[: len(RAW_IDS)] = RAW_IDS
 def generate(
     root: Path,
     *,
-    train: int = 200,
-    val: int = 50,
+    train: int = TRAIN,
+    val: int = VAL,
     height: int = 256,
     width: int = 512,
     seed: int = 0,
@@ -69,15 +72,38 @@ def generate(
     write(marker, json.dumps(parameters | {"complete": True}))
 
 
+def complete(root: Path) -> None:
+    """Generate the set below `root`, or what the one there lacks by its own parameters; says so on standard error.
+
+    Raises UserError when `root` holds something else.
+    """
+    if is_complete(root):
+        return
+    marker = _read(root / MARKER)
+    parameters = {name: marker[name] for name in ("train", "val", "height", "width", "seed") if name in marker}
+    if parameters:
+        print(f"{root}: {len(lost(root))} of its files missing; generating these again", file=sys.stderr)
+    elif root.is_dir() and any(root.iterdir()):
+        raise UserError(f"{root}: holds no toy set; name another folder in data.root, or its layout in data.dataset")
+    else:
+        print(f"{root}: not there; generating {TRAIN + VAL} street scenes", file=sys.stderr)
+    with show_progress("generating street scenes") as advance:
+        generate(root, **parameters, progress=advance)
+
+
 def is_complete(root: Path) -> bool:
     """Return whether `root` holds a toy set that was generated to its end and still has all of its files.
 
     Raises UserError when the marker cannot be read.
     """
-    marker = _read(root / MARKER)
-    return bool(marker.get("complete")) and all(
-        file.is_file() for split, index in _items(marker) for file in _files(root, split, index)
-    )
+    return bool(_read(root / MARKER).get("complete")) and not lost(root)
+
+
+def lost(root: Path, splits: Sequence[str] = SPLITS) -> list[Path]:
+    """Return the files that the marker below `root` speaks of and that are not there; none without a marker."""
+    items = _items(_read(root / MARKER)) if (root / MARKER).exists() else []
+    files = [file for split, index in items if split in splits for file in _files(root, split, index)]
+    return [file for file in files if not file.is_file()]
 
 
 def _items(parameters: dict[str, Any]) -> list[tuple[str, int]]:

@@ -44,6 +44,8 @@ class Results:
     """What was wrong with each image that could not be read."""
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
+    by: str = ""
+    """What the entries' names count, `Segmentor.entries_by`."""
     steps_taken: float | None = None
     """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
 
@@ -107,8 +109,9 @@ def evaluate(
     index), so neither `evaluate.batch` nor `workers` nor the number of processes changes the results: each of several
     processes takes every n-th image, and all return the same. Nothing of a prediction is kept.
 
-    Of the images of this process, `on_progress(done, total)` is called after every batch (it may raise Stopped, which
-    ends all processes), and `on_prediction(index, image, label, entries)` with the classes (H, W) by entry.
+    `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), as if all
+    processes were as far as this one. Of the images of this process, `on_prediction(index, image, label, entries)` is
+    called with the classes (H, W) by entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
@@ -166,7 +169,7 @@ def evaluate(
                         on_prediction(index, image, label, by_entry)
                 done += len(batch)
                 if on_progress:
-                    on_progress(done + len(skipped), len(own))
+                    on_progress(min(distributed.size() * (done + len(skipped)), total), total)
     except (UserError, Stopped) as error:
         failed = error
     images, steps, runs = distributed.agree(failed, done, sum(taken), len(taken))
@@ -184,6 +187,7 @@ def evaluate(
         {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
         missed,
         model.configured_entry,
+        model.entries_by,
         steps / runs if runs else None,
     )
 

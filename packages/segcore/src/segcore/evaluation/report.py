@@ -9,6 +9,7 @@ from typing import Any
 
 from segcore.evaluation.evaluate import Results
 from segcore.files import write
+from segcore.visualize import entry_title
 
 COLUMNS = {
     "mIoU": ("IoU", "Acc"),
@@ -18,6 +19,7 @@ COLUMNS = {
 }
 """What each name in `Evaluate.metrics` reports, besides aAcc."""
 
+BY = {"steps": "By number of denoising steps", "timestep": "By timestep"}
 WITHOUT = "mIoU without ignored"
 
 
@@ -43,7 +45,13 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     steps += f"\n\n{_table(list(heads), [list(heads.values())])}"
     if results.steps_taken:
         steps += f"\n\n{list(results.entries)[-1]}: denoising took {results.steps_taken:.2f} steps on average"
-    return f"By step entry:\n\n{steps}\n\nSummary (step entry {results.final_entry}):\n\n{final}"
+    return f"{BY.get(results.by, 'By entry')}:\n\n{steps}\n\nSummary ({_which(results)}):\n\n{final}"
+
+
+def _which(results: Results) -> str:
+    """Return what the entry that decides is: the configured answer, or what stands for it."""
+    entry, configured = (entry_title(name, results.by) for name in (results.final_entry, results.configured))
+    return entry if configured in (entry, "") else f"{entry}; the model's configured {configured} not evaluated"
 
 
 def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:

@@ -45,6 +45,8 @@ class Segmentor(nn.Module, ABC):
         min_size: shortest image side in pixels; smaller images raise ValueError.
         size_divisor: an export for any size takes images whose sides are multiples of it.
         auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
+        entries_by: what the numbers are that entries of `predict_steps` are named by: the "steps" taken, or the
+            "timestep" that was reached; "" without such entries.
         diffusion: whether inference denoises from random noise; if not, `predict_trace` is empty and
             `predict_marginal` and `predict_converged` raise UserError.
         class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
@@ -60,6 +62,7 @@ class Segmentor(nn.Module, ABC):
     min_size: int = 1
     size_divisor: int = 32
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
+    entries_by: str = ""
     diffusion: bool = False
     class_weight: Tensor | None = None
 

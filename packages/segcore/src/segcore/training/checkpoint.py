@@ -123,12 +123,23 @@ def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
 def best(work_dir: Path) -> Path | None:
     """Return the checkpoint recorded as the best, None when there is none or it is gone."""
     _recover(work_dir / "checkpoints")
+    folder, _ = _best(work_dir)
+    return folder if folder and folder.is_dir() else None
+
+
+def standing(folder: Path) -> str:
+    """Return in words which checkpoint of its run this is: the best one with its mIoU, or the newest."""
+    found, figure = _best(folder.parents[1])
+    return f"the run's best, mIoU {100 * figure:.2f}" if found == folder else "the run's newest; none is known as best"
+
+
+def _best(work_dir: Path) -> tuple[Path | None, float]:
+    """Return what best.json says: where the best checkpoint is or was, and its mIoU (0..1)."""
     try:
         record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
-        folder = folder_of(work_dir, int(record["iteration"]))
+        return folder_of(work_dir, int(record["iteration"])), float(record["mIoU"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return folder if folder.is_dir() else None
+        return None, 0.0
 
 
 def prune(work_dir: Path, keep: int, iteration: int) -> None:

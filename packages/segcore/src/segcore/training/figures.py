@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.visualize import colorize, displayable, strip
+from segcore.visualize import colorize, displayable, entry_title, strip
 
 ROWS = 4
 HEIGHT = 256
@@ -19,8 +19,8 @@ HEIGHT = 256
 class Gallery:
     """Collects a row `image, truth, prediction` of a few images, spread over those that this process evaluates."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, entries_by: str = "") -> None:
+        self.dataset, self.by = dataset, entries_by
         own = range(distributed.rank(), len(dataset), distributed.size())
         self.wanted = {own[i] for i in np.linspace(0, len(own) - 1, min(ROWS, len(own))).astype(int)}
         self.rows: dict[int, np.ndarray] = {}
@@ -29,7 +29,8 @@ class Gallery:
         """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is to be shown."""
         if index not in self.wanted:
             return
-        classes = {"truth": label, **{entry: value.cpu().numpy() for entry, value in entries.items()}}
+        found = {entry_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
+        classes = {"truth": label, **found}
         maps = {
             name: colorize(value, self.dataset.palette, self.dataset.ignore_index) for name, value in classes.items()
         }

@@ -91,7 +91,12 @@ def train(
         for note in notes:
             log.line(note)
         try:
-            return iterate(exp, run, dataset, val, work_dir, log, stop)
+            results = iterate(exp, run, dataset, val, work_dir, log, stop)
+            best = (
+                f"; best: iteration {run.best_iteration}, mIoU {100 * run.best_miou:.2f}" if run.best_iteration else ""
+            )
+            log.line(f"{work_dir}: finished{best}")
+            return results
         except Stopped as error:
             if run.saved < run.iteration:
                 save(exp, run, work_dir)
@@ -233,7 +238,7 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: RunLog, stop: Stop) ->
         log.evaluating(done, total)
         stop.check()
 
-    gallery = Gallery(val)
+    gallery = Gallery(val, run.model.entries_by)
     batch, mode = exp.evaluate.batch, exp.evaluate.mode
     remedy = f"lower evaluate.batch ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
     with averaged(run.model, run.average), _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
@@ -296,8 +301,10 @@ class DivergedError(UserError):
 
 def _resume_from(work_dir: Path, resume: bool) -> Path | None:
     """Return the checkpoint to go on from, None to start; raises UserError when the folder cannot be used for that."""
+    if work_dir.exists() and not work_dir.is_dir():
+        raise UserError(f"{work_dir}: is a file; choose another --work-dir")
     if not resume:
-        if work_dir.exists() and not (work_dir.is_dir() and next(work_dir.iterdir(), None) is None):
+        if work_dir.exists() and next(work_dir.iterdir(), None) is not None:
             raise UserError(
                 f"{work_dir}: is not empty; add --resume to go on with its run, or choose another --work-dir"
             )

@@ -18,7 +18,7 @@ from segcore.experiment import Experiment
 from segcore.models.segmentor import Segmentor
 from segcore.training import checkpoint
 from segcore.training.average import Average, averaged, start_average
-from segcore.training.log import describe, differences
+from segcore.training.log import OtherSettings, describe, differences
 from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 
 
@@ -120,9 +120,10 @@ def restore(exp: Experiment, run: Run, folder: Path) -> list[str]:
     found = checkpoint.load(folder)
     own, state = run.model.state_dict(), found.state
     if wrong := sorted(n for n in {*own, *found.model} if _shape(own, n) != _shape(found.model, n)):
+        remedy = OtherSettings.of(folder, exp).remedy or "resume with the settings in its experiment.json"
         raise UserError(
             f"{folder}: {len(wrong)} tensors do not fit the model (first: {wrong[0]}); "
-            "resume with the settings in its experiment.json, or choose another --work-dir"
+            f"{remedy}, or choose another --work-dir"
         )
     if state["iteration"] > exp.schedule.iterations:
         raise UserError(f"{folder}: lies beyond schedule.iterations {exp.schedule.iterations}; set more there")
@@ -137,7 +138,10 @@ def restore(exp: Experiment, run: Run, folder: Path) -> list[str]:
         setattr(run, name, state[name])
     run.saved = run.iteration
     changed = differences(found.experiment["experiment"], run.description["experiment"])
-    return [f"{folder}: going on from iteration {run.iteration}", *(f"changed since then: {line}" for line in changed)]
+    where = f"going on from iteration {run.iteration}"
+    if run.iteration == exp.schedule.iterations:
+        where = f"already finished; to train for longer set schedule.iterations to more than {run.iteration}"
+    return [f"{folder}: {where}", *(f"changed since then: {line}" for line in changed)]
 
 
 def _shape(state: Mapping[str, Any], name: str) -> Any:
