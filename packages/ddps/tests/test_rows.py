@@ -141,11 +141,11 @@ def test_another_number_of_timesteps_is_refused_unless_asked_for(chain, tmp_path
                                                          ("none", True, True)])  # fmt: skip
 def test_what_is_frozen(freeze, moves, learns):
     model = DDPS(**{**PRIOR, "freeze": freeze}).build().train()
-    norm = model.head.smooth.norm
+    norm = model.head.merge.norm
     before = norm.running_mean.clone()
     model.losses(images(2), labels(model, 2), seeds=[1, 2])["loss"].backward()
     assert torch.equal(norm.running_mean, before) is not moves
-    assert (model.head.smooth.conv.weight.grad is not None) is learns
+    assert (model.head.merge.conv.weight.grad is not None) is learns
     assert model.labels.weight.grad is None
     assert all(p.grad is not None for part in (model.unet, model.classifier) for p in part.parameters())
 

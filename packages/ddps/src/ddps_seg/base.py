@@ -31,13 +31,9 @@ class EncoderSegmentor(Segmentor):
         self.num_classes = config.num_classes
         self.backbone = backbones.build(config.backbone, in_channels=config.in_channels, drop_path=config.drop_path)
         self.min_size = self.backbone.min_size
-        kind: type[heads.SegFormerHead | heads.DeepLabHead | heads.PyramidHead]
-        kind, width = heads.SegFormerHead, 256
-        if backbones.is_dilated(self.backbone):
-            kind, width = heads.DeepLabHead, 512
-        elif config.backbone == "resnet18":
-            kind, width = heads.PyramidHead, 64
-        self.head = kind(self.backbone.channels, config.condition_width or width)
+        dilated = backbones.is_dilated(self.backbone)
+        head, width = (heads.DeepLabHead, 512) if dilated else (heads.SegFormerHead, 256)
+        self.head = head(self.backbone.channels, config.condition_width or width)
         for module in self.head.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segcore.models.heads import FPN
 from segcore.models.layers import ConvNorm, resize
 
 
@@ -74,23 +73,6 @@ class DeepLabHead(nn.Module):
         pooled = self.pool(last.mean((2, 3), keepdim=True)).expand(-1, -1, *last.shape[-2:])
         x = self.bottleneck(torch.cat([pooled, *(branch(last) for branch in self.branches)], 1))
         return self.refine(torch.cat([resize(x, first.shape[-2:]), self.low(first)], 1))
-
-
-class PyramidHead(nn.Module):
-    """A feature pyramid, summed at the finest size: no published head, but one that learns from scratch in minutes."""
-
-    def __init__(self, in_channels: Sequence[int], width: int = 64) -> None:
-        super().__init__()
-        self.width = width
-        self.fpn = FPN(in_channels, width)
-        self.smooth = Unit(width, width, 3)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the condition (N, width, h, w) at the size of the first map."""
-        first, *others = self.fpn(maps)
-        for x in others:
-            first = first + resize(x, first.shape[-2:])
-        return self.smooth(first)
 
 
 _RULES = (

@@ -25,7 +25,7 @@ Backbone = Literal[
     "resnet101",
     "resnet18",
 ]
-"""`resnet18` with a feature pyramid is no published model: it learns from scratch in minutes, for demo and tests."""
+"""`resnet18` is no published one: small and plain, for tests and trials."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class Encoder(Model):
     """What maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
     backbone: Backbone = "mit_b2"
-    """MiT gets SegFormer's head, resnet18 a feature pyramid; the others are dilated and get DeepLabV3+'s."""
+    """MiT and resnet18 get SegFormer's head, the others are dilated and get DeepLabV3+'s."""
     drop_path: float = 0.1
     """MiT's largest stochastic-depth rate."""
     condition_width: int | None = None
-    """Channels of the condition; None: 256 for SegFormer's head, 512 for DeepLabV3+'s, 64 for the pyramid.
-    A pyramid's is a multiple of 32."""
+    """Channels of the condition; None: 256 for SegFormer's head, 512 for DeepLabV3+'s."""
     dropout: float = 0.1
     """Channels dropped before the classifier, in training."""
 
@@ -121,5 +120,5 @@ def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
     from ddps_seg.configs import rows, stock, toy
 
-    own = (toy.ddps_resnet18_toy, toy.ddps_resnet18_base_toy)
+    own = (toy.ddps_segformer_b0_toy, toy.ddps_segformer_b0_base_toy)
     return {**{build.__name__: build for build in own}, **rows.rows(), **stock.rows()}

@@ -7,11 +7,11 @@ from ddps_seg.configs import DDPS, Base
 from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
-def ddps_resnet18_base_toy() -> Experiment:
-    """The first stage: ResNet-18 with a feature pyramid."""
+def ddps_segformer_b0_base_toy() -> Experiment:
+    """The first stage: SegFormer on MiT-B0 with a narrow head."""
     return Experiment(
-        name="ddps_resnet18_base_toy",
-        model=Base(num_classes=19, backbone="resnet18"),
+        name="ddps_segformer_b0_base_toy",
+        model=Base(num_classes=19, backbone="mit_b0", drop_path=0.0, condition_width=64),
         data=Data(
             "toy",
             Path("data/toy"),
@@ -21,7 +21,7 @@ def ddps_resnet18_base_toy() -> Experiment:
             photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
             workers=0,
         ),
-        optimizer=Optimizer("adamw", lr=1.5e-3, weight_decay=0.01, clip_norm=1.0),
+        optimizer=Optimizer("adamw", lr=1e-3, weight_decay=0.01, clip_norm=1.0),
         schedule=Schedule(iterations=400, warmup_iterations=30),
         train=Train(
             batch=2,
@@ -36,23 +36,24 @@ def ddps_resnet18_base_toy() -> Experiment:
     )
 
 
-def ddps_resnet18_toy() -> Experiment:
-    """The second stage: a narrow UNet, T = 20, three evaluations."""
-    base = ddps_resnet18_base_toy()
+def ddps_segformer_b0_toy() -> Experiment:
+    """The second stage: a narrow UNet, T = 20, three evaluations. After so few iterations the base trains along."""
+    base = ddps_segformer_b0_base_toy()
     return replace(
         base,
-        name="ddps_resnet18_toy",
+        name="ddps_segformer_b0_toy",
         model=DDPS(
             num_classes=20,
-            backbone="resnet18",
-            width=32,
-            output_width=64,
+            backbone="mit_b0",
+            drop_path=0.0,
+            condition_width=64,
+            width=48,
             timesteps=20,
             inference_timesteps=2,
-            freeze="eval",
+            freeze="none",
         ),
         data=replace(base.data, background=True),
-        schedule=replace(base.schedule, iterations=240),
-        train=replace(base.train, init=f"runs/{base.name}", evaluate_every=240),
+        schedule=replace(base.schedule, iterations=300),
+        train=replace(base.train, init=f"runs/{base.name}", evaluate_every=300),
         evaluate=replace(base.evaluate, steps=(0, 10, 19)),
     )

@@ -149,10 +149,11 @@ class BoundaryIoU:
         p, g = (x.to(torch.int16) for x in (p, g))
         band = round(0.02 * (p.shape[0] ** 2 + p.shape[1] ** 2) ** 0.5)
         near = boundaries((p, g), band)
-        p_in, g_in = near & 1 > 0, near & 2 > 0
-        both, of_p, of_g = (self._count(x) for x in (p[p_in & g_in & (p == g)], p[p_in], g[g_in]))
+        p, g = self._known(p), self._known(g)
+        of_p, of_g = (self._count(x * 4 + near) for x in (p, g))  # by class and bits
+        both = self._count(p.masked_fill(p != g, self.num_classes) * 4 + near)[:, 3]
         self.intersection += both
-        self.union += of_p + of_g - both
+        self.union += of_p[:, 1] + of_p[:, 3] + of_g[:, 2] + of_g[:, 3] - both
         return self
 
     def compute(self) -> dict[str, float | Tensor]:
@@ -161,10 +162,15 @@ class BoundaryIoU:
         biou = intersection / union
         return {"mBIoU": biou.nanmean().item(), "BIoU": biou}
 
-    def _count(self, classes: Tensor) -> Tensor:
+    def _known(self, classes: Tensor) -> Tensor:
+        """Return the classes with K in place of the ignored one and of all that are none."""
         outside = self.num_classes
         odd = (classes < 0) | (classes >= outside) | (classes == self.ignore_index)
-        return torch.bincount(torch.where(odd, outside, classes.int()), minlength=outside + 1)[:outside]
+        return classes.masked_fill(odd, outside)  # much faster than torch.where, as below
+
+    def _count(self, codes: Tensor) -> Tensor:
+        """Return how often class * 4 + bits occurs, (K, 4)."""
+        return torch.bincount(codes.ravel(), minlength=4 * self.num_classes + 4).view(-1, 4)[:-1]
 
 
 def boundaries(maps: Sequence[Tensor], band: int) -> Tensor:

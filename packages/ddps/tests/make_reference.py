@@ -1,0 +1,76 @@
+"""Small reference values of every part of DDPS, so that a clone without SEG_REFERENCE still notices a changed number.
+
+`python packages/ddps/tests/make_reference.py` writes reference.npz anew; do that only while test_parity.py passes,
+which compares with the published code's own numbers.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddps_seg.configs import DDPS, Base
+from ddps_seg.diffusion import keep_and_leak, log_q_posterior, q_pred, tables
+
+FILE = Path(__file__).with_name("reference.npz")
+SMALL = {"num_classes": 7, "width": 16, "output_width": 24, "timesteps": 20, "drop_path": 0.0, "dropout": 0.0}
+
+
+def normal(name, shape):
+    """Standard normal numbers that follow from a name; numpy's legacy stream is frozen."""
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype("float32"))
+
+
+def filled(model):
+    """The model with weights that follow from the published tensor names, at their usual scales."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not name.startswith("log_"):
+            official = model.official_names()[name]
+            noise = normal(official, tensor.shape)
+            if tensor.ndim > 1:
+                noise /= (tensor.numel() / tensor.shape[0]) ** 0.5
+            elif official.endswith(("weight", "running_var")):
+                noise = 1 + 0.1 * noise.abs()
+            else:
+                noise *= 0.1
+            tensor.copy_(noise)
+    return model.eval()
+
+
+def compute():
+    """Return every reference value by name."""
+    images = normal("image", (2, 3, 48, 64))
+    labels = torch.arange(2 * 48 * 64).view(2, 48, 64) // 40 % 7
+    values = {}
+    with torch.no_grad():
+        for backbone in ("mit_b0", "mobilenet_v2", "resnet50"):
+            model = filled(Base(num_classes=7, backbone=backbone).build())
+            values[f"{backbone}.logits"] = model(images)[..., ::5, ::5]
+            values[f"{backbone}.condition"] = model.encode(images)[:, ::16]
+        for schedule in ("linear", "cosine"):
+            values[f"{schedule}.keep"] = torch.cat(keep_and_leak(20, 7, schedule))
+        noise, index = tables(20, 7, "linear"), torch.tensor([3, 0])
+        clean, noisy = labels[:, ::4, ::4], labels[:, 1::4, 2::4]
+        uniforms = torch.from_numpy(np.random.RandomState(0).random_sample((3, 2, 7, 12, 16)).astype("float32"))
+        values["q_pred"] = q_pred(clean, index, noise, uniforms[0])
+        for exact in (False, True):
+            values[f"posterior.{exact}"] = log_q_posterior(clean, noisy, index, noise, 7, exact=exact)
+        model = filled(DDPS(backbone="mit_b0", **SMALL).build())
+        condition = model.encode(images)
+        for mode, guidance in (("q_pred", 1.0), ("q_pred", 0.4), ("q_posterior", 1.0), ("bayes", 1.0)):
+            steps = model.denoise_steps(
+                condition, noisy, uniforms=uniforms, inference_timesteps=2, mode=mode, guidance_scale=guidance
+            )
+            values |= {f"{mode}.{guidance}.{t}": x[:, ::2, ::2, ::2] for t, x in steps.items()}
+    draws = {"timesteps": torch.tensor([0, 7]), "masks": noisy, "uniforms": uniforms[1]}
+    losses = model.losses(images, labels, draws=draws)
+    losses["loss"].backward()
+    values |= {f"losses.{name}": value.detach() for name, value in losses.items()}
+    norms = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+    values["losses.gradients"] = torch.stack(norms).float()
+    return {name: value.numpy() for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    np.savez_compressed(FILE, **compute())
