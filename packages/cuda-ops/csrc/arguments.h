@@ -51,12 +51,12 @@ struct Division {
   bool whole;
 };
 
-// Forward passes and the gradients of points take a range of queries, those of maps a range of units.
+// Forward passes and the gradients of points take a range of queries, those of maps a range of units; all gradients of
+// ms_deform_attn a range of images times strips.
 template <typename T>
 struct Kernels {
   void (*ms_deform_attn)(const MsDeformAttn<T>&, int64_t begin, int64_t end);
-  void (*ms_deform_attn_points)(const MsDeformAttn<T>&, int64_t begin, int64_t end);
-  void (*ms_deform_attn_maps)(const MsDeformAttn<T>&, const Division&, int64_t begin, int64_t end);
+  void (*ms_deform_attn_backward)(const MsDeformAttn<T>&, int64_t strips, int64_t begin, int64_t end);
   void (*columns)(const Columns<T>&, int64_t begin, int64_t end);
   void (*columns_points)(const Columns<T>&, int64_t begin, int64_t end);
   void (*columns_maps)(const Columns<T>&, const Division&, int64_t begin, int64_t end);

@@ -100,10 +100,8 @@ void ms_deform_attn(const std::vector<Address>& p, const Sizes& shapes, const Si
 template <typename T>
 void ms_deform_attn_backward(const std::vector<Address>& p, const Sizes& shapes, const Sizes& s, int64_t threads) {
   const auto a = attn_arguments<T>(p, shapes, s);
-  const Division cut = divide(a.n, a.m, a.d, threads);
-  if (!cut.whole)
-    parallel(a.n * a.q * a.m, grain, [&](int64_t b, int64_t e) { of<T>().ms_deform_attn_points(a, b, e); });
-  parallel(cut.units, 1, [&](int64_t b, int64_t e) { of<T>().ms_deform_attn_maps(a, cut, b, e); });
+  const int64_t strips = divided(threads, std::max<int64_t>(a.n, 1));
+  parallel(a.n * strips, 1, [&](int64_t b, int64_t e) { of<T>().ms_deform_attn_backward(a, strips, b, e); });
 }
 
 template <typename T>

@@ -112,33 +112,6 @@ void ms_deform_attn(const MsDeformAttn<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
-void ms_deform_attn_points(const MsDeformAttn<T>& a, int64_t begin, int64_t end) {
-  const int64_t stride = a.m * a.d;
-  for (int64_t i = begin; i < end; ++i) {
-    const T *map = a.value + i / (a.q * a.m) * a.s * stride + i % a.m * a.d, *g = a.grad + i * a.d;
-    for (int64_t level = 0; level < a.levels; ++level) {
-      const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
-      for (int64_t j = 0; j < a.points; ++j) {
-        const int64_t point = (i * a.levels + level) * a.points + j;
-        T value = 0, d_y = 0, d_x = 0;
-        const Point<T> p = attn_point(a, point, height, width);
-        if (p.inside) {
-          T weight[4], dots[4];
-          const T* rows[4];
-          corner_rows(map, stride, p, width, weight, rows);
-          four_dots(g, rows, a.d, dots);
-          derivatives(p, dots, value, d_y, d_x);
-        }
-        a.grad_attn[point] = value;
-        a.grad_loc[2 * point] = d_x * a.attn[point] * width;
-        a.grad_loc[2 * point + 1] = d_y * a.attn[point] * height;
-      }
-      map += int64_t(height) * width * stride;
-    }
-  }
-}
-
 // Points whose rows are on their way into the cache while others of the same list are worked on.
 template <typename T>
 struct Pending {
@@ -149,74 +122,84 @@ struct Pending {
     int64_t start[4];  // of the corners' rows
     int64_t item, point;
     T height, width;
+    bool own;  // whether the gradients of the point itself are computed here
   };
   Entry entries[capacity];
   int count = 0;
 
-  INLINE void add(const MsDeformAttn<T>& a, const Part& part, bool whole, const Point<T>& p, int64_t map, int64_t item,
-                  int64_t point, int height, int width) {
-    Entry& e = entries[count++];
-    e.p = p, e.item = item, e.point = point, e.height = T(height), e.width = T(width);
+  // Adds a point of the level whose map begins at `map`, if one of its corners is a pixel from `first` to before `last`.
+  INLINE void add(const MsDeformAttn<T>& a, const Point<T>& p, int64_t map, int64_t item, int64_t point, int height,
+                  int width, int64_t first, int64_t last) {
+    const int64_t corner = int64_t(p.y0) * width + p.x0;  // not yet moved into the map
+    if (corner + width + 1 < first || corner >= last) return;
+    Entry& e = entries[count];
     int64_t pixel[4];
     corners(p, width, e.weight, pixel);
+    e.p = p, e.item = item, e.point = point, e.height = T(height), e.width = T(width);
+    e.own = pixel[0] >= first && pixel[0] < last;
     for (int i = 0; i < 4; ++i) {
       e.start[i] = map + pixel[i] * a.m * a.d;
-      for (int64_t c = 0; c < part.d; c += 64 / int64_t(sizeof(T))) {
-        if (whole) __builtin_prefetch(a.value + e.start[i] + c, 0);
-        __builtin_prefetch(a.grad_value + e.start[i] + c, 1);
+      const bool here = pixel[i] >= first && pixel[i] < last;
+      if (!here) e.weight[i] = 0;
+      for (int64_t c = 0; c < a.d; c += 64 / int64_t(sizeof(T))) {
+        if (e.own) __builtin_prefetch(a.value + e.start[i] + c, 0);
+        if (here) __builtin_prefetch(a.grad_value + e.start[i] + c, 1);
       }
     }
+    if (++count == capacity) flush(a);
   }
 
-  INLINE void flush(const MsDeformAttn<T>& a, const Part& part, bool whole) {
+  INLINE void flush(const MsDeformAttn<T>& a) {
     for (const Entry* e = entries; e < entries + count; ++e) {
-      const T *g = a.grad + e->item * a.d + part.first, factor = a.attn[e->point];
+      const T *g = a.grad + e->item * a.d, factor = a.attn[e->point];
       T *maps[4], weight[4];
       for (int i = 0; i < 4; ++i) maps[i] = a.grad_value + e->start[i], weight[i] = factor * e->weight[i];
-      if (whole) {
+      if (e->own) {
         const T* rows[4];
         T dots[4], value, d_y, d_x;
         for (int i = 0; i < 4; ++i) rows[i] = a.value + e->start[i];
-        dots_and_add_scaled(g, rows, maps, weight, part.d, dots);
+        dots_and_add_scaled(g, rows, maps, weight, a.d, dots);
         derivatives(e->p, dots, value, d_y, d_x);
         a.grad_attn[e->point] = value;
         a.grad_loc[2 * e->point] = d_x * factor * e->width;
         a.grad_loc[2 * e->point + 1] = d_y * factor * e->height;
       } else {
         for (int i = 0; i < 4; ++i)
-          if (weight[i] != T(0)) add_scaled(maps[i], weight[i], g, part.d);
+          if (weight[i] != T(0)) add_scaled(maps[i], weight[i], g, a.d);
       }
     }
     count = 0;
   }
 };
 
+// A unit is a strip of each of an image's maps. Every thread looks at all points, which costs little, and works on those
+// that touch its strip; so the sums of every pixel keep the order of the queries.
 template <typename T>
-void ms_deform_attn_maps(const MsDeformAttn<T>& a, const Division& cut, int64_t begin, int64_t end) {
+void ms_deform_attn_backward(const MsDeformAttn<T>& a, int64_t strips, int64_t begin, int64_t end) {
   const int64_t stride = a.m * a.d;
-  for (int64_t i = begin; i < end; ++i) {
-    const Part part(cut, i, a.m, a.d);
+  Scratch<int64_t> edges(2 * a.levels);  // of the strip: its first pixel in each level, and the one after its last
+  for (int64_t i = begin; i < end; ++i) {  // (n, strip)
+    const int64_t n = i / strips, strip = i % strips;
+    for (int64_t j = 0; j < 2 * a.levels; ++j)
+      edges.data[j] = a.shapes[j / 2 * 2] * a.shapes[j / 2 * 2 + 1] * (strip + j % 2) / strips;
     Pending<T> list;
-    for (int64_t query = part.n * a.q; query < (part.n + 1) * a.q; ++query)
-      for (int64_t head = part.head; head < part.last_head; ++head) {
+    for (int64_t query = n * a.q; query < (n + 1) * a.q; ++query)
+      for (int64_t head = 0; head < a.m; ++head) {
         const int64_t item = query * a.m + head;
-        int64_t map = part.n * a.s * stride + head * a.d + part.first;
+        int64_t map = n * a.s * stride + head * a.d;
         for (int64_t level = 0; level < a.levels; ++level) {
           const int height = int(a.shapes[2 * level]), width = int(a.shapes[2 * level + 1]);
+          const int64_t first = edges.data[2 * level], last = edges.data[2 * level + 1];
           for (int64_t j = 0; j < a.points; ++j) {
             const int64_t point = (item * a.levels + level) * a.points + j;
             const Point<T> p = attn_point(a, point, height, width);
-            if (p.inside) {
-              list.add(a, part, cut.whole, p, map, item, point, height, width);
-              if (list.count == list.capacity) list.flush(a, part, cut.whole);
-            } else if (cut.whole) {
-              a.grad_attn[point] = a.grad_loc[2 * point] = a.grad_loc[2 * point + 1] = 0;
-            }
+            if (p.inside) list.add(a, p, map, item, point, height, width, first, last);
+            else if (strip == 0) a.grad_attn[point] = a.grad_loc[2 * point] = a.grad_loc[2 * point + 1] = 0;
           }
           map += int64_t(height) * width * stride;
         }
       }
-    list.flush(a, part, cut.whole);
+    list.flush(a);
   }
 }
 
@@ -456,7 +439,7 @@ void local_attn_maps(const LocalAttn<T>& a, const Division& cut, int64_t begin, 
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {ms_deform_attn<T>, ms_deform_attn_points<T>, ms_deform_attn_maps<T>,
+  return {ms_deform_attn<T>, ms_deform_attn_backward<T>,
           columns<T>,        columns_points<T>,        columns_maps<T>,
           local_attn<T>,     local_attn_points<T>,     local_attn_maps<T>,
           transpose<T>};
