@@ -48,7 +48,7 @@ def test_recipe():
     assert [name for name in experiments() if not name.endswith("_toy")] == ROWS
     for row in ROWS:
         exp = segcore.load_experiment(row)
-        head, size = row.split("_dgmn2_")[0], row.split("_")[row.count("_") - 4]
+        head, size = row.removesuffix("_4x2_769x769_40k_cityscapes").split("_dgmn2_")
         assert exp == cityscapes.recipe(head, size)
         assert (exp.name, exp.model) == (row, DGMN2(backbone=size, head=head))
     assert (exp.model.drop_path, exp.model.average, exp.model.img_size, exp.model.dropout) == (0.0, "all", 769, 0.1)

@@ -71,7 +71,7 @@ def _flat(x: Tensor, start: int, end: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Deformable local attention: softmax over nine bilinear samples of the keys, the mean of those of the values.
+    """Deformable local attention: nine bilinear samples of the values, weighed by a softmax over those of the keys.
 
     See `segcore.ops.deform_local_attn`. Offsets are those of the tokens, head by head, not of the queries.
     """
