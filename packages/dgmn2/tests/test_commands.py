@@ -80,13 +80,19 @@ def test_test_and_predict(run, toy, tmp_path):
     assert np.array(Image.open(tmp_path / "out" / "a.png")).shape == (70, 90)
 
 
-HEADS = [pytest.param(head, True, marks=pytest.mark.slow) for head in ("fpn", "setr_naive", "setr_pup", "setr_mla")]
+DYNAMIC = [(head, ".pt2", True) for head in ("fpn", "setr_naive", "setr_pup", "setr_mla")] + [("fpn", ".onnx", True)]
 
 
-@pytest.mark.parametrize(("head", "dynamic"), [("setr_mla", False), *HEADS])
-def test_export(head, dynamic, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("head", "suffix", "dynamic"),
+    [("setr_mla", ".pt2", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in DYNAMIC)],
+)
+def test_export(head, suffix, dynamic, tmp_path, capsys):
     """The command compares the file with the model, at two sizes if it is for any, before it writes it."""
-    weights, path = tmp_path / "weights.pth", tmp_path / "model.pt2"
+    if suffix == ".onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name)
+    weights, path = tmp_path / "weights.pth", tmp_path / f"model{suffix}"
     exp = segcore.load_experiment(CONFIG).with_overrides([f"model.head={head}"])
     torch.save(exp.model.build().state_dict(), weights)
     words = ["export", CONFIG, str(weights), str(path), "--size=64x96", f"--model.head={head}"]

@@ -172,7 +172,7 @@ def gather(pixels: Tensor, size: tuple[int, int], y: Tensor, x: Tensor) -> Tenso
         for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
             valid = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             weight = torch.where(valid, weight_x * weight_y, 0)
-            pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            pixel = row.long().clamp(0, height - 1) * width + column.long().clamp(0, width - 1)
             part = flat[(pixel + image) * m + head] * weight.unsqueeze(-1)
             out = part if out is None else out + part
     assert out is not None

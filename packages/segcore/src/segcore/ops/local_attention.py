@@ -172,11 +172,11 @@ def _places(offset: Tensor, dtype: torch.dtype, window: Sequence[int]) -> tuple[
     """Return y and x (B, N, M, K) of the taps in pixels."""
     height, width, kh, kw = window
     dtype = torch.promote_types(dtype, torch.float32)
-    rows, columns, tap_y, tap_x = (torch.arange(size, device=offset.device, dtype=dtype) for size in window)
-    tap_y, tap_x = tap_y - kh // 2, tap_x - kw // 2
+    place = torch.arange(height * width, device=offset.device).view(-1, 1, 1)
+    row, tap = place // width, torch.arange(kh * kw, device=offset.device)
     moved = offset.to(dtype).unflatten(-1, (-1, 2))
-    y = rows.repeat_interleave(width).view(-1, 1, 1) + tap_y.repeat_interleave(kw)
-    x = columns.repeat(height).view(-1, 1, 1) + tap_x.repeat(kh)
+    y = (row + (tap // kw - kh // 2)).to(dtype)
+    x = (place - row * width + (tap % kw - kw // 2)).to(dtype)  # the remainder; ONNX has none by a dynamic width
     return y + moved[..., 0], x + moved[..., 1]
 
 
