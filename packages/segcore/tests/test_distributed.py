@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> N
         "error: train.batch 4 on 3 devices does not divide into passes of train.max_per_device 1; "
         "choose a multiple for train.batch, or another number of devices\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
+def test_ctrl_c_with_gpus_is_two_lines(root: Path, tmp_path: Path) -> None:
+    """What torchrun logs about signals stays out; a terminal sends the signal to all processes."""
+    words = ["train", CONFIG, "--data.root", root, "--work-dir", tmp_path / "run", "--device", "cpu", "--gpus", 2]
+    long = ["--schedule.iterations", 100_000, "--train.evaluate-every", 0, "--model.pause", 0.1]
+    command = [sys.executable, "-m", "segcore", *map(str, [*words, *long])]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while "Iter [" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    assert "signal" not in err
+    assert "--resume" in out
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 7, reason="has eight GPUs")

@@ -151,9 +151,10 @@ def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
 
     Where another process has it, PeerError or Stopped is raised.
     """
-    flags = [isinstance(error, UserError), isinstance(error, Stopped), *counts]
+    ctrl_c = isinstance(error, Stopped) and signal.SIGINT in error.args
+    flags = [isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts]
     try:
-        failed, stopped, *sums = total(torch.tensor(flags, dtype=torch.int64)).tolist()
+        failed, stopped, interrupted, *sums = total(torch.tensor(flags, dtype=torch.int64)).tolist()
     except LostError as lost:
         raise LostError(f"{error} (besides, {lost})") if isinstance(error, UserError) else lost from None
     if isinstance(error, UserError):
@@ -162,7 +163,7 @@ def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
     if failed:
         raise PeerError
     if stopped:
-        raise error or Stopped(signal.SIGTERM)
+        raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)  # the same in all, so that they say the same
     return sums
 
 
