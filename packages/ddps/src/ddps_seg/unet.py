@@ -17,41 +17,79 @@ HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
 class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
-    In evaluation they are standardised once and kept until the weights change.
+    In evaluation they are standardised once and kept until the weights change. On a CPU in float32 they are kept ready
+    for `winograd`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self._kept: tuple[object, Tensor] | None = None
+        self._kept: dict[bool, tuple[object, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map (N, out_channels, h, w) for (N, in_channels, h, w)."""
-        return F.conv2d(x, self.standardized(), self.bias, padding=1)
-
-    def standardized(self) -> Tensor:
-        """Return the standardised weights."""
         weight = self.weight
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
-            return standardize(weight)
+            return F.conv2d(x, standardize(weight), self.bias, padding=1)
+        tiled = weight.dtype == x.dtype == torch.float32 and x.device.type == "cpu" and suits(x)
+        tiled = tiled and not torch.is_autocast_enabled("cpu")
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept is None or self._kept[0] != state:
+        if self._kept.get(tiled, (None,))[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable anywhere
-                self._kept = state, standardize(weight)
-        return self._kept[1]
+                ready = standardize(weight)
+                self._kept[tiled] = state, winograd_weight(ready) if tiled else ready
+        kept = self._kept[tiled][1]
+        return winograd(x, kept, self.bias) if tiled else F.conv2d(x, kept, self.bias, padding=1)
 
     def train(self, mode: bool = True) -> StandardConv:
         """Forget what is kept: weights may change where no version counts it."""
-        self._kept = None
+        self._kept = {}
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": {}}
 
 
 def standardize(weight: Tensor) -> Tensor:
     """Return weights (O, I, kh, kw) less their mean, over their standard deviation, per output channel."""
     variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
     return (weight - mean) * (variance + EPS).rsqrt()
+
+
+def suits(x: Tensor) -> bool:
+    """Return whether a map is even-sided and large enough for `winograd` to be the faster way."""
+    height, width = x.shape[-2:]
+    return height % 2 == 0 and width % 2 == 0 and height * width >= 256 and x.shape[1] >= 64
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """Return 3x3 weights (O, I, 3, 3) as `winograd` takes them, (16, O, I)."""
+    g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    return torch.einsum("ia,ocab,jb->ijoc", g, weight, g).flatten(0, 1).contiguous()
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the 3x3 convolution, padded by 1, of maps (N, I, h, w), h and w even (Lavin and Gray, arXiv 1509.09308).
+
+    Tiles of 2x2 outputs take 16 products instead of 36, so that matrix products do the work with 1 / 2.25 of the
+    multiplications.
+    """
+    n, channels, height, width = x.shape
+    tiles = x.new_empty(4, 4, channels, n, height // 2, width // 2)
+    for i, rows in enumerate(_differences(F.pad(x, (1, 1, 1, 1)), 2, height)):
+        for j, part in enumerate(_differences(rows, 3, width)):
+            tiles[i, j] = part.transpose(0, 1)
+    m = torch.bmm(weight, tiles.view(16, channels, -1)).view(4, 4, -1, n, height // 2, width // 2)
+    y = x.new_empty(n, weight.shape[1], height, width)
+    for i, s in enumerate((m[0] + m[1] + m[2], m[1] - m[2] - m[3])):
+        y[:, :, i::2, 0::2] = (s[0] + s[1] + s[2]).transpose(0, 1)
+        y[:, :, i::2, 1::2] = (s[1] - s[2] - s[3]).transpose(0, 1)
+    return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _differences(x: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a tile's four sums along a dimension of a padded map, `size` without the padding."""
+    a, b, c, d = (x[(slice(None),) * dim + (slice(k, k + size - 1, 2),)] for k in range(4))
+    return a - c, b + c, c - b, b - d
 
 
 class ChannelNorm(nn.Module):

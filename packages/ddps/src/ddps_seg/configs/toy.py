@@ -48,6 +48,7 @@ def ddps_segformer_b0_toy() -> Experiment:
             drop_path=0.0,
             condition_width=64,
             width=48,
+            output_width=64,
             timesteps=20,
             inference_timesteps=2,
             freeze="none",
