@@ -21,7 +21,7 @@ from segcore.seeds import derive
 from segcore.training.weights import load_weights, resolve
 
 SEEDS = 3
-IMAGES = 25
+IMAGES = 10
 """Of the validation set, the first ones: six runs of each are measured."""
 BLOCKS = 12
 """Rectangles that a corrupted map gets, each up to a quarter of its sides, of a random class."""
