@@ -111,7 +111,8 @@ def test_wrong_wishes(run, tmp_path, capsys, monkeypatch):
     assert "1EpgGGDzRzwMslW07ML93fO0VgIKbqFWr" in line
     line = refused(capsys, "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
     assert "dgmn2_tiny_imagenet.pth" in line or "data/cityscapes" in line
-    assert "name the configuration" in refused(capsys, "test", CONFIG, run, "--model.head=fpn", *SMALL)
+    line = refused(capsys, "test", CONFIG, run, "--model.head=fpn", *SMALL)
+    assert "was trained with other settings; add --model.head setr_mla" in line
 
 
 def test_bench_shows_the_fused_model(capsys):
