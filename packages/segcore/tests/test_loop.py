@@ -418,8 +418,8 @@ def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Pat
 
 def test_used_folder_is_refused_without_resume(exp: Experiment, tmp_path: Path, capsys) -> None:
     (tmp_path / "notes.txt").touch()
-    for used in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match="is not empty; add --resume"):
+    for used, problem in ((tmp_path, "is not empty; add --resume"), (tmp_path / "notes.txt", "is a file; choose")):
+        with pytest.raises(UserError, match=problem):
             train(exp, used)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     train(exp, tmp_path / "new", resume=True)

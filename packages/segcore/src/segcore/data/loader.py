@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import cv2
@@ -167,7 +168,7 @@ def _read_ahead(
     load: Callable[[Any], Any], keys: Iterable[Any], workers: int, pin_memory: bool = False, errors: bool = False
 ) -> Iterator[Any]:
     """Yield load(key) of every key in order; raise its UserError, or with `errors` yield it."""
-    with _signals_held(), warnings.catch_warnings():
+    with _signals_held() if workers else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         loader = DataLoader(
             _Loads(load),
@@ -217,7 +218,10 @@ def _signals_held() -> Iterator[None]:
     signals, noted = (signal.SIGINT, signal.SIGTERM), list[int]()
     main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
     handlers = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in signals * main}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if hasattr(signal, "pthread_sigmask") else None
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # multiprocessing's; when that starts, it unblocks the signals
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
