@@ -111,6 +111,25 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
         assert film.n_frames == 6
 
 
+def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
+    """As published for the ensemble: the base model lacks the background, and the entries add up."""
+    image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    small = [*SMALL, *NARROW, "--evaluate.steps", "0", "10", "--evaluate.accumulate", "True"]
+    both = [*small, "--ensemble", BASE, str(base)]
+    for words, folder in ((small, "alone"), (both, "both")):
+        main("ddps_seg", ["predict", PRIOR, str(run), str(tmp_path / "a.png"), str(tmp_path / folder), *words])
+    alone, together = (np.array(Image.open(tmp_path / folder / "a.png")) for folder in ("alone", "both"))
+    assert (alone != together).any()
+    main("ddps_seg", ["test", PRIOR, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *both])
+    assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["0", "10", "19"]
+    capsys.readouterr()
+    line = refused(capsys, "test", PRIOR, run, f"--data.root={toy}", *small, "--ensemble", PRIOR, tmp_path / "none")
+    assert "none" in line
+    line = refused(capsys, "test", BASE, base, f"--data.root={toy}", *SMALL, "--ensemble", "ddps_nothing", base)
+    assert "ddps_nothing" in line
+
+
 def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     small = [f"--data.root={toy}", *SMALL, *NARROW]
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from segcore.errors import UserError
-from segcore.evaluation.inference import predict_classes, predict_probabilities, view_sizes, window_boxes
+from segcore.evaluation.inference import (
+    check_ensemble,
+    predict_classes,
+    predict_probabilities,
+    view_sizes,
+    window_boxes,
+)
 from segcore.experiment import Data, Evaluate, multi_scale
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
@@ -234,6 +240,57 @@ def test_one_entry_per_step():
     model = Pixels()
     predict(model, [random_image(8, 8)])
     assert model.calls[0][1] is None
+
+
+class Constant(Stub):
+    """The same logits everywhere."""
+
+    def __init__(self, *logits, background=False):
+        super().__init__()
+        self.num_classes, self.logits = len(logits), torch.tensor(logits)
+        self.ignore_index = 0 if background else 255
+
+    def predict_steps(self, images, steps=None, seeds=None):
+        logits = self.logits[None, :, None, None].expand(len(images), -1, *images.shape[-2:])
+        return {str(step): logits * step for step in steps or (1,)}
+
+
+def test_an_ensemble_averages_the_probabilities_of_each_entry():
+    model, others = Constant(1.0, 2.0, 4.0), [Constant(0.0, 3.0, 0.0), Constant(2.0, 0.0, 1.0)]
+    settings = dataclasses.replace(PLAIN, steps=(1, 2), flip=True)
+    (found,) = predict(model, [random_image(4, 6)], settings, others=others)
+    for step in (1, 2):
+        expected = torch.stack([step * model.logits, *(other.logits for other in others)]).softmax(1).mean(0)
+        torch.testing.assert_close(found[str(step)], expected[:, None, None].expand(3, 4, 6))
+
+
+def test_a_member_without_background_says_it_has_none():
+    model, other = Constant(1.0, 2.0, 4.0, background=True), Constant(3.0, 0.0)
+    (found,) = predict(model, [random_image(4, 6)], others=[other])
+    expected = (model.logits.softmax(0) + torch.cat([torch.zeros(1), other.logits.softmax(0)])) / 2
+    torch.testing.assert_close(found["1"][:, 0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "other"),
+    [
+        (Constant(1.0, 2.0, 4.0), Constant(1.0, 2.0)),
+        (Constant(1.0, 2.0, 4.0, background=True), Constant(1.0)),
+        (Constant(1.0), Constant(1.0)),
+    ],
+)
+def test_an_ensemble_needs_the_same_classes(model, other):
+    with pytest.raises(UserError, match="name models of the same classes"):
+        check_ensemble(model, [other])
+
+
+def test_entries_accumulate():
+    settings = dataclasses.replace(PLAIN, steps=(1, 3, 10))
+    (single,) = predict(Pixels(), [random_image(8, 8)], settings)
+    (running,) = predict(Pixels(), [random_image(8, 8)], dataclasses.replace(settings, accumulate=True))
+    parts = list(single.values())
+    for count, found in enumerate(running.values(), 1):
+        torch.testing.assert_close(found, torch.stack(parts[:count]).mean(0))
 
 
 def test_one_class_is_thresholded():

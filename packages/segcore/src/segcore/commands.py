@@ -98,6 +98,8 @@ class Test(Parallel):
     """Evaluate the first images only."""
     until_converged: float | None = None
     """Report a further entry: end an image's denoising once a step changes fewer than this percentage of its pixels."""
+    ensemble: tuple[str, str] | None = None
+    """Configuration and checkpoint of a second model, whose class probabilities are averaged in."""
     json: Path | None = None
     """Where the figures go at full precision; runs/<configuration>.test.json if not given."""
 
@@ -112,12 +114,13 @@ class Test(Parallel):
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         device = _device(self.device)
         model = load_model(self, self.checkpoint, device)
+        others = load_others(self, self.ensemble, device)
         dataset = distributed.lead_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
                 model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,
                 precision=exp.train.precision, channels_last=exp.train.channels_last,
-                on_progress=advance, limit=self.limit,
+                on_progress=advance, limit=self.limit, others=others,
             )  # fmt: skip
         if distributed.rank():
             return
@@ -155,7 +158,8 @@ class Predict(Command):
     For a folder of images a folder of masks, NAME.png each."""
     until_converged: float | None = None
     """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
-
+    ensemble: tuple[str, str] | None = None
+    """Configuration and checkpoint of a second model, whose class probabilities are averaged in; for images."""
     frames: int | None = None
     """Videos and cameras only: stop after so many frames. Ctrl-C also ends a camera's recording."""
 
@@ -164,9 +168,10 @@ class Predict(Command):
 
         exp = _until_converged(self.experiment, self.until_converged)
         moving = video.is_video(self.input)
-        if moving and (self.uncertainty or self.steps or self.animate or self.start_mask):
+        if moving and (self.uncertainty or self.steps or self.animate or self.start_mask or self.ensemble):
             raise UserError(
-                f"{self.input}: --uncertainty, --steps, --animate and --start-mask are for images, not for videos"
+                f"{self.input}: --uncertainty, --steps, --animate, --start-mask and --ensemble are for images, "
+                "not for videos"
             )
         if moving:
             path = video.plan(self.input, self.output)
@@ -177,10 +182,11 @@ class Predict(Command):
         classes, palette = predict.classes_and_palette(exp.data, self.palette)
         model = load_model(self, self.checkpoint, _device(self.device))
         predict.check_classes(model, classes)
+        others = load_others(self, self.ensemble, _device(self.device))
         if moving:
             video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
         else:
-            predict.run(model, exp, jobs, palette, opacity=self.opacity, start=self.start_mask)
+            predict.run(model, exp, jobs, palette, opacity=self.opacity, start=self.start_mask, others=others)
 
 
 @dataclass(frozen=True)
@@ -393,6 +399,23 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     channels_last = fuses or command.experiment.train.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return (model.fuse() if fuses else model).eval().to(device).to(memory_format=layout)
+
+
+def load_others(command: Command, ensemble: tuple[str, str] | None, device: torch.device) -> list[Any]:
+    """Return the second model of `--ensemble CONFIG CHECKPOINT` in a list, or an empty one.
+
+    Raises UserError when it was trained on images that are normalised otherwise.
+    """
+    if ensemble is None:
+        return []
+    name, checkpoint = ensemble
+    exp = load_experiment(name)
+    data, own = exp.data, command.experiment.data
+    if (data.mean, data.std, data.channels) != (own.mean, own.std, own.channels):
+        raise UserError(
+            f"--ensemble {name}: its data.mean, data.std or data.channels differ; name a model with the same"
+        )
+    return [load_model(dataclasses.replace(command, experiment=exp), checkpoint, device)]
 
 
 def _until_converged(exp: Experiment, percent: float | None) -> Experiment:

@@ -207,6 +207,8 @@ class Evaluate:
     answer. Methods without steps ignore it."""
     until_converged: float | None = None
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
+    accumulate: bool = False
+    """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
 
@@ -266,6 +268,8 @@ class Experiment:
                 f"train.class_weight has {len(train.class_weight)} values for {self.model.num_classes} classes; "
                 "give one per class, or auto"
             )
+        if self.evaluate.accumulate and self.evaluate.until_converged is not None:
+            raise UserError("evaluate.accumulate adds up the entries of evaluate.steps; leave out until_converged")
 
     def with_overrides(self, overrides: Sequence[str]) -> Experiment:
         """Return a copy with `"model.timesteps=10"`-style changes; tuples are written `"data.crop=256 512"`.

@@ -16,7 +16,7 @@ import torch
 
 from segcore.data.dataset import IMAGE_SUFFIXES, palette_of, read_image, read_label
 from segcore.errors import UserError
-from segcore.evaluation.inference import predict_classes, until_converged
+from segcore.evaluation.inference import check_ensemble, predict_classes, until_converged
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.experiment import Data, Experiment
 from segcore.models.segmentor import Segmentor
@@ -131,21 +131,24 @@ def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
 
 def run(
     model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray,
-    *, opacity: float = 0.5, start: Path | None = None,
+    *, opacity: float = 0.5, start: Path | None = None, others: Sequence[Segmentor] = (),
 ) -> None:  # fmt: skip
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
     The mask holds class indices, of which a class `background` is none: it becomes 255. The mask is the same whatever
     is written beside it. With `start`, a mask of that kind or a folder of such under the results' names, the denoising
-    starts from it, which only DDPS can do. The noise follows from `exp.seed` alone,
-    so an image's answer does not depend on the other files. Images that cannot be read are left out; then a UserError
-    at the end names them.
+    starts from it, which only DDPS can do. `others` are averaged into the answer, see `check_ensemble`. The noise
+    follows from `exp.seed` alone, so an image's answer does not depend on the other files. Images that cannot be read
+    are left out; then a UserError at the end names them.
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
     early = exp.evaluate.until_converged is not None
     if not model.diffusion and (early or start or any(job.uncertainty or job.steps or job.animation for job in jobs)):
         raise model.no_diffusion()
+    check_ensemble(model, others)
+    if others and start is not None:
+        raise UserError("--ensemble does not start from a mask; leave out --start-mask")
     device = next(model.parameters()).device
     failures: list[str] = []
     taken: list[int] = []
@@ -162,7 +165,11 @@ def run(
                     maps = steps_from(model, exp, image, start_map(start, job.mask, image, exp.data), device)
                 elif job.steps or job.animation:
                     maps = image_steps(model, exp, image, device)
-                classes = predict_image(model, exp, image, device, taken) if start is None else list(maps.values())[-1]
+                classes = (
+                    predict_image(model, exp, image, device, taken, others)
+                    if start is None
+                    else list(maps.values())[-1]
+                )
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
@@ -191,7 +198,12 @@ def run(
 
 
 def predict_image(
-    model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device, taken: list[int] | None = None
+    model: Segmentor,
+    exp: Experiment,
+    image: np.ndarray,
+    device: torch.device,
+    taken: list[int] | None = None,
+    others: Sequence[Segmentor] = (),
 ) -> np.ndarray:
     """Return the classes (H, W) of an image (H, W, C) in the units of its file: the model's configured answer.
 
@@ -199,7 +211,7 @@ def predict_image(
     """
     percent = exp.evaluate.until_converged
     network = None if percent is None else partial(until_converged, model, percent, [] if taken is None else taken)
-    entries = _predict(predict_classes, model, exp, image, device, network=network)
+    entries = _predict(predict_classes, model, exp, image, device, network=network, others=others)
     return list(entries.values())[-1].cpu().numpy()
 
 

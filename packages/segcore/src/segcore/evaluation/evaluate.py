@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from segcore import distributed
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import Stopped, UserError
-from segcore.evaluation.inference import Precision, predict_classes, until_converged
+from segcore.evaluation.inference import Precision, check_ensemble, predict_classes, until_converged
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
@@ -102,6 +102,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
     on_prediction: OnPrediction | None = None,
     limit: int | None = None,
+    others: Sequence[Segmentor] = (),
 ) -> Results:
     """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
 
@@ -111,12 +112,13 @@ def evaluate(
 
     `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), as if all
     processes were as far as this one. Of the images of this process, `on_prediction(index, image, label, entries)` is
-    called with the classes (H, W) by entry.
+    called with the classes (H, W) by entry. `others` are in evaluation mode and averaged in, see `check_ensemble`.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
     """
     check_fit(model, dataset)
+    check_ensemble(model, others)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
@@ -157,6 +159,7 @@ def evaluate(
                     precision=precision,
                     channels_last=channels_last,
                     network=network,
+                    others=others,
                 )
                 for (index, image, label), by_entry in zip(batch, predictions, strict=True):
                     if label is None:

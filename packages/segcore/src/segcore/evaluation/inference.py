@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -86,6 +88,7 @@ def predict_classes(
     precision: Precision = "fp32",
     channels_last: bool = False,
     network: Network | None = None,
+    others: Sequence[Segmentor] = (),
 ) -> list[dict[str, Tensor]]:
     """Return, per image and step entry, the classes (H, W) int64 of highest probability at the image's own size.
 
@@ -93,9 +96,24 @@ def predict_classes(
     """
     probabilities = predict_probabilities(
         model, images, evaluate, data, seeds,
-        device=device, precision=precision, channels_last=channels_last, network=network,
+        device=device, precision=precision, channels_last=channels_last, network=network, others=others,
     )  # fmt: skip
     return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in probabilities]
+
+
+def check_ensemble(model: Segmentor, others: Sequence[Segmentor]) -> None:
+    """Raise UserError when the probabilities of `others` cannot be averaged with those of `model`.
+
+    They have the same classes, or lack the class background that `model` has in front and ignores; its probability
+    then counts as 0, as published for DDPS and its base model.
+    """
+    expected = {model.num_classes, model.num_classes - (model.ignore_index == 0)}
+    for other in others:
+        if other.num_classes not in expected or 1 in (other.num_classes, model.num_classes):
+            raise UserError(
+                f"the model has {model.num_classes} classes but the one of --ensemble {other.num_classes}; "
+                "name models of the same classes"
+            )
 
 
 @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
@@ -110,6 +128,7 @@ def predict_probabilities(
     precision: Precision = "fp32",
     channels_last: bool = False,
     network: Network | None = None,
+    others: Sequence[Segmentor] = (),
 ) -> list[dict[str, Tensor]]:
     """Return, per image and step entry, probabilities (K, H, W) float32 in 0..1 at the image's own size, on `device`.
 
@@ -118,15 +137,19 @@ def predict_probabilities(
     from it, so the answer does not depend on the other images. `precision` is that of the network (autocast);
     everything after it is float32.
 
-    `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`.
+    `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`. `others` are
+    models whose configured answers are averaged into every entry, see `check_ensemble`; all models weigh alike.
     """
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     answer = network or (lambda batch, seeds: model.predict_steps(batch, evaluate.steps or None, seeds))
 
-    def run(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    def run(answer: Network, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
         with autocast(device, precision):
             return answer(batch.to(device).contiguous(memory_format=layout), seeds)
+
+    def final(other: Segmentor, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+        return {"final": other(batch, seeds)}
 
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, image in enumerate(images):
@@ -134,7 +157,19 @@ def predict_probabilities(
     results: list[dict[str, Tensor]] = [{} for _ in images]
     for members in groups.values():
         equal = [images[i] for i in members]
-        mean = _mean_over_views(run, equal, evaluate, data, [seeds[i] for i in members], model.align_corners)
+        own = [seeds[i] for i in members]
+        mean = _mean_over_views(partial(run, answer), equal, evaluate, data, own, model.align_corners)
+        for other in others:
+            network = partial(run, partial(final, other))
+            theirs = _mean_over_views(network, equal, evaluate, data, own, other.align_corners)["final"]
+            if other.num_classes < model.num_classes:  # it does not know the background
+                theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
+            for probabilities in mean.values():
+                probabilities.add_(theirs)
+        for number, (before, entry) in enumerate(pairwise(mean if evaluate.accumulate else ()), 1):
+            mean[entry].add_(mean[before], alpha=number).div_(number + 1)
+        for probabilities in mean.values():
+            probabilities.div_(1 + len(others))
         for row, i in enumerate(members):
             results[i] = {entry: probabilities[row] for entry, probabilities in mean.items()}
     return results
