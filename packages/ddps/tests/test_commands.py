@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import segcore
 from segcore.cli import main
 from segcore.data.toy import generate
 from segcore.training.checkpoint import newest, read_model_state
@@ -128,6 +129,22 @@ def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
     assert "none" in line
     line = refused(capsys, "test", BASE, base, f"--data.root={toy}", *SMALL, "--ensemble", "ddps_nothing", base)
     assert "ddps_nothing" in line
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_export(tmp_path, capsys, suffix):
+    """The whole run with its draws, which the command holds against the model before it writes."""
+    if suffix == ".onnx":
+        for name in ("onnxruntime", "onnxscript"):
+            pytest.importorskip(name)
+    weights, path = tmp_path / "weights.pth", tmp_path / f"model{suffix}"
+    exp = segcore.load_experiment(PRIOR).with_overrides([word.removeprefix("--") for word in NARROW])
+    torch.save(exp.model.build().state_dict(), weights)
+    words = ["export", PRIOR, str(weights), str(path), "--size=64x96", *NARROW, "--device=cpu"]
+    main("ddps_seg", words)
+    assert "1x3x64x96: logits within" in capsys.readouterr().out
+    assert path.exists()
+    assert "leave out --dynamic" in refused(capsys, *words, "--dynamic")
 
 
 def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
