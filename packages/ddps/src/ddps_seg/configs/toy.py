@@ -54,7 +54,7 @@ def ddps_segformer_b0_toy() -> Experiment:
             freeze="none",
         ),
         data=replace(base.data, background=True),
-        schedule=replace(base.schedule, iterations=300),
-        train=replace(base.train, init=f"runs/{base.name}", evaluate_every=300),
+        schedule=replace(base.schedule, iterations=240),
+        train=replace(base.train, init=f"runs/{base.name}", evaluate_every=240),
         evaluate=replace(base.evaluate, steps=(0, 10, 19)),
     )
