@@ -146,7 +146,7 @@ def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
     text, _ = training.process.communicate(timeout=60)
     assert training.process.returncode != 0
     saved = checkpoint.newest(tmp_path / "run")
-    assert saved is not None
+    assert saved is not None, text
     assert (saved / "manifest.json").stat().st_mtime - told < 10
     assert f"stopped after iteration {saved.name.removeprefix('iter_')}; it goes on from there" in text
     end = time.monotonic() + 20
