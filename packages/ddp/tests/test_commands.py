@@ -86,7 +86,7 @@ def test_interrupt_saves_and_says_how_to_go_on(toy, tmp_path):
     process = subprocess.Popen([*command, *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
-        (folder / "log.jsonl").exists() and '"train"' in (folder / "log.jsonl").read_text()
+        (folder / "log.jsonl").exists() and '"mode": "train"' in (folder / "log.jsonl").read_text()
     ):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)

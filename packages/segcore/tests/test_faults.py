@@ -139,7 +139,7 @@ def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
     options = ("--train.save-every", 100, "--data.workers", 1)
     training = Training(root, tmp_path / "run", *options, "--model.pause", 0.5, processes=2)
     training.wait_for(
-        lambda: (tmp_path / "run/log.jsonl").exists() and '"train"' in (tmp_path / "run/log.jsonl").read_text()
+        lambda: (tmp_path / "run/log.jsonl").exists() and '"mode": "train"' in (tmp_path / "run/log.jsonl").read_text()
     )
     told = time.time()
     training.process.send_signal(signal.SIGTERM)

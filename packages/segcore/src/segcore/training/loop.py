@@ -87,7 +87,7 @@ def train(
     record = {**run.description, "torchrun": distributed.run_id()}
     distributed.lead(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # the first process writes and talks
-    with RunLog(own_dir, exp.schedule.iterations, run.description, start=run.iteration) as log, Stop() as stop:
+    with Stop() as stop, RunLog(own_dir, exp.schedule.iterations, run.description, start=run.iteration) as log:
         for note in notes:
             log.line(note)
         try:
