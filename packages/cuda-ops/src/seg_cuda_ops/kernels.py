@@ -59,6 +59,7 @@ class Samples:
         self.pixels = backend.swapped(backend.cast(input).reshape(n, channels, 1, math.prod(size)))
         self.offset, self.mask = exact(offset, input), maybe(exact, mask, input)
         self.sizes = [n, *size, offset_groups, channels // offset_groups, *offset.shape[2:]]
+        self.room = self.pixels.new_empty(0)
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
         """Yield the image and its places, as many as are worth computing at a time."""
@@ -68,8 +69,10 @@ class Samples:
                 yield image, slice(first, min(first + step, self.places))
 
     def columns(self, first: int, count: int) -> Tensor:
-        """Return the samples (count, K, C) of places from `first` on."""
-        out = self.pixels.new_empty(count, self.taps, self.pixels.shape[3])
+        """Return the samples (count, K, C) of places from `first` on, in memory that the next call uses again."""
+        if count > len(self.room):  # fresh memory for every chunk would cost more than it takes to fill it
+            self.room = self.pixels.new_empty(count, self.taps, self.pixels.shape[3])
+        out = self.room[:count]
         tensors = [self.pixels, self.offset, self.mask, None, out, None, None, None]
         self.backend.call("columns", out.dtype, tensors, [*self.sizes, first, count], self.window)
         return out
