@@ -34,7 +34,8 @@ from segcore.visualize import colorize, entry_title, heat, legend, png_data_uri,
 
 SHOWN = 4
 """Validation images on the page."""
-UNCERTAINTY = "Its uncertainty separates wrong from right pixels with an AUROC of {:.3f} (0.5 is chance, 1 perfect)"
+JUDGED = 20
+"""Validation images on which the uncertainty is judged: each takes several more runs of the model."""
 SCALE = "Uncertainty is the probability of another class than the predicted one, from 0 (black) to 1 (yellow): "
 RAMP = np.tile(np.linspace(0, 1, 200), (12, 1))
 
@@ -65,19 +66,19 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     folder = checkpoint.newest(work_dir / "run")
     assert folder is not None
     model.load_own(checkpoint.read_model_state(folder))
-    area = uncertainty_area(model.eval().to(device), exp)
+    judged, notes = judge_uncertainty(model.eval().to(device), exp)
     shown = pictures(model, exp)
     for i, maps in enumerate(shown, 1):
         write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
-    figures |= {} if area is None else {"uncertainty_AUROC": area}
-    own: list[str] = []
+    figures |= judged
     if first is not None:
         added, own = importlib.import_module(f"{package}.demo").measure(model, exp, first, base_dir)
         figures |= {"by_step": {entry: m["mIoU"] for entry, m in results.entries.items()}, **added}
+        notes += own
     write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     page = work_dir / "index.html"
-    notes = [comparison(results, baseline), *([] if area is None else [UNCERTAINTY.format(area)]), *own]
+    notes.insert(0, comparison(results, baseline))
     write(page, render(exp, results, baseline, notes, shown, work_dir / "run" / "log.jsonl"))
     print("", report.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
     return page
@@ -120,15 +121,21 @@ def comparison(results: Results, baseline: float) -> str:
     )
 
 
-def uncertainty_area(model: Segmentor, exp: Experiment) -> float | None:
-    """Return the AUROC of the model's uncertainty over the validation set; None for a model without diffusion."""
+def judge_uncertainty(model: Segmentor, exp: Experiment) -> tuple[dict[str, float], list[str]]:
+    """Return a figure and a sentence on the model's uncertainty; nothing for a model without diffusion."""
     if not model.diffusion:
-        return None
+        return {}, []
+    dataset = open_dataset(exp.data, "val")
+    dataset = dataclasses.replace(dataset, samples=dataset.samples[:JUDGED])
     with progress("judging the uncertainty") as advance:
-        return evaluate_uncertainty(
-            model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device=next(model.parameters()).device,
-            seed=exp.seed, precision=exp.train.precision, channels_last=exp.train.channels_last, on_progress=advance,
+        area = evaluate_uncertainty(
+            model, dataset, exp.evaluate, exp.data, device=next(model.parameters()).device, seed=exp.seed,
+            precision=exp.train.precision, channels_last=exp.train.channels_last, on_progress=advance,
         )  # fmt: skip
+    return {"uncertainty_AUROC": area}, [
+        f"On {len(dataset)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
+        "(0.5 is chance, 1 perfect)"
+    ]
 
 
 @torch.no_grad()
