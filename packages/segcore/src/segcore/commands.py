@@ -113,8 +113,8 @@ class Test(Parallel):
         exp = _until_converged(self.experiment, self.until_converged)
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         device = _device(self.device)
-        model = load_model(self, self.checkpoint, device)
         others = load_others(self, self.ensemble, device)
+        model = load_model(self, self.checkpoint, device)
         dataset = distributed.lead_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
@@ -180,9 +180,9 @@ class Predict(Command):
                 self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate
             )
         classes, palette = predict.classes_and_palette(exp.data, self.palette)
+        others = load_others(self, self.ensemble, _device(self.device))
         model = load_model(self, self.checkpoint, _device(self.device))
         predict.check_classes(model, classes)
-        others = load_others(self, self.ensemble, _device(self.device))
         if moving:
             video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
         else:
