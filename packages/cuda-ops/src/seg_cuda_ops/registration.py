@@ -28,7 +28,7 @@ def register(library: torch.library.Library, defaults: Mapping[str, Callable[...
     `defaults` holds every operator's plain kernel by name, for what the compiled ones leave to it, and NAME_shape,
     which checks the inputs and returns the shape of the output.
     """
-    for name, kernel in kernels(defaults, Backend(call_cpu, half=False, chunk=2**19)).items():
+    for name, kernel in kernels(defaults, Backend(call_cpu, half=False, chunk=2**20)).items():
         library.impl(name, kernel, "CPU")
     reason = why_no_cuda()
     if not reason:
