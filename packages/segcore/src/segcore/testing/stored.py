@@ -52,4 +52,5 @@ def check(values: Mapping[str, Tensor], file: Path) -> None:
 
 def write(values: Mapping[str, Tensor], file: Path) -> None:
     """Store `values` in `file`."""
-    np.savez_compressed(file, **{name: value.numpy() for name, value in values.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in values.items()}
+    np.savez_compressed(file, **arrays)
