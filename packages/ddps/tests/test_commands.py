@@ -110,6 +110,25 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
     main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
     with Image.open(tmp_path / "from" / "a_animation.gif") as film:
         assert film.n_frames == 6
+    # Folders: every image has the mask at its own place.
+    for name, shift in (("a", 3), ("b", 7)):
+        for folder, data in (("photos", image), ("masks", start + np.uint8(shift) * (start == 3))):
+            (tmp_path / folder / name).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / folder / name / "1.png"), data)
+    words[3:5] = [str(tmp_path / "photos"), str(tmp_path / "many")]
+    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'masks'}"])
+    one, other = (np.array(Image.open(tmp_path / "many" / name / "1.png")) for name in "ab")
+    assert (one != other).any()
+
+
+def test_predict_accumulates_as_test_does(run, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8))
+    words = ["predict", PRIOR, str(run), str(tmp_path / "a.png")]
+    steps = ["--evaluate.steps", "0", "10", "19"]
+    for folder, added in (("last", []), ("mean", ["--evaluate.accumulate", "True"])):
+        main("ddps_seg", [*words, str(tmp_path / folder), *SMALL, *NARROW, *steps, *added])
+    last, mean = (np.array(Image.open(tmp_path / folder / "a.png")) for folder in ("last", "mean"))
+    assert (last != mean).any()
 
 
 def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
@@ -152,6 +171,9 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
         capsys, "test", PRIOR, run, *small, "--evaluate.steps", "7"
     )
+    training = ["train", PRIOR, *small, *ITERATIONS, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
+    assert "has 7, but" in refused(capsys, *training), "at once, not at the first evaluation"
+    assert not (tmp_path / "never").exists()
     assert f"name the configuration {BASE}" in refused(capsys, "test", PRIOR, base, *small)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
@@ -159,6 +181,9 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     assert "60x50" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
     assert "labels" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    assert "leave out --ensemble" in refused(
+        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--until-converged=1"
+    )
     predict = ["predict", BASE, base, tmp_path / "a.png", tmp_path / "out", *SMALL]
     assert "no diffusion model" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
 

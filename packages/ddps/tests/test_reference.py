@@ -38,7 +38,7 @@ def compute():
         condition = model.encode(images)
         for mode, guidance in (("q_pred", 1.0), ("q_pred", 0.4), ("q_posterior", 1.0), ("bayes", 1.0)):
             steps = model.denoise_steps(
-                condition, noisy, uniforms=uniforms, inference_timesteps=2, mode=mode, guidance_scale=guidance
+                condition, noisy, uniforms=uniforms[:2], inference_timesteps=2, mode=mode, guidance_scale=guidance
             )
             values |= {f"{mode}.{guidance}.{t}": x[:, ::2, ::2, ::2] for t, x in steps.items()}
     draws = {"timesteps": torch.tensor([0, 7]), "masks": noisy, "uniforms": uniforms[1]}

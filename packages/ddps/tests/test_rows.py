@@ -11,8 +11,9 @@ from ddps_seg.configs.rows import rows
 from ddps_seg.configs.stock import rows as stock_rows
 from ddps_seg.official import ROWS
 from segcore.errors import UserError
-from segcore.experiment import published
+from segcore.experiment import Optimizer, published
 from segcore.testing.contract import images, labels, refusal
+from segcore.training.optimizer import build_optimizer
 from segcore.training.weights import initialize, load_weights, read_state, resolve
 
 BACKBONES = {"MobibleNetV2": "m-v2", "MiT-B0": "mit-b0", "ResNet50": "r50", "MiT-B2": "mit-b2", "ResNet101": "r101",
@@ -169,12 +170,31 @@ def test_kept_weights_follow_the_parameters():
     before = model(images(1))
     with torch.inference_mode():
         assert torch.equal(model(images(1)), before)
-    model.unet.downs[0].block1.conv1.weight[0, 0, 0, 0] += 5  # in place, as optimizers and load_state_dict do
+    model.unet.downs[0].block1.conv1.weight[0, 0, 0, 0] += 5  # in place, as load_state_dict does
     after = model(images(1))
     assert not torch.equal(after, before)
     fresh = DDPS(**PRIOR).build().eval()
     fresh.load_own(model.state_dict())
     assert torch.equal(fresh(images(1)), after)
+
+
+def test_the_first_prediction_of_an_iteration_follows_the_optimizer():
+    """Fused optimizers change weights without counting a version."""
+    model = DDPS(**PRIOR).build().train()
+    optimizer = build_optimizer(model, Optimizer("adamw", lr=0.1))
+    draws = {"timesteps": torch.tensor([3, 3]), "masks": torch.randint(4, (2, 16, 24))}
+    draws["uniforms"] = torch.rand(2, 4, 16, 24)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.losses(images(2), labels(model, 2), draws=draws)["loss"].backward()
+        optimizer.step()
+    fresh = DDPS(**PRIOR).build().train()
+    fresh.load_own(model.state_dict())
+    condition = model.eval().condition(images(2))
+    arguments = condition, labels(model, 2), draws["timesteps"], draws["masks"]
+    for part in (model, fresh):
+        part.unet.train()
+    assert torch.equal(model._first_prediction(*arguments), fresh._first_prediction(*arguments))
 
 
 @torch.no_grad()
@@ -193,3 +213,35 @@ def test_a_run_from_a_given_map():
     assert list(found) == [f"timestep {t}" for t in range(5)]
     assert not torch.equal(found["timestep 0"], model.predict_from(images(2), 3 - start, [1, 2])["timestep 0"])
     assert "labels" in refusal(lambda: model.predict_from(images(2), start + 1))
+
+
+@torch.no_grad()
+def test_of_a_long_run_some_timesteps_are_shown():
+    model = DDPS(**{**PRIOR, "timesteps": 70}).build().eval()
+    shown = list(model.predict_trace(images(1)))
+    assert len(shown) == 20
+    assert (shown[0], shown[-1]) == ("timestep 0", "timestep 69")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "posterior"}, "q_pred, q_posterior, bayes"),
+        ({"inference_timesteps": 0}, "at least 1"),
+        ({"inference_timesteps": -1}, "at least 1"),
+        ({"uniforms": torch.rand(3, 1, 4, 16, 24)}, "it takes 4"),
+        ({"uniforms": torch.rand(5, 1, 4, 16, 24)}, "it takes 4"),
+    ],
+)
+def test_wrong_arguments_of_a_run_are_refused(options, words):
+    model = DDPS(**PRIOR).build().eval()
+    condition, mask = model.encode(images(1)), torch.zeros(1, 16, 24, dtype=torch.long)
+    assert words in refusal(lambda: model.denoise_steps(condition, mask, **options))
+
+
+def test_draws_too_large_for_a_file_are_refused():
+    model = DDPS(**PRIOR).build().eval()
+    assert "--size" in refusal(
+        lambda: model.exportable(torch.empty(1, 3, 20_000, 20_000, device="meta"), dynamic=False)
+    )

@@ -21,7 +21,7 @@ from ddp_seg.official import official_name
 from segcore.errors import UserError
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
-from segcore.models.layers import ConvNorm, resize
+from segcore.models.layers import ConvNorm, pass_without_grad, resize
 from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -228,6 +228,11 @@ class DDPSegmentor(Segmentor):
         start = torch.cat(noise).to(features.device, dtype)
         return start, torch.cat(step_noise, 1).to(start) if step_noise else None
 
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Raise UserError about a number of sampling steps below 1."""
+        if steps and min(steps) < 1:
+            raise UserError(f"evaluate.steps has {min(steps)}; DDP takes at least 1 step")
+
     def predict_steps(
         self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
@@ -236,8 +241,7 @@ class DDPSegmentor(Segmentor):
         With `accumulation` the entries are probability maps instead of logits, as published.
         """
         counts = steps or (self.config.timesteps,)
-        if min(counts) < 1:
-            raise UserError(f"evaluate.steps has {min(counts)}; DDP takes at least 1 step")
+        self.check_steps(counts)
         features = self.encode(images)
         noise, step_noise = self.draw_noise(features, seeds, max(counts))
         answers = (self.denoise(features, noise, steps=count, step_noise=step_noise) for count in counts)
@@ -306,7 +310,7 @@ class DDPSegmentor(Segmentor):
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw(features, seeds)
         noise = noise.to(features.device)
         if self.config.self_aligned:
-            with torch.no_grad():  # the model's own answer from pure noise takes the place of the labels
+            with pass_without_grad():  # the model's own answer from pure noise takes the place of the labels
                 first = log_snr(torch.ones(1), self.config.noise_schedule).to(noise.device)
                 targets = self.decode(features, noise, first).argmax(1)
         else:

@@ -50,8 +50,11 @@ def tables(timesteps: int, num_classes: int, schedule: Schedule) -> Tables:
 def step_list(timesteps: int, wanted: int | None = None) -> list[int]:
     """Return the network's timesteps of a run, from the noisiest to T - 1, which always comes last.
 
-    `wanted` (None: all) gives the stride T // wanted, so that the number of evaluations is usually another one.
+    `wanted` (None: all) gives the stride T // wanted, so that the number of evaluations is usually another one. Raises
+    ValueError when it is below 1.
     """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"inference_timesteps is {wanted}; it must be at least 1, or None for all")
     found = list(range(0, timesteps, timesteps // min(timesteps, wanted or timesteps)))
     return found if found[-1] == timesteps - 1 else [*found, timesteps - 1]
 

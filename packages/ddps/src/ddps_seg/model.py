@@ -6,8 +6,10 @@ logits of the clean map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ from ddps_seg.base import EncoderSegmentor, padded
 from ddps_seg.configs import DDPS
 from ddps_seg.diffusion import Mode, Tables, log_q_posterior, q_pred, sample, step_list, tables
 from segcore.errors import UserError
-from segcore.models.layers import resize
+from segcore.models.layers import pass_without_grad, resize
 from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport
 from segcore.seeds import derive
 
 BACKGROUND = 0
+SHOWN = 20
+"""Timesteps of a run that `predict` shows: every one is held for all classes, at the size of the image."""
+DRAWS_LIMIT = 1_500_000_000
+"""Bytes of random draws that an export may hold; an ONNX file ends at 2 GB."""
 BASE_CLASSIFIERS = ("classifier.", "auxiliary_head.", "decode_head.conv_seg.")
 
 
@@ -106,8 +112,10 @@ class DDPSSegmentor(EncoderSegmentor):
         """
         if mask.shape != (len(condition), *condition.shape[-2:]):
             raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit the condition {tuple(condition.shape)}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
         total, classes = self.config.timesteps, self.num_classes
-        steps = [0] if self.config.single_step else step_list(total, inference_timesteps)
+        steps = self._timesteps(inference_timesteps)
         draws = iter(uniforms) if uniforms is not None else None
         times = self.unet.embed_time(torch.tensor(steps, device=condition.device)).split(1)
         stem = self.unet.stem
@@ -156,7 +164,12 @@ class DDPSSegmentor(EncoderSegmentor):
                 [0, 1) behind the Gumbel samples; None draws them from torch's generator.
             inference_timesteps: see `ddps_seg.diffusion.step_list`.
             mode, guidance_scale: see `DDPS`.
+
+        Raises ValueError about a mode or number of timesteps that there is not, and too few or too many draws.
         """
+        wanted = len(self._timesteps(inference_timesteps)) - 1
+        if isinstance(uniforms, Sized) and len(uniforms) != wanted:
+            raise ValueError(f"{len(uniforms)} draws for a run of {wanted + 1} evaluations; it takes {wanted}")
         run = self.trace(
             condition, mask, uniforms=uniforms, inference_timesteps=inference_timesteps,
             mode=mode, guidance_scale=guidance_scale,
@@ -191,7 +204,7 @@ class DDPSSegmentor(EncoderSegmentor):
         return {name: self._full_size(found[name], images) for name in names}
 
     def predict_from(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the logits (N, K, H, W) after every timestep of a run that starts from label maps (N, H', W').
+        """Return the logits (N, K, H, W) after the timesteps of a run that starts from label maps (N, H', W').
 
         They may have any size; nearest neighbours bring them to the images' and the condition's. Raises UserError about
         other labels than 0 .. K - 1.
@@ -201,14 +214,17 @@ class DDPSSegmentor(EncoderSegmentor):
                 f"the start map has labels {masks.min()} to {masks.max()}; give 0 to {self.num_classes - 1}"
             )
         start = padded(F.interpolate(masks[:, None].float(), images.shape[-2:], mode="nearest"))[:, 0, ::4, ::4]
-        run = self.run(self.condition(images), seeds, mask=start.long().to(images.device))
-        return {f"timestep {step.timestep}": self._full_size(step.logits, images) for step in run}
+        return self._shown(self.run(self.condition(images), seeds, mask=start.long().to(images.device)), images)
+
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Raise UserError when the configured run does not come to one of the timesteps."""
+        self.collected(steps)
 
     def collected(self, steps: Collection[int] | None) -> list[str]:
         """Return the step entries for `steps`, in the order of the run."""
         if self.config.single_step or not steps:
             return [self.configured_entry]
-        known = step_list(self.config.timesteps, self.config.inference_timesteps)
+        known = self._timesteps(self.config.inference_timesteps)
         if wrong := [step for step in steps if step not in known]:
             text = ", ".join(map(str, known))
             raise UserError(
@@ -222,11 +238,10 @@ class DDPSSegmentor(EncoderSegmentor):
         return "final" if self.config.single_step else str(self.config.timesteps - 1)
 
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the logits after every timestep of the configured run; see `Segmentor`."""
+        """Return the logits after every timestep of the configured run, of long ones after some; see `Segmentor`."""
         if self.config.single_step:
             return {}
-        run = self.run(self.condition(images), seeds)
-        return {f"timestep {step.timestep}": self._full_size(step.logits, images) for step in run}
+        return self._shown(self.run(self.condition(images), seeds), images)
 
     def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
         """Return the log of the mean class probability over `starts` runs and their steps; see `Segmentor`.
@@ -276,7 +291,25 @@ class DDPSSegmentor(EncoderSegmentor):
         """Return the configured run with the draws of seed 0 as constants; see `Segmentor`."""
         if dynamic:
             raise UserError("DDPS's draws have the size of the image, so it is exported for one; leave out --dynamic")
+        count = len(self._timesteps(self.config.inference_timesteps)) - 1
+        size = count * self.num_classes * math.prod(images.shape[-2:]) // 16 * 4
+        if size > DRAWS_LIMIT:
+            raise UserError(
+                f"the exported run would hold {size / 1e9:.1f} GB of random draws; give a smaller --size or "
+                "--model.inference-timesteps"
+            )
         return _FixedDraws(self, images)
+
+    def _shown(self, run: Iterable[Step], images: Tensor) -> dict[str, Tensor]:
+        """Return the logits at the images' size by timestep, of more than `SHOWN` only so many, evenly spread."""
+        known = self._timesteps(self.config.inference_timesteps)
+        if len(known) > SHOWN:
+            known = [known[round(i * (len(known) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+        return {f"timestep {s.timestep}": self._full_size(s.logits, images) for s in run if s.timestep in known}
+
+    def _timesteps(self, wanted: int | None) -> list[int]:
+        """Return the timesteps that a run evaluates; `wanted` as for `step_list`."""
+        return [0] if self.config.single_step else step_list(self.config.timesteps, wanted)
 
     def _entry(self, step: Step) -> str:
         return "final" if self.config.single_step else str(step.timestep)
@@ -323,7 +356,7 @@ class DDPSSegmentor(EncoderSegmentor):
         loss, accuracy = cross_entropy(logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight)
         return {"loss": loss, "decode.loss_ce": loss, "decode.acc_seg": accuracy}
 
-    @torch.no_grad()
+    @pass_without_grad()
     def _first_prediction(self, condition: Tensor, labels: Tensor, timesteps: Tensor, masks: Tensor) -> Tensor:
         """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map."""
         size = [4 * side for side in condition.shape[-2:]]
@@ -400,7 +433,7 @@ class _FixedDraws(nn.Module):
         config, classes = model.config, model.num_classes
         with torch.no_grad():
             size = [side // 4 for side in padded(images[:1]).shape[-2:]]
-        steps = 1 if config.single_step else len(step_list(config.timesteps, config.inference_timesteps))
+        steps = len(model._timesteps(config.inference_timesteps))
         [generator] = _generators(None, 1)
         mask = torch.randint(classes, size, generator=generator)
         uniforms = [torch.rand(classes, *size, generator=generator) for _ in range(steps - 1)]

@@ -17,7 +17,8 @@ HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
 class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
-    In evaluation they are standardised once and kept until the weights change. On a CPU in float32 they are kept ready
+    In evaluation they are standardised once and kept until the weights change; never in training, as fused optimizers
+    change weights without a word. On a CPU in float32 they are kept ready
     for `winograd`.
     """
 
@@ -28,7 +29,8 @@ class StandardConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return a map (N, out_channels, h, w) for (N, in_channels, h, w)."""
         weight = self.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if self.training or recorded or weight.is_inference():
             return F.conv2d(x, standardize(weight), self.bias, padding=1)
         tiled = weight.dtype == x.dtype == torch.float32 and x.device.type == "cpu" and suits(x)
         tiled = tiled and not torch.is_autocast_enabled("cpu")

@@ -155,7 +155,7 @@ class Predict(Command):
     """Diffusion only: also write NAME_animation.gif, the same maps one after the other."""
     start_mask: Path | None = None
     """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
-    For a folder of images a folder of masks, NAME.png each."""
+    For a folder of images a folder of masks under the results' names."""
     until_converged: float | None = None
     """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble: tuple[str, str] | None = None
@@ -177,8 +177,9 @@ class Predict(Command):
             path = video.plan(self.input, self.output)
         else:
             jobs = predict.plan(
-                self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate
-            )
+                self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
+                start=self.start_mask,
+            )  # fmt: skip
         classes, palette = predict.classes_and_palette(exp.data, self.palette)
         others = load_others(self, self.ensemble, _device(self.device))
         model = load_model(self, self.checkpoint, _device(self.device))
@@ -186,7 +187,7 @@ class Predict(Command):
         if moving:
             video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
         else:
-            predict.run(model, exp, jobs, palette, opacity=self.opacity, start=self.start_mask, others=others)
+            predict.run(model, exp, jobs, palette, opacity=self.opacity, others=others)
 
 
 @dataclass(frozen=True)

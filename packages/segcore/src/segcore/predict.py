@@ -44,17 +44,27 @@ class Job(NamedTuple):
     uncertainty: Path | None = None
     steps: Path | None = None
     animation: Path | None = None
+    start: Path | None = None
+    """The mask that the denoising starts from."""
+
+    @property
+    def written(self) -> list[Path]:
+        """The files that it becomes."""
+        results = (self.mask, self.overlay, self.uncertainty, self.steps, self.animation)
+        return [path for path in results if path]
 
 
 def plan(
-    source: Path, target: Path, *, uncertainty: bool = False, steps: bool = False, animation: bool = False
-) -> list[Job]:
+    source: Path, target: Path,
+    *, uncertainty: bool = False, steps: bool = False, animation: bool = False, start: Path | None = None,
+) -> list[Job]:  # fmt: skip
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
     Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, where asked for,
     `NAME_uncertainty.png`, `NAME_steps.png` and `NAME_animation.gif`. Of a single image `target` may be the mask's own
-    name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. Raises UserError when
-    there is nothing to read or two images would share a name.
+    name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. `start` is a mask to start
+    from, or a folder of such under the results' names. Raises UserError when there is nothing to read or two images
+    would share a name.
     """
     kind = "" if target.is_dir() else target.suffix.lower()
     if kind in IMAGE_SUFFIXES and kind not in (".png", *JPEG):
@@ -69,21 +79,23 @@ def plan(
         images = [p for p in found if not (inside and target.resolve() in p.resolve().parents)]
         if not images:
             raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-        masks = [target / p.relative_to(source).with_suffix(".png") for p in images]
+        names = [p.relative_to(source).with_suffix(".png") for p in images]
+        masks = [target / name for name in names]
     elif source.is_file():
-        images = [source]
-        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / f"{source.stem}.png"]
+        images, names = [source], [Path(f"{source.stem}.png")]
+        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / names[0]]
     else:
         raise UserError(f"{source}: no such image or folder")
     wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
     suffixes = {kind: "gif" if kind == "animation" else "png" for kind in wanted if wanted[kind]}
+    starts = [start / name if start and start.is_dir() else start for name in names]
     jobs = [
-        Job(image, mask, **{kind: mask.with_name(f"{mask.stem}_{kind}.{end}") for kind, end in suffixes.items()})
-        for image, mask in zip(images, masks, strict=True)
+        Job(image, mask, start=begin, **{k: mask.with_name(f"{mask.stem}_{k}.{end}") for k, end in suffixes.items()})
+        for image, mask, begin in zip(images, masks, starts, strict=True)
     ]
     if kind in JPEG:  # a lossy file cannot hold classes
         jobs = [jobs[0]._replace(overlay=target)]
-    written = Counter(path for job in jobs for path in job[1:] if path)
+    written = Counter(path for job in jobs for path in job.written)
     if twice := next((path for path, count in written.items() if count > 1), None):
         raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
     results = {path.resolve() for path in written}
@@ -131,24 +143,26 @@ def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
 
 def run(
     model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray,
-    *, opacity: float = 0.5, start: Path | None = None, others: Sequence[Segmentor] = (),
+    *, opacity: float = 0.5, others: Sequence[Segmentor] = (),
 ) -> None:  # fmt: skip
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
     The mask holds class indices, of which a class `background` is none: it becomes 255. The mask is the same whatever
-    is written beside it. With `start`, a mask of that kind or a folder of such under the results' names, the denoising
-    starts from it, which only DDPS can do. `others` are averaged into the answer, see `check_ensemble`. The noise
-    follows from `exp.seed` alone, so an image's answer does not depend on the other files. Images that cannot be read
-    are left out; then a UserError at the end names them.
+    is written beside it. From a job's `start`, a mask of that kind, only DDPS can start. `others` are averaged into the
+    answer, see `check_ensemble`. The noise follows from `exp.seed` alone, so an image's answer does not depend on the
+    other files. Images that cannot be read are left out; then a UserError at the end names them.
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
     early = exp.evaluate.until_converged is not None
-    if not model.diffusion and (early or start or any(job.uncertainty or job.steps or job.animation for job in jobs)):
+    if not model.diffusion and (early or any(j.uncertainty or j.steps or j.animation or j.start for j in jobs)):
         raise model.no_diffusion()
     check_ensemble(model, others)
-    if others and start is not None:
-        raise UserError("--ensemble does not start from a mask; leave out --start-mask")
+    if (others or early or exp.evaluate.accumulate) and any(job.start for job in jobs):
+        raise UserError(
+            "a run from a mask goes to its end and is not averaged: with --start-mask leave out --ensemble, "
+            "--until-converged and evaluate.accumulate"
+        )
     device = next(model.parameters()).device
     failures: list[str] = []
     taken: list[int] = []
@@ -161,14 +175,12 @@ def run(
                 continue
             maps: dict[str, np.ndarray] = {}
             try:
-                if start is not None:
-                    maps = steps_from(model, exp, image, start_map(start, job.mask, image, exp.data), device)
+                if job.start:
+                    maps = steps_from(model, exp, image, start_map(job.start, image, exp.data), device)
                 elif job.steps or job.animation:
                     maps = image_steps(model, exp, image, device)
                 classes = (
-                    predict_image(model, exp, image, device, taken, others)
-                    if start is None
-                    else list(maps.values())[-1]
+                    list(maps.values())[-1] if job.start else predict_image(model, exp, image, device, taken, others)
                 )
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
@@ -189,7 +201,7 @@ def run(
     if len(jobs) > 1:
         print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
     elif written:
-        print(*(path for path in jobs[0][1:] if path), sep="\n")
+        print(*jobs[0].written, sep="\n")
     if taken:
         print(f"{sum(taken) / len(taken):.2f} denoising steps on average")
     if failures:
@@ -207,11 +219,13 @@ def predict_image(
 ) -> np.ndarray:
     """Return the classes (H, W) of an image (H, W, C) in the units of its file: the model's configured answer.
 
-    With `evaluate.until_converged` denoising ends early, and the numbers of steps are appended to `taken`.
+    With `evaluate.accumulate` it is the mean over `evaluate.steps`. With `evaluate.until_converged` denoising ends
+    early, and the numbers of steps are appended to `taken`.
     """
+    accumulated = {"steps": exp.evaluate.steps, "accumulate": True} if exp.evaluate.accumulate else {}
     percent = exp.evaluate.until_converged
     network = None if percent is None else partial(until_converged, model, percent, [] if taken is None else taken)
-    entries = _predict(predict_classes, model, exp, image, device, network=network, others=others)
+    entries = _predict(predict_classes, model, exp, image, device, settings=accumulated, network=network, others=others)
     return list(entries.values())[-1].cpu().numpy()
 
 
@@ -251,12 +265,11 @@ def steps_from(
     return {"start": start, **{step: classes.cpu().numpy() for step, classes in entries.items()}}
 
 
-def start_map(start: Path, mask: Path, image: np.ndarray, data: Data) -> np.ndarray:
-    """Return the start classes (H, W) int64 of an image: from the file `start`, or the one named like `mask` below it.
+def start_map(path: Path, image: np.ndarray, data: Data) -> np.ndarray:
+    """Return the start classes (H, W) int64 of an image from a file.
 
     Raises UserError when the file cannot be read or has another size than the image.
     """
-    path = start / mask.name if start.is_dir() else start
     found = read_label(path).astype(np.int64)
     if found.shape != image.shape[:2]:
         raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
@@ -270,12 +283,15 @@ def _bare(classes: np.ndarray) -> np.ndarray:
 
 def _predict(
     predict: Callable[..., list[Any]], model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device,
-    **options: Any,
+    settings: Mapping[str, Any] | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    """Return what a function of `segcore.evaluation` predicts for one image with the settings of `exp`."""
-    settings = replace(exp.evaluate, steps=())  # as configured, whatever `test` reports
+    """Return what a function of `segcore.evaluation` predicts for one image with the settings of `exp`, as configured.
+
+    The steps that `test` reports, and their accumulation, are left out unless `settings` has them.
+    """
+    evaluate = replace(exp.evaluate, **{"steps": (), "accumulate": False, **(settings or {})})
     [answer] = predict(
-        model, [image], evaluate=settings, data=exp.data, seeds=[exp.seed],
+        model, [image], evaluate=evaluate, data=exp.data, seeds=[exp.seed],
         device=device, precision=exp.train.precision, channels_last=exp.train.channels_last, **options,
     )  # fmt: skip
     return answer

@@ -118,6 +118,7 @@ def evaluate(
     `data.on_error` is "skip".
     """
     check_fit(model, dataset)
+    model.check_steps(evaluate.steps)
     check_ensemble(model, others)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:

@@ -1,7 +1,8 @@
 """Small pieces that several models are made of."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,18 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
     if not symbolic and tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
+
+
+@contextlib.contextmanager
+def pass_without_grad() -> Iterator[None]:
+    """Record no gradients in a pass that one with gradients follows, through the same parameters.
+
+    Torch before 2.11 or so would hand autocast's low-precision copies of the parameters, made here without a gradient,
+    to the later pass (pytorch#112583); they are forgotten.
+    """
+    with torch.no_grad():
+        yield
+    torch.clear_autocast_cache()
 
 
 class ConvNorm(nn.Sequential):

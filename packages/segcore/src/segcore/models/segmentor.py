@@ -81,6 +81,9 @@ class Segmentor(nn.Module, ABC):
         """The entry of `predict_steps` that is the configured answer."""
         return "final"
 
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Raise UserError unless the model can answer the steps of `evaluate.steps`; empty means as configured."""
+
     def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
         return {}

@@ -106,11 +106,12 @@ def check_diffusion(model: Segmentor) -> None:
 
 
 def check_backward(model: Segmentor) -> None:
-    """Batches of 2 and 3: a loss that is the sum of its parts, and a finite gradient for every parameter."""
+    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each."""
     model.train()
-    for count in (2, 3):
+    for count, half in ((2, False), (3, True)):
         model.zero_grad()
-        losses = model.losses(images(count), labels(model, count), seeds=list(range(count)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = model.losses(images(count), labels(model, count), seeds=list(range(count)))
         parts = [value for name, value in losses.items() if "loss" in name and name != "loss"]
         torch.testing.assert_close(losses["loss"], torch.stack(parts).sum())
         losses["loss"].backward()

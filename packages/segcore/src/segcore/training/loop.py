@@ -70,6 +70,8 @@ def train(
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
     run = build(exp, torch.device(device))
     check_fit(run.model, dataset)
+    if val:
+        run.model.check_steps(exp.evaluate.steps)
     notes = [*broken, *_notes(run)]
     if found:
         notes += restore(exp, run, found)
