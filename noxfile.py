@@ -91,7 +91,8 @@ def wheels(session: nox.Session, device: str) -> None:
     for torch in ("torch==2.10.*", "torch"):
         session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", *group("test"))
         session.install("--no-deps", "--force-reinstall", str(wheel))
-        session.run("pytest", "packages/cuda-ops", "packages/segcore/tests/test_deform_ops.py", *session.posargs)
+        ours = (f"packages/segcore/tests/test_{name}.py" for name in ("deform_ops", "ms_deform_attn"))
+        session.run("pytest", "packages/cuda-ops", *ours, *session.posargs)
 
 
 @nox.session

@@ -120,7 +120,9 @@ void columns(const std::vector<Address>& p, const Sizes& s, const Sizes& window)
 template <typename T>
 void columns_backward(const std::vector<Address>& p, const Sizes& s, const Sizes& window, int64_t threads) {
   const auto a = columns_arguments<T>(p, s, window);
-  const Division cut = divide(a.n, a.groups, a.d, threads);
+  if (!a.count) return;
+  const int64_t places = a.out_height * a.out_width;  // only the images that the given places belong to are divided
+  const Division cut = divide((a.first + a.count - 1) / places - a.first / places + 1, a.groups, a.d, threads);
   parallel(a.count, grain, [&](int64_t b, int64_t e) { of<T>().columns_points(a, b, e); });
   parallel(cut.units, 1, [&](int64_t b, int64_t e) { of<T>().columns_maps(a, cut, b, e); });
 }

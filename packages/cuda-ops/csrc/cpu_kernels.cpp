@@ -267,7 +267,8 @@ template <typename T>
 void columns_maps(const Columns<T>& a, const Division& cut, int64_t begin, int64_t end) {
   const int64_t taps = a.kernel[0] * a.kernel[1], places = a.out_height * a.out_width, stride = a.groups * a.d;
   for (int64_t i = begin; i < end; ++i) {
-    const Part part(cut, i, a.groups, a.d);
+    Part part(cut, i, a.groups, a.d);
+    part.n += a.first / places;
     const int64_t first = part.n * places, last = first + places, given = a.first + a.count;
     for (int64_t j = first > a.first ? first : a.first; j < (last < given ? last : given); ++j)
       for (int64_t group = part.head; group < part.last_head; ++group) {

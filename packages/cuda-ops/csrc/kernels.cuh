@@ -387,7 +387,8 @@ __global__ void local_attn(LocalAttn<exact_t<V>> a, Values<V> values) {
             for (int i = 0; i < VEC; ++i) out[i] *= softmax.rescale;
             corner.template sample<VEC>(v + token.map, stride, out_c, a.d, weight, out);
           });
-      for (int i = 0; i < VEC; ++i) out[i] /= softmax.total;
+      const T total = softmax.largest == -INFINITY ? T(NAN) : softmax.total;  // all masked: NaN, as everywhere else
+      for (int i = 0; i < VEC; ++i) out[i] /= total;
       if (active) store<V, VEC>(values.out + item * a.d, out_c, a.d, out);
     }
   }

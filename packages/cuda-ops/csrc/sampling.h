@@ -13,7 +13,7 @@ namespace {
 // A point between the pixels (y0, x0) and (y0 + 1, x0 + 1), of which some may lie outside the map.
 template <typename T>
 struct Point {
-  bool inside;  // -1 < y < H and -1 < x < W; false for NaN. If not, nothing below is set.
+  bool inside;  // -1 < y < H and -1 < x < W; false for NaN and empty maps. If not, nothing below is set.
   bool top, bottom, left, right;  // whether the upper row, lower row, left column, right column is in the map
   int y0, x0;
   T ly, lx;  // distance to the upper row and to the left column, in [0, 1)
@@ -22,7 +22,7 @@ struct Point {
 template <typename T>
 HD Point<T> locate(T y, T x, int height, int width) {
   Point<T> p{};
-  p.inside = y > T(-1) && x > T(-1) && y < T(height) && x < T(width);
+  p.inside = height > 0 && width > 0 && y > T(-1) && x > T(-1) && y < T(height) && x < T(width);
   if (!p.inside) return p;
   // Only now are the coordinates small enough to be converted. Truncation, corrected, is the floor.
   p.y0 = int(y), p.x0 = int(x);

@@ -121,19 +121,24 @@ def test_leaves_to_the_plain_kernels_what_it_cannot_do(monkeypatch):
         return registration.or_default(name, lambda *args: "compiled", lambda *args: "plain")(*args)
 
     class On:
-        def __init__(self, index):
-            self.device = torch.device("cuda", index)
+        def __init__(self, index, *shape):
+            self.device, self.shape = torch.device("cuda", index), shape
 
-    assert choose("deform_unfold", On(0)) == "compiled"
+    image, offset = On(0, 1, 1, 46341, 46340), On(0, 1, 2, 4, 4)
+    assert choose("deform_unfold", image, offset) == "compiled"
+    assert choose("deform_unfold", On(0, 1, 1, 46341, 46342), offset) == "plain"
     with pytest.warns(UserWarning, match="does not run on an old card.*no kernel image"):
-        assert choose("deform_unfold", On(1)) == "plain"
-    assert choose("ms_deform_attn", On(0), [4] * 32) == "compiled"
-    assert choose("ms_deform_attn", On(0), [4] * 34) == "plain"
-    assert choose("ms_deform_attn_backward", On(0), On(0), [4] * 34) == "plain"
+        assert choose("deform_unfold", On(1, 1, 1, 4, 4), offset) == "plain"
+    assert choose("ms_deform_attn", image, [4] * 32) == "compiled"
+    assert choose("ms_deform_attn", image, [4] * 34) == "plain"
+    assert choose("ms_deform_attn", image, [4, 4, 2**16, 2**15]) == "plain"
+    assert choose("ms_deform_attn_backward", offset, image, [4] * 34) == "plain"
+    assert choose("deform_local_attn", image, image, image, offset, None, [4, 4, 3, 3], 1.0) == "compiled"
+    assert choose("deform_local_attn", image, image, image, offset, None, [2**16, 2**15, 3, 3], 1.0) == "plain"
     torch.use_deterministic_algorithms(True)
     try:
-        assert choose("deform_unfold", On(0)) == "compiled"
-        assert choose("deform_unfold_backward", On(0)) == "plain"
+        assert choose("deform_unfold", image, offset) == "compiled"
+        assert choose("deform_unfold_backward", offset, image, offset) == "plain"
     finally:
         torch.use_deterministic_algorithms(False)
         registration.runs_on.cache_clear()

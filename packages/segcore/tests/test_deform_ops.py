@@ -342,6 +342,24 @@ def test_empty_batch(case):
     assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, tensors.values(), strict=True))
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_empty_maps_count_as_zero(size):
+    """Samples in the padding of a map without a pixel."""
+    offset = torch.full((1, 2, size[0] + 2, size[1] + 2), 0.5, requires_grad=True)
+    image, weight = torch.zeros(1, 4, *size, requires_grad=True), torch.randn(3, 4, 1, 1, requires_grad=True)
+    columns = ops.deform_unfold(image, offset, kernel_size=1, padding=1)
+    assert columns.shape == (1, 4, offset[0, 0].numel())
+    out = ops.deform_conv2d(image, offset, weight, padding=1)
+    (columns.sum() + out.sum()).backward()
+    assert not any(t.any() for t in (columns, out, offset.grad, weight.grad))
+
+
+def test_autocast_leaves_float64_alone_as_convolutions_do():
+    tensors = {k: t.double() for k, t in CONV.inputs().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert CONV.operator(tensors).dtype == torch.float64
+
+
 @one_of_each
 def test_cuda_shapes_and_dtypes_without_a_gpu(case):
     out = case.operator(case.inputs())
@@ -410,6 +428,8 @@ CONV, UNFOLD, ATTENTION = (CASES[k] for k in ("conv v2 groups", "unfold mask gro
         (CONV, {"weight": lambda t: t[:, :2]}, {}, "weight .* does not fit an input of 6 channels"),
         (CONV, {"weight": lambda t: t[:3]}, {}, "weight .* does not fit an input of 6 channels"),
         (CONV, {"weight": lambda t: t.double()}, {}, "weight is torch.float64 but input torch.float32"),
+        (CONV, {"bias": lambda t: torch.zeros(4, dtype=torch.int64)}, {}, "bias is torch.int64; convert it to one of"),
+        (CONV, {"bias": lambda t: torch.zeros(4, device="meta")}, {}, "bias is on meta but input on cpu"),
         (CONV, {"bias": lambda t: torch.zeros(3)}, {}, r"bias has shape \(3,\); it must be \(4,\)"),
         (ATTENTION, {"k": lambda t: t[:1]}, {}, "must have one shape and dtype"),
         (ATTENTION, {"v": lambda t: t.half()}, {}, "must have one shape and dtype"),

@@ -163,24 +163,25 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_compiles_for_any_number_of_queries():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_for_any_number_of_queries(dynamic):
     shapes = [(4, 5), (2, 3)]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda value, loc, attn: ops.ms_deform_attn(value, shapes, loc, attn),
         fullgraph=True,
-        dynamic=True,
+        dynamic=dynamic,
         backend=counter,
     )
-    for queries in (7, 11):
+    for queries in (7, 11, 13):
         value, loc, attn = make(shapes, q=queries)
         grad = torch.randn(2, queries, 24)
         expected = gradients(ops.ms_deform_attn, value, shapes, loc, attn, grad)
         actual = gradients(lambda v, _, x, a: compiled(v, x, a), value, shapes, loc, attn, grad)
         for a, e in zip(actual, expected, strict=True):
             assert_near(a, e, 1e-5)
-    assert counter.frame_count == 1
+    assert counter.frame_count == (1 if dynamic else 3)
 
 
 def test_exports_as_grid_sample():

@@ -80,15 +80,22 @@ def runs_on(device: int) -> bool:
 def or_default(name: str, kernel: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel that leaves to the plain one what the compiled one cannot do.
 
-    That is a device that it has no code for, more levels than it has room for, and gradients when torch is asked for
-    deterministic ones: atomic additions come in any order, the plain kernels add in a fixed one.
+    That is a device that it has no code for, more levels than it has room for, maps of 2^31 pixels, and gradients when
+    torch is asked for deterministic ones: atomic additions come in any order, the plain kernels add in a fixed one.
     """
+    backward = name.endswith("_backward")
 
     def chosen(*args: Any) -> Any:
-        device = args[0].device.index
-        levels = args[2 if name.endswith("_backward") else 1] if name.startswith("ms_deform_attn") else ()
-        fixed_order = name.endswith("_backward") and torch.are_deterministic_algorithms_enabled()
-        if fixed_order or len(levels) > 2 * MAX_LEVELS or not runs_on(device):
+        features, second, *rest = args[1:] if backward else args
+        if name.startswith("ms_deform_attn"):
+            levels = second
+        elif name.startswith("deform_local_attn"):
+            levels = rest[3][:2]
+        else:
+            levels = features.shape[2:]
+        pixels = max(h * w for h, w in zip(levels[::2], levels[1::2], strict=True))
+        large = len(levels) > 2 * MAX_LEVELS or pixels >= 2**31
+        if large or (backward and torch.are_deterministic_algorithms_enabled()) or not runs_on(features.device.index):
             return default(*args)
         return kernel(*args)
 

@@ -46,9 +46,10 @@ def deform_conv2d(
     """
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = input.to(dtype), weight.to(dtype)
+        input, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, weight))
     window = [*weight.shape[2:], *pair(stride), *pair(padding), *pair(dilation)]
     check(input, offset, weight, mask, window)
+    registry.check_tensors("deform_conv2d", {"input": (input, 4), "bias": (bias, 1)})
     if bias is not None and bias.shape != weight.shape[:1]:
         raise UserError(f"deform_conv2d: bias has shape {tuple(bias.shape)}; it must be {tuple(weight.shape[:1])}")
     if torch.onnx.is_in_onnx_export():
@@ -163,7 +164,7 @@ def _onnx(
     """Return the node DeformConv, which wants all tensors in one dtype and padding on all four sides."""
     groups, height, width = check(input, offset, weight, mask, window)
     kernel, stride, padding, dilation = (list(values) for values in split(window))
-    inputs = [input, weight, offset.to(input.dtype), bias, None if mask is None else mask.to(input.dtype)]
+    inputs = [input, weight, *(None if t is None else t.to(input.dtype) for t in (offset, bias, mask))]
     attributes: dict[str, Any] = {
         "kernel_shape": kernel,
         "strides": stride,
