@@ -18,8 +18,7 @@ class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
     In evaluation they are standardised once and kept until the weights change; never in training, as fused optimizers
-    change weights without a word. On a CPU in float32 they are kept ready
-    for `winograd`.
+    change weights without a word. On a CPU in float32 they are kept ready for `winograd`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

@@ -82,8 +82,9 @@ def plan(
         names = [p.relative_to(source).with_suffix(".png") for p in images]
         masks = [target / name for name in names]
     elif source.is_file():
-        images, names = [source], [Path(f"{source.stem}.png")]
-        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / names[0]]
+        images = [source]
+        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / f"{source.stem}.png"]
+        names = [Path(masks[0].name)]
     else:
         raise UserError(f"{source}: no such image or folder")
     wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
