@@ -25,8 +25,8 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
 def pass_without_grad() -> Iterator[None]:
     """Record no gradients in a pass that one with gradients follows, through the same parameters.
 
-    Torch before 2.11 or so would hand autocast's low-precision copies of the parameters, made here without a gradient,
-    to the later pass (pytorch#112583); they are forgotten.
+    Torch 2.10 would hand autocast's low-precision copies of the parameters, made here without a gradient, to the later
+    pass (pytorch#112583); they are forgotten.
     """
     with torch.no_grad():
         yield
