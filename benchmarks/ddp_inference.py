@@ -20,7 +20,7 @@ from torch import Tensor
 
 import segcore
 from ddp_seg.model import DDPSegmentor
-from segcore import bench
+from segcore.deploy import bench
 from segcore.environment import environment
 
 CONFIG = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"

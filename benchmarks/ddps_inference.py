@@ -17,7 +17,7 @@ from ddps_plain import denoise
 from torch import Tensor
 
 import segcore
-from segcore import bench
+from segcore.deploy import bench
 from segcore.environment import environment
 
 CONFIG = "segformer_b2_ade20k_multistep_inference"

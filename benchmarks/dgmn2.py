@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dgmn2_seg.backbone import Backbone
 from dgmn2_seg.configs import VARIANTS
-from segcore import bench, ops
+from segcore import ops
+from segcore.deploy import bench
 from segcore.environment import environment
 
 Form = Callable[[], list[Tensor]]

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segcore.data.dataset import open_dataset
-from segcore.data.toy import generate
+from segcore.config.schema import Data, Evaluate
+from segcore.data.layouts import open_dataset
+from segcore.demo.toy import generate
 from segcore.environment import environment
 from segcore.evaluation.evaluate import evaluate
-from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
 
 

@@ -25,11 +25,11 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
+from segcore.config.schema import Data
 from segcore.data import transforms
-from segcore.data.dataset import open_dataset
-from segcore.data.toy import generate
+from segcore.data.layouts import open_dataset
+from segcore.demo.toy import generate
 from segcore.environment import environment
-from segcore.experiment import Data
 
 STEPS = ("resize image", "resize label", "crop", "flip", "photometric", "normalize", "pad, to tensors")
 FUNCTIONS = ("resize_image", "resize_label", "random_crop_box", "flip", "photometric_distortion", "normalize")

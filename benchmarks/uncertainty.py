@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ddp_seg.configs.toy import ddp_resnet18_toy
 from ddp_seg.model import DDPSegmentor
-from segcore.data.dataset import open_dataset
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.data.layouts import open_dataset
 from segcore.data.transforms import normalize
-from segcore.evaluation.inference import autocast
+from segcore.evaluation.predictor import autocast
 from segcore.evaluation.uncertainty import AUROC, STARTS
 from segcore.models.layers import resize
 from segcore.seeds import derive
-from segcore.training import checkpoint
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from segcore import load_experiment
-from segcore.cli import main
-from segcore.data.toy import generate
-from segcore.training.checkpoint import newest, read_model_state
+from segcore.checkpoints.run_checkpoint import newest, read_model_state
+from segcore.cli.main import main
+from segcore.demo.toy import generate
 
 CONFIG = "ddp_resnet18_toy"
 SMALL = [

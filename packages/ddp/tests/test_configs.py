@@ -9,7 +9,7 @@ import torch
 import segcore
 from ddp_seg.configs import experiments
 from ddp_seg.official import PUBLISHED
-from segcore.experiment import published
+from segcore.config.registry import published
 from segcore.training.optimizer import param_settings
 
 ROWS = sorted(PUBLISHED)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from segcore.cli import main
-from segcore.data.toy import generate
-from segcore.training.checkpoint import newest
+from segcore.checkpoints.run_checkpoint import newest
+from segcore.cli.main import main
+from segcore.demo.toy import generate
 
 SMALL = [
     "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--schedule.iterations=3", "--train.save-every=1",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcore.data.toy import generate
+from segcore.demo.toy import generate
 
 CONFIG = f"{Path(__file__).parent / 'runs/double.py'}:double"
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ddp_seg.configs import DDP
-from segcore.cli import main
-from segcore.data.toy import generate
+from segcore.checkpoints.run_checkpoint import newest
+from segcore.cli.main import main
+from segcore.demo.toy import generate
 from segcore.testing import contract
-from segcore.training.checkpoint import newest
 
 pytestmark = pytest.mark.gpu
 SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 2, "heads": 4, "drop_path": 0.0}

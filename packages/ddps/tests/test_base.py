@@ -10,7 +10,7 @@ import segcore
 from ddps_seg.backbones import build
 from ddps_seg.configs.stock import rows
 from ddps_seg.official import IMAGENET, STOCK
-from segcore.experiment import published
+from segcore.config.registry import published
 from segcore.training.optimizer import param_settings
 
 GOLDEN = {"r50": "deeplabv3plus_r50-d8_512x512_160k_ade20k", "m-v2": "deeplabv3plus_m-v2-d8_512x512_160k_ade20k"}

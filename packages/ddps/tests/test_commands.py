@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import segcore
-from segcore.cli import main
-from segcore.data.toy import generate
-from segcore.training.checkpoint import newest, read_model_state
+from segcore.checkpoints.run_checkpoint import newest, read_model_state
+from segcore.cli.main import main
+from segcore.demo.toy import generate
 
 BASE, PRIOR = "ddps_segformer_b0_base_toy", "ddps_segformer_b0_toy"
 SMALL = [

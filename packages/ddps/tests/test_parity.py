@@ -17,13 +17,13 @@ from ddps_seg.diffusion import (
     sample,
     step_list,
 )
+from segcore.config.schema import Schedule
 from segcore.evaluation.evaluate import Results
-from segcore.evaluation.inference import window_boxes
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
-from segcore.evaluation.report import summary
-from segcore.experiment import Schedule
+from segcore.evaluation.predictor import window_boxes
 from segcore.models.layers import resize
-from segcore.training.average import start_average, update_average
+from segcore.reporting.tables import summary
+from segcore.training.ema import start_average, update_average
 from segcore.training.schedule import learning_rate
 
 B2 = "segformer_b2_ade20k_multistep_inference"

@@ -10,11 +10,13 @@ from ddps_seg.configs import DDPS, Base
 from ddps_seg.configs.rows import rows
 from ddps_seg.configs.stock import rows as stock_rows
 from ddps_seg.official import ROWS
+from segcore.checkpoints.foreign import read_state
+from segcore.checkpoints.load import initialize, load_weights, resolve
+from segcore.config.registry import published
+from segcore.config.schema import Optimizer
 from segcore.errors import UserError
-from segcore.experiment import Optimizer, published
 from segcore.testing.contract import images, labels, refusal
 from segcore.training.optimizer import build_optimizer
-from segcore.training.weights import initialize, load_weights, read_state, resolve
 
 BACKBONES = {"MobibleNetV2": "m-v2", "MiT-B0": "mit-b0", "ResNet50": "r50", "MiT-B2": "mit-b2", "ResNet101": "r101",
              "MiT-B5": "mit-b5"}  # fmt: skip

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import segcore
-from segcore.cli import main, parse
-from segcore.commands import load_model
-from segcore.data.toy import generate
-from segcore.training.checkpoint import newest, read_model_state
+from segcore.checkpoints.run_checkpoint import newest, read_model_state
+from segcore.cli.common import load_model
+from segcore.cli.main import main, parse
+from segcore.demo.toy import generate
 
 CONFIG = "ddrnet_23_slim_toy"
 SMALL = [

@@ -9,9 +9,9 @@ import segcore
 from ddrnet_seg.configs import DDRNet, experiments
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
 from ddrnet_seg.official import PUBLISHED, recognize
-from segcore.experiment import published
+from segcore.checkpoints.load import initialize, load_weights
+from segcore.config.registry import published
 from segcore.testing.contract import refusal
-from segcore.training.weights import initialize, load_weights
 
 # Parameters without and with the auxiliary head, so that a clone without the reference checks them too.
 PARAMETERS = {

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
 from ddrnet_seg.losses import ohem_seed
 from ddrnet_seg.model import DDRNetClassifier
+from segcore.config.schema import Schedule
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.experiment import Schedule
 from segcore.models.layers import resize
 from segcore.models.losses import cross_entropy, ohem_cross_entropy
 from segcore.training.schedule import learning_rate

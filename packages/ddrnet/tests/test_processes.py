@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcore.data.toy import generate
-from segcore.training import checkpoint
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.demo.toy import generate
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'frozen.py'}:frozen"
 

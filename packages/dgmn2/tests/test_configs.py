@@ -8,9 +8,10 @@ import torch
 import segcore
 from dgmn2_seg.configs import DGMN2, VARIANTS, cityscapes, experiments
 from dgmn2_seg.official import PUBLISHED
-from segcore.experiment import multi_scale, published
+from segcore.checkpoints.load import initialize, load_weights
+from segcore.config.registry import published
+from segcore.config.schema import multi_scale
 from segcore.testing.contract import refusal
-from segcore.training.weights import initialize, load_weights
 
 HEADS, SIZES = ("fpn", "setr_naive", "setr_pup", "setr_mla"), ("tiny", "small", "medium", "large")
 ROWS = [f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes" for head in HEADS for size in SIZES]

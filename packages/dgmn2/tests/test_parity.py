@@ -9,8 +9,8 @@ import torch
 from dgmn2_seg.backbone import Attention, Backbone, Position
 from dgmn2_seg.configs import VARIANTS
 from dgmn2_seg.official import official_name
-from segcore.evaluation import inference
-from segcore.experiment import Evaluate
+from segcore.config.schema import Evaluate
+from segcore.evaluation import predictor as inference
 
 ATTENTION = {
     "qkv.weight": "qkv.weight",

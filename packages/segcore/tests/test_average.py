@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from segcore.training.average import averaged, start_average, update_average
+from segcore.training.ema import averaged, start_average, update_average
 
 
 @pytest.fixture

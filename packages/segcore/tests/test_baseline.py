@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from segcore.demo.baseline import fit_linear
 from segcore.errors import UserError
-from segcore.evaluation.baseline import fit_linear
 
 
 def noise(seed, size=(40, 60, 3)):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segcore import bench, ops
-from segcore.cli import main
+from segcore import ops
+from segcore.cli.main import main
+from segcore.deploy import bench
 from segcore.models.segmentor import Segmentor
 
 CPU = torch.device("cpu")

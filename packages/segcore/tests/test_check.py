@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segcore.cli import main
-from segcore.data import toy
+from segcore.cli.main import main
+from segcore.config.schema import Data, Experiment, Model, Train
 from segcore.data.check import check, check_headers, label_pixels
-from segcore.data.dataset import open_dataset
+from segcore.data.layouts import open_dataset
+from segcore.demo import toy
 from segcore.errors import UserError
-from segcore.experiment import Data, Experiment, Model, Train
 from segcore.training import class_weight
 from segcore.training.class_weight import balanced, class_weights
 
@@ -176,7 +176,7 @@ def test_headers_know_turned_photographs_and_files_that_pillow_does_not(tmp_path
 def test_command_lists_all_and_fails_with_their_number(data: Data, tmp_path: Path, capsys) -> None:
     config = tmp_path / "mine.py"
     config.write_text(
-        "from pathlib import Path\nfrom ddp_seg.configs import DDP\nfrom segcore.experiment import Data, Experiment\n"
+        "from pathlib import Path\nfrom ddp_seg.configs import DDP\nfrom segcore.config.schema import Data, Experiment\n"
         f"def mine():\n    data = Data('folder', Path({str(data.root)!r}), val_masks='', classes={CLASSES})\n"
         "    return Experiment('mine', DDP(num_classes=3), data)\n"
     )

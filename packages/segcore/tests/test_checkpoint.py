@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.errors import UserError
 from segcore.files import sha256
-from segcore.training import checkpoint
 
 MODEL = {
     "conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last),

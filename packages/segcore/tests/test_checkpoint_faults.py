@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from segcore import files
+from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.errors import UserError
-from segcore.training import checkpoint
 
 STEPS = 16
 """Write steps of a `save` that replaces a checkpoint; one less without."""

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from segcore import commands, experiment
-from segcore.cli import main
+import segcore
+from segcore.cli.commands import COMMANDS
+from segcore.cli.main import main
+from segcore.config import registry
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
 
@@ -72,7 +74,7 @@ def test_commands_and_configurations(capsys, monkeypatch):
     assert "did you mean train?" in answer(capsys, "trian", CONFIG)
     assert "which configuration?" in answer(capsys, "configs", "--write", "my.py")
     known = dict.fromkeys(("net_small_512x1024_160k_cityscapes", "net_large_toy"))
-    monkeypatch.setattr(experiment, "experiments", lambda package=None: known)
+    monkeypatch.setattr(registry, "experiments", lambda package=None: known)
     line = answer(capsys, "configs", "net_small", status=1)
     assert line.endswith("(did you mean net_small_512x1024_160k_cityscapes?); `segcore configs` lists all")
     assert "--batches" in answer(capsys, "bench", CONFIG, "--batches")
@@ -81,8 +83,9 @@ def test_commands_and_configurations(capsys, monkeypatch):
 def test_every_option_has_a_line_of_help():
     """tyro's help takes it from the text below the field."""
     bare = []
-    for module in (experiment, commands):
-        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    package = Path(str(segcore.__file__)).parent
+    for path in (package / "config" / "schema.py", *(package / "cli").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             for field, below in itertools.pairwise([*kind.body, None]):
                 said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
@@ -112,7 +115,7 @@ def test_the_signal_that_ended_a_run_is_named(monkeypatch, capsys, number, said)
     def run(self, package):
         raise KeyboardInterrupt(number)
 
-    monkeypatch.setattr(commands.Env, "run", run)
+    monkeypatch.setattr(COMMANDS["env"], "run", run)
     with pytest.raises(SystemExit) as end:
         main(None, ["env"])
     assert (end.value.code, capsys.readouterr().err) == (128 + number, f"{said}\n")

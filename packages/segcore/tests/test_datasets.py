@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcore.data import ade20k, cityscapes
-from segcore.data.dataset import open_dataset, palette_of, read_image, read_label
-from segcore.data.folder import distinct_colours
+from segcore.config.schema import Data
+from segcore.data.images import read_image, read_label
+from segcore.data.layouts import ade20k, cityscapes, open_dataset, palette_of
+from segcore.data.layouts.folder import distinct_colours
 from segcore.errors import UserError
-from segcore.experiment import Data
 
 
 def write(path, array):
@@ -197,7 +197,7 @@ def test_colours_of_a_folder_are_distinct_and_stable():
 
 
 def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):
-    from segcore.data import toy
+    from segcore.demo import toy
 
     calls = []
     monkeypatch.setattr(toy, "is_complete", lambda root: bool(calls))
@@ -215,7 +215,8 @@ def test_datasets_pickle_and_need_no_torch(tmp_path):
     copy = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(copy.label(1), dataset.label(1))
     code = (
-        "import sys, segcore.data.dataset, segcore.data.folder, segcore.data.ade20k, segcore.data.cityscapes;"
+        "import sys, segcore.data.dataset, segcore.data.layouts.folder, segcore.data.layouts.ade20k\n"
+        "import segcore.data.layouts.cityscapes;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from segcore.cli import main
-from segcore.training import checkpoint
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.cli.main import main
 
 RUNS = Path(__file__).parent / "runs"
 CONFIG = f"{RUNS / 'tiny.py'}:tiny"

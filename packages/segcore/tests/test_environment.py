@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from segcore import environment as module
-from segcore.cli import main
+from segcore.cli.main import main
 from segcore.environment import as_text, environment, git_hash, versions
 
 

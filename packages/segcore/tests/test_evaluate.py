@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from segcore.data.dataset import Dataset, Sample, index_table
+from segcore.config.schema import Data, Evaluate
+from segcore.data.dataset import Dataset, Sample
+from segcore.data.labels import index_table
 from segcore.errors import UserError
 from segcore.evaluation import evaluate as evaluate_module
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.report import summary
-from segcore.experiment import Data, Evaluate
 from segcore.models.segmentor import Segmentor
+from segcore.reporting.tables import summary
 from segcore.seeds import derive
 
 DATA = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

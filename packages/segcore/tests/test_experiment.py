@@ -9,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from segcore import experiment, options
+from segcore.config import options, registry
+from segcore.config.registry import load_experiment
+from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train
+from segcore.config.source import source
 from segcore.errors import UserError
-from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train, load_experiment
 
 
 @dataclass(frozen=True)
@@ -225,14 +227,14 @@ def test_every_experiment_can_be_written_as_overrides(wanted):
 @given(wanted=experiments())
 def test_every_experiment_can_be_written_as_a_file(tmp_path_factory, wanted):
     path = tmp_path_factory.mktemp("written") / "my.py"  # a new path each time: compiled files go by path and second
-    path.write_text(experiment.source(wanted), encoding="utf-8", newline="")
+    path.write_text(source(wanted), encoding="utf-8", newline="")
     assert load_experiment(str(path)) == wanted
     assert load_experiment(f"{path}:experiment") == wanted
 
 
 METHOD = """
 from dataclasses import dataclass
-from segcore.experiment import Experiment, Model
+from segcore.config.schema import Experiment, Model
 
 @dataclass(frozen=True)
 class Net(Model):
@@ -257,10 +259,10 @@ def two_methods(tmp_path, monkeypatch):
         published = (
             f"PUBLISHED = {{'{name}_large': Published({{'single scale': 50.5}}, 'https://example.org/{name}.pth')}}"
         )
-        (package / "official.py").write_text(f"from segcore.experiment import Published\n{published}\n")
+        (package / "official.py").write_text(f"from segcore.config.schema import Published\n{published}\n")
         points.append(importlib.metadata.EntryPoint(name, name, "segcore.methods"))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(experiment, "entry_points", lambda group: points if group == "segcore.methods" else [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "segcore.methods" else [])
     yield
     for module in [module for module in sys.modules if module.startswith(("alpha_net", "beta_net"))]:
         del sys.modules[module]
@@ -268,8 +270,8 @@ def two_methods(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("two_methods")
 def test_configurations_are_found_by_name_with_either_dash():
-    assert list(experiment.experiments()) == ["alpha_net_small", "alpha_net_large", "beta_net_small", "beta_net_large"]
-    assert list(experiment.experiments("beta_net")) == ["beta_net_small", "beta_net_large"]
+    assert list(registry.experiments()) == ["alpha_net_small", "alpha_net_large", "beta_net_small", "beta_net_large"]
+    assert list(registry.experiments("beta_net")) == ["beta_net_small", "beta_net_large"]
     assert load_experiment("alpha_net_large") == load_experiment("alpha-net-large")
     assert load_experiment("beta_net_small").name == "small"
 
@@ -286,15 +288,15 @@ def test_unknown_name_is_answered_with_the_nearest():
 
 @pytest.mark.usefixtures("two_methods")
 def test_published_figures_belong_to_their_row():
-    row = experiment.published("beta-net-large")
+    row = registry.published("beta-net-large")
     assert row is not None
     assert row.miou == {"single scale": 50.5}
     assert row.url == "https://example.org/beta_net.pth"
-    assert experiment.published("beta_net_small") is None
+    assert registry.published("beta_net_small") is None
 
 
 def test_without_methods_the_error_says_so(monkeypatch):
-    monkeypatch.setattr(experiment, "entry_points", lambda group: [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
     with pytest.raises(UserError, match="no method package is installed"):
         load_experiment("alpha_net_small")
 
@@ -302,7 +304,7 @@ def test_without_methods_the_error_says_so(monkeypatch):
 CONFIG = """
 from __future__ import annotations
 from dataclasses import dataclass
-from segcore.experiment import Experiment, Model
+from segcore.config.schema import Experiment, Model
 
 @dataclass(frozen=True)
 class Net(Model):
@@ -337,7 +339,7 @@ def test_file_configuration_and_its_own_dataclass(config):
 def test_file_with_one_function_needs_no_name(tmp_path):
     path = tmp_path / "my.py"
     path.write_text(
-        "import segcore.experiment as s\nfrom json import dumps\ndef only():\n    return s.load_experiment\n"
+        "import segcore.config.registry as s\nfrom json import dumps\ndef only():\n    return s.load_experiment\n"
     )
     with pytest.raises(UserError, match="only returned function, not an Experiment"):
         load_experiment(str(path))

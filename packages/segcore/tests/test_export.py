@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from segcore import export
+from segcore.config.schema import Data, Experiment, Model
+from segcore.deploy import export
 from segcore.errors import UserError
-from segcore.experiment import Data, Experiment, Model
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
 

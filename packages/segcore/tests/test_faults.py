@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from segcore.training import checkpoint
+from segcore.checkpoints import run_checkpoint as checkpoint
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from segcore.config.schema import Data, Evaluate, multi_scale
 from segcore.errors import UserError
-from segcore.evaluation.inference import (
+from segcore.evaluation.predictor import (
     check_ensemble,
     predict_classes,
     predict_probabilities,
     view_sizes,
     window_boxes,
 )
-from segcore.experiment import Data, Evaluate, multi_scale
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 

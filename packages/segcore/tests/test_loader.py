@@ -16,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segcore.config.schema import Data
 from segcore.data import loader
-from segcore.data.dataset import open_dataset
+from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
-from segcore.experiment import Data
 from segcore.seeds import derive
 
 LENGTH = 7
@@ -154,7 +154,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from segcore.data import dataset, loader, transforms
-from segcore.experiment import Data
+from segcore.config.schema import Data
 
 if __name__ == "__main__":
     data = Data("folder", Path(sys.argv[1]), classes=("a", "b", "c"), scale=None, crop=(24, 32))

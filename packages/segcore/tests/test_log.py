@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from segcore import files
+from segcore.config.record import describe, differences
+from segcore.config.schema import Data, Experiment, Model
 from segcore.errors import UserError
-from segcore.experiment import Data, Experiment, Model
-from segcore.training.log import RunLog, describe, differences
+from segcore.training.logger import RunLog
 
 VALUES = {"loss": 4.0426, "loss_ce": 2.8875, "grad_norm": 1.3938}
 VALUES |= {"images_per_second": 3.5, "seconds": 0.586, "data_seconds": 0.01}

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from segcore.data.dataset import open_dataset
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.data.layouts import open_dataset
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
-from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
 from segcore.models.segmentor import Segmentor
-from segcore.training import checkpoint, loop
+from segcore.training import loop
 from segcore.training.loop import Meter, train
 
 FAULT: dict[str, Callable[[], float]] = {}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from segcore.config.schema import Optimizer, ParamRule
 from segcore.errors import UserError
-from segcore.experiment import Optimizer, ParamRule
 from segcore.models.segmentor import Segmentor
 from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, param_settings
 

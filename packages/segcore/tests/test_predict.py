@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from segcore.data.dataset import read_image, read_label
+from segcore.cli.predict_images import plan, run
+from segcore.config.schema import Data, Evaluate, Experiment, Model, Train
+from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
-from segcore.experiment import Data, Evaluate, Experiment, Model, Train
 from segcore.models.segmentor import Segmentor
-from segcore.predict import plan, run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.report import per_class, summary, write_json
+from segcore.reporting.tables import per_class, summary, write_json
 
 
 def results(**predictions):

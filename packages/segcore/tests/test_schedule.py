@@ -2,7 +2,7 @@
 
 import pytest
 
-from segcore.experiment import Schedule
+from segcore.config.schema import Schedule
 from segcore.training.schedule import learning_rate
 
 DDP = Schedule()

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from segcore.data import cityscapes, toy
-from segcore.data.dataset import read_label
+from segcore.data.images import read_label
+from segcore.data.layouts import cityscapes
+from segcore.demo import toy
+from segcore.demo.baseline import fit_linear
 from segcore.errors import UserError
-from segcore.evaluation.baseline import fit_linear
 from segcore.evaluation.metrics import ConfusionMatrix
 
 SMALL = {"train": 2, "val": 1, "height": 32, "width": 64}
@@ -175,5 +176,5 @@ def test_colour_alone_does_not_solve_it(scenes):
 
 
 def test_imports_no_torch():
-    code = "import sys, segcore.data.toy, segcore.visualize; sys.exit('torch' in sys.modules)"
+    code = "import sys, segcore.data.toy, segcore.reporting.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import RandomState
 
+from segcore.config.schema import Data
 from segcore.data import transforms as T
-from segcore.experiment import Data
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SIDE = st.integers(1, 3000)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcore.data.dataset import read_image, read_label
+from segcore.cli.predict_images import plan, run
+from segcore.config.schema import Data, Evaluate, Experiment, Model, Train
+from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
-from segcore.evaluation.inference import predict_classes
+from segcore.evaluation.predictor import predict_classes
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
-from segcore.experiment import Data, Evaluate, Experiment, Model, Train
 from segcore.models.segmentor import Segmentor
-from segcore.predict import plan, run
 
 DATA = Data(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
 PATHS = {

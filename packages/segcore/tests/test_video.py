@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from segcore import video
-from segcore.data.dataset import palette_of
+from segcore.cli import predict_video
+from segcore.config.schema import Data, Evaluate, Experiment, Model
+from segcore.data import video
+from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.experiment import Data, Evaluate, Experiment, Model
 from segcore.models.segmentor import Segmentor
 
 av = pytest.importorskip("av")
@@ -70,7 +71,7 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
     source = make(tmp_path / "in.mp4")
     path = video.plan(source, tmp_path / "out")
     assert path == tmp_path / "out" / "in_overlay.mp4"
-    assert video.run(Brightness(), EXP, source, path, PALETTE, opacity=1.0, frames=frames) == expected
+    assert predict_video.run(Brightness(), EXP, source, path, PALETTE, opacity=1.0, frames=frames) == expected
     images, stream = read(path)
     assert len(images) == expected
     assert stream.average_rate == 10
@@ -83,7 +84,7 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
 
 def test_odd_sides_grow_by_a_pixel(tmp_path, monkeypatch):
     path = tmp_path / "odd.mp4"
-    with video._writer(path, 5) as write:
+    with video.writer(path, 5) as write:
         write(np.zeros((51, 63, 3), np.uint8))
     assert read(path)[0][0].shape == (52, 64, 3)
 
@@ -99,7 +100,7 @@ def test_what_is_a_video(tmp_path, monkeypatch):
 
 def refused(tmp_path, source, target="out", **options):
     with pytest.raises(UserError) as error:
-        video.run(Brightness(), EXP, source, video.plan(source, tmp_path / target), PALETTE, **options)
+        predict_video.run(Brightness(), EXP, source, video.plan(source, tmp_path / target), PALETTE, **options)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").glob("*")), "something was left behind"
     return str(error.value)

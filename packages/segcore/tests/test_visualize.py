@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from segcore import visualize
 from segcore.errors import UserError
+from segcore.reporting import figures as visualize
 
 PALETTE = np.array([(200, 0, 10), (0, 255, 0), (3, 2, 1)], np.uint8)
 SVG = "{http://www.w3.org/2000/svg}"

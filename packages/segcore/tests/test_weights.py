@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from segcore import UserError
-from segcore.experiment import Published
+from segcore.checkpoints import foreign, hub, load
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.config.schema import Published
 from segcore.models.segmentor import LoadReport, Segmentor
-from segcore.training import checkpoint, weights
 
 
 class Tiny(Segmentor):
@@ -82,7 +83,7 @@ def folder(tmp_path, monkeypatch):
 def refused(path, *words):
     """Check that reading `path` fails with one line that names it and says `words`."""
     with pytest.raises(UserError) as error:
-        weights.read_state(path)
+        foreign.read_state(path)
     text = str(error.value)
     assert "\n" not in text
     for word in (str(path), *words):
@@ -105,7 +106,7 @@ def test_reads_training_checkpoints_of_openmmlab(tmp_path):
     for new_format in (True, False):
         checkpoint = {"meta": meta, "state_dict": state, "optimizer": optimizer}
         torch.save(checkpoint, path, _use_new_zipfile_serialization=new_format)
-        read = weights.read_state(path)
+        read = foreign.read_state(path)
         assert list(read) == ["a.weight", "b"]
         assert torch.equal(read["a.weight"], state["module.a.weight"])
         assert torch.equal(read["b"], state["b"])
@@ -124,7 +125,7 @@ def test_numpy_scalars_of_numpy_1_and_2(tmp_path, core):
             renamed.writestr(name, old.read(name).replace(here, b"numpy." + core.encode() + b".multiarray"))
     with zipfile.ZipFile(new) as archive:
         assert f"numpy.{core}.multiarray\nscalar".encode() in archive.read("any/data.pkl")
-    assert torch.equal(weights.read_state(new)["a"], torch.ones(2))
+    assert torch.equal(foreign.read_state(new)["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module", None])
@@ -132,7 +133,7 @@ def test_takes_the_weights_out_of_their_wrapper(tmp_path, wrapper):
     state = {"a": torch.ones(2)}
     path = tmp_path / "w.pth"
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
-    assert weights.read_state(path).keys() == {"a"}
+    assert foreign.read_state(path).keys() == {"a"}
 
 
 def test_a_compressed_file_is_read_right(tmp_path):
@@ -141,7 +142,7 @@ def test_a_compressed_file_is_read_right(tmp_path):
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    state = weights.read_state(packed)
+    state = foreign.read_state(packed)
     assert torch.equal(state["a"], torch.ones(1000))
     assert torch.equal(state["b"], torch.arange(5))
 
@@ -154,7 +155,7 @@ def test_files_written_without_checksums_are_read(tmp_path):
         torch.save({"a": torch.ones(3)}, path)
     finally:
         torch.serialization.set_crc32_options(before)
-    assert torch.equal(weights.read_state(path)["a"], torch.ones(3))
+    assert torch.equal(foreign.read_state(path)["a"], torch.ones(3))
 
 
 class Malicious:
@@ -225,7 +226,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, word):
 def test_a_missing_file_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such weights file") as error:
-        weights.read_state(tmp_path.relative_to(tmp_path) / "gone.pth")
+        foreign.read_state(tmp_path.relative_to(tmp_path) / "gone.pth")
     assert str(tmp_path / "gone.pth") in str(error.value)
 
 
@@ -254,7 +255,7 @@ def test_flipped_bytes_in_a_pytorch_file_never_change_a_weight(tmp_path):
     for position in {data, *range(0, len(content), 23)}:
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
         with contextlib.suppress(UserError):
-            read = weights.read_state(path)
+            read = foreign.read_state(path)
             passed.add(position)
             assert all(torch.equal(read[name], state[name]) for name in state), position
     assert data not in passed
@@ -279,7 +280,7 @@ def test_a_damaged_safetensors_header_is_refused(tmp_path):
     for position in range(header):  # whatever else happens to a byte, it is an answer or one line
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x04]) + content[position + 1 :])
         with contextlib.suppress(UserError):
-            weights.read_state(path)
+            foreign.read_state(path)
 
 
 # Loading into a model
@@ -295,7 +296,7 @@ def test_own_and_published_names_are_told_apart(tmp_path, model, same, names, su
     else:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     other = Tiny()
-    report = weights.load_weights(other, path)
+    report = load.load_weights(other, path)
     assert same(other)
     assert (report.loaded, report.mapped) == (len(state), 0 if names == "own" else len(state))
 
@@ -316,7 +317,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, model, same, n
     ):
         torch.save(state, path)
         with pytest.raises(UserError) as error:
-            weights.load_weights(model, path)
+            load.load_weights(model, path)
         assert all(word in str(error.value) for word in (str(path), "Tiny", *words)), str(error.value)
         assert "\n" not in str(error.value)
         assert same(model)
@@ -330,7 +331,7 @@ def test_recomputable_buffers_and_the_auxiliary_head_may_be_absent_here(tmp_path
     for state in (source.state_dict(), official(source)):
         state = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
         torch.save(state | {"x.relative_position_index": torch.ones(1)}, path)
-        report = weights.load_weights(other, path)
+        report = load.load_weights(other, path)
         assert same(other)
         assert set(report.dropped) == {"auxiliary_head.weight", "auxiliary_head.bias"}
         assert report.ignored == ("x.relative_position_index",)
@@ -380,7 +381,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(weights, "PAUSE", 0.0)
+    monkeypatch.setattr(hub, "PAUSE", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.url, server.seen, server.files = f"http://127.0.0.1:{server.server_port}", [], {"/w.pth": Server.body}
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -392,10 +393,10 @@ def server(monkeypatch):
 
 
 def test_a_file_is_downloaded_once(server, folder, capsys):
-    path = weights.fetch(f"{server.url}/w.pth", sha256=hashlib.sha256(Server.body).hexdigest())
+    path = hub.fetch(f"{server.url}/w.pth", sha256=hashlib.sha256(Server.body).hexdigest())
     assert path == folder / "w.pth"
     assert path.read_bytes() == Server.body
-    assert weights.fetch(f"{server.url}/w.pth", offline=True) == path
+    assert hub.fetch(f"{server.url}/w.pth", offline=True) == path
     assert len(server.seen) == 1
     assert names_in(folder) == ["w.pth"]
     assert "downloading w.pth: 1.0 of 1.0 MB" in capsys.readouterr().err
@@ -403,22 +404,22 @@ def test_a_file_is_downloaded_once(server, folder, capsys):
 
 def test_a_terminal_gets_a_bar(server, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    weights.fetch(f"{server.url}/w.pth")
+    hub.fetch(f"{server.url}/w.pth")
     assert "1.0/1.0 MB" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
 
 
 def test_a_redirect_is_followed_and_the_name_kept(server, folder):
-    assert weights.fetch(f"{server.url}/moved.pth").read_bytes() == Server.body
+    assert hub.fetch(f"{server.url}/moved.pth").read_bytes() == Server.body
     assert names_in(folder) == ["moved.pth"]
 
 
 def test_a_broken_download_goes_on_where_it_stopped(server, folder):
-    assert weights.fetch(f"{server.url}/resume.pth").read_bytes() == Server.body
+    assert hub.fetch(f"{server.url}/resume.pth").read_bytes() == Server.body
     assert server.seen == [("/resume.pth", None), ("/resume.pth", f"bytes={len(Server.body) // 2}-")]
 
 
 def test_a_broken_download_starts_again_where_the_server_knows_no_ranges(server, folder):
-    assert weights.fetch(f"{server.url}/restart.pth").read_bytes() == Server.body
+    assert hub.fetch(f"{server.url}/restart.pth").read_bytes() == Server.body
     assert server.seen == [("/restart.pth", None)] * 2
 
 
@@ -432,7 +433,7 @@ def test_a_broken_download_starts_again_where_the_server_knows_no_ranges(server,
 )
 def test_a_failed_download_leaves_nothing_behind(server, folder, name, words):
     with pytest.raises(UserError) as error:
-        weights.fetch(f"{server.url}/{name}")
+        hub.fetch(f"{server.url}/{name}")
     for word in (*words, f"{server.url}/{name}", str(folder / name)):
         assert word in str(error.value)
     assert names_in(folder) == []
@@ -440,18 +441,18 @@ def test_a_failed_download_leaves_nothing_behind(server, folder, name, words):
 
 def test_other_content_than_promised_is_refused(server, folder):
     with pytest.raises(UserError, match="SHA-256"):
-        weights.fetch(f"{server.url}/w.pth", sha256="0" * 64)
+        hub.fetch(f"{server.url}/w.pth", sha256="0" * 64)
     assert names_in(folder) == []
     (folder / "w.pth").write_bytes(b"other")
     with pytest.raises(UserError, match="delete it"):
-        weights.fetch(f"{server.url}/w.pth", sha256=hashlib.sha256(Server.body).hexdigest())
+        hub.fetch(f"{server.url}/w.pth", sha256=hashlib.sha256(Server.body).hexdigest())
 
 
 def test_without_network_it_says_which_file_goes_where(server, folder):
     server.server_close()  # the port now answers nobody
     for offline in (True, False):
         with pytest.raises(UserError, match=r"^no network.*: download") as error:
-            weights.fetch(f"{server.url}/w.pth", offline=offline)
+            hub.fetch(f"{server.url}/w.pth", offline=offline)
         assert f"download {server.url}/w.pth and put the file at {folder / 'w.pth'}" in str(error.value)
     assert not folder.exists() or names_in(folder) == []
 
@@ -459,21 +460,21 @@ def test_without_network_it_says_which_file_goes_where(server, folder):
 @pytest.mark.parametrize("url", ["http://example.org/w.pth", "file://localhost/etc/passwd", "ftp://example.org/w.pth"])
 def test_only_https_is_fetched_from_elsewhere(folder, url):
     with pytest.raises(UserError, match="not an https address"):
-        weights.fetch(url)
+        hub.fetch(url)
 
 
 def test_a_folder_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path / "file"))
     with pytest.raises(UserError, match="SEGCORE_WEIGHTS"):
-        weights.fetch(f"{server.url}/w.pth")
+        hub.fetch(f"{server.url}/w.pth")
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("SEGCORE_WEIGHTS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert weights.weights_dir() == tmp_path / "segcore" / "weights"
+    assert hub.weights_dir() == tmp_path / "segcore" / "weights"
 
 
 # Finding checkpoints by what the user wrote
@@ -483,46 +484,46 @@ def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
 def rows(server, monkeypatch):
     """Two published rows, one without weights."""
     found = {"row_a": Published({}, f"{server.url}/w.pth"), "row_b": Published({})}
-    monkeypatch.setattr(weights, "published", found.get)
+    monkeypatch.setattr(hub, "published", found.get)
 
 
 def test_official_weights_are_fetched(rows, folder):
     for wanted, experiment in (("official", "row_a"), ("official:row_a", "row_b")):
-        path = weights.resolve(wanted, experiment)
+        path = load.resolve(wanted, experiment)
         assert path == folder / "w.pth"
         assert path.read_bytes() == Server.body
 
 
 def test_rows_without_weights_say_so(rows):
     with pytest.raises(UserError, match="authors of row_b offer no weights"):
-        weights.resolve("official:row_b", "row_a")
+        load.resolve("official:row_b", "row_a")
     with pytest.raises(UserError, match="'row_c' is not a published configuration"):
-        weights.resolve("official", "row_c")
+        load.resolve("official", "row_c")
 
 
 def test_a_path_is_itself_and_a_wrong_one_is_explained(tmp_path):
     path = tmp_path / "w.pth"
     path.touch()
-    assert weights.resolve(str(path), "row_a") == path
+    assert load.resolve(str(path), "row_a") == path
     with pytest.raises(UserError, match=r"no such file or folder.*work_dir.*official:CONFIG"):
-        weights.resolve(str(tmp_path / "gone.pth"), "row_a")
+        load.resolve(str(tmp_path / "gone.pth"), "row_a")
 
 
 def test_a_work_dir_gives_its_best_else_its_newest_checkpoint(tmp_path, model, same):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        weights.resolve(str(tmp_path), "row_a")
+        load.resolve(str(tmp_path), "row_a")
     for iteration in (1, 2, 3):
         state = (model if iteration == 2 else Tiny()).state_dict()
         checkpoint.save(checkpoint.folder_of(tmp_path, iteration), state, {}, {})
-    assert weights.resolve(str(tmp_path), "row_a").name == "iter_3"
+    assert load.resolve(str(tmp_path), "row_a").name == "iter_3"
     checkpoint.mark_best(tmp_path, 2, 0.5)
-    best = weights.resolve(str(tmp_path), "row_a")
+    best = load.resolve(str(tmp_path), "row_a")
     assert best.name == "iter_2"
-    assert weights.resolve(str(best), "row_a") == best
-    assert weights.load_weights(other := Tiny(), best).loaded == 9
+    assert load.resolve(str(best), "row_a") == best
+    assert load.load_weights(other := Tiny(), best).loaded == 9
     assert same(other)
-    assert weights.initialize(other, str(tmp_path)).startswith(f"{best}: loaded 9")
+    assert load.initialize(other, str(tmp_path)).startswith(f"{best}: loaded 9")
     (best / "model.safetensors").write_bytes(b"damaged")
     refused(best, "iter_3 instead")
 
@@ -533,10 +534,10 @@ def test_a_work_dir_gives_its_best_else_its_newest_checkpoint(tmp_path, model, s
 def test_start_weights_from_a_whole_checkpoint(tmp_path, model, same, server, rows):
     path, other = tmp_path / "w.pth", Tiny()
     torch.save({"state_dict": official(model)}, path)
-    assert weights.initialize(other, str(path)) == f"{path}: loaded 9 tensors (9 under other names)"
+    assert load.initialize(other, str(path)) == f"{path}: loaded 9 tensors (9 under other names)"
     assert same(other)
     server.files["/w.pth"] = path.read_bytes()
-    weights.initialize(other := Tiny(), "official:row_a")
+    load.initialize(other := Tiny(), "official:row_a")
     assert same(other)
 
 
@@ -544,10 +545,10 @@ def test_start_weights_from_an_imagenet_checkpoint(tmp_path):
     path, model = tmp_path / "w.pth", WithBackbone()
     state = {name: t for name, t in official(model).items() if name.startswith("backbone.")}
     torch.save({"state_dict": state | {"head.fc.weight": torch.ones(2, 2)}}, path)
-    assert "loaded 7 tensors (0 under other names), dropped 1 of head" in weights.initialize(model, str(path))
+    assert "loaded 7 tensors (0 under other names), dropped 1 of head" in load.initialize(model, str(path))
     assert model.received.keys() == state.keys()
     with pytest.raises(UserError, match=r"w\.pth: Tiny has no backbone loader"):
-        weights.initialize(Tiny(), str(path))
+        load.initialize(Tiny(), str(path))
 
 
 TAG = "mobilenetv3_small_050.lamb_in1k"  # the smallest one in every supported timm
@@ -558,19 +559,19 @@ def test_start_weights_from_timm(tmp_path, folder, server, monkeypatch):
     save_file(source, tmp_path / "served")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     with pytest.raises(UserError, match="no network: ") as error:
-        weights.initialize(WithBackbone(), TAG, offline=True)
+        load.initialize(WithBackbone(), TAG, offline=True)
     address = f"/timm/{TAG}/resolve/main/model.safetensors"
     assert f"download {server.url}{address} and put the file at {folder / TAG}.safetensors" in str(error.value)
     server.files[address] = (tmp_path / "served").read_bytes()
     for offline in (False, True):
-        report = weights.initialize(model := WithBackbone(), TAG, offline=offline)
+        report = load.initialize(model := WithBackbone(), TAG, offline=offline)
         assert report.startswith(f"{TAG}: backbone only: loaded {len(source)} tensors")
         assert model.received.keys() == source.keys()
         assert all(torch.equal(model.received[name], source[name]) for name in source)
     del source["classifier.bias"]
     save_file(source, folder / f"{TAG}.safetensors")
     with pytest.raises(UserError, match=r"does not fit.*classifier\.bias.*delete it"):
-        weights.initialize(WithBackbone(), TAG)
+        load.initialize(WithBackbone(), TAG)
 
 
 @pytest.mark.parametrize(
@@ -583,4 +584,4 @@ def test_start_weights_from_timm(tmp_path, folder, server, monkeypatch):
 )
 def test_start_weights_that_do_not_exist(init, words):
     with pytest.raises(UserError, match=words):
-        weights.initialize(WithBackbone(), init)
+        load.initialize(WithBackbone(), init)

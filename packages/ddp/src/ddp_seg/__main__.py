@@ -1,6 +1,6 @@
 """`ddp-seg …` and `python -m ddp_seg …`."""
 
-from segcore.cli import main as run
+from segcore.cli.main import main as run
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ stand in a part of that page that is commented out, and come without weights.
 
 import re
 
-from segcore.experiment import Published
+from segcore.config.schema import Published
 
 _HUB = "https://huggingface.co/yfji/DDP-Weight/resolve/main"
 _UNLISTED = "commented out on the authors' results page; no weights offered"

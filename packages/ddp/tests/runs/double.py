@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ddp_seg.configs import DDP
 from ddp_seg.model import DDPSegmentor
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 class Segmentor(DDPSegmentor):

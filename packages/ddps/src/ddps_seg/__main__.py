@@ -1,6 +1,6 @@
 """`ddps-seg …` and `python -m ddps_seg …`."""
 
-from segcore.cli import main as run
+from segcore.cli.main import main as run
 
 
 def main() -> None:

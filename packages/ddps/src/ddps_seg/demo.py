@@ -11,14 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from ddps_seg.model import DDPSSegmentor
-from segcore.data.dataset import open_dataset
-from segcore.evaluation.inference import predict_classes
+from segcore.checkpoints.load import load_weights, resolve
+from segcore.config.schema import Data, Experiment
+from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.experiment import Data, Experiment
+from segcore.evaluation.predictor import predict_classes
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.seeds import derive
-from segcore.training.weights import load_weights, resolve
 
 SEEDS = 3
 IMAGES = 10

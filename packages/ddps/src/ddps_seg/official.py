@@ -6,7 +6,7 @@ the names of the files in them are not known to us. Base models and ImageNet wei
 
 from __future__ import annotations
 
-from segcore.experiment import Published
+from segcore.config.schema import Published
 
 _MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5"
 

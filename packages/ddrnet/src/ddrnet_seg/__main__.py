@@ -1,6 +1,6 @@
 """`ddrnet-seg …` and `python -m ddrnet_seg …`."""
 
-from segcore.cli import main as run
+from segcore.cli.main import main as run
 
 
 def main() -> None:

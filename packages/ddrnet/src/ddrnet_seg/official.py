@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from segcore.experiment import Published
+from segcore.config.schema import Published
 
 if TYPE_CHECKING:
     from torch import Tensor

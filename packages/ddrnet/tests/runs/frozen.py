@@ -7,7 +7,7 @@ from torch import nn
 
 from ddrnet_seg.configs import DDRNet
 from ddrnet_seg.model import DDRNetSegmentor
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 class Net(DDRNetSegmentor):

@@ -1,6 +1,6 @@
 """`dgmn2-seg …` and `python -m dgmn2_seg …`."""
 
-from segcore.cli import main as run
+from segcore.cli.main import main as run
 
 
 def main() -> None:

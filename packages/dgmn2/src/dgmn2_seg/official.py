@@ -6,7 +6,7 @@ Source: the model zoos of the authors' repository (fudan-zvg/DGMN2), which keep 
 import re
 from collections.abc import Callable
 
-from segcore.experiment import Published
+from segcore.config.schema import Published
 
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 

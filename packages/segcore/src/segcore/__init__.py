@@ -4,22 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from segcore.config.registry import experiments, load_experiment
+    from segcore.config.schema import Experiment
     from segcore.errors import UserError
-    from segcore.experiment import Experiment, experiments, load_experiment
     from segcore.models.segmentor import Segmentor
 
-_ROOMS = {
-    "Experiment": "experiment",
+_MODULES = {
+    "Experiment": "config.schema",
     "Segmentor": "models.segmentor",
     "UserError": "errors",
-    "experiments": "experiment",
-    "load_experiment": "experiment",
+    "experiments": "config.registry",
+    "load_experiment": "config.registry",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:  # only who asks for it pays for importing what it needs, torch for one
-        return getattr(import_module(f"segcore.{_ROOMS[name]}"), name)
+    if name in _MODULES:  # only who asks for it pays for importing what it needs, torch for one
+        return getattr(import_module(f"segcore.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'segcore' has no attribute {name!r}")
 
 

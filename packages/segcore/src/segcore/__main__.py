@@ -1,6 +1,6 @@
 """`python -m segcore …`."""
 
-from segcore.cli import main
+from segcore.cli.main import main
 
 if __name__ == "__main__":
     main()

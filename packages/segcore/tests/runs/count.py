@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from segcore import distributed, load_experiment
-from segcore.data.dataset import open_dataset
+from segcore.data.layouts import open_dataset
 from segcore.evaluation.evaluate import evaluate
 
 exp = load_experiment(f"{Path(__file__).with_name('tiny.py')}:tiny").with_overrides([f"data.root={sys.argv[1]}"])

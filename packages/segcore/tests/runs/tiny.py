@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segcore.experiment import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
 from segcore.models.segmentor import Segmentor
 
 KIND, RANK, ITERATION = (os.environ.get("TINY_FAULT") or "none:0:-1").split(":")

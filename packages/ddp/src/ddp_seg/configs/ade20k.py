@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddp_seg.configs import DDP, Backbone
 from ddp_seg.configs.cityscapes import DECAY_RULES, INIT
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def recipe(backbone: Backbone, window: int = 7) -> Experiment:

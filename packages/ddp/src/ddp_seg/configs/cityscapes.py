@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_seg.configs import DDP, Backbone
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
 
 # Matched against published names: "head" wins over "norm", so norms inside the heads keep their decay, as published.
 DECAY_RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddp_seg.configs import DDP
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def ddp_resnet18_toy() -> Experiment:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ddps_seg.configs import DDPS, Backbone
 from ddps_seg.configs.stock import DEEPLAB, SetName, data, deeplab, segformer
-from segcore.experiment import Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 class Size(NamedTuple):

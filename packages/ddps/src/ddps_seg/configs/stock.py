@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddps_seg.configs import Backbone, Base
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
 
 SetName = Literal["ade20k", "cityscapes"]
 MIT: tuple[Backbone, ...] = ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ddps_seg.configs import DDPS, Base
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def ddps_segformer_b0_base_toy() -> Experiment:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddrnet_seg.configs import DDRNet
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 Variant = Literal["23_slim", "23", "39"]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddrnet_seg.configs import DDRNet
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def ddrnet_23_slim_toy() -> Experiment:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from segcore.config.schema import Experiment, Model
 from segcore.errors import UserError
-from segcore.experiment import Experiment, Model
 
 if TYPE_CHECKING:
     from dgmn2_seg.model import DGMN2Segmentor

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dgmn2_seg.configs import DGMN2, Head, Size
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def recipe(head: Head, size: Size) -> Experiment:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dgmn2_seg.configs import DGMN2
-from segcore.experiment import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
 
 
 def setr_mla_dgmn2_nano_toy() -> Experiment:

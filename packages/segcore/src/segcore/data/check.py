@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import Image
 
-from segcore.data.dataset import Dataset, check_sizes, find_files
+from segcore.config.schema import Data
+from segcore.data.dataset import Dataset, check_sizes
+from segcore.data.layouts import find_files
 from segcore.errors import UserError
-from segcore.experiment import Data
 from segcore.progress import progress
 
 Split = Literal["train", "val"]

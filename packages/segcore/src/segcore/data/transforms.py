@@ -16,8 +16,8 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
-from segcore.data.dataset import IGNORE
-from segcore.experiment import Data
+from segcore.config.schema import Data
+from segcore.data.labels import IGNORE
 
 Box = tuple[int, int, int, int]
 """Rows y1 to y2 and columns x1 to x2 of an image, as (y1, y2, x1, x2)."""

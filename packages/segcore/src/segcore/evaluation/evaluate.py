@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from segcore import distributed
+from segcore.config.schema import Data, Evaluate
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import Stopped, UserError
-from segcore.evaluation.inference import Precision, check_ensemble, predict_classes, until_converged
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
-from segcore.experiment import Data, Evaluate
+from segcore.evaluation.predictor import Precision, check_ensemble, predict_classes, until_converged
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segcore.config.schema import Data, Evaluate
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
-from segcore.evaluation.inference import Precision, predict_classes, predict_probabilities
-from segcore.experiment import Data, Evaluate
+from segcore.evaluation.predictor import Precision, predict_classes, predict_probabilities
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from segcore.commands import COMMANDS
-from segcore.data.dataset import palette_of
-from segcore.experiment import experiments, load_experiment
+from segcore.cli.commands import COMMANDS
+from segcore.config.registry import experiments, load_experiment
+from segcore.data.layouts import palette_of
 from segcore.models.segmentor import Segmentor
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
@@ -180,7 +180,7 @@ def check_help(package: str) -> None:
     """`--help` of every command works and imports no torch."""
     for command in COMMANDS:
         code = (
-            "import sys\nfrom segcore.cli import main\n"
+            "import sys\nfrom segcore.cli.main import main\n"
             f"try:\n    main({package!r}, [{command!r}, '--help'])\n"
             "except SystemExit as end:\n    assert end.code == 0\n"
             "assert 'torch' not in sys.modules, 'torch was imported'"

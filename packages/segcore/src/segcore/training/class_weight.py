@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segcore.config.schema import Experiment
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
-from segcore.experiment import Experiment
 from segcore.files import write
 
 HISTOGRAM = "label_histogram.json"

@@ -21,25 +21,27 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from segcore import distributed
+from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.config.schema import Experiment
 from segcore.data.check import check_headers
-from segcore.data.dataset import Dataset, open_dataset
+from segcore.data.dataset import Dataset
+from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch, train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.errors import Stopped, UserError
-from segcore.evaluation import report
 from segcore.evaluation.evaluate import Results, check_fit, evaluate
-from segcore.evaluation.inference import autocast
-from segcore.experiment import Experiment
+from segcore.evaluation.predictor import autocast
 from segcore.files import write
+from segcore.reporting import tables as report
+from segcore.reporting.prediction_grid import Gallery
 from segcore.seeds import derive
-from segcore.training import checkpoint
-from segcore.training.average import averaged, start_average, update_average
 from segcore.training.class_weight import class_weights
-from segcore.training.figures import Gallery
-from segcore.training.log import RunLog
-from segcore.training.run import Run, build, prepare, restore, save
+from segcore.training.ema import averaged, start_average, update_average
+from segcore.training.logger import RunLog
 from segcore.training.schedule import learning_rate
-from segcore.training.stop import Stop
+from segcore.training.setup import build, prepare
+from segcore.training.signals import Stop
+from segcore.training.state import Run, restore, save
 
 MAX_FAILURES = 3
 """Steps in a row whose loss or gradient is not finite before the run stops."""
@@ -78,7 +80,7 @@ def train(
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init and not found:
-        from segcore.training.weights import initialize
+        from segcore.checkpoints.load import initialize
 
         start = exp.train.init
         notes.append(distributed.lead_first(lambda: initialize(run.model, start, offline=offline)))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segcore.config.schema import Optimizer, ParamRule
 from segcore.errors import UserError
-from segcore.experiment import Optimizer, ParamRule
 from segcore.models.segmentor import Segmentor
 
 OptimizerState = dict[str, dict[str, Tensor]]

@@ -1,6 +1,6 @@
 """The learning rate of an iteration (reference: evaluation specification, section 5)."""
 
-from segcore.experiment import Schedule
+from segcore.config.schema import Schedule
 
 
 def learning_rate(schedule: Schedule, base: float, iteration: int) -> float:

@@ -1,0 +1,82 @@
+"""Load weights into a model, strictly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from segcore.checkpoints.foreign import ACCEPTED, read_state
+from segcore.checkpoints.hub import official_file, timm_state
+from segcore.checkpoints.run_checkpoint import MANIFEST, best, newest
+from segcore.errors import UserError
+from segcore.models.segmentor import LoadReport, Segmentor
+
+
+def load_weights(model: Segmentor, path: Path) -> LoadReport:
+    """Load a checkpoint of the whole model and report what was used.
+
+    Our own checkpoints and published ones are told apart by their names. Strict: raises ValueError, and changes
+    nothing, unless every tensor is used and every parameter is set (see `Segmentor.load_official`).
+    """
+    return _load(model, read_state(path), path)
+
+
+def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
+    """Load the start weights `train.init` and return a line that reports it.
+
+    `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file that has nothing of the
+    model outside its backbone (timm names, or `backbone.*` as OpenMMLab's ImageNet files have) goes to
+    `model.load_start`. Raises ValueError when there is no such thing, it cannot be had offline, or it does not fit.
+    """
+    import timm  # takes seconds, and only start weights need it
+
+    if ":" not in init and not Path(init).expanduser().exists() and timm.is_model(init):
+        state, source = timm_state(init, offline=offline), init
+    else:
+        path = resolve(init, "", offline=offline)
+        state, source = read_state(path), str(path)
+    if model.is_whole(state):
+        return f"{source}: {_load(model, state, source)}"
+    with _naming(source):
+        part, report = model.load_start(state)
+    return f"{source}: {part}: {report}"
+
+
+def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:
+    """Return the file or checkpoint folder that `checkpoint` names, downloading it if it is a published one.
+
+    `official` is the published file of `experiment_name`, `official:CONFIG` that of another row; an existing file or
+    checkpoint folder is itself; a work_dir gives its best, else its newest checkpoint. Raises ValueError otherwise.
+    """
+    if checkpoint == "official" or checkpoint.startswith("official:"):
+        return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
+    path = Path(checkpoint).expanduser()
+    if (path / "checkpoints").is_dir():
+        found = best(path) or newest(path)
+        if found is None:
+            raise UserError(f"{path}: this work_dir holds no complete checkpoint; train first, or {ACCEPTED}")
+        return found
+    if not path.exists():
+        raise UserError(f"{checkpoint}: no such file or folder (looked at {path.absolute()}); {ACCEPTED}")
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise UserError(f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}")
+    return path
+
+
+@contextlib.contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Put the file in front of what a model says about its tensors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _load(model: Segmentor, state: Mapping[str, Tensor], source: object) -> LoadReport:
+    own = sum(name in state for name in model.state_dict())
+    official = sum(name in state for name in model.official_names().values())
+    with _naming(source):
+        return model.load_own(state) if own and own >= official else model.load_official(state)

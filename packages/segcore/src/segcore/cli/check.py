@@ -1,0 +1,35 @@
+"""`check`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from segcore import files
+from segcore.cli.common import Command
+from segcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check(Command):
+    """Read every file of the data set: counts, sizes, label histogram, and a line about everything that is wrong."""
+
+    split: Literal["train", "val", "both"] = "both"
+    """What to read."""
+    json: Path | None = None
+    """Where the report goes as JSON besides."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.data.check import check
+
+        exp = self.experiment
+        both: tuple[Literal["train", "val"], ...] = ("train", "val")
+        reports = [check(exp.data, s, exp.model.num_classes) for s in both if self.split in (s, "both")]
+        print(*reports, sep="\n\n")
+        if self.json:
+            text = json.dumps({report.split: report.to_json() for report in reports}, indent=1)
+            files.write(self.json, text + "\n")
+        if count := sum(len(report.problems) for report in reports):
+            raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; mend them first")

@@ -1,0 +1,22 @@
+"""`demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from segcore.cli.common import Command, device_of
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Train a small model on generated street scenes and write a page with its results; goes on if interrupted."""
+
+    work_dir: Path | None = None
+    """Folder for the scenes, the run and the page; runs/demo/<configuration> if not given."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.demo import run as demo
+
+        work_dir = self.work_dir or Path("runs/demo", self.experiment.name)
+        demo.run(self.experiment, work_dir, device=device_of(self.device), package=package)

@@ -1,0 +1,33 @@
+"""`train`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from segcore.cli.common import Flag, Parallel, complete_toy_set, device_of
+
+
+@dataclass(frozen=True)
+class Train(Parallel):
+    """Train a configuration and evaluate it."""
+
+    work_dir: Path | None = None
+    """Folder for checkpoints, log and results; runs/<configuration> if not given."""
+    resume: Flag = False
+    """Go on from the newest valid checkpoint in the folder, if there is one."""
+
+    def run_in_process(self) -> None:
+        from segcore import distributed
+        from segcore.training.loop import train
+
+        complete_toy_set(self.experiment)
+        work_dir = self.work_dir or self.default_dir
+        # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
+        record = work_dir / "experiment.json"
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()
+        own = restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.run_id()
+        resume = self.resume or own
+        train(self.experiment, work_dir, device=device_of(self.device), resume=resume, offline=self.offline)

@@ -1,0 +1,74 @@
+"""The record of a run, experiment.json: its settings, versions and git hash, and how two records differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segcore.config.schema import Experiment
+from segcore.environment import git_hash, versions
+
+
+def describe(exp: Experiment) -> dict[str, Any]:
+    """Return the resolved settings of a run, the versions of what it runs on and the code's git hash, as plain data."""
+    known = {"versions": versions(), "platform": platform.platform(), "git": git_hash()}
+    return {"experiment": settings_of(exp), **known}
+
+
+def settings_of(exp: Experiment) -> dict[str, Any]:
+    """Return the settings as plain data, and with the model's the class that they are of."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(exp), default=str))
+    settings["model"] = {"class": f"{type(exp.model).__module__}:{type(exp.model).__qualname__}", **settings["model"]}
+    return settings
+
+
+class OtherSettings(NamedTuple):
+    """How the settings that weights depend on differ between the record of a training and a configuration."""
+
+    name: str = ""
+    """The configuration of the training, if it is another one."""
+    options: str = ""
+    """What to write on the command line to have the settings of the training, if they are others."""
+
+    @classmethod
+    def of(cls, folder: Path, exp: Experiment) -> OtherSettings:
+        """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
+        try:
+            then = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["experiment"]
+        except (OSError, ValueError, KeyError):
+            return cls()
+        now = settings_of(exp)
+        name = "" if then["name"] == now["name"] else then["name"]
+        if then["model"]["class"] != now["model"]["class"]:
+            return cls(name)
+        keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
+        other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
+        return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, for a message."""
+        ways = [f"name the configuration {self.name}" * bool(self.name), f"add {self.options}" * bool(self.options)]
+        return ", or ".join(filter(None, ways))
+
+
+OF_THE_WEIGHTS = ("dataset", "classes", "background", "channels", "bit_depth", "mean", "std")
+"""Settings of the data that weights are trained for, as they are for all settings of the model."""
+
+
+def _option(name: str, value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)])
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Return `name: old -> new` for every setting in which two `describe(…)["experiment"]` differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        parts = (differences(before.get(key), after.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [line for part in parts for line in part]
+    return [] if before == after else [f"{name}: {before} -> {after}"]

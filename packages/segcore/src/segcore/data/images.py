@@ -1,0 +1,99 @@
+"""Read image and label files, without executing anything in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from segcore.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".gif", ".npy")
+"""Files that count as images where a folder is searched, lower case."""
+
+# Unreadable files raise UserError: one line, without OpenCV's own in front. Its version 5 moved the function.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+
+
+def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.ndarray:
+    """Return the image (H, W, channels), uint8 or uint16 by `bit_depth`; three channels are RGB, four may be RGBA.
+
+    Three channels are decoded as the published systems do: grey files are repeated, alpha is dropped, EXIF
+    orientation is applied. Other counts are taken from the file: grey, RGBA, TIFF with a page per band, .npy (H, W, C).
+    Raises UserError for a file that is missing, empty, damaged, or that holds something else than stated.
+    """
+    path = Path(path)
+    try:
+        image = _load_npy(path) if path.suffix.lower() == ".npy" else _decode(path.read_bytes(), channels)
+    except (OSError, ValueError, EOFError, cv2.error) as error:
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); replace the file") from None
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[2:] != (channels,) or image.dtype != (np.uint8 if bit_depth == 8 else np.uint16):
+        raise UserError(
+            f"{path}: holds {image.dtype} of shape {image.shape}, but data.channels is {channels} and data.bit_depth "
+            f"{bit_depth}; set them to what the files hold, or convert the file"
+        )
+    return image
+
+
+def read_label(path: Path | str) -> np.ndarray:
+    """Return the values of a label file, (H, W) uint8, untouched: a palette PNG yields its indices.
+
+    Raises UserError for a file that is missing, damaged, has more than one channel or values beyond 255.
+    """
+    try:
+        with Image.open(path) as file:
+            label = np.array(file)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a label ({_reason(error)}); replace the file") from None
+    if label.ndim != 2:
+        raise UserError(f"{path}: a label of shape {label.shape}; save one channel of class indices, not colours")
+    if label.dtype not in (np.uint8, np.bool_) and (label.min() < 0 or label.max() > 255):
+        raise UserError(
+            f"{path}: label values {label.min()} to {label.max()}; save class indices 0 to 254, and 255 to ignore"
+        )
+    return label.astype(np.uint8, copy=False)
+
+
+def _decode(data: bytes, channels: int) -> np.ndarray:
+    """Return the pixels of an encoded image in RGB order; raises ValueError with the reason when there are none."""
+    if not data:
+        raise ValueError("the file is empty")
+    # OpenCV 4 fills the missing part of a truncated file with grey.
+    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG")
+    if (is_jpeg and data.find(b"\xff\xd9", _first_scan(data)) < 0) or (is_png and b"IEND" not in data):
+        raise ValueError("the file is cut short")
+    colour = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
+    buffer = np.frombuffer(data, np.uint8)
+    image = cv2.imdecode(buffer, colour.get(channels, cv2.IMREAD_UNCHANGED))
+    if image is None:
+        raise ValueError("not an image, or damaged")
+    if image.ndim == 2 and channels > 1:  # bands as pages
+        return np.dstack(cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)[1])
+    if image.ndim == 3 and image.shape[2] in (3, 4):
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    return image
+
+
+def _first_scan(data: bytes) -> int:
+    """Return where the first scan of a JPEG begins: past its headers, which may hold a thumbnail with its own marks."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        fill = data[position + 1] == 0xFF  # any number of them may stand in front of a mark
+        position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what went wrong, short."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,41 @@
+"""List and pair image and label files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from segcore.data.dataset import Sample
+from segcore.errors import UserError
+
+
+def list_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Return the files below `folder` that end in `suffix`, by their relative path without it.
+
+    They are in the order of their relative paths as text, as in the published systems. Raises UserError without the
+    folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; unpack the dataset so that it is there, or set data.root")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
+    return {name.removesuffix(suffix): folder / name for name in names}
+
+
+def pair_files(
+    images: Mapping[str, Path], labels: Mapping[str, Path] | None, wanted: tuple[str, str]
+) -> tuple[tuple[Sample, ...], tuple[str, ...], tuple[Path, ...]]:
+    """Return the samples of images and labels under equal names, in the images' order; `labels` None: without labels.
+
+    Beside them a line about each image without a label, and the labels without an image. `wanted` says for the
+    messages where images and labels were looked for. Raises UserError when there is no image.
+    """
+    if not images:
+        raise UserError(f"{wanted[0]}: no images found; put them there or set data.root")
+    if labels is None:
+        return tuple(Sample(path, None) for path in images.values()), (), ()
+    remedy = f"no label among {wanted[1]}; add it or remove the image"
+    return (
+        tuple(Sample(path, labels[name]) for name, path in images.items() if name in labels),
+        tuple(f"{path}: {remedy}" for name, path in images.items() if name not in labels),
+        tuple(path for name, path in labels.items() if name not in images),
+    )

@@ -1,0 +1,96 @@
+"""A user's own images and masks: two globs per split and a list of class names.
+
+A mask belongs to the image of the same stem. Endings that only say what a file is are left out of the stem: an `_`,
+`-` or `.` followed by image(s), img, rgb, leftImg8bit, mask(s), label(s), labelIds, labelTrainIds, gtFine, gt, seg,
+annotation(s), in any case and also several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a `**`, sub-folders
+count too: `x/a.jpg` and `x/a.png`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+
+from segcore.config.schema import Data
+from segcore.data.dataset import Dataset
+from segcore.data.images import IMAGE_SUFFIXES
+from segcore.data.labels import IGNORE, index_table
+from segcore.data.layouts.files import pair_files
+from segcore.errors import UserError
+
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
+"""Files that count as masks: lossless, and read as indices."""
+_ENDING = re.compile(
+    r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
+    re.IGNORECASE,
+)
+
+
+def open_split(data: Data, split: str) -> Dataset:
+    """Return the split `train` or `val` that the globs of `data` name; mask values are 0 .. K-1 and 255 (ignored).
+
+    An empty `data.val_masks` gives samples without labels. Raises UserError when classes are missing, when nothing
+    matches, or when two files have one stem.
+    """
+    if not 1 <= len(data.classes) <= 253:
+        raise UserError(
+            f"data.classes has {len(data.classes)} names; give 1 to 253, in the order of the mask values 0, 1, 2 …"
+        )
+    train = split == "train"
+    image_glob, mask_glob = (data.train_images, data.train_masks) if train else (data.val_images, data.val_masks)
+    masks = find(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
+    wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
+    samples, unpaired, spare = pair_files(find(data.root, image_glob), masks, wanted)
+    palette, table = distinct_colours(len(data.classes)), index_table(len(data.classes))
+    image_root = data.root / fixed_part(image_glob)
+    return Dataset(data.classes, palette, IGNORE, samples, image_root, table, unpaired=unpaired, spare=spare)
+
+
+def find(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """Return the files of these types that match `pattern` below `root`, by stem, in the order of their paths as text.
+
+    Hidden files and files of other types are left out. Raises UserError when two have one stem or the pattern is no
+    relative glob.
+    """
+    try:
+        paths = sorted(root.glob(pattern), key=lambda path: path.relative_to(root).as_posix())
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{pattern!r} is no file pattern below {root} ({error}); write it like images/train/*.png"
+        ) from None
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            relative = path.relative_to(root / fixed_part(pattern))
+            key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
+            if key in found:
+                raise UserError(
+                    f"{found[key]} and {path}: both stand for {key!r}; narrow the pattern {pattern} to one of them"
+                )
+            found[key] = path
+    return found
+
+
+def fixed_part(pattern: str) -> PurePosixPath:
+    """Return the folder of a glob in front of its first wildcard."""
+    parts = PurePosixPath(pattern).parent.parts
+    wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    return PurePosixPath(*parts[:wild])
+
+
+def distinct_colours(count: int) -> np.ndarray:
+    """Return (count, 3) uint8 RGB: of 512 spaced colours, each the farthest in CIELAB from black and those before it.
+
+    Colour i does not depend on `count`, which is at most 511.
+    """
+    levels = np.linspace(0, 255, 8).astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
+    lab = cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+    chosen, distance = [0], np.full(len(colours), np.inf)
+    for _ in range(count):
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return colours[chosen[1:]]

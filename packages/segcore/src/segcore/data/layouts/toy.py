@@ -1,0 +1,58 @@
+"""The generated street scenes as a dataset: the Cityscapes layout with a marker file that says what belongs to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segcore.errors import UserError
+
+CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
+
+
+def is_complete(root: Path) -> bool:
+    """Return whether `root` holds a toy set that was generated to its end and still has all of its files.
+
+    Raises UserError when the marker cannot be read.
+    """
+    return bool(read_marker(root / MARKER).get("complete")) and not lost(root)
+
+
+def lost(root: Path, splits: Sequence[str] = SPLITS) -> list[Path]:
+    """Return the files that the marker below `root` speaks of and that are not there; none without a marker."""
+    items = items_of(read_marker(root / MARKER)) if (root / MARKER).exists() else []
+    files = [file for split, index in items if split in splits for file in files_of(root, split, index)]
+    return [file for file in files if not file.is_file()]
+
+
+def items_of(parameters: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return (split, index) of every image of a toy set with these parameters."""
+    return [(split, index) for split in SPLITS for index in range(parameters[split])]
+
+
+def files_of(root: Path, split: str, index: int) -> tuple[Path, Path, Path]:
+    """Return the image, its raw ids and its train ids."""
+    images, labels = root / "leftImg8bit" / split / CITY, root / "gtFine" / split / CITY
+    stem = f"{CITY}_{index:06d}_000000"
+    return (
+        images / f"{stem}_leftImg8bit.png",
+        labels / f"{stem}_gtFine_labelIds.png",
+        labels / f"{stem}_gtFine_labelTrainIds.png",
+    )
+
+
+def read_marker(marker: Path) -> dict[str, Any]:
+    """Return what the marker says, nothing where there is none."""
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        if not all(isinstance(content[split], int) for split in SPLITS):
+            raise ValueError("counts are not integers")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{marker}: is not a toy set's marker ({error!r}); delete the folder or name another one"
+        ) from None
+    return dict(content)

@@ -1,5 +1,0 @@
-"""Drawing of street scenes: `canvas` projects and paints, `things` stand and drive, `scene` puts all together."""
-
-from segcore.data.street.scene import draw_scene
-
-__all__ = ["draw_scene"]

@@ -1,0 +1,89 @@
+"""Generated street scenes in the Cityscapes layout: what the demo and the tests train on when there is no dataset.
+
+17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colours vary more
+between scenes than between classes, so that a class is told by shape, texture and place. `segcore.demo.street` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from segcore.data.layouts.cityscapes import RAW_IDS
+from segcore.data.layouts.toy import MARKER, SPLITS, files_of, is_complete, items_of, lost, read_marker
+from segcore.demo.street import draw_scene
+from segcore.errors import UserError
+from segcore.files import write
+from segcore.progress import progress as show_progress
+from segcore.seeds import derive
+
+TRAIN, VAL = 200, 50
+VERSION = 1
+"""Changes whenever the same seed gives other pictures."""
+TO_RAW = np.ones(256, np.uint8)
+"""Train id -> raw id. All that is ignored here is raw 1, "ego vehicle"."""
+TO_RAW[: len(RAW_IDS)] = RAW_IDS
+
+
+def generate(
+    root: Path,
+    *,
+    train: int = TRAIN,
+    val: int = VAL,
+    height: int = 256,
+    width: int = 512,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `train` + `val` images of height x width pixels, with labels in both Cityscapes forms, under `root`.
+
+    The files depend on the parameters only, image i of a split on (seed, split, i) and the size: a smaller set is the
+    beginning of a larger one. Every file is written whole and the marker `toy.json` says `complete` last; the next call
+    continues an interrupted one. `progress(done, total)` is called after every image. Nothing is ever deleted.
+
+    Raises UserError when a parameter is too small, or when `root` holds a toy set with other parameters.
+    """
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("height", height, 32), ("width", width, 32)):
+        if value < least:
+            raise UserError(f"toy {name} is {value}; it must be at least {least}")
+    parameters = {"version": VERSION, "train": train, "val": val, "height": height, "width": width, "seed": seed}
+    marker = root / MARKER
+    if read_marker(marker) | {"complete": True} not in ({"complete": True}, parameters | {"complete": True}):
+        raise UserError(f"{marker}: here is a toy set with other parameters; delete its folder or name another one")
+    write(marker, json.dumps(parameters | {"complete": False}))
+    items = items_of(parameters)
+    for done, (split, index) in enumerate(items, 1):
+        image_file, raw_file, label_file = files = files_of(root, split, index)
+        if not all(file.is_file() for file in files):
+            # RandomState and not default_rng: NumPy promises that its stream never changes.
+            rng = np.random.RandomState(derive(seed, SPLITS.index(split), index))
+            image, label = draw_scene(rng, height, width)
+            for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
+                write(file, cv2.imencode(".png", array)[1].tobytes())
+        if progress:
+            progress(done, len(items))
+    write(marker, json.dumps(parameters | {"complete": True}))
+
+
+def complete(root: Path) -> None:
+    """Generate the set below `root`, or what the one there lacks by its own parameters; says so on standard error.
+
+    Raises UserError when `root` holds something else.
+    """
+    if is_complete(root):
+        return
+    marker = read_marker(root / MARKER)
+    parameters = {name: marker[name] for name in ("train", "val", "height", "width", "seed") if name in marker}
+    if parameters:
+        print(f"{root}: {len(lost(root))} of its files missing; generating these again", file=sys.stderr)
+    elif root.is_dir() and any(root.iterdir()):
+        raise UserError(f"{root}: holds no toy set; name another folder in data.root, or its layout in data.dataset")
+    else:
+        print(f"{root}: not there; generating {TRAIN + VAL} street scenes", file=sys.stderr)
+    with show_progress("generating street scenes") as advance:
+        generate(root, **parameters, progress=advance)

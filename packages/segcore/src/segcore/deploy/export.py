@@ -1,0 +1,207 @@
+"""`export`: a model as an ONNX file or a `torch.export` program, checked against the model before it is written.
+
+Either takes normalised `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. What is needed
+to use it goes along as JSON: classes, mean and standard deviation of the normalisation, sizes (`describe`). In an ONNX
+file that is the metadata entry `segcore`, in a program the extra file `segcore.json`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config
+
+from segcore import files
+from segcore.config.schema import Experiment
+from segcore.data.layouts import palette_of
+from segcore.errors import UserError
+from segcore.models.segmentor import Segmentor
+
+MAX_DIFFERENCE = 1e-3
+"""Of a logit from the model's own."""
+MIN_AGREEMENT = 0.999
+"""Share of the pixels with the same class as the model's own."""
+MAX_SIDE = 8192
+"""Of the images that a dynamic export takes, in pixels."""
+ENTRY = "segcore"
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to write."""
+
+    height: int
+    width: int
+    batch: int = 1
+    dynamic: bool = False
+    """Any batch and any size whose sides are multiples of the model's `size_divisor`; otherwise exactly the given."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How the export answers random images of one shape."""
+
+    shape: tuple[int, ...]
+    difference: float
+    """Largest absolute difference of a logit from the model's own."""
+    agreement: float
+    """Share of the pixels with the same class."""
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}: logits within {self.difference:.1e}, {self.agreement:.3%} same class"
+
+
+def check_output(path: Path, settings: Settings, model: Segmentor) -> None:
+    """Raise UserError when `path` or `settings` cannot be used, before anything is loaded or built."""
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"{path}: name the file .onnx (ONNX) or .pt2 (torch.export)")
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and missing:
+        raise UserError(f"{path}: ONNX needs {', '.join(missing)}; install segcore[export]")
+    if settings.batch < 1:
+        raise UserError(f"--batch {settings.batch}: give at least 1")
+    divisor = model.size_divisor
+    if settings.dynamic and (settings.height % divisor or settings.width % divisor):
+        raise UserError(
+            f"--size {settings.height}x{settings.width}: with --dynamic both sides must be multiples of {divisor}"
+        )
+    model.check_size(torch.empty(1, 1, settings.height, settings.width, device="meta"))
+
+
+def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) -> list[Check]:
+    """Write `model`, on the CPU and in evaluation mode, to `path` (.onnx or .pt2) and return what was checked.
+
+    With `dynamic` a larger image and another batch are checked, too. Raises UserError, and writes nothing, when the
+    model cannot be exported like that or the export does not answer as the model does.
+    """
+    check_output(path, settings, model)
+    # Sizes of 1 would be taken for constants, so a dynamic export is traced with 2 images.
+    example = _images(exp, max(settings.batch, 2) if settings.dynamic else settings.batch, settings)
+    # The layout of the weights would become conditions on the sizes.
+    model = model.to(memory_format=torch.contiguous_format)
+    module = model.exportable(example, dynamic=settings.dynamic)
+    text = json.dumps(describe(model, exp, settings))
+    try:
+        # Without `backed_size_oblivious` a map that happens to be one pixel high here would have to stay so.
+        with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            program = torch.export.export(module, (example,), dynamic_shapes=_dynamic_shapes(model, settings))
+            with tempfile.TemporaryDirectory() as folder:
+                beside = Path(folder) / path.name
+                run = (
+                    _save_onnx(program, beside, text)
+                    if path.suffix == ".onnx"
+                    else _save_program(program, beside, text)
+                )
+                checks = [_check(module, run, images) for images in _samples(model, exp, settings)]
+                _refuse(checks, path)
+                files.write(path, beside.read_bytes())
+    except UserError:
+        raise
+    except Exception as error:  # the exporters raise what they like
+        kind = "dynamic size" if settings.dynamic else "size"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: {type(model).__name__} cannot be exported at this {kind} ({reason})") from error
+    return checks
+
+
+def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str, Any]:
+    """Return what goes along with the export."""
+    classes, _ = palette_of(exp.data)
+    return {
+        "name": exp.name,
+        "classes": list(classes),
+        "mean": list(exp.data.mean),
+        "std": list(exp.data.std),
+        "channels": exp.data.channels,
+        "bit_depth": exp.data.bit_depth,
+        "size": [settings.height, settings.width],
+        "batch": settings.batch,
+        "dynamic": settings.dynamic,
+        "size_divisor": model.size_divisor if settings.dynamic else None,
+        "evaluate_scale": exp.evaluate.scale,
+        "align_corners": model.align_corners,
+    }
+
+
+def _dynamic_shapes(model: Segmentor, settings: Settings) -> Any:
+    if not settings.dynamic:
+        return None
+    divisor = model.size_divisor
+    least = -(-model.min_size // divisor)
+    height, width = (divisor * torch.export.Dim(name, min=least, max=MAX_SIDE // divisor) for name in ("h", "w"))
+    return ({0: torch.export.Dim("batch", min=1, max=256), 2: height, 3: width},)
+
+
+def _images(exp: Experiment, batch: int, settings: Settings, grow: int = 0) -> Tensor:
+    shape = (batch, exp.model.in_channels, settings.height + grow, settings.width + grow)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+
+
+def _samples(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[Tensor]:
+    """Yield what to check with."""
+    yield _images(exp, settings.batch, settings)
+    if settings.dynamic:
+        yield _images(exp, settings.batch + 1, settings, grow=model.size_divisor)
+
+
+def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
+    """Write the ONNX file and return what ONNX Runtime makes of it."""
+    import onnxruntime
+
+    written = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False, external_data=False
+    )
+    assert written is not None
+    written.model.metadata_props[ENTRY] = text
+    written.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(np.asarray(session.run(None, {"images": images.numpy()})[0]))
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
+    """Write the program and return it as it is read back."""
+    torch.export.save(program, path, extra_files={f"{ENTRY}.json": text})
+    return torch.export.load(path).module()
+
+
+def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
+    expected, found = module(images), run(images)
+    same = (expected.argmax(1) == found.argmax(1)).double().mean().item()
+    return Check(tuple(images.shape), (expected - found).abs().max().item(), same)
+
+
+def _refuse(checks: list[Check], path: Path) -> None:
+    """Raise UserError about the first check that fails; NaN fails, too."""
+    for check in checks:
+        if not (check.difference <= MAX_DIFFERENCE and check.agreement >= MIN_AGREEMENT):
+            raise UserError(
+                f"{path}: not written, it does not answer as the model does ({check}; allowed are {MAX_DIFFERENCE} and "
+                f"{MIN_AGREEMENT:.1%}); report this with the versions that `env` prints"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' warnings about their own insides from the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,46 @@
+"""The pictures of a run: some validation images with truth and prediction, at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from segcore import distributed
+from segcore.data.dataset import Dataset
+from segcore.reporting.figures import colorize, displayable, entry_title, strip
+
+ROWS = 4
+HEIGHT = 256
+"""Pixels of a row; larger images are made smaller."""
+
+
+class Gallery:
+    """Collects a row `image, truth, prediction` of a few images, spread over those that this process evaluates."""
+
+    def __init__(self, dataset: Dataset, entries_by: str = "") -> None:
+        self.dataset, self.by = dataset, entries_by
+        own = range(distributed.rank(), len(dataset), distributed.size())
+        self.wanted = {own[i] for i in np.linspace(0, len(own) - 1, min(ROWS, len(own))).astype(int)}
+        self.rows: dict[int, np.ndarray] = {}
+
+    def add(self, index: int, image: np.ndarray, label: np.ndarray, entries: Mapping[str, Tensor]) -> None:
+        """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is to be shown."""
+        if index not in self.wanted:
+            return
+        found = {entry_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
+        classes = {"truth": label, **found}
+        maps = {
+            name: colorize(value, self.dataset.palette, self.dataset.ignore_index) for name, value in classes.items()
+        }
+        panels = [displayable(image), *maps.values()]
+        every = -(-image.shape[0] // HEIGHT)
+        self.rows[index] = strip([panel[::every, ::every] for panel in panels], ["image", *maps])
+
+    def picture(self) -> np.ndarray | None:
+        """Return the rows below each other, (H, W, 3) uint8 RGB; None when no image was seen."""
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        width = max((row.shape[1] for row in rows), default=0)
+        filled = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+        return np.concatenate(filled) if filled else None

@@ -1,0 +1,176 @@
+"""What a run says: a line per interval or a progress bar for people, and `<work_dir>/log.jsonl` for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from segcore.files import write, writing
+from segcore.reporting.figures import curve_svg, write_image
+
+
+class RunLog:
+    """The log of one run; use it in a `with` statement.
+
+    On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
+    gets one object per line at full precision: `{"mode": "meta", …}` at every start, then `train` and `val`, each with
+    `iteration`, the number of finished iterations. A value that is not finite becomes null. Where the extra
+    `tensorboard` is installed, the figures go to `<work_dir>/tensorboard` as well.
+
+    `start` is the iteration that a resumed run goes on from: what the log says beyond it is dropped, so that curves are
+    clean. Without a `work_dir` nothing is written and nothing shown: one process of several is enough for that.
+
+    Raises UserError naming the file when it cannot be written.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path | None,
+        iterations: int,
+        meta: Mapping[str, Any],
+        *,
+        start: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.path, self.iterations, self.start = work_dir and work_dir / "log.jsonl", iterations, start
+        self.console = console or Console(quiet=work_dir is None)
+        self.began = time.perf_counter()
+        self.said = set[str]()
+        if self.path and self.path.exists():
+            write(self.path, _until(self.path, start))
+        self.plain = self.console.quiet or not self.console.is_terminal
+        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (name, BarColumn(None), MofNCompleteColumn(), text)
+        self.bar = Progress(*columns, console=self.console, disable=self.plain)
+        self.training = self.bar.add_task("train", total=iterations, completed=start, text="")
+        self.evaluation = self.bar.add_task("evaluate", visible=False, text="")
+        self.board = _board(work_dir / "tensorboard", start) if work_dir else None
+        self._write({"mode": "meta", "iteration": start, **meta})
+
+    def __enter__(self) -> RunLog:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.bar.stop()
+        if self.board and self.path:
+            with writing(self.path.with_name("tensorboard")):
+                self.board.close()
+
+    def line(self, text: str) -> None:
+        """Print a text for people, above the bar where there is one."""
+        if not self.plain:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.path:
+            print(text, file=self.console.file, flush=True)
+
+    def once(self, text: str) -> None:
+        """Print a text on standard error the first time that it comes up, whichever process this is."""
+        if text not in self.said:
+            self.said.add(text)
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, iteration: int) -> None:
+        """Move the bar to `iteration` finished iterations."""
+        self.bar.update(self.training, completed=iteration)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is, in images."""
+        self.bar.update(self.evaluation, completed=done, total=total, visible=done < total)
+
+    def train(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Log means over the last interval: lr, loss, seconds, data_seconds, images_per_second and whatever else."""
+        self._write({"mode": "train", "iteration": iteration, **values})
+        pace = (time.perf_counter() - self.began) / max(iteration - self.start, 1)
+        rate, eta = values["images_per_second"], timedelta(seconds=round(pace * (self.iterations - iteration)))
+        text = f"loss {values['loss']:.4f}  {rate:.1f} images/s  eta {eta}"
+        self.bar.update(self.training, completed=iteration, text=text)
+        if self.plain:
+            known = {"lr": f"{values['lr']:.3e}", "eta": eta, "time": f"{values['seconds']:.3f}"}
+            known |= {"data_time": f"{values['data_seconds']:.3f}", "images/s": f"{rate:.1f}"}
+            others = {key: _short(value) for key, value in values.items() if key not in _NAMED}
+            text = ", ".join(f"{key}: {value}" for key, value in (known | others).items())
+            self.line(f"Iter [{iteration}/{self.iterations}]  {text}")
+
+    def val(self, iteration: int, values: Mapping[str, Any], text: str) -> None:
+        """Log an evaluation: plain data for the file, tables for people. `values` holds `Results.to_json()`."""
+        self._write({"mode": "val", "iteration": iteration, **values})
+        for entry, metrics in values.get("entries", {}).items():
+            for name, value in zip(values["classes"], metrics["IoU"], strict=True):
+                if self.board and value is not None:
+                    self.board.add_scalar(f"IoU {entry}/{name}", value, iteration)
+        self.line(f"Iter(val) [{iteration}]\n{text}")
+
+    def picture(self, iteration: int, image: np.ndarray | None) -> None:
+        """Keep a picture (H, W, 3) uint8 of an evaluation: figures/predictions_<iteration>.png, and TensorBoard."""
+        if self.path and image is not None:
+            write_image(self.path.parent / "figures" / f"predictions_{iteration}.png", image)
+            if self.board:
+                self.board.add_image("predictions", image, iteration, dataformats="HWC")
+
+    def curve(self) -> None:
+        """Draw figures/loss.svg from the file."""
+        if self.path:
+            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+            write(self.path.parent / "figures" / "loss.svg", loss_curve(lines))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if not self.path:
+            return
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
+        with writing(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            for key, value in record.items():
+                if self.board and isinstance(value, float):
+                    self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
+
+
+def loss_curve(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return the training loss over the iterations as an SVG element, from the records of a log."""
+    values = [(r["iteration"], r["loss"]) for r in records if r["mode"] == "train" and r["loss"] is not None]
+    return curve_svg([i for i, _ in values], [v for _, v in values], "Training loss", "iteration", "loss")
+
+
+_NAMED = ("lr", "seconds", "data_seconds", "images_per_second")
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _board(folder: Path, start: int) -> Any:
+    """Return a TensorBoard writer where the extra `tensorboard` is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def _until(path: Path, iteration: int) -> str:
+    """Return the lines of a log up to `iteration`, without a last one that was cut off."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            wanted = json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            continue
+        if wanted:
+            lines.append(line + "\n")
+    return "".join(lines)
