@@ -33,7 +33,7 @@ def predict(w: Weights, images: Tensor, noise: Tensor, steps: int) -> Tensor:
 
 
 def convnext(w: Weights, x: Tensor) -> list[Tensor]:
-    """Return the four normalised stage outputs (N, C_i, H_i, W_i)."""
+    """Return the four normalized stage outputs (N, C_i, H_i, W_i)."""
     maps = []
     for i, depth in enumerate(DEPTHS):
         if i == 0:
@@ -124,7 +124,7 @@ def positional_encoding(h: int, width: int, dim: int) -> Tensor:
 
 
 def reference_points(h: int, width: int) -> Tensor:
-    """Return (h * width, 2), normalised (x, y) of the pixel centres."""
+    """Return (h * width, 2), normalized (x, y) of the pixel centers."""
     y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1)
 

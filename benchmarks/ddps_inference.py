@@ -34,7 +34,7 @@ def main() -> None:
     clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     model = segcore.load_experiment(CONFIG).model.build().eval()
-    names = model.official_names()
+    names = model.key_map()
     weights = {names[name]: tensor.detach() for name, tensor in model.state_dict().items()}
     height, width = args.size
     images = torch.randn(1, 3, height, width)

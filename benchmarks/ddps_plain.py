@@ -81,7 +81,7 @@ def block(w: Weights, name: str, x: Tensor, time: Tensor) -> Tensor:
 
 
 def standard_conv(w: Weights, name: str, x: Tensor) -> Tensor:
-    """Return the normalised answer of a convolution with standardised weights."""
+    """Return the normalized answer of a convolution with standardised weights."""
     weight = w[f"{name}.proj.weight"]
     mean, variance = weight.mean((1, 2, 3), keepdim=True), weight.var((1, 2, 3), unbiased=False, keepdim=True)
     x = F.conv2d(x, (weight - mean) * (variance + EPS).rsqrt(), w[f"{name}.proj.bias"], padding=1)

@@ -4,7 +4,7 @@
 
 Forms take turns in one process on one image and the same random weights, once with the maps that Semantic FPN takes,
 once with SETR's. "unfold" and "grid_sample" are plain forms; the second has other gradients at the border and at pixel
-centres. Ratios are the first form's time over a form's own, and a form's memory over the first one's. Times are the
+centers. Ratios are the first form's time over a form's own, and a form's memory over the first one's. Times are the
 best ones; with one thread they are the process's CPU time, which other programs disturb less than the clock. Memory is
 the least peak of a forward and backward pass beyond model and image, the gradients of the weights included. The
 difference is the largest of the maps, over their standard deviation.

@@ -37,7 +37,7 @@ def unfold_by_gather(image: Tensor, offset: Tensor) -> Tensor:
 
 
 def unfold_by_grid_sample(image: Tensor, offset: Tensor) -> Tensor:
-    """The same through `grid_sample`, whose gradients at pixel centres and at the border are other ones."""
+    """The same through `grid_sample`, whose gradients at pixel centers and at the border are other ones."""
     b, d, height, width = image.shape
     y, x = places(offset)
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1).flatten(2, 3)
@@ -78,7 +78,7 @@ def backbone(w: Weights, images: Tensor, *, dense: bool, unfold: Unfold = unfold
 
 
 def attention(w: Weights, name: str, x: Tensor, size: tuple[int, int], heads: int, unfold: Unfold) -> Tensor:
-    """Return (B, N, C) for normalised tokens (B, N, C)."""
+    """Return (B, N, C) for normalized tokens (B, N, C)."""
     b, n, c = x.shape
     qkv = linear(w, f"{name}.qkv", x).reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = (t.reshape(b * heads, n, -1) for t in qkv)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segcore.config.schema import Data, Evaluate
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.layouts import open_dataset
 from segcore.demo.toy import generate
 from segcore.environment import environment
@@ -52,7 +52,7 @@ class Pointwise(Segmentor):
     ) -> dict[str, Tensor]:
         raise NotImplementedError("it is only evaluated")
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         return {name: name for name in self.state_dict()}
 
 
@@ -60,10 +60,10 @@ def peak(root: Path, images: int) -> float:
     """Return this process's peak memory in MB after evaluating that many images, the one of the toy set over again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = Data(root=root)
+    data = DataConfig(root=root)
     dataset = open_dataset(data, "val")
     dataset = dataclasses.replace(dataset, samples=dataset.samples[:1] * images)
-    results = evaluate(Pointwise(), dataset, Evaluate(scale=None), data, device="cpu")
+    results = evaluate(Pointwise(), dataset, EvalConfig(img_scale=None), data, device="cpu")
     assert results.images == images
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -120,7 +120,7 @@ def local_attention(height: int, width: int, heads: int, batch: int = 1, dtype: 
 
 
 def _offsets(pixels: float, *shape: int) -> Tensor:
-    """Return offsets about `pixels` large that keep clear of pixel centres, where a rounding changes the slope."""
+    """Return offsets about `pixels` large that keep clear of pixel centers, where a rounding changes the slope."""
     offsets = pixels * torch.randn(shape)
     return offsets.floor() + 0.05 + 0.9 * (offsets - offsets.floor())
 

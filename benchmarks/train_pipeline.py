@@ -25,7 +25,7 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data import transforms
 from segcore.data.layouts import open_dataset
 from segcore.demo.toy import generate
@@ -65,7 +65,7 @@ class Plain:
     The yardstick: it shares nothing with segcore and stays as it is.
     """
 
-    def __init__(self, data: Data, ignore_index: int = 255) -> None:
+    def __init__(self, data: DataConfig, ignore_index: int = 255) -> None:
         self.data, self.ignore_index = data, ignore_index
 
     def __call__(
@@ -87,7 +87,7 @@ class Plain:
 
     def size(self, image: np.ndarray, ratio: float) -> tuple[int, int]:
         """Return the (width, height) that fits the base scale times `ratio`."""
-        (height, width), scale = image.shape[:2], self.data.scale or image.shape[1::-1]
+        (height, width), scale = image.shape[:2], self.data.img_scale or image.shape[1::-1]
         box = [int(side * ratio) for side in scale]
         factor = min(max(box) / max(height, width), min(box) / min(height, width))
         return int(width * factor + 0.5), int(height * factor + 0.5)
@@ -104,11 +104,11 @@ class Plain:
             return slice(y, y + self.data.crop[0]), slice(x, x + self.data.crop[1])
 
         window = draw()
-        if self.data.max_class_ratio < 1:
+        if self.data.cat_max_ratio < 1:
             for _ in range(10):
                 values, counts = np.unique(label[window], return_counts=True)
                 counts = counts[values != 255]
-                if len(counts) > 1 and counts.max() / counts.sum() < self.data.max_class_ratio:
+                if len(counts) > 1 and counts.max() / counts.sum() < self.data.cat_max_ratio:
                     break
                 window = draw()
         return image[window], label[window]
@@ -169,7 +169,9 @@ def segcore_steps(transform: transforms.TrainTransform, *args: Any) -> tuple[tup
     return found, clock.seconds | {STEPS[-1]: total - sum(clock.seconds.values())}
 
 
-def measure(pairs: list[tuple[np.ndarray, np.ndarray]], data: Data, draws: int, repeats: int) -> list[dict[str, float]]:
+def measure(
+    pairs: list[tuple[np.ndarray, np.ndarray]], data: DataConfig, draws: int, repeats: int
+) -> list[dict[str, float]]:
     """Return the mean milliseconds per step of the plain form and of segcore, equal output asserted at every draw."""
     plain, ours = Plain(data), transforms.TrainTransform(data)
     totals: list[dict[str, float]] = [defaultdict(float), defaultdict(float)]
@@ -201,7 +203,7 @@ def main() -> None:
     print(f"numpy {np.__version__}, OpenCV {cv2.__version__}")
     print(f"{args.draws} draws of {args.pictures} pictures; plain OpenCV, segcore, mean per picture\n")
     with tempfile.TemporaryDirectory() as folder:
-        data = Data(root=Path(folder) / "toy")
+        data = DataConfig(root=Path(folder) / "toy")
         generate(data.root, train=args.pictures, val=1, height=1024, width=2048)
         dataset = open_dataset(data, "train")
         pairs = [dataset.pair(i) for i in range(len(dataset))]

@@ -66,7 +66,7 @@ def main() -> None:
     assert isinstance(model, DDPSegmentor)
     folder = checkpoint.newest(options.run / "run")
     assert folder is not None, "no checkpoint"
-    model.load_own(checkpoint.read_model_state(folder))
+    model.load_checkpoint(checkpoint.read_model_state(folder))
     areas: dict[str, AUROC] = defaultdict(AUROC)
     for index in range(min(options.images, len(dataset))):
         image = torch.from_numpy(normalize(dataset.image(index), exp.data.mean, exp.data.std)).permute(2, 0, 1)[None]

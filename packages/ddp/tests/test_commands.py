@@ -23,7 +23,7 @@ from segcore.demo.toy import generate
 CONFIG = "ddp_resnet18_toy"
 SMALL = [
     "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--train.precision=fp32", "--data.workers=0",
-    "--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+    "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
 
@@ -123,7 +123,7 @@ def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "below" / "b_overlay.png").size == (90, 50)
     main("ddp_seg", ["predict", CONFIG, str(run), str(images / "a.png"), str(tmp_path / "one.png"), *SMALL])
     assert np.array_equal(np.array(Image.open(tmp_path / "one.png")), np.array(mask)), (
-        "the answer depends on its neighbours"
+        "the answer depends on its neighbors"
     )
 
 
@@ -141,18 +141,18 @@ def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
     assert strip.width >= 5 * 128 + 4 * 6
 
 
-def test_until_converged(run, toy, tmp_path, capsys):
+def test_early_exit_threshold(run, toy, tmp_path, capsys):
     """Any change is below 100 %, so every image is done after the second step: the answer of that step."""
     words = [CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL]
-    main("ddp_seg", ["test", *words, "--until-converged=100", "--model.timesteps=6"])
+    main("ddp_seg", ["test", *words, "--early-exit-threshold=100", "--model.num-inference-steps=6"])
     assert "until 100%: denoising took 2.00 steps on average" in capsys.readouterr().out
     data = json.loads((tmp_path / "out.json").read_text())
     assert (list(data["entries"]), data["steps_taken"]) == (["1", "3", "10", "until 100%"], 2)
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     words = ["predict", CONFIG, str(run), image, str(tmp_path / "a.png"), *SMALL]
-    main("ddp_seg", [*words, "--until-converged=100"])
+    main("ddp_seg", [*words, "--early-exit-threshold=100"])
     assert "2.00 denoising steps on average" in capsys.readouterr().out
-    assert "evaluate.until_converged is 0.0" in refused(capsys, *words, "--until-converged=0")
+    assert "evaluate.early_exit_threshold is 0.0" in refused(capsys, *words, "--early-exit-threshold=0")
 
 
 def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
@@ -191,10 +191,10 @@ def test_a_checkpoint_of_other_settings_names_them(run, toy, tmp_path, capsys):
     other = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
     line = refused(capsys, "predict", other, run, toy, tmp_path / "out", "--device=cpu")
     assert f"name the configuration {CONFIG}, or add --model.backbone resnet18" in line
-    main("ddp_seg", [*map(str, words), *SMALL, "--limit=1", "--model.timesteps=2"])
+    main("ddp_seg", [*map(str, words), *SMALL, "--limit=1", "--model.num-inference-steps=2"])
     said = capsys.readouterr()
     assert f"{newest(run)} (the run's best, mIoU " in said.err
-    assert f"note: {newest(run)} was trained with --model.timesteps 3" in said.err
+    assert f"note: {newest(run)} was trained with --model.num-inference-steps 3" in said.err
     assert "By number of denoising steps:" in said.out
     assert "Summary (10 steps; the model's configured 2 steps not evaluated):" in said.out
 
@@ -224,11 +224,11 @@ def test_a_work_dir_that_cannot_be_one(toy, tmp_path, capsys):
 def test_predict_palettes(run, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
     words = ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL]
-    (tmp_path / "colours.txt").write_text("\n".join(f"{k} 0 0" for k in range(19)))
-    main("ddp_seg", [*words, f"--palette={tmp_path / 'colours.txt'}"])
+    (tmp_path / "colors.txt").write_text("\n".join(f"{k} 0 0" for k in range(19)))
+    main("ddp_seg", [*words, f"--palette={tmp_path / 'colors.txt'}"])
     assert Image.open(tmp_path / "out" / "a.png").getpalette()[3:6] == [1, 0, 0]
     (tmp_path / "few.txt").write_text("1 2 3")
-    assert "1 colours for 19 classes" in refused(capsys, *words, f"--palette={tmp_path / 'few.txt'}")
+    assert "1 colors for 19 classes" in refused(capsys, *words, f"--palette={tmp_path / 'few.txt'}")
     (tmp_path / "wrong.txt").write_text("1 2\n3 4 500")
     assert "wrong.txt" in refused(capsys, *words, f"--palette={tmp_path / 'wrong.txt'}")
 
@@ -248,9 +248,9 @@ def test_wrong_configuration_names(capsys, tmp_path):
 
 def test_wrong_flags_name_the_nearest(capsys):
     with pytest.raises(SystemExit) as end:
-        main("ddp_seg", ["train", CONFIG, "--model.timestep=10"])
+        main("ddp_seg", ["train", CONFIG, "--model.num-inference-step=10"])
     assert end.value.code == 2
-    assert "--model.timesteps" in capsys.readouterr().err
+    assert "--model.num-inference-steps" in capsys.readouterr().err
 
 
 # Bad datasets: what is done to the small toy set, and what the one line must name.
@@ -383,7 +383,7 @@ def test_unknown_device(capsys, run, toy):
 
 @pytest.mark.parametrize(("channels", "depth", "suffix"), [(1, 16, ".png"), (5, 8, ".npy")])
 def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
-    """Grey 16-bit and five-band images in a user's own folders: trained, tested and predicted."""
+    """Gray 16-bit and five-band images in a user's own folders: trained, tested and predicted."""
     rng = np.random.RandomState(0)
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
@@ -418,7 +418,9 @@ def test_a_bad_validation_image_does_not_lose_what_was_trained(toy, tmp_path, ca
 def test_predict_answers_as_configured_whatever_test_reports(run, toy, tmp_path, capsys):
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     answers = []
-    for i, options in enumerate((["--evaluate.steps", "1"], ["--evaluate.steps", "10"], ["--model.timesteps=1"])):
+    for i, options in enumerate(
+        (["--evaluate.steps", "1"], ["--evaluate.steps", "10"], ["--model.num-inference-steps=1"])
+    ):
         main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / f"{i}.png"), *SMALL, *options])
         answers.append(np.array(Image.open(tmp_path / f"{i}.png")))
     assert np.array_equal(answers[0], answers[1])

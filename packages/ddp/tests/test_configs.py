@@ -34,7 +34,7 @@ def test_parameters_equal_the_manifest(reference, name):
     model = on_meta(name)
     assert sum(p.numel() for p in model.parameters()) == manifest["params"]
     assert sum(p.numel() for p in model.backbone.parameters()) == manifest["params_backbone"]
-    names, shapes = model.official_names(), {k: list(v.shape) for k, v in model.state_dict().items()}
+    names, shapes = model.key_map(), {k: list(v.shape) for k, v in model.state_dict().items()}
     expected = {k: v for k, v in manifest["state_dict"].items() if not k.endswith("relative_position_index")}
     assert {names[k]: shape for k, shape in shapes.items()} == expected
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def test_parameter_counts(name):
                                                ("ddp_swin_t_4x4_512x1024_160k_cityscapes", 64)])  # fmt: skip
 def test_weight_decay_goes_where_it_was_published(name, without):
     exp, model = segcore.load_experiment(name), on_meta(name)
-    official = model.official_names()
+    official = model.key_map()
     settings = param_settings([official[n] for n, _ in model.named_parameters()], exp.optimizer)
     free = [n for n, (_, decay) in settings.items() if decay == 0]
     assert all(n.startswith("backbone.") for n in free)
@@ -73,13 +73,18 @@ def test_weight_decay_goes_where_it_was_published(name, without):
 
 def test_recipes():
     exp = segcore.load_experiment("ddp_swin_b_2x8_512x512_160k_ade20k")
-    assert (exp.model.window, exp.model.accumulation, exp.model.drop_path, exp.model.timesteps) == (12, True, 0.3, 3)
-    assert (exp.data.crop, exp.data.scale, exp.evaluate.scale) == ((512, 512), (2048, 512), (2048, 512))
-    assert (exp.optimizer.clip_norm, exp.train.batch, exp.train.max_per_device) == (0.1, 16, 2)
+    assert (exp.model.window, exp.model.accumulation, exp.model.drop_path, exp.model.num_inference_steps) == (
+        12,
+        True,
+        0.3,
+        3,
+    )
+    assert (exp.data.crop, exp.data.img_scale, exp.evaluate.img_scale) == ((512, 512), (2048, 512), (2048, 512))
+    assert (exp.optimizer.clip_norm, exp.train.batch_size, exp.train.device_batch_size) == (0.1, 16, 2)
     exp = segcore.load_experiment("ddp_convnext_l_4x4_512x1024_5k_cityscapes_aligned")
     assert (exp.optimizer.lr, exp.optimizer.clip_norm, exp.schedule.iterations) == (6e-6, None, 5000)
-    assert (exp.model.self_aligned, exp.model.timesteps, exp.train.evaluate_every) == (True, 10, 500)
-    assert exp.train.init == "official:ddp_convnext_l_4x4_512x1024_160k_cityscapes"
+    assert (exp.model.self_aligned, exp.model.num_inference_steps, exp.train.evaluate_every) == (True, 10, 500)
+    assert exp.train.init_from == "official:ddp_convnext_l_4x4_512x1024_160k_cityscapes"
     assert segcore.load_experiment("ddp_convnext_s_4x4_512x1024_160k_cityscapes").model.drop_path == 0.3
     assert segcore.load_experiment("ddp_swin_b_4x4_512x1024_160k_cityscapes").model.window == 7
 

@@ -11,7 +11,7 @@ from segcore.demo.toy import generate
 
 SMALL = [
     "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--schedule.iterations=3", "--train.save-every=1",
-    "--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+    "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def test_the_page_shows_everything_and_needs_no_other_file(folder):
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "mIoU at 3 steps: " in page
-    assert re.search(r"linear classifier on colour and position \(quadratic terms\): \d+\.\d%; ratio \d+\.\d\d", page)
+    assert re.search(r"linear classifier on color and position \(quadratic terms\): \d+\.\d%; ratio \d+\.\d\d", page)
     assert "Training loss" in page
     assert page.count("<figcaption>step 1</figcaption>") == 2, "one strip per image"
     for caption in ("input", "truth", "step 3", "prediction", "uncertainty", "wrong pixels"):

@@ -11,7 +11,14 @@ from segcore.models.layers import resize
 from segcore.testing.contract import images
 
 SMALL = DDP(
-    num_classes=5, backbone="resnet18", width=32, decoder_layers=1, heads=4, drop_path=0.0, timesteps=6, auxiliary=False
+    num_classes=5,
+    backbone="resnet18",
+    width=32,
+    decoder_layers=1,
+    heads=4,
+    drop_path=0.0,
+    num_inference_steps=6,
+    auxiliary=False,
 )
 VARIANTS = {
     "ddim": SMALL,
@@ -27,7 +34,7 @@ def model(request):
     torch.manual_seed(1)
     model = dataclasses.replace(VARIANTS[request.param], bit_scale=1.0).build().eval()
     with torch.no_grad():
-        model.time_embedding.frequencies.mul_(0.05)  # neighbouring times look alike, as in a trained model
+        model.time_embedding.frequencies.mul_(0.05)  # neighboring times look alike, as in a trained model
     return model
 
 
@@ -36,7 +43,7 @@ def steps_of(model, batch, seeds, starts=None):
     found = []
     for row, seed in enumerate(seeds):
         features = model.encode(batch[row : row + 1])
-        noise, step_noise = model.draw_noise(features, [seed], model.config.timesteps, starts)
+        noise, step_noise = model.draw_noise(features, [seed], model.config.num_inference_steps, starts)
         found.append(torch.stack([s.logits for s in model.trace(features, noise, step_noise=step_noise)]))
     return torch.stack(found, 1)
 
@@ -45,9 +52,9 @@ def steps_of(model, batch, seeds, starts=None):
 def test_the_marginal_is_the_mean_over_starts_and_all_steps_but_the_first(model):
     batch = images(3)
     expected = steps_of(model, batch, SEEDS, starts=3)[1:].softmax(3).mean((0, 2)).log()
-    found = model.predict_marginal(batch, SEEDS, starts=3)
+    found = model.log_mean_probs(batch, SEEDS, starts=3)
     torch.testing.assert_close(found, resize(expected, (64, 96)), atol=1e-4, rtol=1e-4)
-    other = model.predict_marginal(batch, [8, 8, 8], starts=3)
+    other = model.log_mean_probs(batch, [8, 8, 8], starts=3)
     assert not torch.allclose(found, other), "the noise plays no part"
 
 
@@ -56,7 +63,7 @@ def stops(model, answers, percent):
     classes = answers.argmax(2).flatten(2)
     changed = 100 * (classes[1:] != classes[:-1]).float().mean(2)
     quiet = [(column < percent).nonzero().flatten().tolist() for column in changed.T]
-    return [where[0] + 2 if where else model.config.timesteps for where in quiet], changed
+    return [where[0] + 2 if where else model.config.num_inference_steps for where in quiet], changed
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def test_images_leave_the_batch_when_few_pixels_change(model):
     batch = images(3)
     answers = steps_of(model, batch, SEEDS)
     if model.config.accumulation:
-        counts = torch.arange(1, model.config.timesteps + 1).view(-1, 1, 1, 1, 1, 1)
+        counts = torch.arange(1, model.config.num_inference_steps + 1).view(-1, 1, 1, 1, 1, 1)
         answers = answers.softmax(3).cumsum(0) / counts
     answers = answers.mean(2)
     changes = sorted(set(stops(model, answers, 1)[1].flatten().tolist()))
@@ -74,7 +81,7 @@ def test_images_leave_the_batch_when_few_pixels_change(model):
     for low, high in itertools.pairwise(changes[::2]):
         percent = (low + high) / 2
         expected, _ = stops(model, answers, percent)
-        found, taken = model.predict_converged(batch, percent, SEEDS)
+        found, taken = model.early_exit(batch, percent, SEEDS)
         assert taken == expected
         seen.add(tuple(taken))
         for row, count in enumerate(taken):
@@ -85,16 +92,16 @@ def test_images_leave_the_batch_when_few_pixels_change(model):
 
 @torch.no_grad()
 def test_a_run_that_never_converges_is_the_configured_one(model):
-    found, taken = model.predict_converged(images(2), 1e-9, [1, 2])
+    found, taken = model.early_exit(images(2), 1e-9, [1, 2])
     torch.testing.assert_close(found, model(images(2), seeds=[1, 2]), atol=1e-5, rtol=1e-5)
     assert max(taken) <= 6
 
 
 @torch.no_grad()
 def test_one_step_has_nothing_to_compare():
-    model = dataclasses.replace(SMALL, timesteps=1).build().eval()
-    found, taken = model.predict_converged(images(2), 100.0, [1, 2])
+    model = dataclasses.replace(SMALL, num_inference_steps=1).build().eval()
+    found, taken = model.early_exit(images(2), 100.0, [1, 2])
     assert taken == [1, 1]
     torch.testing.assert_close(found, model(images(2), seeds=[1, 2]))
-    one = model.predict_marginal(images(2), [1, 2], starts=1).softmax(1)
+    one = model.log_mean_probs(images(2), [1, 2], starts=1).softmax(1)
     assert torch.equal(one.argmax(1), found.argmax(1)), "the only step there is"

@@ -48,8 +48,8 @@ def test_losses_and_metrics_are_those_of_one_process(scenes: Path, tmp_path: Pat
 def test_over_nccl(scenes: Path, tmp_path: Path, gpus: int) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    sizes = ["--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64"]
+    sizes = ["--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64"]
     text = train("ddp_resnet18_toy", scenes, tmp_path, f"--gpus={gpus}", "--schedule.iterations=3", *sizes,
-                 "--train.max-per-device=1")  # fmt: skip
+                 "--train.device-batch-size=1")  # fmt: skip
     assert "batch norm stays local" not in text
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 3

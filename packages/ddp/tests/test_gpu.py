@@ -20,7 +20,7 @@ def test_logits_and_gradients_equal_those_of_the_cpu(backbone, sampler):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cpu = DDP(backbone=backbone, sampler=sampler, **SMALL).build().eval()
     gpu = DDP(backbone=backbone, sampler=sampler, **SMALL).build().eval()
-    gpu.load_own(cpu.state_dict())
+    gpu.load_checkpoint(cpu.state_dict())
     gpu.cuda()
     images, labels = contract.images(2), contract.labels(cpu, 2)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_train_test_and_predict(tmp_path, precision):
     generate(tmp_path / "toy", train=3, val=2, height=64, width=128)
     words = [
         f"--data.root={tmp_path / 'toy'}", "--device=cuda", "--model.width=32", "--data.crop", "64", "128",
-        "--data.scale", "128", "64", "--evaluate.scale", "128", "64", f"--train.precision={precision}",
+        "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64", f"--train.precision={precision}",
     ]  # fmt: skip
     run = str(tmp_path / "run")
     main("ddp_seg", ["train", "ddp_resnet18_toy", f"--work-dir={run}", "--schedule.iterations=4", *words])

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import segcore
 from ddp_seg.configs import DDP
-from ddp_seg.decoder import make_grid, pixel_centres, positional_encoding
+from ddp_seg.decoder import make_grid, pixel_centers, positional_encoding
 from ddp_seg.diffusion import alpha_sigma, log_snr, time_pairs
 from segcore.models.layers import resize
 
@@ -214,7 +214,7 @@ def test_training_step(filled, golden, case):
     if f"{case}.first_pass_logits" in d:
         check(seen["passes"][0][1], d[f"{case}.first_pass_logits"], 2e-4)
 
-    ours = {official: name for name, official in model.official_names().items()}
+    ours = {official: name for name, official in model.key_map().items()}
     gradients = {name: p.grad for name, p in model.named_parameters()}
     norms = dict(zip(d[f"{case}.grad_names"].tolist(), d[f"{case}.grad_norms"].tolist(), strict=True))
     assert {ours[name] for name in norms} == set(gradients)
@@ -254,7 +254,7 @@ def test_pure_functions(convnext, golden):
     check(codes, e["label_codes_bit_scale_0.01"], 1e-6)
     position = positional_encoding(8, 16, 256, torch.zeros(1))
     check(position.transpose(1, 2).reshape(1, 256, 8, 16), e["pos_8x16"], 1e-6)
-    check(pixel_centres(8, 16, torch.zeros(1)), e["ref_8x16"].reshape(-1, 2), 1e-6)
+    check(pixel_centers(8, 16, torch.zeros(1)), e["ref_8x16"].reshape(-1, 2), 1e-6)
 
 
 def test_sampling_offsets_start_along_the_compass(golden):

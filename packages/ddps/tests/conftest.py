@@ -18,7 +18,7 @@ def filled(manifest, fill) -> Callable[..., Any]:
     def build(name: str, *overrides: str) -> Any:
         model = segcore.load_experiment(name).with_overrides(overrides).model.build().eval()
         shapes = {k: v for k, v in manifest(name)["state_dict"].items() if not k.endswith("num_batches_tracked")}
-        own = {theirs: model.state_dict()[ours] for ours, theirs in model.official_names().items()}
+        own = {theirs: model.state_dict()[ours] for ours, theirs in model.key_map().items()}
         model.load_official({**fill(shapes), **{k: v for k, v in own.items() if ".log_" in k}})
         return model
 

@@ -26,7 +26,7 @@ def test_mit_features(golden, fill, manifest, variant):
     name = f"segformer_mit-{variant}_512x512_160k_ade20k"
     shapes = {k.removeprefix("backbone."): v for k, v in manifest(name)["state_dict"].items() if k[:9] == "backbone."}
     backbone = build(f"mit_{variant}").eval()
-    ours = {official: name for name, official in backbone.official_names().items()}
+    ours = {official: name for name, official in backbone.key_map().items()}
     backbone.load_state_dict({ours[k]: v for k, v in fill(shapes).items()})
     expected = golden("mit_features")
     for stage, x in enumerate(backbone(expected["input"])):
@@ -59,7 +59,7 @@ def test_parameters_equal_the_manifest(manifest, name):
     expected = manifest(exp.name.replace("640x640", "512x512"))
     with torch.device("meta"):
         model = exp.model.build()
-    names = model.official_names()
+    names = model.key_map()
     assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == expected["params"]
 
@@ -91,18 +91,23 @@ def test_stochastic_depth_grows_linearly():
 
 def test_recipes():
     exp = segcore.load_experiment("segformer_mit-b2_8x1_1024x1024_160k_cityscapes")
-    assert (exp.train.batch, exp.schedule.iterations, exp.optimizer.lr) == (8, 160_000, 6e-5)
+    assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (8, 160_000, 6e-5)
     assert (exp.evaluate.mode, exp.evaluate.crop, exp.evaluate.stride) == ("slide", (1024, 1024), (768, 768))
     exp = segcore.load_experiment("segformer_mit-b5_640x640_160k_ade20k")
-    assert (exp.data.crop, exp.data.scale, exp.evaluate.scale) == ((640, 640), (2048, 640), (2048, 640))
+    assert (exp.data.crop, exp.data.img_scale, exp.evaluate.img_scale) == ((640, 640), (2048, 640), (2048, 640))
     exp = segcore.load_experiment("deeplabv3plus_m-v2-d8_512x1024_80k_cityscapes")
-    assert (exp.train.batch, exp.schedule.iterations, exp.schedule.min_lr, exp.optimizer.lr) == (8, 80_000, 1e-4, 0.01)
+    assert (exp.train.batch_size, exp.schedule.iterations, exp.schedule.min_lr, exp.optimizer.lr) == (
+        8,
+        80_000,
+        1e-4,
+        0.01,
+    )
 
 
 def test_learning_rates_follow_the_published_names():
     exp = segcore.load_experiment("segformer_mit-b0_512x512_160k_ade20k")
     with torch.device("meta"):
-        names = exp.model.build().official_names().values()
+        names = exp.model.build().key_map().values()
     settings = param_settings(names, exp.optimizer)
     assert settings["decode_head.convs.0.conv.weight"] == (pytest.approx(6e-4), 0.01)
     assert settings["backbone.layers.0.1.0.norm1.weight"] == (6e-5, 0.0)
@@ -121,13 +126,13 @@ def test_figures_equal_the_published_list(reference):
 def test_start_weights_have_a_source():
     for build_row in rows().values():
         exp = build_row()
-        assert exp.train.init.removeprefix("official:") in IMAGENET or "." in exp.train.init
+        assert exp.train.init_from.removeprefix("official:") in IMAGENET or "." in exp.train.init_from
 
 
 @pytest.mark.parametrize("name", ["mit_b0", "mobilenet_v2", "resnet50"])
 def test_imagenet_weights_load_under_published_names(name):
     source, target = build(name), build(name)
-    state = {source.official_names()[k]: v for k, v in source.state_dict().items()}
+    state = {source.key_map()[k]: v for k, v in source.state_dict().items()}
     report = target.load_pretrained({**state, "head.fc.weight": torch.ones(3)})
     assert report.loaded == len(state)
     assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())

@@ -17,7 +17,7 @@ from segcore.demo.toy import generate
 BASE, PRIOR = "ddps_segformer_b0_base_toy", "ddps_segformer_b0_toy"
 SMALL = [
     "--device=cpu", "--train.precision=fp32", "--train.log-every=1", "--data.crop", "64", "128",
-    "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+    "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 NARROW = ["--model.width=8", "--model.output-width=16"]
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3"]
@@ -39,7 +39,7 @@ def base(toy, tmp_path_factory):
 
 
 def second_stage(toy, base, folder, *words):
-    main("ddps_seg", ["train", PRIOR, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init={base}",
+    main("ddps_seg", ["train", PRIOR, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init-from={base}",
                       "--train.ema=0.5", "--train.ema-every=2", "--model.freeze=eval",
                       *SMALL, *NARROW, *ITERATIONS, *words])  # fmt: skip
     return folder
@@ -125,7 +125,7 @@ def test_predict_accumulates_as_test_does(run, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8))
     words = ["predict", PRIOR, str(run), str(tmp_path / "a.png")]
     steps = ["--evaluate.steps", "0", "10", "19"]
-    for folder, added in (("last", []), ("mean", ["--evaluate.accumulate", "True"])):
+    for folder, added in (("last", []), ("mean", ["--evaluate.ensemble-steps", "True"])):
         main("ddps_seg", [*words, str(tmp_path / folder), *SMALL, *NARROW, *steps, *added])
     last, mean = (np.array(Image.open(tmp_path / folder / "a.png")) for folder in ("last", "mean"))
     assert (last != mean).any()
@@ -135,7 +135,7 @@ def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
     """As published for the ensemble: the base model lacks the background, and the entries add up."""
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    small = [*SMALL, *NARROW, "--evaluate.steps", "0", "10", "--evaluate.accumulate", "True"]
+    small = [*SMALL, *NARROW, "--evaluate.steps", "0", "10", "--evaluate.ensemble-steps", "True"]
     both = [*small, "--ensemble", BASE, str(base)]
     for words, folder in ((small, "alone"), (both, "both")):
         main("ddps_seg", ["predict", PRIOR, str(run), str(tmp_path / "a.png"), str(tmp_path / folder), *words])
@@ -182,7 +182,7 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
     assert "labels" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
     assert "leave out --ensemble" in refused(
-        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--until-converged=1"
+        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--early-exit-threshold=1"
     )
     predict = ["predict", BASE, base, tmp_path / "a.png", tmp_path / "out", *SMALL]
     assert "no diffusion model" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")

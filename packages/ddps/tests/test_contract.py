@@ -7,8 +7,8 @@ from ddps_seg.configs import DDPS, Base
 from segcore.testing import contract
 
 SMALL = {
-    "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "timesteps": 4, "condition_width": 32,
-    "drop_path": 0.0,
+    "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "num_train_timesteps": 4,
+    "condition_width": 32, "drop_path": 0.0,
 }  # fmt: skip
 TRAINED = {**SMALL, "freeze": "none", "train_labels": True}
 VARIANTS = {
@@ -18,7 +18,7 @@ VARIANTS = {
     "prior on mit": DDPS(backbone="mit_b0", **TRAINED),
     "prior on mobilenet": DDPS(backbone="mobilenet_v2", **{**TRAINED, "noise_schedule": "cosine"}),
     "guided": DDPS(backbone="resnet18", guidance_scale=0.4, condition_dropout=0.5, **TRAINED),
-    "posterior": DDPS(backbone="resnet18", mode="q_posterior", inference_timesteps=2, **TRAINED),
+    "posterior": DDPS(backbone="resnet18", mode="q_posterior", num_inference_steps=2, **TRAINED),
     "bayes": DDPS(backbone="resnet18", mode="bayes", **TRAINED),
     "single-step": DDPS(backbone="resnet18", single_step=True, **TRAINED),
 }
@@ -40,7 +40,7 @@ def test_forward_and_seeds(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps(variant):
     model = build(variant)
-    assert model.configured_entry == ("3" if variant in PRIORS else "final")
+    assert model.default_step == ("3" if variant in PRIORS else "final")
     contract.check_steps(model, (0, 2, 3) if variant in PRIORS else ())
 
 
@@ -73,7 +73,7 @@ def test_help():
 @pytest.mark.parametrize("variant", ["deeplab", "prior on mobilenet"])
 def test_a_single_image_cannot_train_deeplab(variant):
     model = build(variant)
-    assert "max_per_device" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
+    assert "device_batch_size" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
     assert model.eval().losses(contract.images(1), contract.labels(model, 1))["loss"].isfinite()
 
 
@@ -94,8 +94,8 @@ def test_float64_and_half_precision():
     assert model.double()(contract.images(1).double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("wrong", [{"width": 20}, {"timesteps": 1}, {"inference_timesteps": 0}, {"multipliers": ()},
-                                   {"condition_dropout": 1.0}])  # fmt: skip
+@pytest.mark.parametrize("wrong", [{"width": 20}, {"num_train_timesteps": 1}, {"num_inference_steps": 0},
+                                   {"multipliers": ()}, {"condition_dropout": 1.0}])  # fmt: skip
 def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
     assert f"model.{name}" in contract.refusal(lambda: DDPS(**wrong))

@@ -17,13 +17,13 @@ from ddps_seg.diffusion import (
     sample,
     step_list,
 )
-from segcore.config.schema import Schedule
+from segcore.config.schema import ScheduleConfig
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import window_boxes
 from segcore.models.layers import resize
 from segcore.reporting.tables import summary
-from segcore.training.ema import start_average, update_average
+from segcore.training.ema import start_ema, update_ema
 from segcore.training.schedule import learning_rate
 
 B2 = "segformer_b2_ade20k_multistep_inference"
@@ -205,7 +205,7 @@ def in_mode(model, batch_statistics):
 
 
 def check_gradients(model, g, prefix):
-    norms = {model.official_names()[n]: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    norms = {model.key_map()[n]: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
     expected = dict(zip(g[f"{prefix}_grad_names"].tolist(), g[f"{prefix}_grad_norms"].tolist(), strict=True))
     for name, norm in expected.items():
         full = name if name in norms else f"decode_head.{name}"
@@ -264,7 +264,7 @@ def test_parameters_equal_the_manifest(manifest, name):
     expected = manifest(exp.name)
     with torch.device("meta"):
         model = exp.model.build()
-    names = model.official_names()
+    names = model.key_map()
     assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
     assert sum(p.numel() for p in model.parameters()) == expected["params"]
     if "trainable_params" in expected:
@@ -274,7 +274,7 @@ def test_parameters_equal_the_manifest(manifest, name):
 def test_learning_rates(golden):
     g = golden("ema_lr")
     for step in (10_000, 20_000, 50_000):
-        schedule = Schedule(400_000, "step", step=step, gamma=0.5, min_lr=1e-6, warmup_iterations=1000)
+        schedule = ScheduleConfig(400_000, "step", step=step, gamma=0.5, min_lr=1e-6, warmup_iterations=1000)
         ours = [learning_rate(schedule, 1.5e-4, int(i)) for i in g["lr_iters"]]
         assert ours == pytest.approx(g[f"lr_step{step}"].tolist(), rel=1e-9)
 
@@ -284,12 +284,12 @@ def test_averaged_weights(golden):
     g = golden("ema_lr")
     model = torch.nn.Linear(2, 2, bias=False)
     model.load_state_dict({"weight": g["start_weight"]})
-    average = start_average(model)
+    average = start_ema(model)
     for n in range(14):
         with torch.no_grad():
             model.weight += 0.1 * (n + 1)
         if (n + 1) % 3 == 0:
-            update_average(average, model, 0.75)
+            update_ema(average, model, 0.75)
         swapped = n in (5, 11)
         close(model.weight.detach(), g["ema_buffer_after_iter" if swapped else "weight_after_iter"][n], 1e-6)
         close(average["weight"], g["weight_after_iter" if swapped else "ema_buffer_after_iter"][n], 1e-6)

@@ -13,7 +13,7 @@ from ddps_seg.diffusion import keep_and_leak, log_q_posterior, q_pred, tables
 from segcore.testing.stored import check, filled, normal, write
 
 FILE = Path(__file__).with_name("reference.npz")
-SMALL = {"num_classes": 7, "width": 16, "output_width": 24, "timesteps": 20, "drop_path": 0.0, "dropout": 0.0}
+SMALL = {"num_classes": 7, "width": 16, "output_width": 24, "num_train_timesteps": 20, "drop_path": 0.0, "dropout": 0.0}
 
 
 def compute():

@@ -13,7 +13,7 @@ from ddps_seg.official import ROWS
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import initialize, load_weights, resolve
 from segcore.config.registry import published
-from segcore.config.schema import Optimizer
+from segcore.config.schema import OptimizerConfig
 from segcore.errors import UserError
 from segcore.testing.contract import images, labels, refusal
 from segcore.training.optimizer import build_optimizer
@@ -21,7 +21,7 @@ from segcore.training.optimizer import build_optimizer
 BACKBONES = {"MobibleNetV2": "m-v2", "MiT-B0": "mit-b0", "ResNet50": "r50", "MiT-B2": "mit-b2", "ResNet101": "r101",
              "MiT-B5": "mit-b5"}  # fmt: skip
 SMALL = {"backbone": "resnet18", "condition_width": 32}
-PRIOR = {**SMALL, "num_classes": 4, "width": 8, "output_width": 8, "timesteps": 5}
+PRIOR = {**SMALL, "num_classes": 4, "width": 8, "output_width": 8, "num_train_timesteps": 5}
 
 
 def test_figures_equal_the_published_list(reference):
@@ -43,29 +43,29 @@ def test_figures_equal_the_published_list(reference):
 
 def test_recipes():
     exp = segcore.load_experiment("ddps_deeplabv3plus_r50_cityscapes20_multistep")
-    assert (exp.model.width, exp.model.timesteps, exp.model.num_classes) == (128, 20, 20)
-    assert (exp.data.crop, exp.data.background, exp.train.batch) == ((512, 1024), True, 16)
+    assert (exp.model.width, exp.model.num_train_timesteps, exp.model.num_classes) == (128, 20, 20)
+    assert (exp.data.crop, exp.data.add_background_class, exp.train.batch_size) == ((512, 1024), True, 16)
     assert (exp.optimizer.lr, exp.optimizer.betas, exp.optimizer.weight_decay) == (1.5e-4, (0.9, 0.96), 0.045)
     assert (exp.schedule.iterations, exp.schedule.step, exp.schedule.min_lr) == (160_000, 20_000, 1e-6)
     assert (exp.train.ema, exp.train.ema_every, exp.train.evaluate_every) == (0.99, 25, 16_000)
     assert exp.evaluate.steps == tuple(range(20))
     exp = segcore.load_experiment("ddps_segformer_mit-b5_ade20k151_multistep")
-    assert (exp.model.width, exp.model.timesteps, exp.train.batch) == (256, 100, 32)
+    assert (exp.model.width, exp.model.num_train_timesteps, exp.train.batch_size) == (256, 100, 32)
     assert exp.evaluate.steps == (*range(0, 100, 10), 99)
     exp = segcore.load_experiment("segformer_b2_ade20k_multistep_inference")
-    assert (exp.model.inference_timesteps, exp.model.guidance_scale, exp.evaluate.steps) == (2, 0.4, (0, 10, 19))
+    assert (exp.model.num_inference_steps, exp.model.guidance_scale, exp.evaluate.steps) == (2, 0.4, (0, 10, 19))
 
 
 @pytest.mark.parametrize("name", [name for name in rows() if name.startswith("ddps_")])
 def test_every_stage_starts_from_the_one_before(name):
     exp = segcore.load_experiment(name)
     if name.endswith("_multistep"):
-        start = segcore.load_experiment(exp.train.init.removeprefix("runs/"))
+        start = segcore.load_experiment(exp.train.init_from.removeprefix("runs/"))
         assert start.model.single_step
         assert (start.model.width, start.data) == (exp.model.width, exp.data)
         assert exp.model.build is not None
     else:
-        start = stock_rows()[exp.train.init.removeprefix("official:").replace("-", "_")]()
+        start = stock_rows()[exp.train.init_from.removeprefix("official:").replace("-", "_")]()
         assert (start.model.backbone, start.data.dataset) == (exp.model.backbone, exp.data.dataset)
 
 
@@ -75,7 +75,7 @@ def test_a_row_whose_file_is_not_known_says_where_to_look():
 
 
 def save(model, path, official, **extra):
-    names = model.official_names()
+    names = model.key_map()
     state = {names[k] if official else k: v for k, v in model.state_dict().items()}
     torch.save({"state_dict": {**state, **extra}, "meta": {}}, path)
     return path
@@ -125,16 +125,16 @@ def test_test_weights_must_be_whole(chain, tmp_path):
 
 def test_raw_weights_beside_averaged_ones_are_left_out(chain, tmp_path):
     *_, multi = chain
-    raw = {f"ema_{name.replace('.', '_')}": torch.zeros(1) for name in multi.official_names().values()}
+    raw = {f"ema_{name.replace('.', '_')}": torch.zeros(1) for name in multi.key_map().values()}
     path = save(multi, tmp_path / "file.pth", True, **raw)
-    assert set(read_state(path)) == set(multi.official_names().values())
+    assert set(read_state(path)) == set(multi.key_map().values())
     assert load_weights(DDPS(**PRIOR).build(), path).loaded == len(multi.state_dict())
 
 
 def test_another_number_of_timesteps_is_refused_unless_asked_for(chain, tmp_path):
     path = save(chain[-1], tmp_path / "file.pth", True)
-    assert "shapes differ" in refusal(lambda: load_weights(DDPS(**{**PRIOR, "timesteps": 7}).build(), path))
-    other = DDPS(**{**PRIOR, "timesteps": 7, "other_timesteps": True}).build()
+    assert "shapes differ" in refusal(lambda: load_weights(DDPS(**{**PRIOR, "num_train_timesteps": 7}).build(), path))
+    other = DDPS(**{**PRIOR, "num_train_timesteps": 7, "ignore_schedule_mismatch": True}).build()
     load_weights(other, path)
     assert len(other.noise.log_at) == 7
     assert same(other, chain[-1], "unet.", "labels.")
@@ -176,7 +176,7 @@ def test_kept_weights_follow_the_parameters():
     after = model(images(1))
     assert not torch.equal(after, before)
     fresh = DDPS(**PRIOR).build().eval()
-    fresh.load_own(model.state_dict())
+    fresh.load_checkpoint(model.state_dict())
     assert torch.equal(fresh(images(1)), after)
 
 
@@ -184,7 +184,7 @@ def test_the_first_prediction_of_an_iteration_follows_the_optimizer():
     """Fused optimizers change weights without counting a version."""
     config = DDPS(**{**PRIOR, "dropout": 0.0})
     model = config.build().train()  # and stays so: a change of mode would forget everything
-    optimizer = build_optimizer(model, Optimizer("adamw", lr=0.1))
+    optimizer = build_optimizer(model, OptimizerConfig("adamw", lr=0.1))
     draws = {"timesteps": torch.tensor([3, 3]), "masks": torch.randint(4, (2, 16, 24))}
     for _ in range(2):
         optimizer.zero_grad()
@@ -193,7 +193,7 @@ def test_the_first_prediction_of_an_iteration_follows_the_optimizer():
         ].backward()
         optimizer.step()
     fresh = config.build().train()
-    fresh.load_own(model.state_dict())
+    fresh.load_checkpoint(model.state_dict())
     with torch.no_grad():
         arguments = torch.randn(2, model.head.width, 16, 24), draws["masks"], torch.zeros(2, dtype=torch.long)
         assert torch.equal(model.denoise(*arguments), fresh.denoise(*arguments))
@@ -211,16 +211,16 @@ def test_a_run_from_a_given_map():
     torch.manual_seed(0)
     model = DDPS(**PRIOR).build().eval()
     start = torch.randint(4, (2, 64, 96))
-    found = model.predict_from(images(2), start, [1, 2])
+    found = model.refine_mask(images(2), start, [1, 2])
     assert list(found) == [f"timestep {t}" for t in range(5)]
-    assert not torch.equal(found["timestep 0"], model.predict_from(images(2), 3 - start, [1, 2])["timestep 0"])
-    assert "labels" in refusal(lambda: model.predict_from(images(2), start + 1))
+    assert not torch.equal(found["timestep 0"], model.refine_mask(images(2), 3 - start, [1, 2])["timestep 0"])
+    assert "labels" in refusal(lambda: model.refine_mask(images(2), start + 1))
 
 
 @torch.no_grad()
 def test_of_a_long_run_some_timesteps_are_shown():
-    model = DDPS(**{**PRIOR, "timesteps": 70}).build().eval()
-    shown = list(model.predict_trace(images(1)))
+    model = DDPS(**{**PRIOR, "num_train_timesteps": 70}).build().eval()
+    shown = list(model.denoising_trajectory(images(1)))
     assert len(shown) == 20
     assert (shown[0], shown[-1]) == ("timestep 0", "timestep 69")
 
@@ -230,7 +230,7 @@ def test_of_a_long_run_some_timesteps_are_shown():
     ("options", "words"),
     [
         ({"mode": "posterior"}, "q_pred, q_posterior, bayes"),
-        ({"inference_timesteps": 0}, "at least 1"),
+        ({"num_inference_steps": 0}, "at least 1"),
         ({"inference_timesteps": -1}, "at least 1"),
         ({"uniforms": torch.rand(3, 1, 4, 16, 24)}, "it takes 4"),
         ({"uniforms": torch.rand(5, 1, 4, 16, 24)}, "it takes 4"),

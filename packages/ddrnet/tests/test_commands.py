@@ -17,8 +17,8 @@ from segcore.demo.toy import generate
 
 CONFIG = "ddrnet_23_slim_toy"
 SMALL = [
-    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch=2", "--train.max-per-device=2",
-    "--data.crop", "64", "128", "--data.scale", "128", "64", "--evaluate.scale", "128", "64",
+    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch-size=2", "--train.device-batch-size=2",
+    "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
 
@@ -77,7 +77,7 @@ def test_inference_is_fused_and_channels_last(run):
     assert model.auxiliary_head is None
     assert model.head.hidden.conv.weight.is_contiguous(memory_format=torch.channels_last)
     plain = segcore.load_experiment(CONFIG).model.build().eval()
-    plain.load_own(read_model_state(newest(run)))
+    plain.load_checkpoint(read_model_state(newest(run)))
     images = torch.randn(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(images), plain(images), atol=1e-4, rtol=1e-4)
@@ -106,7 +106,7 @@ def test_export_as_onnx(run, tmp_path):
     path = tmp_path / "model.onnx"
     main("ddrnet_seg", ["export", CONFIG, str(run), str(path), "--size=64x128", "--dynamic", *SMALL])
     plain = segcore.load_experiment(CONFIG).model.build().eval()
-    plain.load_own(read_model_state(newest(run)))
+    plain.load_checkpoint(read_model_state(newest(run)))
     images = torch.randn(3, 3, 136, 72, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})

@@ -38,7 +38,7 @@ def test_names_and_shapes_equal_the_manifest(manifest, variant):
     expected = manifest(f"ddrnet_{variant}")
     with torch.device("meta"):
         model = DDRNet(variant=variant).build()
-    names = model.official_names()
+    names = model.key_map()
     assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
     assert (expected["params_without_augment"], expected["params"]) == PARAMETERS[variant]
 
@@ -46,13 +46,13 @@ def test_names_and_shapes_equal_the_manifest(manifest, variant):
 def test_recipes():
     exp = segcore.load_experiment(MMSEG)
     assert exp.name == MMSEG
-    assert (exp.train.batch, exp.schedule.iterations, exp.optimizer.lr) == (12, 120_000, 0.01)
+    assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (12, 120_000, 0.01)
     assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem", 0.9, 131_072)
     assert exp.train.class_weight == CLASS_WEIGHT
-    exp = segcore.load_experiment("ddrnet_23_cityscapes_seed")
-    assert (exp.train.batch, exp.schedule.iterations, exp.optimizer.lr) == (5, 148_750, 0.003)
-    assert (exp.data.crop, exp.data.scale, exp.model.align_corners) == ((1024, 1024), (2080, 1040), True)
-    assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem_seed", 0.7, 100_000)
+    exp = segcore.load_experiment("ddrnet_23_cityscapes_pyradd")
+    assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (5, 148_750, 0.003)
+    assert (exp.data.crop, exp.data.img_scale, exp.model.align_corners) == ((1024, 1024), (2080, 1040), True)
+    assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem_pyradd", 0.7, 100_000)
 
 
 def test_figures_equal_the_published_list(reference):
@@ -69,12 +69,12 @@ def test_figures_equal_the_published_list(reference):
             ours = published(f"{row['model'].lower()}_{kind}")
             assert row["checkpoint"].split("/")[5] in ours.url
             assert row["figure"].split()[-1] in (f"{ours.note} {ours.miou.get('single scale')}").split()
-    assert published("ddrnet_23_cityscapes_seed").miou["single scale"] == 77.382
+    assert published("ddrnet_23_cityscapes_pyradd").miou["single scale"] == 77.382
 
 
 def test_start_weights_are_published_files():
     for build in experiments().values():
-        init = build().train.init
+        init = build().train.init_from
         assert init is None or PUBLISHED[init.removeprefix("official:")].file.endswith("_imagenet.pth")
 
 
@@ -93,7 +93,7 @@ def test_mmseg_names_both_ways(reference, variant):
     assert set(ours) - set(table["map"].values()) == set(table["official_only"])
     with torch.device("meta"):
         model = DDRNet(variant=variant.removeprefix("ddrnet_")).build()
-    assert set(ours) == set(model.official_names().values())
+    assert set(ours) == set(model.key_map().values())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def sources(reference, official):
 @torch.no_grad()
 @pytest.mark.parametrize("auxiliary", [True, False])
 @pytest.mark.parametrize("kind", ["official", "wrapped", "seed", "mmseg"])
-def test_checkpoints_are_recognised(sources, filled, tmp_path, kind, auxiliary):
+def test_checkpoints_are_recognized(sources, filled, tmp_path, kind, auxiliary):
     expected = filled("23_slim", auxiliary=auxiliary)
     if kind == "mmseg":
         expected.backbone.conv1[0].conv.bias.zero_()
@@ -136,7 +136,7 @@ def test_own_checkpoints_are_not_taken_for_others(tmp_path):
     report = load_weights(other, tmp_path / "own.pth")
     assert (report.source, report.mapped) == ("", 0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    assert other.is_whole(model.state_dict())
+    assert other.is_full_checkpoint(model.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
@@ -149,7 +149,7 @@ def test_imagenet_weights_fill_the_backbone(official, manifest, tmp_path, prefix
     shared = [k for k in state if not k.startswith(("down5.", "last_layer.", "linear."))]
     assert f"backbone only: ImageNet weights: loaded {len(shared)} tensors" in line
     assert "dropped 17 of down5, last_layer, linear" in line
-    ours = {official: model.state_dict()[name] for name, official in model.official_names().items()}
+    ours = {official: model.state_dict()[name] for name, official in model.key_map().items()}
     assert all(torch.equal(ours[k], state[k]) for k in shared)
     assert torch.equal(head, model.head.classifier.weight)
 
@@ -160,7 +160,7 @@ def test_mmseg_backbones_without_a_head(reference, official):
     for context in (True, False):
         model = DDRNet().build()
         state = {k: v for k, v in backbone.items() if context or not k.startswith("spp.")}
-        assert not model.is_whole(state)
+        assert not model.is_full_checkpoint(state)
         report = model.load_backbone(state)
         assert (report.source, report.dropped) == ("MMSegmentation", ())
         assert report.loaded == len(state) + 2

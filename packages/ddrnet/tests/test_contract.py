@@ -9,7 +9,7 @@ from segcore.testing import contract
 
 VARIANTS = {
     "23_slim": DDRNet(num_classes=5),
-    "seed": DDRNet(num_classes=5, auxiliary=False, loss="ohem_seed", align_corners=True),
+    "seed": DDRNet(num_classes=5, auxiliary=False, loss="ohem_pyradd", align_corners=True),
     "39": DDRNet(num_classes=5, variant="39", loss="cross_entropy"),
 }
 
@@ -61,7 +61,7 @@ def test_help():
 
 @torch.no_grad()
 def test_a_size_that_is_padded_agrees_inside():
-    """57x90 becomes 64x96: the answer is that for the image with the mean colour around it."""
+    """57x90 becomes 64x96: the answer is that for the image with the mean color around it."""
     model, images = build("23_slim").eval(), contract.images(1)
     images[..., 57:, :] = 0
     images[..., :, 90:] = 0
@@ -88,7 +88,7 @@ def test_fuse_returns_a_copy_with_the_same_answer():
 
 def test_a_single_image_cannot_be_trained_on():
     model = build("23_slim")
-    assert "max_per_device" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
+    assert "device_batch_size" in contract.refusal(lambda: model.losses(contract.images(1), contract.labels(model, 1)))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
-from ddrnet_seg.losses import ohem_seed
+from ddrnet_seg.losses import ohem_pyradd
 from ddrnet_seg.model import DDRNetClassifier
-from segcore.config.schema import Schedule
+from segcore.config.schema import ScheduleConfig
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.models.layers import resize
 from segcore.models.losses import cross_entropy, ohem_cross_entropy
@@ -66,7 +66,7 @@ def test_logits_of_another_size(slim, golden):
 @torch.no_grad()
 def test_classifier(manifest, official, golden, variant):
     case, model = golden("classification_64x96"), DDRNetClassifier(variant).eval()
-    names, state = model.official_names(), official(f"ddrnet_{variant}_imagenet")
+    names, state = model.key_map(), official(f"ddrnet_{variant}_imagenet")
     model.load_state_dict({n: state[o] for n, o in names.items() if o in state}, strict=False)
     shapes = {names[n]: list(t.shape) for n, t in model.state_dict().items()}
     assert shapes == manifest(f"ddrnet_{variant}_imagenet")["state_dict"]
@@ -128,7 +128,7 @@ def test_training_mode(slim, golden):
     features = model.backbone(normal(132, (3, 3, 128, 128)))
     check(model._logits(features), case["main"], 1e-3)
     check(model.auxiliary_head(features.middle), case["aux"], 1e-3)
-    state = {official: model.state_dict()[name] for name, official in model.official_names().items()}
+    state = {official: model.state_dict()[name] for name, official in model.key_map().items()}
     for name in case["bn_names"]:
         for statistic in ("running_mean", "running_var"):
             check(state[f"{name}.{statistic}"], case[f"{name}.{statistic}"], 1e-3)
@@ -170,7 +170,7 @@ def seed_losses(main, aux, labels, tag, align_corners=True):
         options |= {"threshold": 1.0}  # every pixel is hard enough
     else:
         options |= {"class_weight": weighted(tag), **({} if tag == "default" else settings(tag))}
-    first, second = (ohem_seed(x, labels, **options)[0] for x in (main, aux))
+    first, second = (ohem_pyradd(x, labels, **options)[0] for x in (main, aux))
     return {"off": first, "on": first + 0.4 * second}
 
 
@@ -218,9 +218,9 @@ def test_losses_of_many_pixels(golden):
     logits = torch.from_numpy((2 * random.standard_normal((1, 19, 384, 384))).astype("float32"))
     labels = torch.from_numpy(labels)
     assert (labels >= 0).sum().item() == case["valid"].item()
-    seed = ohem_seed(logits, labels, ignore_index=-1, class_weight=WEIGHT)[0]
+    seed = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT)[0]
     assert seed.item() == pytest.approx(case["pyradd_default_aux_off"].item(), rel=1e-5)
-    plain = ohem_seed(logits, labels, ignore_index=-1, class_weight=WEIGHT, threshold=1.0)[0]
+    plain = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT, threshold=1.0)[0]
     assert plain.item() == pytest.approx(case["weighted_ce"].item(), rel=1e-5)
     for kept in (131_072, 100_000):
         loss = ohem_cross_entropy(logits, labels, ignore_index=-1, min_kept=kept, class_weight=WEIGHT)[0]
@@ -239,7 +239,7 @@ def gradient_case(key, main, aux, labels):
 
 def test_gradients(slim, golden):
     case, model = golden("gradients_23_slim_eval_bn"), copy.deepcopy(slim)
-    official = {official: name for name, official in model.official_names().items()}
+    official = {official: name for name, official in model.key_map().items()}
     parameters = dict(model.named_parameters())
     keys = [key.removesuffix("_loss") for key in case if key.endswith("_loss")]
     assert len(keys) == 7
@@ -266,7 +266,7 @@ def test_the_models_own_loss(filled, golden):
     assert model.losses(case["x"], labels)["loss"].item() == pytest.approx(
         case["mmseg_t09_k131072_loss"].item(), rel=1e-5
     )
-    model = filled("23_slim", loss="ohem_seed", ohem_threshold=0.05, ohem_min_kept=6000, align_corners=True)
+    model = filled("23_slim", loss="ohem_pyradd", ohem_threshold=0.05, ohem_min_kept=6000, align_corners=True)
     model.class_weight = WEIGHT
     expected = case["pyradd_t005_k6000_aux_on_loss"].item()
     assert model.losses(case["x"], labels)["loss"].item() == pytest.approx(expected, rel=1e-5)
@@ -276,7 +276,7 @@ def test_schedules(golden):
     case = golden("schedule")
 
     def rates(steps, base=0.003, **settings):
-        schedule = Schedule(**{"iterations": 100, "power": 0.9, "warmup_iterations": 0, **settings})
+        schedule = ScheduleConfig(**{"iterations": 100, "power": 0.9, "warmup_iterations": 0, **settings})
         return [learning_rate(schedule, base, int(step)) for step in steps]
 
     ten = {"warmup_iterations": 10, "warmup_ratio": 1 / 3}

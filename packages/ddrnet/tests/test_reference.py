@@ -28,7 +28,7 @@ def compute():
             values[f"{variant}.context"] = model.context(features.low)[:, ::8]
             values[f"{variant}.auxiliary"] = model.auxiliary_head(features.middle)[:, ::3]
             values[f"{variant}.classifier"] = filled(DDRNetClassifier(variant))(images[..., :56, :88])[:, ::50]
-    for loss, threshold in (("ohem", 0.06), ("ohem_seed", 0.05), ("cross_entropy", 0.9)):
+    for loss, threshold in (("ohem", 0.06), ("ohem_pyradd", 0.05), ("cross_entropy", 0.9)):
         model = filled(DDRNet(loss=loss, ohem_threshold=threshold, ohem_min_kept=3000).build())
         model.class_weight = torch.linspace(0.5, 1.5, 19)
         losses = model.losses(images, labels)

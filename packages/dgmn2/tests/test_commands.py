@@ -16,8 +16,8 @@ from segcore.demo.toy import generate
 
 CONFIG = "setr_mla_dgmn2_nano_toy"
 SMALL = [
-    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch=2", "--train.max-per-device=1",
-    "--data.crop", "65", "97", "--data.scale", "129", "65", "--evaluate.scale", "129", "65",
+    "--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch-size=2", "--train.device-batch-size=1",
+    "--data.crop", "65", "97", "--data.img-scale", "129", "65", "--evaluate.img-scale", "129", "65",
     "--evaluate.mode=slide", "--evaluate.crop", "65", "65", "--evaluate.stride", "43", "43",
 ]  # fmt: skip
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
@@ -34,7 +34,7 @@ def toy(tmp_path_factory):
 def imagenet(tmp_path_factory):
     """Start weights of the backbone as classification training saves them."""
     model = segcore.load_experiment(CONFIG).model.build()
-    names = model.official_names()
+    names = model.key_map()
     state = {names[n].removeprefix("backbone."): t for n, t in model.state_dict().items() if n.startswith("backbone.")}
     path = tmp_path_factory.mktemp("weights") / "imagenet.pth"
     torch.save({"model": {**state, "head.weight": torch.zeros(9, 192)}, "epoch": 300}, path)
@@ -45,7 +45,7 @@ def imagenet(tmp_path_factory):
 def run(toy, imagenet, tmp_path_factory):
     """A finished training run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init={imagenet}"]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init-from={imagenet}"]
     main("dgmn2_seg", [*words, *SMALL, *ITERATIONS])
     return folder
 
@@ -64,7 +64,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, imagenet, 
     """Dropout is on: its draws come back, too."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", f"--train.init={imagenet}"]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", f"--train.init-from={imagenet}"]
     main("dgmn2_seg", [*words, *SMALL, *ITERATIONS, "--resume"])
     whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
     assert newest(tmp_path / "cut").name == "iter_3"

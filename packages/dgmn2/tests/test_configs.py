@@ -40,7 +40,7 @@ def test_parameter_counts():
 @pytest.mark.parametrize("row", ROWS)
 def test_names_and_shapes_equal_the_manifest(manifest, row):
     expected, model = manifest(row), on_meta(row)
-    names = model.official_names()
+    names = model.key_map()
     assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
     assert parameters(model) == expected["params"]
 
@@ -56,12 +56,12 @@ def test_recipe():
     assert (exp.optimizer.kind, exp.optimizer.lr, exp.optimizer.weight_decay) == ("adamw", 1e-4, 1e-4)
     assert (exp.optimizer.rules, exp.optimizer.clip_norm, exp.optimizer.betas) == ((), None, (0.9, 0.999))
     assert (exp.schedule.iterations, exp.schedule.power, exp.schedule.min_lr) == (40_000, 0.9, 0.0)
-    assert (exp.schedule.warmup_iterations, exp.train.batch, exp.train.max_per_device) == (0, 8, 2)
-    assert (exp.data.scale, exp.data.crop, exp.data.ratio_range) == ((2049, 1025), (769, 769), (0.5, 2.0))
-    assert (exp.evaluate.scale, exp.evaluate.mode) == ((2049, 1025), "slide")
+    assert (exp.schedule.warmup_iterations, exp.train.batch_size, exp.train.device_batch_size) == (0, 8, 2)
+    assert (exp.data.img_scale, exp.data.crop, exp.data.ratio_range) == ((2049, 1025), (769, 769), (0.5, 2.0))
+    assert (exp.evaluate.img_scale, exp.evaluate.mode) == ((2049, 1025), "slide")
     assert (exp.evaluate.crop, exp.evaluate.stride) == ((769, 769), (513, 513))
     evaluate = multi_scale(exp.evaluate)
-    assert (evaluate.ratios, evaluate.flip) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
+    assert (evaluate.img_ratios, evaluate.flip) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
 
 
 def test_figures_equal_the_published_list(reference):
@@ -81,8 +81,8 @@ def test_figures_equal_the_published_list(reference):
 def test_start_weights_are_published_files():
     for row in ROWS:
         exp = segcore.load_experiment(row)
-        assert exp.train.init == f"official:dgmn2_{exp.model.backbone}_imagenet"
-        assert exp.train.init.removeprefix("official:") in PUBLISHED
+        assert exp.train.init_from == f"official:dgmn2_{exp.model.backbone}_imagenet"
+        assert exp.train.init_from.removeprefix("official:") in PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def imagenet():
     """Random ImageNet weights of the nano backbone, as the authors name them."""
     torch.manual_seed(1)
     model = DGMN2(backbone="nano").build()
-    names = model.official_names()
+    names = model.key_map()
     state = {names[n].removeprefix("backbone."): t for n, t in model.state_dict().items() if n.startswith("backbone.")}
     return {**state, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}
 
@@ -108,7 +108,7 @@ def test_imagenet_weights_fill_the_backbone(imagenet, tmp_path, wrap, head):
     line = initialize(model, str(tmp_path / "file.pth"))
     assert f"backbone only: ImageNet weights: loaded {len(imagenet) - 2} tensors" in line
     assert "dropped 2 of head" in line
-    ours = {model.official_names()[n]: t for n, t in model.state_dict().items()}
+    ours = {model.key_map()[n]: t for n, t in model.state_dict().items()}
     assert all(torch.equal(ours[f"backbone.{n}"], t) for n, t in imagenet.items() if not n.startswith("head."))
     assert torch.equal(classifier, model.head.classifier.weight)
 
@@ -134,7 +134,7 @@ def test_gaps_and_strangers_in_imagenet_weights_are_refused(imagenet):
 def test_a_trained_checkpoint_loads_under_published_names(tmp_path):
     torch.manual_seed(2)
     first, second = (DGMN2(backbone="nano", head="setr_pup").build() for _ in range(2))
-    names = first.official_names()
+    names = first.key_map()
     state = {names[n]: t for n, t in first.state_dict().items()}
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "file.pth")
     report = load_weights(second, tmp_path / "file.pth")
@@ -142,7 +142,7 @@ def test_a_trained_checkpoint_loads_under_published_names(tmp_path):
     assert all(torch.equal(t, second.state_dict()[n]) for n, t in first.state_dict().items())
     other = DGMN2(backbone="nano", head="setr_mla").build()
     assert "name the configuration" in refusal(lambda: load_weights(other, tmp_path / "file.pth"))
-    assert other.is_whole(state)
+    assert other.is_full_checkpoint(state)
 
 
 def test_all_backbones_are_offered():

@@ -52,7 +52,7 @@ def test_help():
     contract.check_help("dgmn2_seg")
 
 
-def test_an_ignored_batch_has_no_loss_where_labelled_pixels_count():
+def test_an_ignored_batch_has_no_loss_where_labeled_pixels_count():
     model = build("fpn", average="valid")
     contract.check_all_ignored(model)
     assert model.losses(contract.images(2), torch.full((2, 64, 96), 255))["loss"] == 0

@@ -9,7 +9,7 @@ import torch
 from dgmn2_seg.backbone import Attention, Backbone, Position
 from dgmn2_seg.configs import VARIANTS
 from dgmn2_seg.official import official_name
-from segcore.config.schema import Evaluate
+from segcore.config.schema import EvalConfig
 from segcore.evaluation import predictor as inference
 
 ATTENTION = {
@@ -22,7 +22,7 @@ ATTENTION = {
     "position.y": "pos_emb.rel_height",
     "position.x": "pos_emb.rel_width",
 }
-SLIDE = Evaluate(mode="slide", crop=(65, 65), stride=(43, 43))
+SLIDE = EvalConfig(mode="slide", crop=(65, 65), stride=(43, 43))
 
 
 def check(ours, expected, atol=1e-4):
@@ -108,7 +108,7 @@ def test_loss_and_gradients(golden, filled):
     losses["loss"].backward()
     assert losses["loss"].item() == pytest.approx(case["loss"].item(), abs=1e-5)
     assert losses["decode.acc_seg"].item() == pytest.approx(case["acc_seg"].item(), abs=1e-3)
-    official = {official: name for name, official in model.official_names().items()}
+    official = {official: name for name, official in model.key_map().items()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = [gradients[official[str(name)]].double().norm().item() for name in case["grad_names"]]
     assert norms == pytest.approx(case["grad_norms"].tolist(), rel=1e-4)
@@ -120,7 +120,7 @@ def test_loss_and_gradients(golden, filled):
 
 
 @torch.no_grad()
-def test_loss_over_labelled_pixels_only(golden, filled):
+def test_loss_over_labeled_pixels_only(golden, filled):
     case, model = golden("loss_fpn_tiny"), filled("fpn", average="valid")
     loss = model.losses(case["image"], case["label"].long())["loss"].item()
     assert loss == pytest.approx(case["loss_mean_over_valid_only"].item(), abs=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from segcore.training.ema import averaged, start_average, update_average
+from segcore.training.ema import averaged, start_ema, update_ema
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def model() -> nn.Module:
 
 def test_formula(model: nn.Module) -> None:
     """average = decay * average + (1 - decay) * value, running statistics included, counters not."""
-    average = start_average(model)
+    average = start_ema(model)
     assert "1.running_mean" in average
     assert "1.num_batches_tracked" not in average
     expected = average["0.weight"].clone()
@@ -23,7 +23,7 @@ def test_formula(model: nn.Module) -> None:
         with torch.no_grad():
             model[0].weight.add_(1)
             model[1].running_mean.add_(1)
-        update_average(average, model, 0.75)
+        update_ema(average, model, 0.75)
         expected = 0.75 * expected + 0.25 * model[0].weight.detach()
     torch.testing.assert_close(average["0.weight"], expected)
     torch.testing.assert_close(average["1.running_mean"], torch.full((2,), 1.265625))
@@ -31,7 +31,7 @@ def test_formula(model: nn.Module) -> None:
 
 def test_the_trained_weights_come_back(model: nn.Module) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    average = {name: torch.zeros_like(value) for name, value in start_average(model).items()}
+    average = {name: torch.zeros_like(value) for name, value in start_ema(model).items()}
     with averaged(model, average):
         assert not model[0].weight.any()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

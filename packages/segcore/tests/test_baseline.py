@@ -11,7 +11,7 @@ def noise(seed, size=(40, 60, 3)):
     return np.random.RandomState(seed).randint(0, 256, size, np.uint8)
 
 
-def test_separates_colours_that_a_parabola_separates():
+def test_separates_colors_that_a_parabola_separates():
     image = noise(0)
     x = image.astype(float) / 255 - 0.5
     label = (x[..., 0] ** 2 + x[..., 1] * x[..., 2] > 0.06).astype(np.uint8)
@@ -27,9 +27,9 @@ def test_position_is_used_only_when_asked_for():
     rows, columns = np.indices(image.shape[:2])
     label = ((rows < 20) ^ (columns < 30)).astype(np.int64)  # needs the cross term x * y
     by_place = fit_linear([image], [label], 2, 255, position=True).predict(image)
-    by_colour = fit_linear([image], [label], 2, 255, position=False).predict(image)
+    by_color = fit_linear([image], [label], 2, 255, position=False).predict(image)
     assert (by_place == label).mean() > 0.98
-    assert (by_colour == label).mean() < 0.6
+    assert (by_color == label).mean() < 0.6
     assert by_place.shape == (40, 60)
     assert by_place.dtype == np.int64
 
@@ -68,8 +68,8 @@ def test_ignored_pixels_and_absent_classes_take_no_part():
     label = np.where(image[..., 0] > 127, 2, 4)
     label[:3] = 255
     label[3] = -1  # neither a class nor the ignored value
-    unlabelled = np.full((40, 60), 255)
-    classifier = fit_linear([image, black], [label, unlabelled], 19, 255, position=False)
+    unlabeled = np.full((40, 60), 255)
+    classifier = fit_linear([image, black], [label, unlabeled], 19, 255, position=False)
     assert classifier.classes.tolist() == [2, 4]
     assert (classifier.predict(image)[4:] == label[4:]).mean() > 0.98
     renamed = fit_linear([image], [np.where(label == 255, 0, label)], 19, 0, position=False)
@@ -85,6 +85,6 @@ def test_images_of_any_size_and_depth():
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_nothing_labelled_is_refused(count):
-    with pytest.raises(UserError, match=f"{count} training images without a labelled pixel"):
+def test_nothing_labeled_is_refused(count):
+    with pytest.raises(UserError, match=f"{count} training images without a labeled pixel"):
         fit_linear([noise(8)] * count, [np.full((40, 60), 255)] * count, 19, 255, position=True)

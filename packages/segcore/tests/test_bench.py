@@ -33,7 +33,7 @@ class ConvNet(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         return {name: name for name in self.state_dict()}
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from segcore.cli.main import main
-from segcore.config.schema import Data, Experiment, Model, Train
+from segcore.config.schema import DataConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.check import check, check_headers, label_pixels
 from segcore.data.layouts import open_dataset
 from segcore.demo import toy
@@ -31,7 +31,7 @@ def write(path: Path, array: np.ndarray) -> Path:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> DataConfig:
     """Six training pairs of 20x30 pixels and one of 10x30; a validation pair without label."""
     rng = np.random.RandomState(0)
     for i in range(7):
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Data:
     label = np.zeros((20, 30))
     label[:5] = 255
     write(tmp_path / "masks/train/0.png", label)
-    return Data("folder", tmp_path, val_masks="", classes=CLASSES)
+    return DataConfig("folder", tmp_path, val_masks="", classes=CLASSES)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -51,12 +51,12 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_good_split_is_counted_exactly(data: Data) -> None:
+def test_a_good_split_is_counted_exactly(data: DataConfig) -> None:
     report = check(data, "train", 3)
     assert (report.samples, report.labels, report.problems) == (7, 7, [])
     assert report.sizes == {(20, 30): 6, (10, 30): 1}
     assert (report.pixels, report.present, report.ignored) == ([450, 3300, 0], [1, 6, 0], 150)
-    assert report.notes == [f"{data.root}: no pixel is labelled sky"]
+    assert report.notes == [f"{data.root}: no pixel is labeled sky"]
     assert json.loads(json.dumps(report.to_json()))["sizes"] == {"10x30": 1, "20x30": 6}
     text = str(report)
     assert "20x30 (6), 10x30 (1); heights 10-20, widths 30-30" in text
@@ -66,14 +66,14 @@ def test_a_good_split_is_counted_exactly(data: Data) -> None:
     assert val.notes == [f"{data.root}: no labels, so nothing can be evaluated here"]
 
 
-def test_a_class_in_front_that_is_ignored_is_not_counted(data: Data) -> None:
-    report = check(replace(data, background=True), "train", 4)
+def test_a_class_in_front_that_is_ignored_is_not_counted(data: DataConfig) -> None:
+    report = check(replace(data, add_background_class=True), "train", 4)
     assert (report.classes[0], report.ignored) == ("background", 150)
     assert (report.pixels, report.present) == ([0, 450, 3300, 0], [0, 1, 6, 0])
-    assert report.notes == [f"{data.root}: no pixel is labelled sky"]
+    assert report.notes == [f"{data.root}: no pixel is labeled sky"]
 
 
-def test_every_fault_has_its_line(data: Data) -> None:
+def test_every_fault_has_its_line(data: DataConfig) -> None:
     root = data.root
     (root / "images/train/0.png").write_bytes(b"")
     flip(root / "images/train/1.png", 900)
@@ -111,7 +111,7 @@ def test_every_fault_has_its_line(data: Data) -> None:
 def test_flipped_bytes_of_a_label_are_found(tmp_path: Path) -> None:
     """Pillow decodes most of them without a word: into other classes."""
     rng = np.random.RandomState(1)
-    data = Data("folder", tmp_path, classes=tuple("abcdefgh"))
+    data = DataConfig("folder", tmp_path, classes=tuple("abcdefgh"))
     write(tmp_path / "images/train/a.png", np.zeros((64, 64, 3)))
     path = write(tmp_path / "masks/train/a.png", rng.randint(0, 8, (64, 64)))
     whole = path.read_bytes()
@@ -123,19 +123,19 @@ def test_flipped_bytes_of_a_label_are_found(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_a_problem_of_each_split(tmp_path: Path) -> None:
-    data = Data("folder", tmp_path / "nowhere", classes=CLASSES)
+    data = DataConfig("folder", tmp_path / "nowhere", classes=CLASSES)
     for split in ("train", "val"):
         (problem,) = check(data, split).problems
         assert problem.startswith(f"{data.root}: no such folder")
 
 
 def test_toy_sets_are_read_and_never_generated(tmp_path: Path) -> None:
-    nowhere = Data("toy", tmp_path / "tyo")
+    nowhere = DataConfig("toy", tmp_path / "tyo")
     (problem,) = check(nowhere, "train").problems
     assert problem.startswith(f"{nowhere.root}: no such folder")
     assert problem.endswith("or let `train` generate it there")
     assert not nowhere.root.exists()
-    data = Data("toy", tmp_path / "toy")
+    data = DataConfig("toy", tmp_path / "toy")
     toy.generate(data.root, train=2, val=1, height=32, width=64)
     image = sorted(data.root.glob("leftImg8bit/train/*/*"))[0]
     flip(image, image.stat().st_size // 2)
@@ -148,7 +148,7 @@ def test_toy_sets_are_read_and_never_generated(tmp_path: Path) -> None:
     assert not gone.exists()
 
 
-def test_headers_show_what_a_first_look_can(data: Data) -> None:
+def test_headers_show_what_a_first_look_can(data: DataConfig) -> None:
     root, dataset = data.root, open_dataset(data, "train")
     assert check_headers(dataset) == []
     (root / "images/train/0.png").write_bytes(b"")
@@ -168,16 +168,17 @@ def test_headers_know_turned_photographs_and_files_that_pillow_does_not(tmp_path
     write(tmp_path / "masks/train/a.png", np.zeros((30, 20)))
     np.save(tmp_path / "images/train/b.npy", np.zeros((20, 30, 3), np.uint8))
     write(tmp_path / "masks/train/b.png", np.zeros((20, 30)))
-    data = Data("folder", tmp_path, classes=CLASSES)
+    data = DataConfig("folder", tmp_path, classes=CLASSES)
     assert check_headers(open_dataset(data, "train")) == []
     assert check(data, "train").problems == []
 
 
-def test_command_lists_all_and_fails_with_their_number(data: Data, tmp_path: Path, capsys) -> None:
+def test_command_lists_all_and_fails_with_their_number(data: DataConfig, tmp_path: Path, capsys) -> None:
     config = tmp_path / "mine.py"
     config.write_text(
-        "from pathlib import Path\nfrom ddp_seg.configs import DDP\nfrom segcore.config.schema import Data, Experiment\n"
-        f"def mine():\n    data = Data('folder', Path({str(data.root)!r}), val_masks='', classes={CLASSES})\n"
+        "from pathlib import Path\nfrom ddp_seg.configs import DDP\n"
+        "from segcore.config.schema import DataConfig, Experiment\n"
+        f"def mine():\n    data = DataConfig('folder', Path({str(data.root)!r}), val_masks='', classes={CLASSES})\n"
         "    return Experiment('mine', DDP(num_classes=3), data)\n"
     )
     words = ["check", f"{config}:mine", f"--json={tmp_path / 'report.json'}"]
@@ -199,13 +200,13 @@ def test_command_lists_all_and_fails_with_their_number(data: Data, tmp_path: Pat
 
 
 @dataclass(frozen=True)
-class Tiny(Model):
+class Tiny(ModelConfig):
     def build(self):
         raise NotImplementedError
 
 
-def experiment(data: Data, weights) -> Experiment:
-    return Experiment("tiny", Tiny(num_classes=3), data, train=Train(class_weight=weights))
+def experiment(data: DataConfig, weights) -> Experiment:
+    return Experiment("tiny", Tiny(num_classes=3), data, train=TrainConfig(class_weight=weights))
 
 
 def test_balanced_weights_are_those_of_the_formula() -> None:
@@ -216,7 +217,7 @@ def test_balanced_weights_are_those_of_the_formula() -> None:
     assert np.isfinite(balanced(np.zeros(3))).all()
 
 
-def test_given_weights_are_taken_as_they_are(data: Data, tmp_path: Path) -> None:
+def test_given_weights_are_taken_as_they_are(data: DataConfig, tmp_path: Path) -> None:
     dataset = open_dataset(data, "train")
     assert class_weights(experiment(data, None), dataset, tmp_path / "run") is None
     weights = class_weights(experiment(data, (1.0, 2.0, 0.5)), dataset, tmp_path / "run")
@@ -225,7 +226,7 @@ def test_given_weights_are_taken_as_they_are(data: Data, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_auto_reads_the_labels_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exp, run = experiment(data, "auto"), tmp_path / "run"
     weights = class_weights(exp, open_dataset(data, "train"), run)
     assert weights is not None
@@ -241,14 +242,14 @@ def test_auto_reads_the_labels_once(data: Data, tmp_path: Path, monkeypatch: pyt
     assert not torch.equal(class_weights(exp, open_dataset(data, "train"), run), weights)
 
 
-def test_auto_leaves_ignored_pixels_out_behind_a_background(data: Data, tmp_path: Path) -> None:
-    data = replace(data, background=True)
-    exp = Experiment("tiny", Tiny(num_classes=4), data, train=Train(class_weight="auto"))
+def test_auto_leaves_ignored_pixels_out_behind_a_background(data: DataConfig, tmp_path: Path) -> None:
+    data = replace(data, add_background_class=True)
+    exp = Experiment("tiny", Tiny(num_classes=4), data, train=TrainConfig(class_weight="auto"))
     weights = class_weights(exp, open_dataset(data, "train"), tmp_path)
     torch.testing.assert_close(weights, torch.from_numpy(balanced(np.array([0, 450, 3300, 0]))).float())
 
 
-def test_auto_names_labels_that_cannot_be_used(data: Data, tmp_path: Path) -> None:
+def test_auto_names_labels_that_cannot_be_used(data: DataConfig, tmp_path: Path) -> None:
     write(data.root / "masks/train/3.png", np.full((20, 30), 77))
     write(data.root / "masks/train/5.png", np.full((20, 30), 78))
     dataset = open_dataset(data, "train")
@@ -259,7 +260,7 @@ def test_auto_names_labels_that_cannot_be_used(data: Data, tmp_path: Path) -> No
 
 
 def test_real_labels_are_counted_as_opencv_does(real_data: Path) -> None:
-    dataset = open_dataset(Data("cityscapes", real_data / "cityscapes"), "val")
+    dataset = open_dataset(DataConfig("cityscapes", real_data / "cityscapes"), "val")
     counted, problems = label_pixels(dataset)
     labels = [dataset.label(i) for i in range(len(dataset))]
     expected = sum(cv2.calcHist([label], [0], None, [256], [0, 256]).ravel() for label in labels)

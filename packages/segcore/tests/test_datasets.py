@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data.images import read_image, read_label
 from segcore.data.layouts import ade20k, cityscapes, open_dataset, palette_of
-from segcore.data.layouts.folder import distinct_colours
+from segcore.data.layouts.folder import distinct_colors
 from segcore.errors import UserError
 
 
@@ -34,7 +34,7 @@ def write_cityscapes(root, kinds=("labelIds",), stems=("aachen/a", "ulm/b"), val
         write(root / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", IMAGE)
         for kind in kinds:
             write(root / f"gtFine/{split}/{stem}_gtFine_{kind}.png", np.full((6, 8), value))
-    return Data("cityscapes", root)
+    return DataConfig("cityscapes", root)
 
 
 def write_folder(root, masks=None, images=None):
@@ -42,7 +42,7 @@ def write_folder(root, masks=None, images=None):
         write(root / name, image)
     for name, mask in (masks or {"masks/train/a.png": np.zeros((6, 8))}).items():
         write(root / name, mask)
-    return Data("folder", root, classes=("sea", "land"))
+    return DataConfig("folder", root, classes=("sea", "land"))
 
 
 def one_line(caught, *parts):
@@ -92,13 +92,13 @@ def test_label_tables_golden(golden):
 
 
 @pytest.mark.parametrize("module", [cityscapes, ade20k])
-def test_classes_and_colours(reference, module):
+def test_classes_and_colors(reference, module):
     stated = json.loads((reference / f"eval/{module.__name__.rsplit('.')[-1]}.json").read_text())["classes"]
     assert list(module.CLASSES) == [entry["name"].strip() for entry in stated]
     np.testing.assert_array_equal(module.PALETTE, [entry["rgb"] for entry in stated])
 
 
-def test_a_few_classes_and_colours():
+def test_a_few_classes_and_colors():
     assert (cityscapes.CLASSES[0], cityscapes.CLASSES[6], cityscapes.CLASSES[18]) == (
         "road",
         "traffic light",
@@ -113,7 +113,7 @@ def write_ade20k(root, label):
     for split in ("training", "validation"):
         write(root / f"images/{split}/ADE_1.jpg", IMAGE)
         write(root / f"annotations/{split}/ADE_1.png", label)
-    return Data("ade20k", root)
+    return DataConfig("ade20k", root)
 
 
 def test_ade20k_reduces_zero(tmp_path):
@@ -126,12 +126,12 @@ def test_ade20k_reduces_zero(tmp_path):
 
 def test_background_in_front(tmp_path):
     data = write_ade20k(tmp_path / "ade", np.repeat([[0, 1, 2, 150]], 6, axis=0).repeat(2, axis=1))
-    dataset = open_dataset(Data("ade20k", data.root, background=True), "val")
+    dataset = open_dataset(DataConfig("ade20k", data.root, add_background_class=True), "val")
     assert dataset.label(0)[0].tolist() == [0, 0, 1, 1, 2, 2, 150, 150]  # raw labels, as DDPS keeps them
     assert (len(dataset.classes), dataset.classes[0], dataset.ignore_index) == (151, "background", 0)
     assert dataset.palette[:2].tolist() == [[0, 0, 0], [120, 120, 120]]
     city = write_cityscapes(tmp_path / "city", value=26)
-    assert (open_dataset(Data("cityscapes", city.root, background=True), "train").label(0) == 14).all()
+    assert (open_dataset(DataConfig("cityscapes", city.root, add_background_class=True), "train").label(0) == 14).all()
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "ade20k", "folder"])
@@ -140,8 +140,12 @@ def test_palette_of_needs_no_files(tmp_path, name, background):
     write_cityscapes(tmp_path)
     write_ade20k(tmp_path, np.zeros((6, 8)))
     write_folder(tmp_path)
-    dataset = open_dataset(Data(name, tmp_path, classes=("sea", "land"), background=background), "train")
-    classes, palette = palette_of(Data(name, tmp_path / "nowhere", classes=("sea", "land"), background=background))
+    dataset = open_dataset(
+        DataConfig(name, tmp_path, classes=("sea", "land"), add_background_class=background), "train"
+    )
+    classes, palette = palette_of(
+        DataConfig(name, tmp_path / "nowhere", classes=("sea", "land"), add_background_class=background)
+    )
     assert classes == dataset.classes
     np.testing.assert_array_equal(palette, dataset.palette)
 
@@ -152,7 +156,7 @@ def test_folder_pairs_by_stem_without_common_endings(tmp_path):
     data = write_folder(tmp_path, masks, images)
     (tmp_path / "images/train/.hidden.png").write_bytes(b"")
     (tmp_path / "images/train/notes.txt").write_text("no image")
-    dataset = open_dataset(Data("folder", data.root, classes=("a", "b", "c")), "train")
+    dataset = open_dataset(DataConfig("folder", data.root, classes=("a", "b", "c")), "train")
     assert [dataset.name(i) for i in range(3)] == ["a-1_rgb", "b_rgb", "c"]
     assert [int(dataset.label(i)[0, 0]) for i in range(3)] == [1, 0, 2]
 
@@ -160,11 +164,11 @@ def test_folder_pairs_by_stem_without_common_endings(tmp_path):
 def test_folder_with_sub_folders(tmp_path):
     images = {f"images/{folder}/train/a.png": IMAGE for folder in "xy"}
     data = write_folder(tmp_path, {f"masks/{folder}/train/a.png": np.eye(6, 8) for folder in "xy"}, images)
-    nested = Data("folder", data.root, "images/*/train/*", "masks/**/*", classes=data.classes)
+    nested = DataConfig("folder", data.root, "images/*/train/*", "masks/**/*", classes=data.classes)
     dataset = open_dataset(nested, "train")
     assert [dataset.name(i) for i in range(2)] == ["x/train/a", "y/train/a"]
     assert "/y/" in str(dataset.samples[1].label)
-    twice = Data("folder", data.root, "images/*/train/*", "m*/x/train/*", classes=data.classes)
+    twice = DataConfig("folder", data.root, "images/*/train/*", "m*/x/train/*", classes=data.classes)
     with pytest.raises(UserError, match=r"x/train/a.png: no label among .* \(and 1 more; `check` lists them\)"):
         open_dataset(twice, "train")
 
@@ -179,7 +183,7 @@ def test_files_that_no_mask_can_be_read_from_are_left_out(tmp_path):
 def test_folder_without_validation_masks(tmp_path):
     data = write_folder(tmp_path)
     dataset = open_dataset(
-        Data("folder", data.root, val_images="images/train/*", val_masks="", classes=data.classes), "val"
+        DataConfig("folder", data.root, val_images="images/train/*", val_masks="", classes=data.classes), "val"
     )
     image, label = dataset.pair(0)
     assert image.shape == (6, 8, 3)
@@ -188,12 +192,12 @@ def test_folder_without_validation_masks(tmp_path):
         dataset.label(0)
 
 
-def test_colours_of_a_folder_are_distinct_and_stable():
-    colours = distinct_colours(40).astype(int)
-    np.testing.assert_array_equal(colours[:5], distinct_colours(5))
-    difference = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 1000 * np.eye(40, dtype=int)
+def test_colors_of_a_folder_are_distinct_and_stable():
+    colors = distinct_colors(40).astype(int)
+    np.testing.assert_array_equal(colors[:5], distinct_colors(5))
+    difference = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(40, dtype=int)
     assert difference.min() >= 60
-    assert len(np.unique(distinct_colours(253), axis=0)) == 253
+    assert len(np.unique(distinct_colors(253), axis=0)) == 253
 
 
 def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):
@@ -205,7 +209,8 @@ def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):
         toy, "generate", lambda root, progress: calls.append(root) or write_cityscapes(root, split="val")
     )
     for _ in range(2):
-        dataset = open_dataset(Data("toy", tmp_path / "toy"), "val")
+        toy.complete(tmp_path / "toy")
+        dataset = open_dataset(DataConfig("toy", tmp_path / "toy"), "val")
     assert calls == [tmp_path / "toy"]
     assert (len(dataset), dataset.classes) == (2, cityscapes.CLASSES)
 
@@ -226,7 +231,7 @@ def test_datasets_pickle_and_need_no_torch(tmp_path):
 
 
 def test_real_cityscapes(real_data, tmp_path):
-    dataset = open_dataset(Data("cityscapes", real_data / "cityscapes"), "val")
+    dataset = open_dataset(DataConfig("cityscapes", real_data / "cityscapes"), "val")
     image, label = dataset.pair(0)
     assert (image.shape, label.shape) == ((128, 256, 3), (128, 256))
     assert dataset.name(0) == "frankfurt/frankfurt_000000_000294_leftImg8bit"
@@ -238,7 +243,7 @@ def test_real_cityscapes(real_data, tmp_path):
 
 
 def test_real_ade20k(real_data):
-    dataset = open_dataset(Data("ade20k", real_data / "ade20k"), "val")
+    dataset = open_dataset(DataConfig("ade20k", real_data / "ade20k"), "val")
     assert len(dataset) == 2
     for i in range(2):
         image, label = dataset.pair(i)
@@ -249,7 +254,7 @@ def test_real_ade20k(real_data):
 
 def test_real_potsdam_as_a_folder(real_data):
     names = ("border", "impervious", "building", "low vegetation", "tree", "car")
-    data = Data("folder", real_data / "potsdam", "img_dir/**/*", "ann_dir/**/*", classes=names)
+    data = DataConfig("folder", real_data / "potsdam", "img_dir/**/*", "ann_dir/**/*", classes=names)
     image, label = open_dataset(data, "train").pair(0)
     assert image.shape == (512, 512, 3)
     assert set(np.unique(label)) <= set(range(6))
@@ -258,9 +263,9 @@ def test_real_potsdam_as_a_folder(real_data):
 # Kinds of images
 
 
-def test_colour_images_as_the_published_systems_decode_them(tmp_path):
-    grey = write(tmp_path / "grey.png", IMAGE[..., 0])
-    np.testing.assert_array_equal(read_image(grey), np.repeat(IMAGE[..., :1], 3, axis=2))
+def test_color_images_as_the_published_systems_decode_them(tmp_path):
+    gray = write(tmp_path / "gray.png", IMAGE[..., 0])
+    np.testing.assert_array_equal(read_image(gray), np.repeat(IMAGE[..., :1], 3, axis=2))
     alpha = write(tmp_path / "alpha.png", np.dstack([IMAGE, IMAGE[..., 0]]))
     np.testing.assert_array_equal(read_image(alpha), IMAGE)
     exif = Image.Exif()
@@ -269,14 +274,14 @@ def test_colour_images_as_the_published_systems_decode_them(tmp_path):
     assert read_image(tmp_path / "turned.jpg").shape == (8, 6, 3)
 
 
-def test_grey_sixteen_bit_and_many_bands(tmp_path):
-    grey = write(tmp_path / "grey.png", IMAGE[..., 0])
-    np.testing.assert_array_equal(read_image(grey, channels=1), IMAGE[..., :1])
+def test_gray_sixteen_bit_and_many_bands(tmp_path):
+    gray = write(tmp_path / "gray.png", IMAGE[..., 0])
+    np.testing.assert_array_equal(read_image(gray, channels=1), IMAGE[..., :1])
     deep = IMAGE.astype(np.uint16) * 257
     cv2.imwrite(str(tmp_path / "deep.png"), deep[..., ::-1])
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", bit_depth=16), deep)
-    cv2.imwrite(str(tmp_path / "deep_grey.png"), deep[..., 1])
-    np.testing.assert_array_equal(read_image(tmp_path / "deep_grey.png", 1, 16), deep[..., 1:2])
+    cv2.imwrite(str(tmp_path / "deep_gray.png"), deep[..., 1])
+    np.testing.assert_array_equal(read_image(tmp_path / "deep_gray.png", 1, 16), deep[..., 1:2])
     four = np.dstack([IMAGE, IMAGE[..., 1]])
     np.testing.assert_array_equal(read_image(write(tmp_path / "four.png", four), channels=4), four)
     bands = np.random.RandomState(1).randint(0, 60000, (6, 8, 7)).astype(np.uint16)
@@ -358,11 +363,11 @@ def test_labels_palette_and_bad_ones(tmp_path):
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_label(tmp_path / "deep.png"), values)
     Image.fromarray(values.astype(np.uint16) + 250).save(tmp_path / "large.png")
-    write(tmp_path / "colour.png", IMAGE)
+    write(tmp_path / "color.png", IMAGE)
     (tmp_path / "cut.png").write_bytes((tmp_path / "palette.png").read_bytes()[:-30])
     for name, part in (
         ("large", "250 to 297"),
-        ("colour", "not colours"),
+        ("color", "not colors"),
         ("cut", "replace"),
         ("none", "No such file"),
     ):
@@ -387,24 +392,24 @@ def test_label_values_and_sizes_are_checked(tmp_path):
 def test_missing_folders_and_empty_splits(tmp_path):
     for name in ("cityscapes", "ade20k", "folder"):
         with pytest.raises(UserError) as caught:
-            open_dataset(Data(name, tmp_path / "nowhere", classes=("a",)), "train")
+            open_dataset(DataConfig(name, tmp_path / "nowhere", classes=("a",)), "train")
         one_line(caught, tmp_path / "nowhere", "data.root")
         with pytest.raises(UserError) as caught:
-            open_dataset(Data(name, tmp_path, classes=("a",)), "train")
+            open_dataset(DataConfig(name, tmp_path, classes=("a",)), "train")
         one_line(caught, tmp_path, "train")
     (tmp_path / "leftImg8bit/val").mkdir(parents=True)
     (tmp_path / "gtFine/val").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
-        open_dataset(Data("cityscapes", tmp_path), "val")
+        open_dataset(DataConfig("cityscapes", tmp_path), "val")
     one_line(caught, "no images found", "_leftImg8bit.png")
 
 
 def test_folder_needs_classes_one_file_per_stem_and_a_pattern(tmp_path):
     data = write_folder(tmp_path, images={"images/train/a.png": IMAGE, "images/train/a.jpg": IMAGE})
     with pytest.raises(UserError, match=r"data\.classes has 0 names"):
-        open_dataset(Data("folder", data.root), "train")
+        open_dataset(DataConfig("folder", data.root), "train")
     with pytest.raises(UserError, match="both stand for 'a'"):
         open_dataset(data, "train")
     for pattern in ("", "/tmp/*"):
         with pytest.raises(UserError, match="no file pattern"):
-            open_dataset(Data("folder", data.root, train_images=pattern, classes=("a",)), "train")
+            open_dataset(DataConfig("folder", data.root, train_images=pattern, classes=("a",)), "train")

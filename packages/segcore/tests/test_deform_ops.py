@@ -251,7 +251,7 @@ def test_coordinates_far_outside_or_not_numbers(case):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_numerically(case, form):
     tensors = case.inputs(torch.float64)
-    # numerical differences must not cross a pixel's centre, where the slope jumps
+    # numerical differences must not cross a pixel's center, where the slope jumps
     tensors["offset"] = tensors["offset"].floor() + 0.1 + 0.8 * (tensors["offset"] - tensors["offset"].floor())
     names = [k for k, t in tensors.items() if t is not None]
 

@@ -115,8 +115,8 @@ def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> N
     done = train(root, tmp_path / "other", "--gpus", 3)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "error: train.batch 4 on 3 devices does not divide into passes of train.max_per_device 1; "
-        "choose a multiple for train.batch, or another number of devices\n"
+        "error: train.batch_size 4 on 3 devices does not divide into passes of train.device_batch_size 1; "
+        "choose a multiple for train.batch_size, or another number of devices\n"
     )
 
 
@@ -165,7 +165,7 @@ def test_nan_in_one_of_two_processes_is_skipped_by_both(root: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_three_nans_in_one_of_two_processes_end_both(root: Path, tmp_path: Path) -> None:
-    options = ("--train.max-per-device", 2, "--train.save-every", 2)
+    options = ("--train.device-batch-size", 2, "--train.save-every", 2)
     done = train(root, tmp_path, *options, processes=2, fault="nan3:1:5")
     assert done.returncode != 0
     line = "not finite 3 times in a row, at iteration 8; lower optimizer.lr or set optimizer.clip_norm; "

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from segcore.config.schema import Data, Evaluate
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset, Sample
-from segcore.data.labels import index_table
+from segcore.data.labels import label_lut
 from segcore.errors import UserError
 from segcore.evaluation import evaluate as evaluate_module
 from segcore.evaluation.evaluate import Results, evaluate
@@ -22,8 +22,8 @@ from segcore.models.segmentor import Segmentor
 from segcore.reporting.tables import summary
 from segcore.seeds import derive
 
-DATA = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-PLAIN = Evaluate(scale=None)
+DATA = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = EvalConfig(img_scale=None)
 
 
 def draw(seed, size):
@@ -46,14 +46,14 @@ class Redness(Segmentor):
         assert not self.trained.training
         self.batches.append(len(images))
         noise = self.noise * torch.stack([draw(seed, images.shape[-2:]) for seed in seeds])[:, None]
-        centres = 10 * torch.arange(4.0).view(1, 4, 1, 1)
+        centers = 10 * torch.arange(4.0).view(1, 4, 1, 1)
         counts = {str(step): step for step in steps} if steps else {"final": 1}
-        return {entry: -(images[:, :1] + count * noise - centres).abs() for entry, count in counts.items()}
+        return {entry: -(images[:, :1] + count * noise - centers).abs() for entry, count in counts.items()}
 
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ def dataset(tmp_path):
         cv2.imwrite(str(sample.label), label)
         samples.append(sample)
     palette = np.zeros((4, 3), np.uint8)
-    return Dataset(("sky", "road", "car", "pole"), palette, 255, tuple(samples), tmp_path, index_table(4))
+    return Dataset(("sky", "road", "car", "pole"), palette, 255, tuple(samples), tmp_path, label_lut(4))
 
 
 def run(model, dataset, config=PLAIN, **options):
@@ -100,7 +100,7 @@ def test_batches_do_not_change_results(dataset, settings):
     config = dataclasses.replace(PLAIN, **settings)
     one = run(Redness(noise=6.0), dataset, config)
     model = Redness(noise=6.0)
-    three = run(model, dataset, dataclasses.replace(config, batch=3))
+    three = run(model, dataset, dataclasses.replace(config, batch_size=3))
     assert one.to_json() == three.to_json()
     assert sorted(set(model.batches)) == [1, 2]  # consecutive images of one size: 2, 1, 2
 
@@ -114,15 +114,15 @@ def test_step_entries(dataset):
 
 def test_an_entry_that_stops_early(dataset):
     class Early(Redness):
-        def predict_converged(self, images, percent, seeds=None):
+        def early_exit(self, images, percent, seeds=None):
             assert percent == 2.5
             return self.predict_steps(images, (20,), seeds)["20"], [1 + len(images)] * len(images)
 
-    config = dataclasses.replace(PLAIN, steps=(1, 5), until_converged=2.5, batch=2)
+    config = dataclasses.replace(PLAIN, steps=(1, 5), early_exit_threshold=2.5, batch_size=2)
     results = run(Early(noise=4.0), dataset, config)
     assert list(results.entries) == ["1", "5", "until 2.5%"]
     assert results.entries["until 2.5%"]["mIoU"] < results.entries["5"]["mIoU"]
-    assert results.final_entry == "5", "an entry that stops early decides nothing"
+    assert results.final_step == "5", "an entry that stops early decides nothing"
     assert results.steps_taken == results.to_json()["steps_taken"] == (3 + 3 + 2 + 3 + 3) / 5
     assert "until 2.5%: denoising took 2.80 steps on average" in summary(results)
     with pytest.raises(UserError, match="Redness is no diffusion model"):
@@ -142,7 +142,7 @@ def test_modes_come_back(dataset):
 def test_limit_and_progress(dataset):
     seen = []
     results = run(
-        Redness(), dataset, dataclasses.replace(PLAIN, batch=2), limit=3, on_progress=lambda *x: seen.append(x)
+        Redness(), dataset, dataclasses.replace(PLAIN, batch_size=2), limit=3, on_progress=lambda *x: seen.append(x)
     )
     assert seen == [(2, 3), (3, 3)]
     assert results.images == 3
@@ -166,7 +166,7 @@ def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
 
     monkeypatch.setattr(evaluate_module, "predict_classes", watched)
     many = dataclasses.replace(dataset, samples=dataset.samples[:2] * 6)
-    run(Redness(), many, dataclasses.replace(PLAIN, batch=2), on_progress=count)
+    run(Redness(), many, dataclasses.replace(PLAIN, batch_size=2), on_progress=count)
     assert len(made) == 2 * 12
     assert len(alive) == 6
     assert max(alive) <= 2 * 4  # this batch and what is left of the one before

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from segcore.config import options, registry
 from segcore.config.registry import load_experiment
-from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, ParamRule, Schedule, Train
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    ParamRule,
+    ScheduleConfig,
+    TrainConfig,
+)
 from segcore.config.source import source
 from segcore.errors import UserError
 
@@ -23,8 +32,8 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Tiny(Model):
-    timesteps: int = 3
+class Tiny(ModelConfig):
+    num_inference_steps: int = 3
     accumulation: bool = False
     bit_scale: float = 0.01
     backbone: Backbone = Backbone()
@@ -36,7 +45,7 @@ class Tiny(Model):
 EXPERIMENT = Experiment(
     name="tiny",
     model=Tiny(),
-    optimizer=Optimizer(rules=(ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))),
+    optimizer=OptimizerConfig(rules=(ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))),
 )
 
 
@@ -50,7 +59,7 @@ def value_at(node, path):
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("model.timesteps=10", 10),
+        ("model.num_inference_steps=10", 10),
         ("model.accumulation=True", True),
         ("model.bit_scale=1e-3", 1e-3),
         ("model.backbone.depths=3 4 6 3", (3, 4, 6, 3)),
@@ -58,15 +67,15 @@ def value_at(node, path):
         ("data.root=/data/city scapes", Path("/data/city scapes")),
         ("data.crop=256 512", (256, 512)),
         ("data.crop=256,512", (256, 512)),
-        ("data.scale=None", None),
+        ("data.img_scale=None", None),
         ("data.classes='traffic light' car", ("traffic light", "car")),
         ("data.mean=-1e-05 0 1", (-1e-5, 0.0, 1.0)),
         ("evaluate.metrics=mIoU mDice", ("mIoU", "mDice")),
         ("evaluate.steps=1,3,10", (1, 3, 10)),
         ("optimizer.clip_norm=1", 1.0),
         ("optimizer.rules.1.lr_mult=2.5", 2.5),
-        ("train.max-per-device=2", 2),
-        ("train.init=official:a=b", "official:a=b"),
+        ("train.device-batch-size=2", 2),
+        ("train.init_from=official:a=b", "official:a=b"),
         ("train.class_weight=auto", "auto"),
         (f"train.class_weight={'0.5 ' * 19}", (0.5,) * 19),
         ("name=--odd", "--odd"),
@@ -84,25 +93,25 @@ def test_override_changes_one_setting(override, value):
 def test_overrides_apply_together_and_leave_the_original():
     changed = EXPERIMENT.with_overrides(["data.crop=64 128", "seed=7", "schedule.iterations=10"])
     assert (changed.data.crop, changed.seed, changed.schedule.iterations) == ((64, 128), 7, 10)
-    assert EXPERIMENT.data.crop == Data().crop
+    assert EXPERIMENT.data.crop == DataConfig().crop
     assert EXPERIMENT.with_overrides([]) == EXPERIMENT
 
 
 def test_pair_that_is_none_takes_two_numbers():
-    experiment = EXPERIMENT.with_overrides(["evaluate.scale=None"])
-    assert experiment.with_overrides(["evaluate.scale=20 10"]).evaluate.scale == (20, 10)
+    experiment = EXPERIMENT.with_overrides(["evaluate.img_scale=None"])
+    assert experiment.with_overrides(["evaluate.img_scale=20 10"]).evaluate.img_scale == (20, 10)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.timestep=3", ["model.timestep'", "did you mean model.timesteps?"]),
-        ("train_init=x", ["did you mean train.init?"]),
+        ("model.num_inference_step=3", ["model.num_inference_step'", "did you mean model.num_inference_steps?"]),
+        ("train_init=x", ["did you mean train.init_from?"]),
         ("optimizer.rules.2.key=x", ["optimizer.rules.2.key", "did you mean optimizer.rules."]),
         ("model=x", ["no setting 'model'"]),
         ("help=1", ["no setting 'help'"]),
         ("seed", ["'seed' has no '='", "name=value"]),
-        ("model.timesteps=ten", ["--model.timesteps", "ten: expected"]),
+        ("model.num_inference_steps=ten", ["--model.num-inference-steps", "ten: expected"]),
         ("model.accumulation=maybe", ["--model.accumulation", "maybe: expected", "True", "False"]),
         ("schedule.kind=poli", ["--schedule.kind", "poli: expected", "poly"]),
         ("data.crop=256", ["--data.crop", "2"]),
@@ -122,14 +131,14 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("train.batch=0", "train.batch is 0"),
+        ("train.batch_size=0", "train.batch_size is 0"),
         ("data.crop=0 64", "data.crop is 0"),
         ("evaluate.stride=1 -1", "evaluate.stride is -1"),
         ("schedule.iterations=0", "schedule.iterations is 0"),
         ("model.in_channels=4", "model.in_channels is 4 but data.channels is 3"),
         ("data.mean=1 2", "data.mean and data.std have 2 and 3 values"),
         ("data.bit_depth=16", "data.photometric"),
-        ("train.max_per_device=3", "train.batch 16 does not divide"),
+        ("train.device_batch_size=3", "train.batch_size 16 does not divide"),
         ("data.flip=1.5", "data.flip is 1.5; it must be from 0 to 1"),
         ("data.flip=nan", "data.flip is nan"),
         ("data.ratio_range=2 0.5", "data.ratio_range is 2.0 to 0.5; give the smaller ratio first"),
@@ -173,12 +182,12 @@ def experiments(draw):
     n = draw(channels)
     eight = draw(st.booleans())
     data = st.builds(
-        Data,
+        DataConfig,
         root=st.from_regex(r"[\w /.-]+", fullmatch=True).map(Path),
         classes=class_names,
         channels=st.just(n),
         bit_depth=st.just(8 if eight else 16),
-        scale=st.none() | sizes,
+        img_scale=st.none() | sizes,
         crop=sizes,
         photometric=st.booleans() if n == 3 and eight else st.just(False),
         mean=st.tuples(*[reals] * n),
@@ -186,7 +195,10 @@ def experiments(draw):
     )
     passes = draw(st.integers(1, 100))
     train = st.builds(
-        Train, batch=st.just(passes * 4), init=st.none() | words, precision=st.sampled_from(["fp32", "bf16"])
+        TrainConfig,
+        batch_size=st.just(passes * 4),
+        init_from=st.none() | words,
+        precision=st.sampled_from(["fp32", "bf16"]),
     )
     return Experiment(
         name=draw(words),
@@ -201,13 +213,17 @@ def experiments(draw):
             )
         ),
         data=draw(data),
-        optimizer=draw(st.builds(Optimizer, betas=st.tuples(reals, reals), clip_norm=st.none() | reals, rules=rules)),
-        schedule=draw(st.builds(Schedule, iterations=counts, kind=st.sampled_from(["poly", "step"]), power=reals)),
+        optimizer=draw(
+            st.builds(OptimizerConfig, betas=st.tuples(reals, reals), clip_norm=st.none() | reals, rules=rules)
+        ),
+        schedule=draw(
+            st.builds(ScheduleConfig, iterations=counts, kind=st.sampled_from(["poly", "step"]), power=reals)
+        ),
         train=draw(train),
         evaluate=draw(
             st.builds(
-                Evaluate,
-                scale=st.none() | sizes,
+                EvalConfig,
+                img_scale=st.none() | sizes,
                 steps=st.lists(counts, max_size=3).map(tuple),
                 metrics=st.sampled_from([(), ("mIoU",), ("mDice", "mFscore")]),
             )
@@ -234,10 +250,10 @@ def test_every_experiment_can_be_written_as_a_file(tmp_path_factory, wanted):
 
 METHOD = """
 from dataclasses import dataclass
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 
 @dataclass(frozen=True)
-class Net(Model):
+class Net(ModelConfig):
     def build(self):
         raise NotImplementedError
 
@@ -304,10 +320,10 @@ def test_without_methods_the_error_says_so(monkeypatch):
 CONFIG = """
 from __future__ import annotations
 from dataclasses import dataclass
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 
 @dataclass(frozen=True)
-class Net(Model):
+class Net(ModelConfig):
     width: int = 8
     def build(self):
         raise NotImplementedError
@@ -363,7 +379,7 @@ def test_wrong_file_is_named_with_the_remedy(config, spec, text):
 
 @pytest.mark.parametrize(
     "override",
-    ["data.workers=-1", "evaluate.steps=3 -1", "evaluate.ratios=", "evaluate.ratios=1 0", "data.std=1 0 1",
+    ["data.workers=-1", "evaluate.steps=3 -1", "evaluate.img_ratios=", "evaluate.img_ratios=1 0", "data.std=1 0 1",
      "schedule.step=0", "schedule.warmup_iterations=-1", "model.num_classes=0", "train.evaluate_every=-1"],
 )  # fmt: skip
 def test_values_that_no_run_can_use_are_refused(override):

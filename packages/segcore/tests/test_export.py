@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from segcore.config.schema import Data, Experiment, Model
+from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.deploy import export
 from segcore.errors import UserError
 from segcore.models.layers import resize
@@ -33,7 +33,7 @@ class Tiny(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         return {name: name for name in self.state_dict()}
 
 
@@ -56,12 +56,12 @@ class Drifting(nn.Module):
         return self.model(images) + 0.01 * self.calls
 
 
-class TinyConfig(Model):
+class TinyConfig(ModelConfig):
     def build(self):
         return Tiny()
 
 
-EXP = Experiment("tiny", TinyConfig(), Data("toy"))
+EXP = Experiment("tiny", TinyConfig(), DataConfig("toy"))
 
 
 def run(path, images):

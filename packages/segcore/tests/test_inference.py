@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from segcore.config.schema import Data, Evaluate, multi_scale
+from segcore.config.schema import DataConfig, EvalConfig, multi_scale
 from segcore.errors import UserError
 from segcore.evaluation.predictor import (
     check_ensemble,
@@ -21,8 +21,8 @@ from segcore.evaluation.predictor import (
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 
-PLAIN = Evaluate(scale=None)
-RAW = Data(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = EvalConfig(img_scale=None)
+RAW = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 class Stub(Segmentor):
@@ -31,7 +31,7 @@ class Stub(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         raise NotImplementedError
 
 
@@ -107,7 +107,7 @@ SLIDE = {
 def test_published_logits(golden, key, settings, rows):
     case = golden("eval/golden/inference.npz")
     model = Pooled(case, align_corners=key.endswith("_ac1"))
-    (found,) = predict(model, [case["image_rgb_uint8"][:rows]], Evaluate(scale=None, **settings), Data())
+    (found,) = predict(model, [case["image_rgb_uint8"][:rows]], EvalConfig(img_scale=None, **settings), DataConfig())
     torch.testing.assert_close(found["final"], torch.from_numpy(case[key]).softmax(0), atol=1e-5, rtol=0)
     windows = {"slide32_24_logits": "slide32_24_windows", "slide_small_h20_logits": "slide_small_windows"}.get(key)
     if windows:
@@ -118,15 +118,15 @@ def test_published_logits(golden, key, settings, rows):
 def test_published_multi_scale_and_flip(golden, mode):
     case = golden("eval/golden/inference.npz")
     model, image = Pooled(case), case["image_rgb_uint8"]
-    evaluate = Evaluate((110, 70), mode, crop=(32, 32), stride=(24, 24), ratios=(0.5, 1.0, 1.5), flip=True)
+    evaluate = EvalConfig((110, 70), mode, crop=(32, 32), stride=(24, 24), img_ratios=(0.5, 1.0, 1.5), flip=True)
     views = view_sizes(70, 110, evaluate)
     assert views == [
         (*s, f) for s, f in zip(case["aug_shapes"][:, 2:].tolist(), case["aug_flip"].tolist(), strict=True)
     ]
-    (found,) = predict(model, [image], evaluate, Data())
+    (found,) = predict(model, [image], evaluate, DataConfig())
     expected = torch.from_numpy(case[f"aug_{mode}_mean_probs"])
     torch.testing.assert_close(found["final"], expected, atol=1e-5, rtol=0)
-    (classes,) = predict_classes(model, [image], evaluate, Data(), [0], device="cpu")
+    (classes,) = predict_classes(model, [image], evaluate, DataConfig(), [0], device="cpu")
     assert classes["final"].dtype == torch.int64
     assert_same_classes(classes["final"], found["final"], case[f"aug_{mode}_pred"])
     if mode == "whole":
@@ -139,9 +139,11 @@ def test_published_multi_scale_and_flip(golden, mode):
 @pytest.mark.parametrize("key", ["pad16_whole", "pad16_whole_ac1", "aug_pad16_whole"])
 def test_published_padding_by_the_model(golden, key):
     case = golden("eval/golden/inference.npz")
-    evaluate = Evaluate((83, 53)) if key.startswith("pad") else Evaluate((110, 70), ratios=(0.5, 1.0, 1.5), flip=True)
+    evaluate = (
+        EvalConfig((83, 53)) if key.startswith("pad") else EvalConfig((110, 70), img_ratios=(0.5, 1.0, 1.5), flip=True)
+    )
     model = Pooled(case, align_corners="ac1" in key, divisor=16)
-    (found,) = predict(model, [case["image_rgb_uint8"]], evaluate, Data())
+    (found,) = predict(model, [case["image_rgb_uint8"]], evaluate, DataConfig())
     published = case.get(f"{key}_probs", case.get(f"{key}_mean_probs"))
     tolerance = 1e-3 if published.dtype == np.float16 else 1e-5
     torch.testing.assert_close(found["final"], torch.from_numpy(published).float(), atol=tolerance, rtol=0)
@@ -187,11 +189,11 @@ def test_windows_cover_everything_in_order(height, width, crop, data):
 
 
 def test_views_by_hand():
-    assert view_sizes(375, 500, Evaluate(scale=(2048, 512))) == [(512, 683, False)]
-    assert view_sizes(300, 2000, Evaluate(scale=(2048, 512))) == [(307, 2048, False)]
-    assert view_sizes(500, 375, Evaluate(scale=(2048, 1024))) == [(1365, 1024, False)]
-    assert view_sizes(33, 21, dataclasses.replace(PLAIN, ratios=(1.0, 0.5))) == [(33, 21, False), (16, 10, False)]
-    views = view_sizes(1024, 2048, multi_scale(Evaluate()))
+    assert view_sizes(375, 500, EvalConfig(img_scale=(2048, 512))) == [(512, 683, False)]
+    assert view_sizes(300, 2000, EvalConfig(img_scale=(2048, 512))) == [(307, 2048, False)]
+    assert view_sizes(500, 375, EvalConfig(img_scale=(2048, 1024))) == [(1365, 1024, False)]
+    assert view_sizes(33, 21, dataclasses.replace(PLAIN, img_ratios=(1.0, 0.5))) == [(33, 21, False), (16, 10, False)]
+    views = view_sizes(1024, 2048, multi_scale(EvalConfig()))
     assert len(views) == 12
     assert views[:3] == [(512, 1024, False), (512, 1024, True), (768, 1536, False)]
 
@@ -199,7 +201,12 @@ def test_views_by_hand():
 def test_pixelwise_model_does_not_see_windows_and_flips():
     image = random_image(21, 34)
     expected = (torch.from_numpy(image).permute(2, 0, 1).float() / 50).softmax(0)
-    for evaluate in (PLAIN, Evaluate(None, "slide", (8, 10), (5, 7)), Evaluate(None, flip=True), Evaluate((34, 21))):
+    for evaluate in (
+        PLAIN,
+        EvalConfig(None, "slide", (8, 10), (5, 7)),
+        EvalConfig(None, flip=True),
+        EvalConfig((34, 21)),
+    ):
         (found,) = predict(Pixels(), [image], evaluate)
         torch.testing.assert_close(found["1"], expected, atol=1e-6, rtol=0)
         assert found["1"].dtype == torch.float32
@@ -207,14 +214,14 @@ def test_pixelwise_model_does_not_see_windows_and_flips():
 
 def test_softmax_follows_the_resize_and_views_are_averaged_after_it():
     model = Pixels()
-    (found,) = predict(model, [random_image(20, 30)], Evaluate((30, 20), ratios=(0.5, 1.0)))
+    (found,) = predict(model, [random_image(20, 30)], EvalConfig((30, 20), img_ratios=(0.5, 1.0)))
     small, large = (images / 50 for images, *_ in model.calls)
     assert small.shape == (1, 3, 10, 15)
     up = F.interpolate(small, size=(20, 30), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found["1"], ((up.softmax(1) + large.softmax(1)) / 2)[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("evaluate", [Evaluate(None, flip=True), Evaluate(None, "slide", (12, 12), (8, 8))])
+@pytest.mark.parametrize("evaluate", [EvalConfig(None, flip=True), EvalConfig(None, "slide", (12, 12), (8, 8))])
 def test_answer_does_not_depend_on_the_other_images(evaluate):
     images = [random_image(*size, seed=i) for i, size in enumerate([(16, 20), (20, 16), (16, 20), (16, 20)])]
     together = predict(Pixels(noise=1.0), images, evaluate, seeds=[7, 8, 9, 7])
@@ -228,7 +235,7 @@ def test_answer_does_not_depend_on_the_other_images(evaluate):
 
 def test_every_view_and_window_has_its_own_seed():
     model = Pixels()
-    predict(model, [random_image(16, 20)] * 2, Evaluate(None, "slide", (16, 12), (16, 8), flip=True), seeds=[3, 4])
+    predict(model, [random_image(16, 20)] * 2, EvalConfig(None, "slide", (16, 12), (16, 8), flip=True), seeds=[3, 4])
     expected = [[derive(3, view, window), derive(4, view, window)] for view in (0, 1) for window in (0, 1)]
     assert [seeds for _, _, seeds in model.calls] == expected
 
@@ -287,7 +294,7 @@ def test_an_ensemble_needs_the_same_classes(model, other):
 def test_entries_accumulate():
     settings = dataclasses.replace(PLAIN, steps=(1, 3, 10))
     (single,) = predict(Pixels(), [random_image(8, 8)], settings)
-    (running,) = predict(Pixels(), [random_image(8, 8)], dataclasses.replace(settings, accumulate=True))
+    (running,) = predict(Pixels(), [random_image(8, 8)], dataclasses.replace(settings, ensemble_steps=True))
     parts = list(single.values())
     for count, found in enumerate(running.values(), 1):
         torch.testing.assert_close(found, torch.stack(parts[:count]).mean(0))
@@ -322,7 +329,7 @@ def test_network_precision_and_layout(channels_last):
             return {"final": F.conv2d(images, torch.ones(2, 3, 1, 1))}
 
     model = Mixed()
-    evaluate = Evaluate(None, "slide", (8, 8), (6, 6))
+    evaluate = EvalConfig(None, "slide", (8, 8), (6, 6))
     (found,) = predict(model, [random_image(9, 13)], evaluate, precision="bf16", channels_last=channels_last)
     assert found["final"].dtype == torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -333,6 +340,6 @@ def test_network_precision_and_layout(channels_last):
 
 def test_images_of_16_bits():
     image = random_image(6, 8)
-    deep = Data(bit_depth=16, mean=(0.0, 0.0, 0.0), std=(256.0, 256.0, 256.0))
+    deep = DataConfig(bit_depth=16, mean=(0.0, 0.0, 0.0), std=(256.0, 256.0, 256.0))
     (found,) = predict(Pixels(), [image.astype(np.uint16) * 256], data=deep)
     torch.testing.assert_close(found, predict(Pixels(), [image])[0])

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data import loader
 from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
     for i in range(LENGTH):
         cv2.imwrite(f"{root}/images/train/{i}.png", rng.randint(0, 256, (30, 40, 3)))
         cv2.imwrite(f"{root}/masks/train/{i}.png", rng.randint(0, 3, (30, 40)))
-    return Data("folder", root, classes=("a", "b", "c"), scale=None, crop=(24, 32))
+    return DataConfig("folder", root, classes=("a", "b", "c"), img_scale=None, crop=(24, 32))
 
 
 def batches(data, **changes):
@@ -124,7 +124,7 @@ def test_a_broken_file_is_one_line_from_any_process(data, workers, tmp_path):
         (tmp_path / kind).mkdir()
     (tmp_path / "images/x.png").write_bytes(b"")
     cv2.imwrite(f"{tmp_path}/masks/x.png", np.zeros((30, 40), np.uint8))
-    broken = Data("folder", tmp_path, "images/*", "masks/*", classes=("a",), crop=(24, 32))
+    broken = DataConfig("folder", tmp_path, "images/*", "masks/*", classes=("a",), crop=(24, 32))
     with pytest.raises(UserError) as caught:
         list(batches(broken, workers=workers))
     assert "\n" not in str(caught.value)
@@ -133,8 +133,10 @@ def test_a_broken_file_is_one_line_from_any_process(data, workers, tmp_path):
 
 
 def test_training_needs_labels(data):
-    unlabelled = Data("folder", data.root, val_images="images/train/*", val_masks="", classes=("a",), crop=(24, 32))
-    dataset = open_dataset(unlabelled, "val")
+    unlabeled = DataConfig(
+        "folder", data.root, val_images="images/train/*", val_masks="", classes=("a",), crop=(24, 32)
+    )
+    dataset = open_dataset(unlabeled, "val")
     with pytest.raises(UserError, match=r"\d\.png: has no label file"):
         list(train_batches(dataset, TrainTransform(data), batch=7, micro=7, seed=0, start=0, stop=1, workers=0))
     assert [(i, label) for i, _, label in eval_samples(dataset, 0)] == [(i, None) for i in range(LENGTH)]
@@ -154,10 +156,10 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from segcore.data import dataset, loader, transforms
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 
 if __name__ == "__main__":
-    data = Data("folder", Path(sys.argv[1]), classes=("a", "b", "c"), scale=None, crop=(24, 32))
+    data = DataConfig("folder", Path(sys.argv[1]), classes=("a", "b", "c"), img_scale=None, crop=(24, 32))
     opened, transform = dataset.open_dataset(data, "train"), transforms.TrainTransform(data)
     try:
         for _ in loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=2):

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from segcore import files
 from segcore.config.record import describe, differences
-from segcore.config.schema import Data, Experiment, Model
+from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.errors import UserError
-from segcore.training.logger import RunLog
+from segcore.training.logger import Logger
 
 VALUES = {"loss": 4.0426, "loss_ce": 2.8875, "grad_norm": 1.3938}
 VALUES |= {"images_per_second": 3.5, "seconds": 0.586, "data_seconds": 0.01}
@@ -25,7 +25,7 @@ def records(work_dir: Path) -> list[dict[str, Any]]:
 def write(work_dir: Path, iterations: tuple[int, ...], *, start: int = 0, terminal: bool = False) -> str:
     """Log some iterations of 160000 and return what was shown."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with RunLog(work_dir, 160_000, {"git": None}, start=start, console=console) as log:
+    with Logger(work_dir, 160_000, {"git": None}, start=start, console=console) as log:
         for iteration in iterations:
             log.advance(iteration)
             log.train(iteration, {"lr": 1.96e-6 / 3, **VALUES})
@@ -77,10 +77,10 @@ def test_resume_drops_what_was_logged_beyond_it(tmp_path: Path) -> None:
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files makes writing fail in the way that a full disk does."""
-    monkeypatch.setattr("segcore.training.log._board", lambda *_: None)  # it would write from a thread of its own
+    monkeypatch.setattr("segcore.training.logger._board", lambda *_: None)  # it would write from a thread of its own
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunLog(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:
+    with Logger(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
         try:
             with pytest.raises(UserError, match=r"log.jsonl: cannot be written \(.+\); free space") as caught:
@@ -95,14 +95,14 @@ def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         files.write(tmp_path / "log.jsonl" / "below.json", "")
 
 
-class Tiny(Model):
+class Tiny(ModelConfig):
     def build(self):
         raise NotImplementedError
 
 
 @pytest.fixture
 def exp(tmp_path: Path) -> Experiment:
-    return Experiment("tiny", Tiny(num_classes=3), Data(root=tmp_path))
+    return Experiment("tiny", Tiny(num_classes=3), DataConfig(root=tmp_path))
 
 
 def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> None:
@@ -119,6 +119,6 @@ def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> N
 
 def test_differences_name_the_setting(exp: Experiment) -> None:
     before = describe(exp)["experiment"]
-    after = describe(exp.with_overrides(["train.batch=4", "seed=1"]))["experiment"]
-    assert sorted(differences(before, after)) == ["seed: 0 -> 1", "train.batch: 16 -> 4"]
+    after = describe(exp.with_overrides(["train.batch_size=4", "seed=1"]))["experiment"]
+    assert sorted(differences(before, after)) == ["seed: 0 -> 1", "train.batch_size: 16 -> 4"]
     assert differences(before, before) == []

@@ -17,7 +17,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from segcore.checkpoints import run_checkpoint as checkpoint
-from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from segcore.data.layouts import open_dataset
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
@@ -50,12 +58,12 @@ class Net(Segmentor):
         loss = F.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)
         return {"loss_ce": loss.detach(), "loss": factor * loss}
 
-    def official_names(self):
+    def key_map(self):
         return {name: name for name in self.state_dict()}
 
 
 @dataclass(frozen=True)
-class TinyModel(Model):
+class TinyModel(ModelConfig):
     num_classes: int = 3
     dropout: float = 0.3
 
@@ -75,7 +83,7 @@ class Plain(TinyModel):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """Noisy images whose brighter stripe is class 1, with the darkest pixels ignored; class 2 does not occur."""
     root, rng = tmp_path_factory.mktemp("tiny"), np.random.RandomState(0)
     for i in range(8):
@@ -88,20 +96,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             cv2.imwrite(str(root / folder / "train" / f"{i}.png"), pixels)
     val = {"val_images": "images/train/[01].png", "val_masks": "masks/train/[01].png"}
     classes = ("dark", "bright", "absent")
-    return Data("folder", root, classes=classes, scale=(64, 32), crop=(32, 32), workers=0, **val)
+    return DataConfig("folder", root, classes=classes, img_scale=(64, 32), crop=(32, 32), workers=0, **val)
 
 
 @pytest.fixture
-def exp(data: Data) -> Experiment:
+def exp(data: DataConfig) -> Experiment:
     """Six iterations of batch 3: the run crosses an epoch of 8 images at iteration 2, inside a batch."""
     return Experiment(
         "tiny",
         TinyModel(),
         data,
-        Optimizer(lr=0.01, clip_norm=1.0),
-        Schedule(iterations=6, warmup_iterations=2),
-        Train(batch=3, max_per_device=1, log_every=1, evaluate_every=2, save_every=2, keep=2),
-        Evaluate(scale=(64, 32)),
+        OptimizerConfig(lr=0.01, clip_norm=1.0),
+        ScheduleConfig(iterations=6, warmup_iterations=2),
+        TrainConfig(batch_size=3, device_batch_size=1, log_every=1, evaluate_every=2, save_every=2, keep_last=2),
+        EvalConfig(img_scale=(64, 32)),
     )
 
 
@@ -196,9 +204,15 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     ("where", "call", "happens", "text", "finished"),
     [
         ("losses", 12, spoil, r"3.png: cannot be read", 3),  # the last of three parts of iteration 4
-        ("losses", 12, exhaust, r"memory: lower train.max_per_device \(1\) or data.crop \(32 32\)", 3),
+        ("losses", 12, exhaust, r"memory: lower train.device_batch_size \(1\) or data.crop \(32 32\)", 3),
         ("predict", 4, spoil, r"3.png: cannot be read", 4),
-        ("predict", 4, exhaust, r"memory in the evaluation: lower evaluate.batch \(1\), .*mode \(whole\) to slide", 4),
+        (
+            "predict",
+            4,
+            exhaust,
+            r"memory in the evaluation: lower evaluate.batch_size \(1\), .*mode \(whole\) to slide",
+            4,
+        ),
     ],
 )
 def test_what_was_trained_is_saved_before_an_error(
@@ -244,7 +258,7 @@ def test_a_resumed_run_knows_of_an_evaluation_that_was_no_better(exp: Experiment
 
 def test_out_of_memory_in_the_optimizer_saves_nothing(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: exhaust())
-    with pytest.raises(UserError, match=r"lower train\.max_per_device"):
+    with pytest.raises(UserError, match=r"lower train\.device_batch_size"):
         train(exp, tmp_path)
     assert checkpoint.newest(tmp_path) is None
 
@@ -258,13 +272,13 @@ def test_second_interrupt_does_not_wait(exp: Experiment, tmp_path: Path) -> None
 
 
 def test_what_a_run_leaves(exp: Experiment, tmp_path: Path) -> None:
-    exp = replace(exp, train=replace(exp.train, keep=1, log_every=4))
+    exp = replace(exp, train=replace(exp.train, keep_last=1, log_every=4))
     results = train(exp, tmp_path / "run")
     assert results is not None
     written = json.loads((tmp_path / "run/results.json").read_text())
     assert written["entries"] == results.to_json()["entries"]
     assert (written["name"], written["iteration"], written["images"]) == ("tiny", 6, 2)
-    assert json.loads((tmp_path / "run/experiment.json").read_text())["experiment"]["train"]["keep"] == 1
+    assert json.loads((tmp_path / "run/experiment.json").read_text())["experiment"]["train"]["keep_last"] == 1
     figures = {record["iteration"]: record["mIoU"] for record in log(tmp_path / "run", "val")}
     assert list(figures) == [2, 4, 6]
     best = max(figures, key=lambda i: (figures[i], -i))
@@ -300,9 +314,9 @@ def test_never_evaluating(exp: Experiment, tmp_path: Path) -> None:
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch(exp: Experiment, tmp_path: Path) -> None:
-    exp = replace(exp, model=Plain(), train=replace(exp.train, batch=4))
+    exp = replace(exp, model=Plain(), train=replace(exp.train, batch_size=4))
     for parts in (1, 4):
-        train(replace(exp, train=replace(exp.train, max_per_device=4 // parts)), tmp_path / str(parts))
+        train(replace(exp, train=replace(exp.train, device_batch_size=4 // parts)), tmp_path / str(parts))
     one, four = (state(tmp_path / parts) for parts in "14")
     for name in ("conv.weight", "head.weight", "head.weight/exp_avg"):
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=1e-6)
@@ -386,7 +400,7 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(exp: Experiment, tmp_p
     assert torch.equal(ours["trained/conv.weight"], plain["conv.weight"])
     assert not torch.allclose(ours["conv.weight"], plain["conv.weight"], atol=1e-4)
     model = exp.model.build()
-    model.load_own(checkpoint.load(checkpoint.folder_of(tmp_path / "averaged", 6)).model)
+    model.load_checkpoint(checkpoint.load(checkpoint.folder_of(tmp_path / "averaged", 6)).model)
     again = evaluate(model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device="cpu")
     assert results is not None
     assert again.to_json() == results.to_json()
@@ -433,7 +447,7 @@ def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: P
     with pytest.raises(UserError):
         train(replace(exp, data=replace(exp.data, root=tmp_path / "nowhere")), tmp_path / "run")
     with pytest.raises(UserError, match="gone"):
-        train(replace(exp, train=replace(exp.train, init=str(tmp_path / "gone.pth"))), tmp_path / "run")
+        train(replace(exp, train=replace(exp.train, init_from=str(tmp_path / "gone.pth"))), tmp_path / "run")
     with pytest.raises(UserError, match=r"0.png: has no label to evaluate with; set data.val_masks"):
         train(replace(exp, data=replace(exp.data, val_masks="")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -466,7 +480,7 @@ def test_start_weights_come_from_a_file_once(exp: Experiment, tmp_path: Path, ca
     exp = replace(
         exp,
         optimizer=replace(exp.optimizer, lr=0.0),
-        train=replace(exp.train, init=str(tmp_path / "start.safetensors")),
+        train=replace(exp.train, init_from=str(tmp_path / "start.safetensors")),
     )
     train(exp, tmp_path / "run")
     assert torch.equal(state(tmp_path / "run")["conv.weight"], start["conv.weight"])

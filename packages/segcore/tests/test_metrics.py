@@ -22,7 +22,7 @@ SETS = [
 
 
 def areas(matrix):
-    """Intersection, predicted and labelled pixels per class of a matrix with more than one class."""
+    """Intersection, predicted and labeled pixels per class of a matrix with more than one class."""
     counts = matrix.matrix
     return [counts.diagonal()[:-1].tolist(), counts.sum(0)[:-1].tolist(), counts.sum(1)[:-1].tolist()]
 
@@ -213,9 +213,9 @@ def test_counts_give_the_figures_of_the_ddrnet_seed(golden, name):
     matrix = ConfusionMatrix(classes, ignored)
     for i, (pred, label) in enumerate(zip(case[f"{name}/pred"], case[f"{name}/label"], strict=True)):
         matrix.update(pred, np.where(label < classes, label, ignored))
-        intersect, predicted, labelled = (np.array(x) for x in areas(matrix))
-        union = predicted + labelled - intersect
-        figures = intersect.sum() / labelled.sum(), (intersect / np.maximum(union, 2.2e-16)).mean()
+        intersect, predicted, labeled = (np.array(x) for x in areas(matrix))
+        union = predicted + labeled - intersect
+        figures = intersect.sum() / labeled.sum(), (intersect / np.maximum(union, 2.2e-16)).mean()
         np.testing.assert_allclose(figures, seed[f"{name}/running_pixAcc_mIoU"][i], rtol=1e-6)
     np.testing.assert_array_equal(intersect, seed[f"{name}/total_inter"])
     np.testing.assert_array_equal(union, seed[f"{name}/total_union"])

@@ -54,7 +54,7 @@ def test_timm_weights_load_strictly_and_answer_as_timm(name, tag):
 
 def test_official_backbone_names_load_as_well():
     source, target = build_backbone("swin_t"), build_backbone("swin_t")
-    names = source.official_names()
+    names = source.key_map()
     state = {f"backbone.{names[n]}": t for n, t in source.state_dict().items() if n.startswith("net.")}
     for n in state:
         if ".downsample." in n:  # what the loader must undo

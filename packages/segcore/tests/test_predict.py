@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segcore.cli.predict_images import plan, run
-from segcore.config.schema import Data, Evaluate, Experiment, Model, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
@@ -89,12 +89,12 @@ class Asked(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class AskedModel(Model):
+class AskedModel(ModelConfig):
     def build(self):
         return Asked()
 
@@ -103,8 +103,10 @@ PALETTE = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
 
 
 def experiment(**data):
-    data = Data(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False, **data)
-    return Experiment("asked", AskedModel(), data, train=Train(precision="fp32"), evaluate=Evaluate(None, steps=(1, 5)))
+    data = DataConfig(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False, **data)
+    return Experiment(
+        "asked", AskedModel(), data, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, steps=(1, 5))
+    )
 
 
 def test_an_image_that_is_too_small_is_named_and_the_others_are_written(folder):

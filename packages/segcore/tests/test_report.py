@@ -15,7 +15,7 @@ from segcore.reporting.tables import per_class, summary, write_json
 
 
 def results(**predictions):
-    """Results of four labelled pixels of the classes sky, road, road, car; `van` never occurs."""
+    """Results of four labeled pixels of the classes sky, road, road, car; `van` never occurs."""
     label = torch.tensor([0, 1, 1, 2])
     entries = {name: ConfusionMatrix(4).update(torch.tensor(p), label).compute() for name, p in predictions.items()}
     return Results(("sky", "road", "car", "van"), entries, 1)

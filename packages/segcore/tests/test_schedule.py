@@ -2,11 +2,11 @@
 
 import pytest
 
-from segcore.config.schema import Schedule
+from segcore.config.schema import ScheduleConfig
 from segcore.training.schedule import learning_rate
 
-DDP = Schedule()
-DDPS = Schedule(kind="step", min_lr=1e-6, warmup_iterations=1000)
+DDP = ScheduleConfig()
+DDPS = ScheduleConfig(kind="step", min_lr=1e-6, warmup_iterations=1000)
 
 
 @pytest.mark.parametrize(
@@ -19,19 +19,19 @@ DDPS = Schedule(kind="step", min_lr=1e-6, warmup_iterations=1000)
         (DDPS, 1.5e-4, 500, 7.500007499999999e-05),
         (DDPS, 1.5e-4, 19_999, 1.5e-4),
         (DDPS, 1.5e-4, 20_000, 7.5e-5),
-        (Schedule(kind="step", step=10, min_lr=2.0, warmup_iterations=0), 8.0, 30, 2.0),
-        (Schedule(iterations=10, power=2.0, min_lr=1.0, warmup_iterations=0), 5.0, 5, 2.0),
+        (ScheduleConfig(kind="step", step=10, min_lr=2.0, warmup_iterations=0), 8.0, 30, 2.0),
+        (ScheduleConfig(iterations=10, power=2.0, min_lr=1.0, warmup_iterations=0), 5.0, 5, 2.0),
     ],
 )
-def test_known_rates(schedule: Schedule, base: float, iteration: int, expected: float) -> None:
+def test_known_rates(schedule: ScheduleConfig, base: float, iteration: int, expected: float) -> None:
     assert learning_rate(schedule, base, iteration) == pytest.approx(expected, rel=1e-12)
 
 
 def test_rates_of_the_published_schedulers(golden) -> None:
     rates = golden("eval/golden/schedules.npz")
-    dgmn2 = Schedule(iterations=40_000, power=0.9, warmup_iterations=0)
-    sgd = Schedule(iterations=80_000, power=0.9, min_lr=1e-4, warmup_iterations=0)
-    ddps_50k = Schedule(kind="step", step=50_000, min_lr=1e-6, warmup_iterations=1000)
+    dgmn2 = ScheduleConfig(iterations=40_000, power=0.9, warmup_iterations=0)
+    sgd = ScheduleConfig(iterations=80_000, power=0.9, min_lr=1e-4, warmup_iterations=0)
+    ddps_50k = ScheduleConfig(kind="step", step=50_000, min_lr=1e-6, warmup_iterations=1000)
     for schedule, base, iterations, expected in (
         (DDP, 6e-5, "ddp_iters", "ddp_lr"),
         (dgmn2, 1e-4, "dgmn2_iters", "dgmn2_lr"),
@@ -41,6 +41,6 @@ def test_rates_of_the_published_schedulers(golden) -> None:
     ):
         ours = [learning_rate(schedule, base, int(i)) for i in rates[iterations]]
         assert ours == pytest.approx(rates[expected], rel=1e-12), expected
-    groups = Schedule(power=0.9, min_lr=1e-6)
+    groups = ScheduleConfig(power=0.9, min_lr=1e-6)
     for i, row in zip(rates["groups_iters"], rates["groups_lr_minlr1e-6_power0.9"], strict=True):
         assert [learning_rate(groups, base, int(i)) for base in rates["groups_base"]] == pytest.approx(row, rel=1e-12)

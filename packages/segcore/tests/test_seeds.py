@@ -19,7 +19,7 @@ def test_seed_depends_on_every_key_and_on_nothing_else(a, b):
     assert (derive(*a) == derive(*b)) == (a == b)
 
 
-def test_neighbouring_keys_share_no_seed():
+def test_neighboring_keys_share_no_seed():
     seeds = {derive(0, iteration, position) for iteration in range(100) for position in range(16)}
     assert len(seeds) == 1600
 

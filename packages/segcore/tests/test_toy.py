@@ -1,4 +1,4 @@
-"""The generated street scenes: layout, determinism, interruption, and that colour alone does not solve them."""
+"""The generated street scenes: layout, determinism, interruption, and that color alone does not solve them."""
 
 import json
 import subprocess
@@ -164,7 +164,7 @@ def test_every_class_but_two_has_a_meaningful_share(scenes):
         assert 0.03 < share[255] < 0.1
 
 
-def test_colour_alone_does_not_solve_it(scenes):
+def test_color_alone_does_not_solve_it(scenes):
     (images, labels), (val_images, val_labels) = scenes["train"], scenes["val"]
     classifier = fit_linear(images, labels, 19, 255, position=False, pixels=10_000)
     confusion = ConfusionMatrix(19)
@@ -176,5 +176,5 @@ def test_colour_alone_does_not_solve_it(scenes):
 
 
 def test_imports_no_torch():
-    code = "import sys, segcore.data.toy, segcore.reporting.figures; sys.exit('torch' in sys.modules)"
+    code = "import sys, segcore.demo.toy, segcore.reporting.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.random import RandomState
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data import transforms as T
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -136,14 +136,17 @@ def test_resize_treats_every_channel_alike(channels):
 
 @st.composite
 def boxes_of_resized_images(draw):
-    """Return a size, the size it is resized to (also half and double), and a box (y1, y2, x1, x2) of the latter."""
+    """Return a size, its new size (also near it, half and double), and a box (y1, y2, x1, x2) of the latter."""
     old = draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
     half, double = tuple(max(side // 2, 1) for side in old), tuple(2 * side for side in old)
-    new = draw(st.sampled_from([old, half, double]) | st.tuples(st.integers(1, 200), st.integers(1, 200)))
+    near = st.tuples(*(st.integers(max(side - 2, 1), side + 2) for side in old))
+    new = draw(st.sampled_from([old, half, double]) | near | st.tuples(st.integers(1, 200), st.integers(1, 200)))
     sides = [sorted(draw(st.tuples(st.integers(0, side - 1), st.integers(1, side)))) for side in new]
     return old, new, tuple(end for low, high in sides for end in (low, max(high, low + 1)))
 
 
+@example(((90, 90), (89, 90), (0, 40, 0, 50)), (3, np.uint8))  # 42 rows at 89/90 round to 42, which OpenCV copies
+@example(((90, 90), (91, 91), (0, 40, 0, 40)), (2, np.uint16))
 @given(boxes_of_resized_images(), st.sampled_from([(3, np.uint8), (1, np.uint8), (2, np.uint16), (130, np.uint8)]))
 def test_a_box_is_cut_from_the_resized_image_and_label(sizes, form):
     old, new, (y1, y2, x1, x2) = sizes
@@ -157,6 +160,16 @@ def test_a_box_is_cut_from_the_resized_image_and_label(sizes, form):
     label = image[..., 0].astype(np.uint8)
     expected = cv2.resize(label, new[::-1], interpolation=cv2.INTER_NEAREST)[box]
     np.testing.assert_array_equal(T.resize_label(label, new, (y1, y2, x1, x2)), expected)
+
+
+@pytest.mark.parametrize("size", [(1024, 2047), (1024, 2049)])
+def test_near_scale_1_a_crop_is_resized_and_only_an_image_of_the_same_size_is_copied(size):
+    image = RandomState(0).randint(0, 256, (1024, 2048, 3)).astype(np.uint8)
+    found = T.resize_image(image, size, (0, 769, 0, 769))
+    np.testing.assert_array_equal(found, cv2.resize(image, size[::-1])[:769, :769])
+    assert (found != image[:769, :769]).any()
+    np.testing.assert_array_equal(T.resize_image(image, (1024, 2048)), image)
+    np.testing.assert_array_equal(cv2.resize(image, (2048, 1024)), image)
 
 
 @pytest.mark.parametrize("label", ["label0", "label1", "label2", "label3"])
@@ -250,8 +263,8 @@ def test_photometric_steps_by_hand():
 def test_normalize_is_bit_identical(golden):
     cases = golden("eval/golden/train_pipeline.npz")
     np.testing.assert_array_equal(T.normalize(cases["image"], MEAN, STD), cases["normalized"])
-    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
-    np.testing.assert_array_equal(T.normalize(grey, MEAN, STD)[:, 0], cases["normalized_all256_rgb"])
+    gray = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
+    np.testing.assert_array_equal(T.normalize(gray, MEAN, STD)[:, 0], cases["normalized_all256_rgb"])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -275,7 +288,7 @@ def test_pad(golden):
 @pytest.mark.parametrize("seed", range(6))
 def test_pipeline_golden(golden, seed):
     cases = golden("eval/golden/train_pipeline.npz")
-    transform = T.TrainTransform(Data(scale=(128, 64), crop=(48, 64)), ignore_index=255)
+    transform = T.TrainTransform(DataConfig(img_scale=(128, 64), crop=(48, 64)), ignore_index=255)
     image, label = transform(cases["image"], cases["label"], RandomState(seed))
     np.testing.assert_array_equal(label.numpy(), cases[f"seed{seed}_label"][0])
     levels = image.numpy().transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)
@@ -298,7 +311,7 @@ def benchmark() -> ModuleType:
 
 @pytest.mark.parametrize("scale", [(128, 64), (300, 100), None])
 def test_every_byte_is_that_of_the_plain_opencv_pipeline(benchmark, scale):
-    data = Data(scale=scale, crop=(48, 64))
+    data = DataConfig(img_scale=scale, crop=(48, 64))
     plain, ours = benchmark.Plain(data), T.TrainTransform(data)
     image = cv2.resize(RandomState(0).randint(0, 256, (9, 17, 3)).astype(np.uint8), (160, 90))
     label = cv2.resize(RandomState(1).randint(0, 5, (3, 6)).astype(np.uint8), (160, 90), interpolation=0)
@@ -314,7 +327,7 @@ def test_pipeline_without_a_base_scale_uses_the_images_own(golden):
     cases = golden("eval/golden/resize.npz")
     for seed, (w, h) in enumerate(cases["ratio_range_none_37x53_seed0to5"].tolist()):
         size = T.rescale_size(37, 53, (w, h))
-        data = Data(scale=None, crop=size, max_class_ratio=1.0, flip=0.0, photometric=False)
+        data = DataConfig(img_scale=None, crop=size, cat_max_ratio=1.0, flip=0.0, photometric=False)
         image, _ = T.TrainTransform(data)(cases["image_random"], cases["label"], RandomState(seed))
         expected = T.normalize(T.resize_image(cases["image_random"], size), MEAN, STD)
         np.testing.assert_array_equal(image.numpy().transpose(1, 2, 0), expected)
@@ -323,7 +336,7 @@ def test_pipeline_without_a_base_scale_uses_the_images_own(golden):
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (4, np.uint8), (3, np.uint16), (13, np.uint16)])
 def test_pipeline_on_other_images(channels, dtype):
     mean, std = (1.0,) * channels, (2.0,) * channels
-    data = Data(scale=(64, 64), crop=(80, 72), channels=channels, photometric=False, mean=mean, std=std)
+    data = DataConfig(img_scale=(64, 64), crop=(80, 72), channels=channels, photometric=False, mean=mean, std=std)
     image = RandomState(0).randint(0, np.iinfo(dtype).max, (40, 50, channels)).astype(dtype)
     label = RandomState(0).randint(0, 5, (40, 50)).astype(np.uint8)
     first, second = (T.TrainTransform(data, ignore_index=0)(image, label, RandomState(3)) for _ in range(2))
@@ -333,8 +346,8 @@ def test_pipeline_on_other_images(channels, dtype):
     assert (first[1] == second[1]).all()
 
 
-def test_padding_is_the_mean_colour_and_the_ignored_class():
-    data = Data(scale=(20, 10), ratio_range=(1.0, 1.0), crop=(16, 32), flip=0.0, photometric=False)
+def test_padding_is_the_mean_color_and_the_ignored_class():
+    data = DataConfig(img_scale=(20, 10), ratio_range=(1.0, 1.0), crop=(16, 32), flip=0.0, photometric=False)
     image, label = T.TrainTransform(data, ignore_index=0)(
         np.full((10, 20, 3), 200, np.uint8), np.full((10, 20), 3, np.uint8), RandomState(0)
     )
@@ -346,7 +359,9 @@ def test_padding_is_the_mean_colour_and_the_ignored_class():
 
 
 def test_flip_turns_image_and_label_together():
-    data = Data(scale=None, ratio_range=(1, 1), crop=(10, 20), flip=1, photometric=False, mean=(0,) * 3, std=(1,) * 3)
+    data = DataConfig(
+        img_scale=None, ratio_range=(1, 1), crop=(10, 20), flip=1, photometric=False, mean=(0,) * 3, std=(1,) * 3
+    )
     label = RandomState(0).randint(0, 19, (10, 20)).astype(np.uint8)
     image, flipped = T.TrainTransform(data)(np.repeat(label[..., None], 3, axis=2), label, RandomState(0))
     np.testing.assert_array_equal(flipped, label[:, ::-1])
@@ -356,8 +371,8 @@ def test_flip_turns_image_and_label_together():
 def test_blur_comes_last_and_spreads_a_dot():
     dot = np.zeros((32, 32, 3), np.uint8)
     dot[16, 16] = 255
-    settings = {"scale": (32, 32), "ratio_range": (1.0, 1.0), "crop": (32, 32), "flip": 0.0, "photometric": False}
-    data = Data("folder", **settings, max_class_ratio=1.0, blur=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    settings = {"img_scale": (32, 32), "ratio_range": (1.0, 1.0), "crop": (32, 32), "flip": 0.0, "photometric": False}
+    data = DataConfig("folder", **settings, cat_max_ratio=1.0, blur=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     image, label = T.TrainTransform(data)(dot, dot[..., 0], RandomState(0))
     draws = RandomState(0)
     draws.random_sample(), draws.randint(0, 1), draws.randint(0, 1), draws.rand(), draws.rand()  # ratio .. blur or not

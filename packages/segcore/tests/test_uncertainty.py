@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.cli.predict_images import plan, run
-from segcore.config.schema import Data, Evaluate, Experiment, Model, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
 from segcore.evaluation.predictor import predict_classes
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
 from segcore.models.segmentor import Segmentor
 
-DATA = Data(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
+DATA = DataConfig(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
 PATHS = {
-    "whole": Evaluate(scale=None),
-    "slide": Evaluate(scale=None, mode="slide", crop=(16, 16), stride=(10, 10)),
-    "multi-scale": Evaluate(scale=None, ratios=(0.5, 1.0), flip=True),
+    "whole": EvalConfig(img_scale=None),
+    "slide": EvalConfig(img_scale=None, mode="slide", crop=(16, 16), stride=(10, 10)),
+    "multi-scale": EvalConfig(img_scale=None, img_ratios=(0.5, 1.0), flip=True),
 }
 
 
@@ -68,23 +68,23 @@ class Noisy(Segmentor):
         bright = (images[:, :1] > 100).float()
         return {"3": torch.cat([1 - bright, bright, bright * 0], 1) * 5}
 
-    def predict_trace(self, images, seeds=None):
+    def denoising_trajectory(self, images, seeds=None):
         final = self.predict_steps(images)["3"]
         return {"step 1": final.roll(1, 1), "step 2": final}
 
-    def predict_marginal(self, images, seeds=None, starts=4):
+    def log_mean_probs(self, images, seeds=None, starts=4):
         self.starts.append(starts)
         other = images[:, 2:3] / 1000  # 0 to 0.255 for each of the two other classes
         red = self.predict_steps(images)["3"] > 2
         return torch.where(red, 1 - 2 * other, other).clamp(min=1e-8).log()
 
-    def predict_converged(self, images, percent, seeds=None):
+    def early_exit(self, images, percent, seeds=None):
         return self.predict_steps(images)["3"].roll(1, 1), [2] * len(images)
 
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         raise NotImplementedError
 
 
@@ -92,12 +92,12 @@ class Sure(Noisy):
     """The same without any diffusion."""
 
     diffusion = False
-    predict_marginal = Segmentor.predict_marginal
-    predict_converged = Segmentor.predict_converged
+    log_mean_probs = Segmentor.log_mean_probs
+    early_exit = Segmentor.early_exit
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyModel(Model):
+class NoisyModel(ModelConfig):
     def build(self):
         return Noisy()
 
@@ -137,7 +137,9 @@ def photo(tmp_path):
 
 
 def experiment(**evaluate):
-    return Experiment("noisy", NoisyModel(3), DATA, train=Train(precision="fp32"), evaluate=Evaluate(None, **evaluate))
+    return Experiment(
+        "noisy", NoisyModel(3), DATA, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, **evaluate)
+    )
 
 
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
@@ -158,19 +160,19 @@ def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_pa
     strip = read_image(tmp_path / "more" / "a_steps.png")
     white = [True, *(strip[-1] == 255).all(1)]
     starts = [x for x, (before, here) in enumerate(pairwise(white)) if before and not here]
-    colours = [[0, 0, 0], [0, 255, 0], [255, 0, 0], [255, 0, 0]]  # input, two steps and the answer
-    assert [strip[-1, x].tolist() for x in starts] == colours
+    colors = [[0, 0, 0], [0, 255, 0], [255, 0, 0], [255, 0, 0]]  # input, two steps and the answer
+    assert [strip[-1, x].tolist() for x in starts] == colors
 
 
-def test_predict_until_converged_answers_with_the_early_result(photo, tmp_path, capsys):
-    run(Noisy().eval(), experiment(until_converged=1.0), plan(photo, tmp_path / "out"), PALETTE)
+def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_path, capsys):
+    run(Noisy().eval(), experiment(early_exit_threshold=1.0), plan(photo, tmp_path / "out"), PALETTE)
     assert read_label(tmp_path / "out" / "a.png")[0, [0, -1]].tolist() == [1, 2]
     assert "2.00 denoising steps on average" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["uncertainty", "steps", "until_converged"])
+@pytest.mark.parametrize("what", ["uncertainty", "steps", "early_exit_threshold"])
 def test_other_methods_say_that_they_cannot(photo, tmp_path, what):
-    early = {"until_converged": 1.0} if what == "until_converged" else {}
+    early = {"early_exit_threshold": 1.0} if what == "early_exit_threshold" else {}
     files = {} if early else {what: True}
     with pytest.raises(UserError, match="Sure is no diffusion model") as caught:
         run(Sure().eval(), experiment(**early), plan(photo, tmp_path / "out", **files), PALETTE)

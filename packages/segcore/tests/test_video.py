@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segcore.cli import predict_video
-from segcore.config.schema import Data, Evaluate, Experiment, Model
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig
 from segcore.data import video
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
@@ -35,16 +35,16 @@ class Brightness(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         raise NotImplementedError
 
-    def official_names(self):
+    def key_map(self):
         return {}
 
 
-class Config(Model):
+class Config(ModelConfig):
     def build(self):
         return Brightness()
 
 
-EXP = Experiment("brightness", Config(), Data("toy"), evaluate=Evaluate(scale=None))
+EXP = Experiment("brightness", Config(), DataConfig("toy"), evaluate=EvalConfig(img_scale=None))
 PALETTE = palette_of(EXP.data)[1]
 
 
@@ -77,8 +77,8 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
     assert stream.average_rate == 10
     for image in images:
         assert image.shape == (50, 64, 3)
-        for half, colour in ((image[:, 4:28], PALETTE[0]), (image[:, 36:60], PALETTE[13])):
-            assert np.abs(half.mean((0, 1)) - colour).max() < 12, "not the class's colour"
+        for half, color in ((image[:, 4:28], PALETTE[0]), (image[:, 36:60], PALETTE[13])):
+            assert np.abs(half.mean((0, 1)) - color).max() < 12, "not the class's color"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -64,7 +64,7 @@ def test_class_png_refuses_what_does_not_fit_into_8_bits(tmp_path):
     for wrong in (256, -1):
         with pytest.raises(UserError, match=r"mask\.png: classes .* do not fit"):
             visualize.write_class_png(path, np.array([[0, wrong]]))
-    with pytest.raises(UserError, match=r"mask\.png: 257 colours do not fit"):
+    with pytest.raises(UserError, match=r"mask\.png: 257 colors do not fit"):
         visualize.write_class_png(path, np.array([[0]]), np.zeros((257, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +109,7 @@ def test_a_caption_is_never_cut_off():
      ("final", "steps", "final"), ("until 4%", "steps", "until 4%")],
 )  # fmt: skip
 def test_entry_titles(entry, by, title):
-    assert visualize.entry_title(entry, by) == title
+    assert visualize.step_title(entry, by) == title
 
 
 def test_iterations_are_marked_by_integers():
@@ -120,11 +120,11 @@ def test_iterations_are_marked_by_integers():
     assert ">1.5<" in visualize.curve_svg([1.0, 2.0, 3.0], [0.5, 0.1, 0.2], "t", "x", "y")
 
 
-def test_legend_shows_every_colour_and_name():
+def test_legend_shows_every_color_and_name():
     table = visualize.legend(["road", "sky", "car"], PALETTE, columns=2, cell=80)
     assert table.shape[1] == 160
-    for colour in PALETTE:
-        assert (table == colour).all(-1).any()
+    for color in PALETTE:
+        assert (table == color).all(-1).any()
     half = table.shape[0] // 2
     assert (table[half:, 80:] == 255).all(), "the fourth cell is empty"
     assert (table[:half, 110:].min(-1) < 100).any(), "the second name is written"

@@ -41,11 +41,11 @@ class Tiny(Segmentor):
     def losses(self, images, labels, seeds=None, draws=None):
         return {"loss": nn.functional.cross_entropy(self(images), labels)}
 
-    def official_names(self):
+    def key_map(self):
         new = {"stem": "backbone.conv1", "bn": "backbone.bn1", "head": "decode_head.conv_seg"}
         return {name: ".".join([new.get((p := name.split("."))[0], p[0]), *p[1:]]) for name in self.state_dict()}
 
-    def convert_official(self, name, tensor):
+    def convert(self, name, tensor):
         return tensor.T if name == "decode_head.conv_seg.weight" else tensor
 
 
@@ -56,8 +56,8 @@ class WithBackbone(Tiny):
 
 
 def official(model):
-    names = model.official_names()
-    return {names[name]: model.convert_official(names[name], tensor) for name, tensor in model.state_dict().items()}
+    names = model.key_map()
+    return {names[name]: model.convert(names[name], tensor) for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class TimeEmbedding(nn.Module):
         return torch.cat([log_snr[:, None], phase.sin(), phase.cos()], 1)
 
     def forward(self, log_snr: Tensor) -> Tensor:
-        # Autocast would round a log-SNR of -18.907 to -18.875, far more than neighbouring times differ by.
+        # Autocast would round a log-SNR of -18.907 to -18.875, far more than neighboring times differ by.
         with torch.autocast(log_snr.device.type, enabled=False):
             return self.fc2(F.gelu(self.fc1(self.sinusoid(log_snr.to(self.frequencies)))))
 
@@ -72,7 +72,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(n, q, self.heads, 1, self.points, 2)
         weights = _softmax(self.attention_weights(query).view(n, q, self.heads, 1, self.points))
         # Offsets are in pixels. Locations must not be in half precision: on wide maps that is off by a pixel.
-        locations = grid.centres[:, None, None, None] + offsets.to(grid.centres.dtype) / grid.width_height
+        locations = grid.centers[:, None, None, None] + offsets.to(grid.centers.dtype) / grid.width_height
         return self.output_proj(ms_deform_attn(values, [grid.size], locations, weights))
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -100,7 +100,7 @@ class DecoderLayer(nn.Module):
             return self._block(tokens, values, scale + 1, shift, grid)
         # From here on every token is on its own. Taking some at a time keeps what lies in between, up to four times as
         # wide as the map, in the CPU's caches.
-        values = values.to(grid.centres.dtype)  # once instead of for each part
+        values = values.to(grid.centers.dtype)  # once instead of for each part
         rows = [slice(start, start + ROWS) for start in range(0, tokens.shape[1], ROWS)]
         parts = [self._block(tokens[:, part], values, scale + 1, shift, grid.rows(part)) for part in rows]
         return torch.cat(parts, 1)
@@ -172,22 +172,22 @@ class Grid(NamedTuple):
     size: tuple[int, int]
     """(h, w)."""
     width_height: Tensor
-    """(2,): offsets in pixels, divided by it, are normalised."""
-    centres: Tensor
-    """(S, 2): see `pixel_centres`."""
+    """(2,): offsets in pixels, divided by it, are normalized."""
+    centers: Tensor
+    """(S, 2): see `pixel_centers`."""
     position: Tensor
     """(1, S, C): see `positional_encoding`; added to the queries only."""
 
     def rows(self, part: slice) -> Grid:
         """Return the grid of some of the pixels of the same map."""
-        return self._replace(centres=self.centres[part], position=self.position[:, part])
+        return self._replace(centers=self.centers[part], position=self.position[:, part])
 
 
 def make_grid(like: Tensor) -> Grid:
     """Return the grid of a map (N, C, h, w), on its device and in at least float32."""
     _, c, h, w = like.shape
-    centres = pixel_centres(h, w, like)
-    return Grid((h, w), centres.new_tensor([w, h]), centres, positional_encoding(h, w, c, like))
+    centers = pixel_centers(h, w, like)
+    return Grid((h, w), centers.new_tensor([w, h]), centers, positional_encoding(h, w, c, like))
 
 
 def _integers(start: int, stop: int, like: Tensor) -> Tensor:
@@ -195,8 +195,8 @@ def _integers(start: int, stop: int, like: Tensor) -> Tensor:
     return torch.arange(start, stop, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
-    """Return (height * width, 2) normalised (x, y) of the pixel centres, row-major, in at least float32."""
+def pixel_centers(height: int, width: int, like: Tensor) -> Tensor:
+    """Return (height * width, 2) normalized (x, y) of the pixel centers, row-major, in at least float32."""
     y = (_integers(0, height, like) + 0.5) / height
     x = (_integers(0, width, like) + 0.5) / width
     return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1).flatten(0, 1)

@@ -41,7 +41,7 @@ def add_noise(codes: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
 def time_pairs(steps: int, time_difference: int = 1, start: float = 0.0) -> list[tuple[float, float]]:
     """Return (now, next) of every sampling step, from 1 down to `start`.
 
-    With `time_difference` d > 0 the map goes d steps further than the time it is labelled with at the next step: the
+    With `time_difference` d > 0 the map goes d steps further than the time it is labeled with at the next step: the
     asymmetric time intervals of the paper (section 3.3).
     """
     span = 1 - start

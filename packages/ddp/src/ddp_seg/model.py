@@ -40,7 +40,7 @@ class Step:
 class DDPSegmentor(Segmentor):
     """DDP and self-aligned DDP. Built by `DDP.build`; strides, shapes and names as in the paper's section 3."""
 
-    entries_by = "steps"
+    step_unit = "steps"
     diffusion = True
 
     def __init__(self, config: DDP) -> None:
@@ -69,7 +69,7 @@ class DDPSegmentor(Segmentor):
     # Inference
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return image features (N, width, H/4, W/4) for normalised images (N, C, H, W); run once per image."""
+        """Return image features (N, width, H/4, W/4) for normalized images (N, C, H, W); run once per image."""
         self.check_size(images)
         maps = self.fpn(self.backbone(images))
         # `merge` is a 1x1 convolution of the maps resized and concatenated. It is linear, and so is resizing: each map
@@ -116,7 +116,7 @@ class DDPSegmentor(Segmentor):
         image_part = F.conv2d(features, weight[:, :width], self.transform.bias).repeat_interleave(starts, 0)
         image_part = image_part.contiguous(memory_format=torch.channels_last)  # the layout of the decoder's tokens
         difference = config.time_difference if time_difference is None else time_difference
-        pairs = time_pairs(config.timesteps if steps is None else steps, difference, config.sample_range[0])
+        pairs = time_pairs(config.num_inference_steps if steps is None else steps, difference, config.sample_range[0])
         nows, nexts = (noise_at(times, config.noise_schedule, noise) for times in zip(*pairs, strict=True))
         grid, noisy = make_grid(noise), noise.contiguous(memory_format=torch.channels_last)
         for k, ((time, next_time), now, after) in enumerate(zip(pairs, nows, nexts, strict=True)):
@@ -182,7 +182,7 @@ class DDPSegmentor(Segmentor):
         of its h * w pixels, at the last step otherwise. Times are those of a run of all the configured steps; the other
         arguments as for `denoise`.
         """
-        starts, last = len(noise) // len(features), self.config.timesteps
+        starts, last = len(noise) // len(features), self.config.num_inference_steps
         results: dict[int, tuple[Tensor, int]] = {}
         left = list(range(len(features)))  # the images that are still in the batch
         before, total = None, torch.zeros((), device=noise.device)
@@ -240,7 +240,7 @@ class DDPSegmentor(Segmentor):
 
         With `accumulation` the entries are probability maps instead of logits, as published.
         """
-        counts = steps or (self.config.timesteps,)
+        counts = steps or (self.config.num_inference_steps,)
         self.check_steps(counts)
         features = self.encode(images)
         noise, step_noise = self.draw_noise(features, seeds, max(counts))
@@ -256,25 +256,25 @@ class DDPSegmentor(Segmentor):
         return _FixedNoise(self, images)
 
     @property
-    def configured_entry(self) -> str:
+    def default_step(self) -> str:
         """The entry of `predict_steps` for the configured number of steps."""
-        return str(self.config.timesteps)
+        return str(self.config.num_inference_steps)
 
-    def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the logits after every step of the configured run, of the first random start; see `Segmentor`."""
         features = self.encode(images)
-        noise, step_noise = self.draw_noise(features, seeds, self.config.timesteps)
+        noise, step_noise = self.draw_noise(features, seeds, self.config.num_inference_steps)
         steps = self.trace(features, noise, step_noise=step_noise)
         maps = (step.logits.unflatten(0, (len(images), -1))[:, 0] for step in steps)
         return {f"step {k}": resize(x, images.shape[-2:]) for k, x in enumerate(maps, 1)}
 
-    def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
         """Return the log of the mean class probability over `starts` configured runs and their steps; see `Segmentor`.
 
         Of several steps the first is left out: it sees nothing but noise in place of a map. The runs follow each other,
         so memory does not grow with their number.
         """
-        features, steps = self.encode(images), self.config.timesteps
+        features, steps = self.encode(images), self.config.num_inference_steps
         noise, step_noise = self.draw_noise(features, seeds, steps, starts)
         total, count = torch.zeros((), device=noise.device), 0
         for r in range(starts):  # the noise is image-major
@@ -283,12 +283,12 @@ class DDPSegmentor(Segmentor):
                 total, count = total + step.logits.to(noise.dtype).softmax(1), count + 1
         return resize((total / count).clamp(min=1e-8).log(), images.shape[-2:])
 
-    def predict_converged(
+    def early_exit(
         self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
         """Return the answers of runs that end early, and their lengths; see `Segmentor` and `denoise_until`."""
         features = self.encode(images)
-        noise, step_noise = self.draw_noise(features, seeds, self.config.timesteps)
+        noise, step_noise = self.draw_noise(features, seeds, self.config.num_inference_steps)
         answer, taken = self.denoise_until(features, noise, percent, step_noise=step_noise)
         return resize(answer, images.shape[-2:]), taken
 
@@ -337,13 +337,13 @@ class DDPSegmentor(Segmentor):
 
     # Weights
 
-    def official_names(self) -> dict[str, str]:
-        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.official_names().items()}
+    def key_map(self) -> dict[str, str]:
+        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
         return {name: backbone.get(name) or official_name(name) for name in self.state_dict()}
 
-    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
         if name.startswith("backbone."):
-            return self.backbone.convert_official(name.removeprefix("backbone."), tensor)
+            return self.backbone.convert(name.removeprefix("backbone."), tensor)
         return tensor
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
@@ -361,7 +361,7 @@ class _FixedNoise(nn.Module):
         super().__init__()
         self.model = model
         with torch.no_grad():
-            noise, step_noise = model.draw_noise(model.encode(images), None, model.config.timesteps)
+            noise, step_noise = model.draw_noise(model.encode(images), None, model.config.num_inference_steps)
         self.register_buffer("noise", noise)
         self.register_buffer("step_noise", step_noise)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ddp_seg.configs import DDP
 from ddp_seg.model import DDPSegmentor
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 class Segmentor(DDPSegmentor):
@@ -27,9 +27,9 @@ def double() -> Experiment:
     return Experiment(
         "double",
         DoubleDDP(drop_path=0.0, width=32, decoder_layers=1, heads=4, auxiliary=False),
-        Data("toy", Path("data/toy"), scale=(128, 64), crop=(64, 64), workers=0),
-        Optimizer("sgd", lr=0.01, clip_norm=1.0),
-        Schedule(iterations=20, warmup_iterations=5),
-        Train(batch=4, max_per_device=1, log_every=1, evaluate_every=20, save_every=20),
-        Evaluate(scale=(128, 64)),
+        DataConfig("toy", Path("data/toy"), img_scale=(128, 64), crop=(64, 64), workers=0),
+        OptimizerConfig("sgd", lr=0.01, clip_norm=1.0),
+        ScheduleConfig(iterations=20, warmup_iterations=5),
+        TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=20),
+        EvalConfig(img_scale=(128, 64)),
     )

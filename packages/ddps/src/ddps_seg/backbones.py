@@ -37,7 +37,7 @@ class ResNetV1c(Backbone):
         """Return the maps (N, C_i, H_i, W_i) at strides 4, 8, 8, 8."""
         return self.net(images)
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         names = {name: name.removeprefix("net.") for name in self.state_dict()}
         return {name: re.sub(r"^bn1\.", "stem.7.", re.sub(r"^conv1\.", "stem.", own)) for name, own in names.items()}
 
@@ -60,7 +60,7 @@ class MobileNetV2(Backbone):
         """Return the maps (N, C_i, H_i, W_i) at strides 4, 8, 8, 8."""
         return self.net(images)
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         return {name: _mobilenet_name(name) for name in self.state_dict()}
 
 

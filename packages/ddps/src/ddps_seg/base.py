@@ -39,12 +39,12 @@ class EncoderSegmentor(Segmentor):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the condition (N, C, H/4, W/4) of normalised images (N, 3, H, W); sides are rounded up."""
+        """Return the condition (N, C, H/4, W/4) of normalized images (N, 3, H, W); sides are rounded up."""
         self.check_size(images)
         return self.head(self.backbone(images))
 
-    def official_names(self) -> dict[str, str]:
-        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.official_names().items()}
+    def key_map(self) -> dict[str, str]:
+        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
         return {name: backbone.get(name) or self._official_name(name) for name in self.state_dict()}
 
     def _official_name(self, name: str) -> str:
@@ -59,7 +59,7 @@ class EncoderSegmentor(Segmentor):
     def check_batch(self, images: Tensor) -> None:
         """Raise UserError when the batch norm of the pooled branch would train on one value per channel."""
         if isinstance(self.head, heads.DeepLabHead) and self.head.training and len(images) == 1:
-            raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.max_per_device (1)")
+            raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
 
 
 class BaseSegmentor(EncoderSegmentor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddps_seg.model import DDPSSegmentor
 from segcore.checkpoints.load import load_weights, resolve
-from segcore.config.schema import Data, Experiment
+from segcore.config.schema import DataConfig, Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import predict_classes
@@ -39,7 +39,7 @@ def measure(
     first = base.model.build().eval()
     load_weights(first, resolve(str(base_dir), base.name))
     first.to(device)
-    data = dataclasses.replace(exp.data, background=False)
+    data = dataclasses.replace(exp.data, add_background_class=False)
     dataset = open_dataset(exp.data, "val")
     total = min(IMAGES, len(dataset))
     count = model.num_classes
@@ -53,7 +53,7 @@ def measure(
             image, label = dataset.image(index), dataset.label(index)
 
             def answer(
-                network: Segmentor, of: Data, seed: int, start: Tensor | None = None, image: np.ndarray = image
+                network: Segmentor, of: DataConfig, seed: int, start: Tensor | None = None, image: np.ndarray = image
             ) -> Tensor:
                 run = None if start is None else partial(_from, model, start)
                 [entries] = predict_classes(network, [image], settings, of, [seed], network=run, **options)
@@ -81,7 +81,7 @@ def measure(
 
 
 def _from(model: DDPSSegmentor, start: Tensor, images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    return model.predict_from(images, start[None], seeds)
+    return model.refine_mask(images, start[None], seeds)
 
 
 def spoil(classes: Tensor, num_classes: int, seed: int) -> Tensor:

@@ -65,7 +65,7 @@ def gumbel(uniforms: Tensor) -> Tensor:
 
 
 def sample(log_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Return labels (N, h, w) drawn from log-probabilities (N, K, h, w), which need not be normalised."""
+    """Return labels (N, h, w) drawn from log-probabilities (N, K, h, w), which need not be normalized."""
     return (gumbel(uniforms) + log_p).argmax(1)
 
 
@@ -91,7 +91,7 @@ def log_q_pred(labels: Tensor, index: int | Tensor, noise: Tables, num_classes: 
 def log_q_posterior(
     clean: Tensor, noisy: Tensor, index: int | Tensor, noise: Tables, num_classes: int, *, exact: bool = False
 ) -> Tensor:
-    """Return log-probabilities (N, K, h, w) of x_(k-1), not normalised, from labels x_0 and x_k (N, h, w).
+    """Return log-probabilities (N, K, h, w) of x_(k-1), not normalized, from labels x_0 and x_k (N, h, w).
 
     As the published code has it, which is not Bayes' rule: it divides by q(x_k = c | x_0) of each class c instead of
     the class observed, and so favours the noisy label. With `exact` it is Bayes' rule.

@@ -161,7 +161,7 @@ class MiT(Backbone):
             maps.append(x)
         return maps
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         return {name: _official(name) for name in self.state_dict()}
 
 

@@ -50,7 +50,7 @@ class DDPSSegmentor(EncoderSegmentor):
     """
 
     ignore_index = BACKGROUND
-    entries_by = "timestep"
+    step_unit = "timestep"
     diffusion = True
 
     def __init__(self, config: DDPS) -> None:
@@ -63,7 +63,7 @@ class DDPSSegmentor(EncoderSegmentor):
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(config.output_width, config.num_classes, 1)
         if not config.single_step:
-            noise = tables(config.timesteps, config.num_classes, config.noise_schedule)
+            noise = tables(config.num_train_timesteps, config.num_classes, config.noise_schedule)
             for name, table in zip(Tables._fields, noise, strict=True):
                 self.register_buffer(name, table)
         if config.freeze != "none":
@@ -114,7 +114,7 @@ class DDPSSegmentor(EncoderSegmentor):
             raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit the condition {tuple(condition.shape)}")
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
-        total, classes = self.config.timesteps, self.num_classes
+        total, classes = self.config.num_train_timesteps, self.num_classes
         steps = self._timesteps(inference_timesteps)
         draws = iter(uniforms) if uniforms is not None else None
         times = self.unet.embed_time(torch.tensor(steps, device=condition.device)).split(1)
@@ -185,9 +185,11 @@ class DDPSSegmentor(EncoderSegmentor):
         own = torch.stack([torch.randint(shape[0], shape[1:], generator=g) for g in generators])
         mask = own.to(condition.device) if mask is None else mask
         # One after the other: a map's draws are larger than its logits.
-        uniforms = (torch.stack([torch.rand(shape, generator=g) for g in generators]) for _ in range(config.timesteps))
+        uniforms = (
+            torch.stack([torch.rand(shape, generator=g) for g in generators]) for _ in range(config.num_train_timesteps)
+        )
         return self.trace(
-            condition, mask, uniforms=uniforms, inference_timesteps=config.inference_timesteps, mode=config.mode,
+            condition, mask, uniforms=uniforms, inference_timesteps=config.num_inference_steps, mode=config.mode,
             guidance_scale=config.guidance_scale,
         )  # fmt: skip
 
@@ -203,10 +205,10 @@ class DDPSSegmentor(EncoderSegmentor):
         found = {n: s.logits for s in run if (n := self._entry(s)) in names}
         return {name: self._full_size(found[name], images) for name in names}
 
-    def predict_from(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the logits (N, K, H, W) after the timesteps of a run that starts from label maps (N, H', W').
 
-        They may have any size; nearest neighbours bring them to the images' and the condition's. Raises UserError about
+        They may have any size; nearest neighbors bring them to the images' and the condition's. Raises UserError about
         other labels than 0 .. K - 1.
         """
         if masks.numel() and not 0 <= masks.min() <= masks.max() < self.num_classes:
@@ -223,8 +225,8 @@ class DDPSSegmentor(EncoderSegmentor):
     def collected(self, steps: Collection[int] | None) -> list[str]:
         """Return the step entries for `steps`, in the order of the run."""
         if self.config.single_step or not steps:
-            return [self.configured_entry]
-        known = self._timesteps(self.config.inference_timesteps)
+            return [self.default_step]
+        known = self._timesteps(self.config.num_inference_steps)
         if wrong := [step for step in steps if step not in known]:
             text = ", ".join(map(str, known))
             raise UserError(
@@ -233,17 +235,17 @@ class DDPSSegmentor(EncoderSegmentor):
         return [str(step) for step in sorted({*steps, known[-1]})]
 
     @property
-    def configured_entry(self) -> str:
+    def default_step(self) -> str:
         """The entry of the last timestep."""
-        return "final" if self.config.single_step else str(self.config.timesteps - 1)
+        return "final" if self.config.single_step else str(self.config.num_train_timesteps - 1)
 
-    def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the logits after every timestep of the configured run, of long ones after some; see `Segmentor`."""
         if self.config.single_step:
             return {}
         return self._shown(self.run(self.condition(images), seeds), images)
 
-    def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
         """Return the log of the mean class probability over `starts` runs and their steps; see `Segmentor`.
 
         The first step is left out, as it sees nothing but a random map.
@@ -258,7 +260,7 @@ class DDPSSegmentor(EncoderSegmentor):
                     total, count = total + step.logits.float().softmax(1), count + 1
         return self._full_size((total / count).clamp(min=1e-8).log(), images)
 
-    def predict_converged(
+    def early_exit(
         self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
         """Return the answers of runs that end early, and their numbers of steps; see `Segmentor`.
@@ -268,7 +270,7 @@ class DDPSSegmentor(EncoderSegmentor):
         if self.config.single_step:
             raise self.no_diffusion()
         run = self.run(self.condition(images), seeds)
-        left, last = list(range(len(images))), self.config.timesteps - 1
+        left, last = list(range(len(images))), self.config.num_train_timesteps - 1
         answers: dict[int, tuple[Tensor, int]] = {}
         before: Tensor | None = None
         step, count = next(run), 1
@@ -291,25 +293,25 @@ class DDPSSegmentor(EncoderSegmentor):
         """Return the configured run with the draws of seed 0 as constants; see `Segmentor`."""
         if dynamic:
             raise UserError("DDPS's draws have the size of the image, so it is exported for one; leave out --dynamic")
-        count = len(self._timesteps(self.config.inference_timesteps)) - 1
+        count = len(self._timesteps(self.config.num_inference_steps)) - 1
         size = count * self.num_classes * math.prod(images.shape[-2:]) // 16 * 4
         if size > DRAWS_LIMIT:
             raise UserError(
                 f"the exported run would hold {size / 1e9:.1f} GB of random draws; give a smaller --size or "
-                "--model.inference-timesteps"
+                "--model.num-inference-steps"
             )
         return _FixedDraws(self, images)
 
     def _shown(self, run: Iterable[Step], images: Tensor) -> dict[str, Tensor]:
         """Return the logits at the images' size by timestep, of more than `SHOWN` only so many, evenly spread."""
-        known = self._timesteps(self.config.inference_timesteps)
+        known = self._timesteps(self.config.num_inference_steps)
         if len(known) > SHOWN:
             known = [known[round(i * (len(known) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
         return {f"timestep {s.timestep}": self._full_size(s.logits, images) for s in run if s.timestep in known}
 
     def _timesteps(self, wanted: int | None) -> list[int]:
         """Return the timesteps that a run evaluates; `wanted` as for `step_list`."""
-        return [0] if self.config.single_step else step_list(self.config.timesteps, wanted)
+        return [0] if self.config.single_step else step_list(self.config.num_train_timesteps, wanted)
 
     def _entry(self, step: Step) -> str:
         return "final" if self.config.single_step else str(step.timestep)
@@ -351,7 +353,7 @@ class DDPSSegmentor(EncoderSegmentor):
         else:
             timesteps = draws["timesteps"]
             first = self._first_prediction(condition, labels, timesteps, draws["masks"])
-            mask = q_pred(first, self.config.timesteps - 1 - timesteps, self.noise, draws["uniforms"])
+            mask = q_pred(first, self.config.num_train_timesteps - 1 - timesteps, self.noise, draws["uniforms"])
         logits = self._full_size(self.denoise(condition, mask, timesteps), images)
         loss, accuracy = cross_entropy(logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight)
         return {"loss": loss, "decode.loss_ce": loss, "decode.acc_seg": accuracy}
@@ -374,7 +376,7 @@ class DDPSSegmentor(EncoderSegmentor):
         drawn: dict[str, list[Tensor]] = {name: [] for name in ("condition", "timesteps", "masks", "uniforms")}
         for g in _generators(seeds, len(condition)):
             drawn["condition"].append(torch.rand((), generator=g))
-            drawn["timesteps"].append(torch.randint(self.config.timesteps, (), generator=g))
+            drawn["timesteps"].append(torch.randint(self.config.num_train_timesteps, (), generator=g))
             drawn["masks"].append(torch.randint(shape[0], shape[1:], generator=g))
             if not self.config.single_step:
                 drawn["uniforms"].append(torch.rand(shape, generator=g))
@@ -391,32 +393,32 @@ class DDPSSegmentor(EncoderSegmentor):
             return super()._official_name(name)
         return f"decode_head.{renamed}{rest}" if renamed else f"decode_head.{name}"
 
-    def is_whole(self, state: Mapping[str, Tensor]) -> bool:
+    def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether start weights `state` are those of a whole model of this kind, multi-step or single-step."""
         prior = any(name.startswith(("unet.", "decode_head.unet.")) for name in state)
         return prior and (self.config.single_step or any(name.endswith(Tables._fields) for name in state))
 
-    def load_start(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
         """Load a base model's backbone and head, or the single-step variant; else as `Segmentor` does."""
-        names, own = self.official_names(), self.state_dict()
+        names, own = self.key_map(), self.state_dict()
         ours = not any(name.startswith("decode_head.") for name in state)
         names = {name: name if ours else names[name] for name in names}
         if any(name.startswith(("unet.", "decode_head.unet.")) for name in state):
             noise = {names[name]: own[name] for name in Tables._fields}
-            return "single-step variant", self._load({**state, **noise}, names, self.convert_official)
+            return "single-step variant", self._load({**state, **noise}, names, self.convert)
         encoder = [name for name in own if name.startswith(("backbone.", "head."))]
         if not any(names[name] in state for name in encoder if name.startswith("head.")):
-            return super().load_start(state)
+            return super().load_pretrained(state)
         rest = tuple(name for name in state if name.startswith(BASE_CLASSIFIERS))
         given = {name: tensor for name, tensor in state.items() if name not in rest}
         kept = {names[name]: tensor for name, tensor in own.items() if name not in encoder}
-        report = self._load({**kept, **given}, names, self.convert_official)
+        report = self._load({**kept, **given}, names, self.convert)
         return "base model", replace(report, loaded=len(given), dropped=rest)
 
     def _load(
         self, state: Mapping[str, Tensor], names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
     ) -> LoadReport:
-        if self.config.other_timesteps and not self.config.single_step:
+        if self.config.ignore_schedule_mismatch and not self.config.single_step:
             state = {**state, **{names[name]: getattr(self, name) for name in Tables._fields}}
         return super()._load(state, names, convert)
 
@@ -433,7 +435,7 @@ class _FixedDraws(nn.Module):
         config, classes = model.config, model.num_classes
         with torch.no_grad():
             size = [side // 4 for side in padded(images[:1]).shape[-2:]]
-        steps = len(model._timesteps(config.inference_timesteps))
+        steps = len(model._timesteps(config.num_inference_steps))
         [generator] = _generators(None, 1)
         mask = torch.randint(classes, size, generator=generator)
         uniforms = [torch.rand(classes, *size, generator=generator) for _ in range(steps - 1)]
@@ -446,7 +448,7 @@ class _FixedDraws(nn.Module):
         draws: Iterator[Tensor] = (u.expand(len(images), -1, -1, -1) for u in self.uniforms.unbind())
         steps = self.model.trace(
             self.model.condition(images), self.mask, uniforms=draws, mode=config.mode,
-            inference_timesteps=config.inference_timesteps, guidance_scale=config.guidance_scale,
+            inference_timesteps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         )  # fmt: skip
         *_, last = steps
         return self.model._full_size(last.logits, images)

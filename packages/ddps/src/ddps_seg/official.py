@@ -32,7 +32,7 @@ def _stock(name: str, stamp: str, single: float, multi: float | None = None) -> 
 
 def _mit(name: str, stamp: str) -> tuple[str, Published]:
     url = f"{_MMSEG}/pretrain/segformer/{name}_{stamp}.pth"
-    return f"{name}_imagenet", Published({}, url, note="ImageNet start weights, for --train.init")
+    return f"{name}_imagenet", Published({}, url, note="ImageNet start weights, for --train.init-from")
 
 
 ROWS = dict(

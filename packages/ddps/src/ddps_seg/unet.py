@@ -103,9 +103,9 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape (N, C, h, w)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(1, keepdim=True)
-        variance = centred.square().mean(1, keepdim=True)  # over strided memory much faster than torch.var
-        return (centred * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
+        centered = wide - wide.mean(1, keepdim=True)
+        variance = centered.square().mean(1, keepdim=True)  # over strided memory much faster than torch.var
+        return (centered * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):

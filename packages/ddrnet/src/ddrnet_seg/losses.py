@@ -5,7 +5,7 @@ from torch import Tensor
 from segcore.models.losses import pixel_losses
 
 
-def ohem_seed(
+def ohem_pyradd(
     logits: Tensor,
     labels: Tensor,
     *,
@@ -19,7 +19,7 @@ def ohem_seed(
 
     Of a batch with `min_kept` pixels or more at least `min_kept` are taken, of a smaller one all. The loss is the mean
     by weight: the weighted cross entropies divided by the sum of the weights. It is 0, where the seed has NaN, for a
-    batch without any labelled pixel. Otherwise as `segcore.models.losses.ohem_cross_entropy`.
+    batch without any labeled pixel. Otherwise as `segcore.models.losses.ohem_cross_entropy`.
     """
     losses, weights, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddrnet_seg.configs import VARIANTS, DDRNet, Variant
-from ddrnet_seg.losses import ohem_seed
+from ddrnet_seg.losses import ohem_pyradd
 from ddrnet_seg.official import Source, official_name, recognize
 from segcore.errors import UserError
 from segcore.models.layers import ConvNorm, fused, resize
@@ -209,7 +209,7 @@ class DDRNetSegmentor(Segmentor):
         image while batch norm is in training mode: the global branch of DAPPM has one value per channel and image.
         """
         if len(images) == 1 and isinstance(n := self.context.scales[-1].norm, nn.BatchNorm2d) and n.training:
-            raise UserError("DDRNet trains on 2 images per forward pass or more; raise train.max_per_device (1)")
+            raise UserError("DDRNet trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
         features = self.backbone(_padded(images))
         logits = {"decode": (self._logits(features), 1.0)}
         if self.auxiliary_head is not None:
@@ -237,7 +237,7 @@ class DDRNetSegmentor(Segmentor):
         config = self.config
         if config.loss == "cross_entropy":
             return cross_entropy(logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight)
-        return (ohem_seed if config.loss == "ohem_seed" else ohem_cross_entropy)(
+        return (ohem_pyradd if config.loss == "ohem_pyradd" else ohem_cross_entropy)(
             logits,
             labels,
             ignore_index=self.ignore_index,
@@ -253,9 +253,9 @@ class DDRNetSegmentor(Segmentor):
 
     # Weights
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         """Return the authors' name of every entry of `state_dict()`."""
-        return official_names(self)
+        return key_map(self)
 
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a segmentation checkpoint of the authors, the seed project or MMSegmentation, told apart by its names.
@@ -263,9 +263,9 @@ class DDRNetSegmentor(Segmentor):
         See `Segmentor.load_official`, and `official.recognize` for what the four kinds look like.
         """
         source = recognize(state)
-        return _report(self._load(source.tensors, self.official_names(), self.convert_official), source)
+        return _report(self._load(source.tensors, self.key_map(), self.convert), source)
 
-    def is_whole(self, state: Mapping[str, Tensor]) -> bool:
+    def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether the names are those of a whole segmentation model; an ImageNet file has no head."""
         return any(name.startswith(("head.", "final_layer.")) for name in recognize(state).tensors)
 
@@ -276,8 +276,8 @@ class DDRNetSegmentor(Segmentor):
         tensors = {name: tensor for name, tensor in source.tensors.items() if name not in rest}
         context = any(name.startswith("spp.") for name in tensors)  # MMSegmentation counts it to the backbone
         parts = ("backbone.", "context.") if context else ("backbone.",)
-        names = {name: official for name, official in self.official_names().items() if name.startswith(parts)}
-        return _report(self._load(tensors, names, self.convert_official), source, rest)
+        names = {name: official for name, official in self.key_map().items() if name.startswith(parts)}
+        return _report(self._load(tensors, names, self.convert), source, rest)
 
 
 class DDRNetClassifier(nn.Module):
@@ -293,14 +293,14 @@ class DDRNetClassifier(nn.Module):
         initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes) for normalised images (N, C, H, W)."""
+        """Return logits (N, classes) for normalized images (N, C, H, W)."""
         features = self.backbone(_padded(images))
         y = self.last_layer(F.relu_(features.low + self.down5(features.high)))
         return self.linear(y.mean((2, 3)))
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`."""
-        return official_names(self)
+        return key_map(self)
 
 
 CLASSIFIER = ("down5.", "last_layer.", "linear.")
@@ -313,7 +313,7 @@ def initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def official_names(model: DDRNetSegmentor | DDRNetClassifier) -> dict[str, str]:
+def key_map(model: DDRNetSegmentor | DDRNetClassifier) -> dict[str, str]:
     """Return the published name of every entry of `state_dict()`."""
     rounds = len(model.backbone.exchanges) - 1  # of stage 3
     return {name: official_name(name, rounds) for name in model.state_dict()}
@@ -324,6 +324,6 @@ def _report(report: LoadReport, source: Source, dropped: tuple[str, ...] = ()) -
 
 
 def _padded(images: Tensor) -> Tensor:
-    """Return images with zeros, the mean colour, to the right and below, up to multiples of 8."""
+    """Return images with zeros, the mean color, to the right and below, up to multiples of 8."""
     below, right = (-side % STRIDE for side in images.shape[-2:])
     return F.pad(images, (0, right, 0, below)) if below or right else images

@@ -42,14 +42,14 @@ PUBLISHED = {
         "DDRNet23_cityscapes.pth", "16viDZhbmuc3y7OSsUo2vhA7V6kYO0KX6", "79.4 on test", single_scale=79.5
     ),
     "ddrnet_39_cityscapes": Published({}, note="80.4 on test, 81.9 multi-scale; no figure on val, no weights"),
-    "ddrnet_23_cityscapes_seed": Published({"single scale": 77.382}, note="by the seed project, no weights"),
+    "ddrnet_23_cityscapes_pyradd": Published({"single scale": 77.382}, note="by the seed project, no weights"),
     **dict(
         [
             _mmseg("ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024", 77.84, 80.15, "20230426_145312-6a5e5174"),
             _mmseg("ddrnet_23_in1k-pre_2xb6-120k_cityscapes-1024x1024", 79.99, 81.71, "20230425_162633-81601db0"),
         ]
     ),
-    # ImageNet start weights, for `train.init`: official:NAME
+    # ImageNet start weights, for `train.init_from`: official:NAME
     "ddrnet_23_slim_imagenet": _drive(
         "DDRNet23s_imagenet.pth", "1mg5tMX7TJ9ZVcAiGSB4PEihPtrJyalB4", "top-1 error 29.8"
     ),

@@ -7,7 +7,7 @@ from torch import nn
 
 from ddrnet_seg.configs import DDRNet
 from ddrnet_seg.model import DDRNetSegmentor
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 class Net(DDRNetSegmentor):
@@ -46,17 +46,17 @@ def frozen() -> Experiment:
     return Experiment(
         "frozen",
         Frozen(loss="cross_entropy"),
-        Data("toy", scale=(128, 64), crop=(64, 64), photometric=False, workers=0),
-        Optimizer("sgd", lr=0.01, weight_decay=5e-4),
-        Schedule(iterations=3, power=0.9, warmup_iterations=0),
-        Train(
-            batch=4,
-            max_per_device=2,
+        DataConfig("toy", img_scale=(128, 64), crop=(64, 64), photometric=False, workers=0),
+        OptimizerConfig("sgd", lr=0.01, weight_decay=5e-4),
+        ScheduleConfig(iterations=3, power=0.9, warmup_iterations=0),
+        TrainConfig(
+            batch_size=4,
+            device_batch_size=2,
             class_weight="auto",
             log_every=1,
             evaluate_every=3,
             save_every=3,
             timeout=120,
         ),
-        Evaluate(scale=(128, 64)),
+        EvalConfig(img_scale=(128, 64)),
     )

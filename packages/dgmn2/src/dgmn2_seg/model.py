@@ -71,7 +71,7 @@ class DGMN2Segmentor(Segmentor):
 
     # Weights
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`."""
         return {name: official_name(name) for name in self.state_dict()}
 
@@ -81,11 +81,11 @@ class DGMN2Segmentor(Segmentor):
         All of the backbone must be there; the classifier, `head.*`, is dropped. See `Segmentor.load_official`.
         """
         dropped = tuple(name for name in state if name.startswith("head."))
-        names = {name: official for name, official in self.official_names().items() if name.startswith("backbone.")}
+        names = {name: official for name, official in self.key_map().items() if name.startswith("backbone.")}
         tensors = {
             name if name.startswith("backbone.") else f"backbone.{name}": tensor
             for name, tensor in state.items()
             if name not in dropped
         }
-        report = self._load(tensors, names, self.convert_official)
+        report = self._load(tensors, names, self.convert)
         return replace(report, dropped=(*report.dropped, *dropped), source="ImageNet")

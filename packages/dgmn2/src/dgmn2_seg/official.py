@@ -23,7 +23,7 @@ def _row(head: str, size: str, single: float, multi: float, key: str) -> tuple[s
 
 
 def _imagenet(size: str, top1: float, key: str) -> tuple[str, Published]:
-    """Return the start weights of a backbone, for `train.init`: official:NAME."""
+    """Return the start weights of a backbone, for `train.init_from`: official:NAME."""
     return _drive(f"dgmn2_{size}_imagenet", key, {}, f"ImageNet top-1 accuracy {top1}")
 
 

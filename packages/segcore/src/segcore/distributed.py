@@ -39,16 +39,16 @@ class LostError(UserError):
 
 
 def rank() -> int:
-    """Return the number of this process, 0 .. size() - 1; the first one writes files and talks."""
+    """Return the number of this process, 0 .. world_size() - 1; the first one writes files and talks."""
     return dist.get_rank() if _together() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """Return how many processes work together."""
     return dist.get_world_size() if _together() else 1
 
 
-def run_id() -> str | None:
+def elastic_run_id() -> str | None:
     """Return torchrun's name of this start, the same after its restarts; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
@@ -83,7 +83,7 @@ def process_group(timeout: float) -> Iterator[None]:
     _store = None
 
 
-def leave(status: int) -> None:
+def hard_exit(status: int) -> None:
     """End this process now if it has ever joined others; otherwise return.
 
     gloo's threads outlive their group (torch 2.10 to 2.15), and one that still lets go of a Python object aborts an
@@ -110,9 +110,9 @@ def local_device() -> torch.device:
     return torch.device("cuda", local)
 
 
-def lead(function: Callable[[], T]) -> T:
+def on_main_process(function: Callable[[], T]) -> T:
     """Let the first process call `function`; return its (picklable) result, or raise its UserError, in all of them."""
-    if size() == 1:
+    if world_size() == 1:
         return function()
     answer, error = None, None
     if rank() == 0:
@@ -131,22 +131,22 @@ def lead(function: Callable[[], T]) -> T:
     return answer  # type: ignore[return-value]
 
 
-def lead_first(function: Callable[[], T]) -> T:
+def main_process_first(function: Callable[[], T]) -> T:
     """Let the first process call `function` before the others do, who then find what it downloaded or generated."""
-    if size() == 1:
+    if world_size() == 1:
         return function()
     found: list[T] = []
-    lead(lambda: found.append(function()))
+    on_main_process(lambda: found.append(function()))
     error = None
     try:
         found = found or [function()]
     except UserError as caught:
         error = caught
-    agree(error)
+    sync_status(error)
     return found[0]
 
 
-def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
+def sync_status(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
     """Return the sum of each count over all processes, or raise `error`, which ends all of them.
 
     Where another process has it, PeerError or Stopped is raised.
@@ -154,7 +154,7 @@ def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
     ctrl_c = isinstance(error, Stopped) and signal.SIGINT in error.args
     flags = [isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts]
     try:
-        failed, stopped, interrupted, *sums = total(torch.tensor(flags, dtype=torch.int64)).tolist()
+        failed, stopped, interrupted, *sums = all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).tolist()
     except LostError as lost:
         raise LostError(f"{error} (besides, {lost})") if isinstance(error, UserError) else lost from None
     if isinstance(error, UserError):
@@ -167,19 +167,19 @@ def agree(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
     return sums
 
 
-def gather(items: list[T]) -> list[T]:
+def all_gather_object(items: list[T]) -> list[T]:
     """Return the (picklable) items of all processes, one process after the other."""
-    if size() == 1:
+    if world_size() == 1:
         return items
-    parts: list[list[T]] = [[] for _ in range(size())]
+    parts: list[list[T]] = [[] for _ in range(world_size())]
     with collective():
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, computed in place."""
-    if size() > 1:
+    if world_size() > 1:
         with collective():
             dist.all_reduce(tensor)
     return tensor
@@ -187,13 +187,13 @@ def total(tensor: Tensor) -> Tensor:
 
 def broadcast(tensors: list[Tensor]) -> None:
     """Overwrite tensors with those of the first process."""
-    if size() > 1:
+    if world_size() > 1:
         with collective():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
 
-def is_news(text: str) -> bool:
+def first_to_print(text: str) -> bool:
     """Return whether no other process has said this already, so that one error of all of them is one line."""
     try:
         return _store is None or _store.add(f"said {text}", 1) == 1
@@ -206,7 +206,7 @@ def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
     Running statistics of batch norm are those of the first process (on CUDA, with SyncBatchNorm, they are all equal).
     """
-    if size() == 1:
+    if world_size() == 1:
         return module
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
@@ -219,20 +219,20 @@ def collective(counted: bool = True) -> Iterator[None]:
     """
     global _entered
     try:
-        if counted and size() > 1:
+        if counted and world_size() > 1:
             assert _store is not None
             _entered += 1
             _store.set(f"entered {rank()}", str(_entered))
         yield
     except RuntimeError as error:
-        if size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         names = _missing()
         if not names:
             raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
         raise LostError(
-            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{size() - 1} did not answer: ended, "
-            "or busy for longer than train.timeout; see what it printed, then go on with --resume"
+            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not answer: "
+            "ended, or busy for longer than train.timeout; see what it printed, then go on with --resume"
         ) from None
 
 
@@ -244,7 +244,7 @@ def _missing() -> list[int]:
     """Return the processes that have not come as far as this one."""
     assert _store is not None
     try:
-        keys = [f"entered {other}" for other in range(size())]
+        keys = [f"entered {other}" for other in range(world_size())]
         return [n for n, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < _entered]
     except RuntimeError:  # the store is in process 0 when torchrun does not keep it
         return [0]

@@ -14,7 +14,7 @@ torch.manual_seed(0)
 model = exp.model.build()
 with distributed.process_group(60):
     results = evaluate(model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device="cpu")
-    assert distributed.size() == int(sys.argv[2].rsplit("_", 1)[1])
+    assert distributed.world_size() == int(sys.argv[2].rsplit("_", 1)[1])
     if distributed.rank() == 0:
         torch.save({"images": results.images, "matrix": results.confusion["final"]}, sys.argv[2])
-distributed.leave(0)
+distributed.hard_exit(0)

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from segcore.config.schema import Data, Evaluate, Experiment, Model, Optimizer, Schedule, Train
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from segcore.models.segmentor import Segmentor
 
 KIND, RANK, ITERATION = (os.environ.get("TINY_FAULT") or "none:0:-1").split(":")
@@ -52,12 +60,12 @@ class Net(Segmentor):
             time.sleep(12)
         return float("nan") if KIND.startswith("nan") else 1.0
 
-    def official_names(self):
+    def key_map(self):
         return {name: name for name in self.state_dict()}
 
 
 @dataclass(frozen=True)
-class Tiny(Model):
+class Tiny(ModelConfig):
     num_classes: int = 3
     pause: float = 0.0
     """Seconds that a step takes at least."""
@@ -68,13 +76,13 @@ class Tiny(Model):
 
 def tiny() -> Experiment:
     """Return 20 iterations of batch 4 on a folder of images of 32x64."""
-    data = Data("folder", classes=("dark", "bright", "absent"), scale=(64, 32), crop=(32, 32), workers=0)
+    data = DataConfig("folder", classes=("dark", "bright", "absent"), img_scale=(64, 32), crop=(32, 32), workers=0)
     return Experiment(
         "tiny",
         Tiny(),
         data,
-        Optimizer("sgd", lr=0.05, clip_norm=1.0),
-        Schedule(iterations=20, warmup_iterations=2),
-        Train(batch=4, max_per_device=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
-        Evaluate(scale=(64, 32)),
+        OptimizerConfig("sgd", lr=0.05, clip_norm=1.0),
+        ScheduleConfig(iterations=20, warmup_iterations=2),
+        TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
+        EvalConfig(img_scale=(64, 32)),
     )

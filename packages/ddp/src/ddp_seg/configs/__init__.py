@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class DDP(Model):
+class DDP(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     backbone: Backbone = "convnext_t"
@@ -46,12 +46,12 @@ class DDP(Model):
     """Sampling points per head."""
     bit_scale: float = 0.01
     """Label codes lie in [-bit_scale, bit_scale]; the noise has unit variance."""
-    timesteps: int = 3
+    num_inference_steps: int = 3
     """Denoising steps at inference."""
     randsteps: int = 1
     """Noise starts per image, averaged."""
     time_difference: int = 1
-    """Asymmetric time intervals: the map goes this many steps further than the time it is labelled with."""
+    """Asymmetric time intervals: the map goes this many steps further than the time it is labeled with."""
     sample_range: tuple[float, float] = (0.0, 0.999)
     """Training draws times from this range; inference runs from 1 down to its lower end."""
     noise_schedule: Literal["cosine", "linear"] = "cosine"
@@ -68,7 +68,7 @@ class DDP(Model):
     def __post_init__(self) -> None:
         if self.width % 32 or self.width % self.heads or self.width % 4:
             raise UserError(f"model.width {self.width} must be a multiple of 32 and of model.heads {self.heads}")
-        for name in ("timesteps", "randsteps", "decoder_layers", "heads", "points", "window", "num_classes"):
+        for name in ("num_inference_steps", "randsteps", "decoder_layers", "heads", "points", "window", "num_classes"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
 

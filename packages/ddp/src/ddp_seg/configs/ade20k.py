@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddp_seg.configs import DDP, Backbone
 from ddp_seg.configs.cityscapes import DECAY_RULES, INIT
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def recipe(backbone: Backbone, window: int = 7) -> Experiment:
@@ -12,11 +12,11 @@ def recipe(backbone: Backbone, window: int = 7) -> Experiment:
     return Experiment(
         name=f"ddp_{backbone}_2x8_512x512_160k_ade20k",
         model=DDP(num_classes=150, backbone=backbone, drop_path=0.3, window=window, accumulation=True),
-        data=Data("ade20k", Path("data/ade/ADEChallengeData2016"), scale=(2048, 512), crop=(512, 512)),
-        optimizer=Optimizer("adamw", lr=6e-5, weight_decay=0.01, clip_norm=0.1, rules=DECAY_RULES),
-        schedule=Schedule(iterations=160_000, warmup_iterations=1500),
-        train=Train(batch=16, max_per_device=2, init=INIT[backbone]),
-        evaluate=Evaluate(scale=(2048, 512)),
+        data=DataConfig("ade20k", Path("data/ade/ADEChallengeData2016"), img_scale=(2048, 512), crop=(512, 512)),
+        optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, clip_norm=0.1, rules=DECAY_RULES),
+        schedule=ScheduleConfig(iterations=160_000, warmup_iterations=1500),
+        train=TrainConfig(batch_size=16, device_batch_size=2, init_from=INIT[backbone]),
+        evaluate=EvalConfig(img_scale=(2048, 512)),
     )
 
 

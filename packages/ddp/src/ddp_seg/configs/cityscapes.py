@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from ddp_seg.configs import DDP, Backbone
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    OptimizerConfig,
+    ParamRule,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 # Matched against published names: "head" wins over "norm", so norms inside the heads keep their decay, as published.
 DECAY_RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head"))
@@ -28,11 +36,11 @@ def recipe(backbone: Backbone, **model: Any) -> Experiment:
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_160k_cityscapes",
         model=DDP(num_classes=19, backbone=backbone, **model),
-        data=Data("cityscapes", Path("data/cityscapes"), scale=(2048, 1024), crop=(512, 1024)),
-        optimizer=Optimizer("adamw", lr=6e-5, weight_decay=0.01, rules=DECAY_RULES),
-        schedule=Schedule(iterations=160_000, warmup_iterations=1500),
-        train=Train(batch=16, max_per_device=4, init=INIT[backbone]),
-        evaluate=Evaluate(scale=(2048, 1024)),
+        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2048, 1024), crop=(512, 1024)),
+        optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, rules=DECAY_RULES),
+        schedule=ScheduleConfig(iterations=160_000, warmup_iterations=1500),
+        train=TrainConfig(batch_size=16, device_batch_size=4, init_from=INIT[backbone]),
+        evaluate=EvalConfig(img_scale=(2048, 1024)),
     )
 
 
@@ -42,10 +50,10 @@ def aligned(start: Experiment) -> Experiment:
     return replace(
         start,
         name=start.name.replace("160k_cityscapes", "5k_cityscapes_aligned"),
-        model=replace(start.model, self_aligned=True, timesteps=10),
+        model=replace(start.model, self_aligned=True, num_inference_steps=10),
         optimizer=replace(start.optimizer, lr=6e-6),
         schedule=replace(start.schedule, iterations=5_000),
-        train=replace(start.train, init=f"official:{start.name}", evaluate_every=500, save_every=500),
+        train=replace(start.train, init_from=f"official:{start.name}", evaluate_every=500, save_every=500),
     )
 
 

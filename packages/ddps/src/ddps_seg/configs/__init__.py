@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class Encoder(Model):
+class Encoder(ModelConfig):
     """What maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
     backbone: Backbone = "mit_b2"
@@ -59,7 +59,7 @@ class Base(Encoder):
 
 @dataclass(frozen=True)
 class DDPS(Encoder):
-    """The mask prior on a base model's features. Class 0 is background: `data.background` puts it there."""
+    """The mask prior on a base model's features. Class 0 is background: `data.add_background_class` puts it there."""
 
     num_classes: int = 151
     """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
@@ -75,17 +75,17 @@ class DDPS(Encoder):
     """Channels of the label embedding."""
     train_labels: bool = False
     """Train the label embedding, which the published models leave at its random start values."""
-    timesteps: int = 100
+    num_train_timesteps: int = 100
     """Diffusion timesteps T, those of the checkpoint."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
-    other_timesteps: bool = False
+    ignore_schedule_mismatch: bool = False
     """Accept weights trained with another number of timesteps and keep this schedule, as the official loader does."""
     freeze: Literal["published", "eval", "none"] = "published"
     """The base model's part in training. published: no gradients, but in training mode: batch statistics, which are
     also averaged, and stochastic depth; eval: as in testing; none: it trains along."""
     condition_dropout: float = 0.0
     """Share of the training images whose condition is zero; guidance needs it."""
-    inference_timesteps: int | None = None
+    num_inference_steps: int | None = None
     """Timesteps to run: every (T // this)-th, and the last one. None: all."""
     mode: Literal["q_pred", "q_posterior", "bayes"] = "q_pred"
     """Next map: q_pred, the answer with fresh noise; q_posterior, as published (not Bayes' rule, see the README);
@@ -98,10 +98,10 @@ class DDPS(Encoder):
     def __post_init__(self) -> None:
         if self.width % 8:
             raise UserError(f"model.width is {self.width}; it must be a multiple of 8")
-        if self.timesteps < 2:
-            raise UserError(f"model.timesteps is {self.timesteps}; it must be at least 2")
-        if self.inference_timesteps is not None and self.inference_timesteps < 1:
-            raise UserError(f"model.inference_timesteps is {self.inference_timesteps}; it must be at least 1")
+        if self.num_train_timesteps < 2:
+            raise UserError(f"model.num_train_timesteps is {self.num_train_timesteps}; it must be at least 2")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise UserError(f"model.num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"model.condition_dropout is {self.condition_dropout}; it must be at least 0 and below 1")
         if not self.multipliers or min(self.multipliers) < 1:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ddps_seg.configs import DDPS, Backbone
 from ddps_seg.configs.stock import DEEPLAB, SetName, data, deeplab, segformer
-from segcore.config.schema import Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 class Size(NamedTuple):
@@ -46,10 +46,15 @@ def multistep(backbone: Backbone, dataset: SetName) -> Experiment:
     return replace(
         start,
         name=f"ddps_{name}_{dataset}{classes}_multistep",
-        model=replace(start.model, single_step=False, timesteps=timesteps),
+        model=replace(start.model, single_step=False, num_train_timesteps=timesteps),
         schedule=replace(start.schedule, iterations=160_000, step=20_000),
         train=replace(
-            start.train, init=f"runs/{start.name}", ema=0.99, ema_every=25, evaluate_every=16_000, save_every=16_000
+            start.train,
+            init_from=f"runs/{start.name}",
+            ema=0.99,
+            ema_every=25,
+            evaluate_every=16_000,
+            save_every=16_000,
         ),
         evaluate=replace(start.evaluate, steps=(*range(0, 100, 10), 99) if ade else tuple(range(20))),
     )
@@ -67,16 +72,18 @@ def singlestep(backbone: Backbone, dataset: SetName) -> Experiment:
         name=f"ddps_{name}_{dataset}{classes}_singlestep",
         model=DDPS(num_classes=classes, backbone=backbone, width=width, single_step=True),
         data=pipeline,
-        optimizer=Optimizer("adamw", lr=1.5e-4, betas=(0.9, 0.96), weight_decay=0.045),
-        schedule=Schedule(iterations=80_000, kind="step", step=10_000, gamma=0.5, min_lr=1e-6, warmup_iterations=1000),
-        train=Train(
-            batch=32 if ade else 16,
-            max_per_device=4 if ade else 2,
-            init=f"official:{base.name}",
+        optimizer=OptimizerConfig("adamw", lr=1.5e-4, betas=(0.9, 0.96), weight_decay=0.045),
+        schedule=ScheduleConfig(
+            iterations=80_000, kind="step", step=10_000, gamma=0.5, min_lr=1e-6, warmup_iterations=1000
+        ),
+        train=TrainConfig(
+            batch_size=32 if ade else 16,
+            device_batch_size=4 if ade else 2,
+            init_from=f"official:{base.name}",
             evaluate_every=8_000,
             save_every=8_000,
         ),
-        evaluate=Evaluate(pipeline.scale, metrics=("mIoU", "mBIoU")),
+        evaluate=EvalConfig(pipeline.img_scale, metrics=("mIoU", "mBIoU")),
     )
 
 
@@ -101,7 +108,7 @@ def segformer_b2_ade20k_multistep_inference() -> Experiment:
     return replace(
         row,
         name="segformer_b2_ade20k_multistep_inference",
-        model=replace(row.model, timesteps=20, inference_timesteps=2, guidance_scale=0.4),
+        model=replace(row.model, num_train_timesteps=20, num_inference_steps=2, guidance_scale=0.4),
         evaluate=replace(row.evaluate, steps=(0, 10, 19)),
     )
 

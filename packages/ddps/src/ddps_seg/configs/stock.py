@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from ddps_seg.configs import Backbone, Base
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, ParamRule, Schedule, Train
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    OptimizerConfig,
+    ParamRule,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 SetName = Literal["ade20k", "cityscapes"]
 MIT: tuple[Backbone, ...] = ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")
@@ -24,13 +32,13 @@ IMAGENET = {
 RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))
 
 
-def data(dataset: SetName, crop: tuple[int, int], short: int | None = None, *, background: bool = False) -> Data:
+def data(dataset: SetName, crop: tuple[int, int], short: int | None = None, *, background: bool = False) -> DataConfig:
     """Return the published pipeline of a data set; `short` is the short side of the base size."""
     if dataset == "ade20k":
         root, scale = Path("data/ade/ADEChallengeData2016"), (2048, short or 512)
     else:
         root, scale = Path("data/cityscapes"), (2048, 1024)
-    return Data(dataset, root, scale=scale, crop=crop, background=background)
+    return DataConfig(dataset, root, img_scale=scale, crop=crop, add_background_class=background)
 
 
 def segformer(backbone: Backbone, dataset: SetName, crop: int) -> Experiment:
@@ -42,12 +50,14 @@ def segformer(backbone: Backbone, dataset: SetName, crop: int) -> Experiment:
         name=f"segformer_{name}_{size}" if ade else f"segformer_{name}_8x1_{size}",
         model=Base(num_classes=150 if ade else 19, backbone=backbone),
         data=pipeline,
-        optimizer=Optimizer("adamw", lr=6e-5, weight_decay=0.01, rules=RULES),
-        schedule=Schedule(iterations=160_000, power=1.0, warmup_iterations=1500),
-        train=Train(batch=16 if ade else 8, max_per_device=2 if ade else 1, init=f"official:{backbone}_imagenet"),
-        evaluate=Evaluate(pipeline.scale)
+        optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, rules=RULES),
+        schedule=ScheduleConfig(iterations=160_000, power=1.0, warmup_iterations=1500),
+        train=TrainConfig(
+            batch_size=16 if ade else 8, device_batch_size=2 if ade else 1, init_from=f"official:{backbone}_imagenet"
+        ),
+        evaluate=EvalConfig(pipeline.img_scale)
         if ade
-        else Evaluate(pipeline.scale, "slide", crop=(1024, 1024), stride=(768, 768)),
+        else EvalConfig(pipeline.img_scale, "slide", crop=(1024, 1024), stride=(768, 768)),
     )
 
 
@@ -61,16 +71,16 @@ def deeplab(backbone: Backbone, dataset: SetName) -> Experiment:
         name=f"deeplabv3plus_{DEEPLAB[backbone]}-d8_{size}_{dataset}",
         model=Base(num_classes=150 if ade else 19, backbone=backbone, auxiliary=True),
         data=pipeline,
-        optimizer=Optimizer("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule(iterations=160_000 if ade else 80_000, power=0.9, min_lr=1e-4, warmup_iterations=0),
-        train=Train(
-            batch=16 if ade else 8,
-            max_per_device=4 if ade else 2,
-            init=IMAGENET[backbone],
+        optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
+        schedule=ScheduleConfig(iterations=160_000 if ade else 80_000, power=0.9, min_lr=1e-4, warmup_iterations=0),
+        train=TrainConfig(
+            batch_size=16 if ade else 8,
+            device_batch_size=4 if ade else 2,
+            init_from=IMAGENET[backbone],
             evaluate_every=every,
             save_every=every,
         ),
-        evaluate=Evaluate(pipeline.scale),
+        evaluate=EvalConfig(pipeline.img_scale),
     )
 
 

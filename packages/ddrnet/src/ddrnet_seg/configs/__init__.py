@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class DDRNet(Model):
+class DDRNet(ModelConfig):
     """Deep dual-resolution network."""
 
     variant: Literal["23_slim", "23", "39"] = "23_slim"
@@ -43,7 +43,7 @@ class DDRNet(Model):
     """Build the auxiliary head, which only training uses."""
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary head's loss."""
-    loss: Literal["ohem", "ohem_seed", "cross_entropy"] = "ohem"
+    loss: Literal["ohem", "ohem_pyradd", "cross_entropy"] = "ohem"
     """On both heads: online hard example mining as in MMSegmentation, as in the seed project, or on all pixels."""
     ohem_threshold: float = 0.9
     """Pixels whose true class has a lower probability are hard."""

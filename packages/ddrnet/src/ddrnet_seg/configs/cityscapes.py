@@ -1,8 +1,8 @@
 """Cityscapes: 1024x1024 crops, SGD with a poly schedule, whole-image testing at 1024x2048.
 
 The authors published no training code. `recipe` is MMSegmentation's, whose batch, crop and length agree with the paper;
-under MMSegmentation's own names its rows are here once more, with its figures and weights. `seed_recipe` is that of the
-seed project (pyradd/DDRNet-pytorch).
+under MMSegmentation's own names its rows are here once more, with its figures and weights. `pyradd_recipe` is that of
+pyradd/DDRNet-pytorch.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddrnet_seg.configs import DDRNet
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 Variant = Literal["23_slim", "23", "39"]
 
@@ -26,39 +26,39 @@ def recipe(variant: Variant, name: str | None = None) -> Experiment:
     return Experiment(
         name=name or f"ddrnet_{variant}_cityscapes",
         model=DDRNet(variant=variant),
-        data=Data("cityscapes", Path("data/cityscapes"), scale=(2048, 1024), crop=(1024, 1024)),
-        optimizer=Optimizer("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule(iterations=120_000, power=0.9, warmup_iterations=0),
-        train=Train(
-            batch=12,
-            max_per_device=6,
-            init=f"official:ddrnet_{variant}_imagenet",
+        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2048, 1024), crop=(1024, 1024)),
+        optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
+        schedule=ScheduleConfig(iterations=120_000, power=0.9, warmup_iterations=0),
+        train=TrainConfig(
+            batch_size=12,
+            device_batch_size=6,
+            init_from=f"official:ddrnet_{variant}_imagenet",
             class_weight=CLASS_WEIGHT,
             evaluate_every=12_000,
             save_every=12_000,
         ),
-        evaluate=Evaluate(scale=(2048, 1024)),
+        evaluate=EvalConfig(img_scale=(2048, 1024)),
     )
 
 
-def seed_recipe(variant: Variant) -> Experiment:
+def pyradd_recipe(variant: Variant) -> Experiment:
     """Return the seed project's recipe: 250 epochs of 595 iterations of 5 images, no auxiliary head."""
-    base = recipe(variant, f"ddrnet_{variant}_cityscapes_seed")
+    base = recipe(variant, f"ddrnet_{variant}_cityscapes_pyradd")
     return replace(
         base,
         model=DDRNet(
             variant=variant,
             auxiliary=False,
-            loss="ohem_seed",
+            loss="ohem_pyradd",
             ohem_threshold=0.7,
             ohem_min_kept=100_000,
             align_corners=True,
         ),
-        data=replace(base.data, scale=(2080, 1040), max_class_ratio=1.0, photometric=False, blur=0.5),
-        optimizer=Optimizer("sgd", lr=0.003, momentum=0.9, weight_decay=1e-4),
+        data=replace(base.data, img_scale=(2080, 1040), cat_max_ratio=1.0, photometric=False, blur=0.5),
+        optimizer=OptimizerConfig("sgd", lr=0.003, momentum=0.9, weight_decay=1e-4),
         schedule=replace(base.schedule, iterations=250 * 595),
-        train=replace(base.train, batch=5, max_per_device=5, evaluate_every=595, save_every=595),
-        evaluate=Evaluate(scale=None),
+        train=replace(base.train, batch_size=5, device_batch_size=5, evaluate_every=595, save_every=595),
+        evaluate=EvalConfig(img_scale=None),
     )
 
 
@@ -77,19 +77,19 @@ def ddrnet_39_cityscapes() -> Experiment:
     return recipe("39")
 
 
-def ddrnet_23_slim_cityscapes_seed() -> Experiment:
+def ddrnet_23_slim_cityscapes_pyradd() -> Experiment:
     """DDRNet-23-slim with the seed project's recipe."""
-    return seed_recipe("23_slim")
+    return pyradd_recipe("23_slim")
 
 
-def ddrnet_23_cityscapes_seed() -> Experiment:
+def ddrnet_23_cityscapes_pyradd() -> Experiment:
     """DDRNet-23 with the seed project's recipe."""
-    return seed_recipe("23")
+    return pyradd_recipe("23")
 
 
-def ddrnet_39_cityscapes_seed() -> Experiment:
+def ddrnet_39_cityscapes_pyradd() -> Experiment:
     """DDRNet-39 with the seed project's recipe."""
-    return seed_recipe("39")
+    return pyradd_recipe("39")
 
 
 def ddrnet_23_slim_in1k_pre_2xb6_120k_cityscapes_1024x1024() -> Experiment:

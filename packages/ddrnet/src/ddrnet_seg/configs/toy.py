@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddrnet_seg.configs import DDRNet
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def ddrnet_23_slim_toy() -> Experiment:
@@ -11,25 +11,25 @@ def ddrnet_23_slim_toy() -> Experiment:
     return Experiment(
         name="ddrnet_23_slim_toy",
         model=DDRNet(variant="23_slim", ohem_min_kept=100_000),
-        data=Data(
+        data=DataConfig(
             "toy",
             Path("data/toy"),
-            scale=(512, 256),
+            img_scale=(512, 256),
             ratio_range=(0.8, 1.25),
             crop=(256, 512),
-            photometric=False,  # the scenes' colours vary enough, and the few iterations are better spent without
+            photometric=False,  # the scenes' colors vary enough, and the few iterations are better spent without
             workers=0,
         ),
-        optimizer=Optimizer("adamw", lr=2e-3, weight_decay=0.01),
-        schedule=Schedule(iterations=420, power=0.9, warmup_iterations=20),
-        train=Train(
-            batch=4,
-            max_per_device=4,
+        optimizer=OptimizerConfig("adamw", lr=2e-3, weight_decay=0.01),
+        schedule=ScheduleConfig(iterations=420, power=0.9, warmup_iterations=20),
+        train=TrainConfig(
+            batch_size=4,
+            device_batch_size=4,
             precision="bf16",
             channels_last=True,
             log_every=10,
             evaluate_every=420,
             save_every=100,
         ),
-        evaluate=Evaluate(scale=(512, 256), batch=2),
+        evaluate=EvalConfig(img_scale=(512, 256), batch_size=2),
     )

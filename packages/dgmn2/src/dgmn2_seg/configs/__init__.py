@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from segcore.config.schema import Experiment, Model
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class DGMN2(Model):
+class DGMN2(ModelConfig):
     """Dynamic graph message passing transformer."""
 
     backbone: Literal["nano", "tiny", "small", "medium", "large"] = "tiny"
@@ -54,7 +54,7 @@ class DGMN2(Model):
     drop_path: float = 0.0
     """Stochastic depth of the last block; the others' grow linearly up to it."""
     average: Literal["all", "valid"] = "all"
-    """What the loss is divided by: the number of all pixels, ignored ones too, as published, or of the labelled."""
+    """What the loss is divided by: the number of all pixels, ignored ones too, as published, or of the labeled."""
 
     def __post_init__(self) -> None:
         for name in ("dropout", "drop_path"):

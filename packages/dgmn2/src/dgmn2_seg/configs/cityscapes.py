@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dgmn2_seg.configs import DGMN2, Head, Size
-from segcore.config.schema import Data, Evaluate, Experiment, Optimizer, Schedule, Train
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def recipe(head: Head, size: Size) -> Experiment:
@@ -11,17 +11,17 @@ def recipe(head: Head, size: Size) -> Experiment:
     return Experiment(
         name=f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes",
         model=DGMN2(backbone=size, head=head),
-        data=Data("cityscapes", Path("data/cityscapes"), scale=(2049, 1025), crop=(769, 769)),
-        optimizer=Optimizer("adamw", lr=1e-4, weight_decay=1e-4),
-        schedule=Schedule(iterations=40_000, power=0.9, warmup_iterations=0),
-        train=Train(
-            batch=8,
-            max_per_device=2,
-            init=f"official:dgmn2_{size}_imagenet",
+        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2049, 1025), crop=(769, 769)),
+        optimizer=OptimizerConfig("adamw", lr=1e-4, weight_decay=1e-4),
+        schedule=ScheduleConfig(iterations=40_000, power=0.9, warmup_iterations=0),
+        train=TrainConfig(
+            batch_size=8,
+            device_batch_size=2,
+            init_from=f"official:dgmn2_{size}_imagenet",
             evaluate_every=4_000,
             save_every=4_000,
         ),
-        evaluate=Evaluate(scale=(2049, 1025), mode="slide", crop=(769, 769), stride=(513, 513)),
+        evaluate=EvalConfig(img_scale=(2049, 1025), mode="slide", crop=(769, 769), stride=(513, 513)),
     )
 
 

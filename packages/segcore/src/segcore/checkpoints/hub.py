@@ -175,9 +175,9 @@ def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
     try:
         cfg = timm.get_pretrained_cfg(tag)
     except RuntimeError as error:
-        raise UserError(f"train.init {tag}: {error} timm.list_pretrained() in Python lists all tags") from None
+        raise UserError(f"train.init_from {tag}: {error} timm.list_pretrained() in Python lists all tags") from None
     if cfg is None or not cfg.hf_hub_id:
-        raise UserError(f"train.init {tag}: timm offers no weights for it; give another tag or a file")
+        raise UserError(f"train.init_from {tag}: timm offers no weights for it; give another tag or a file")
     tag = f"{cfg.architecture}.{cfg.tag}"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     path = fetch(f"{hub}/{cfg.hf_hub_id}/resolve/main/model.safetensors", offline=offline, name=f"{tag}.safetensors")

@@ -25,11 +25,11 @@ def load_weights(model: Segmentor, path: Path) -> LoadReport:
 
 
 def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
-    """Load the start weights `train.init` and return a line that reports it.
+    """Load the start weights `train.init_from` and return a line that reports it.
 
     `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file that has nothing of the
     model outside its backbone (timm names, or `backbone.*` as OpenMMLab's ImageNet files have) goes to
-    `model.load_start`. Raises ValueError when there is no such thing, it cannot be had offline, or it does not fit.
+    `model.load_pretrained`. Raises ValueError when there is no such thing, it cannot be had offline, or does not fit.
     """
     import timm  # takes seconds, and only start weights need it
 
@@ -38,10 +38,10 @@ def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
     else:
         path = resolve(init, "", offline=offline)
         state, source = read_state(path), str(path)
-    if model.is_whole(state):
+    if model.is_full_checkpoint(state):
         return f"{source}: {_load(model, state, source)}"
     with _naming(source):
-        part, report = model.load_start(state)
+        part, report = model.load_pretrained(state)
     return f"{source}: {part}: {report}"
 
 
@@ -77,6 +77,6 @@ def _naming(source: object) -> Iterator[None]:
 
 def _load(model: Segmentor, state: Mapping[str, Tensor], source: object) -> LoadReport:
     own = sum(name in state for name in model.state_dict())
-    official = sum(name in state for name in model.official_names().values())
+    official = sum(name in state for name in model.key_map().values())
     with _naming(source):
-        return model.load_own(state) if own and own >= official else model.load_official(state)
+        return model.load_checkpoint(state) if own and own >= official else model.load_official(state)

@@ -75,11 +75,11 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     from segcore import distributed
     from segcore.checkpoints.load import load_weights, resolve
     from segcore.checkpoints.run_checkpoint import standing
-    from segcore.config.record import OtherSettings
+    from segcore.config.record import ConfigDiff
 
-    path = distributed.lead_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
+    path = distributed.main_process_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
     model: Any = command.experiment.model.build()
-    other = OtherSettings.of(path, command.experiment)
+    other = ConfigDiff.of(path, command.experiment)
     try:
         report = load_weights(model, path)
     except UserError:
@@ -100,7 +100,7 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
 def load_others(command: Command, ensemble: tuple[str, str] | None, device: torch.device) -> list[Any]:
     """Return the second model of `--ensemble CONFIG CHECKPOINT` in a list, or an empty one.
 
-    Raises UserError when it was trained on images that are normalised otherwise.
+    Raises UserError when it was trained on images that are normalized otherwise.
     """
     if ensemble is None:
         return []
@@ -115,10 +115,10 @@ def load_others(command: Command, ensemble: tuple[str, str] | None, device: torc
 
 
 def with_early_exit(exp: Experiment, percent: float | None) -> Experiment:
-    """Return `exp` with `evaluate.until_converged` set to `percent`, where one is given."""
+    """Return `exp` with `evaluate.early_exit_threshold` set to `percent`, where one is given."""
     if percent is None:
         return exp
-    return dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, until_converged=percent))
+    return dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, early_exit_threshold=percent))
 
 
 def device_of(name: str) -> torch.device:
@@ -144,4 +144,4 @@ def complete_toy_set(exp: Experiment) -> None:
     from segcore.demo import toy
 
     if exp.data.dataset == "toy":
-        distributed.lead_first(lambda: toy.complete(exp.data.root))
+        distributed.main_process_first(lambda: toy.complete(exp.data.root))

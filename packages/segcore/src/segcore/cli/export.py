@@ -21,7 +21,7 @@ class Export(Command):
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
     """The file to write; its ending says which kind."""
     size: str | None = None
-    """Size of the images, HEIGHTxWIDTH; evaluate.scale if not given."""
+    """Size of the images, HEIGHTxWIDTH; evaluate.img_scale if not given."""
     batch: int = 1
     """Images per call."""
     dynamic: Flag = False
@@ -34,7 +34,7 @@ class Export(Command):
         from segcore.deploy.bench import parse_size
 
         exp = self.experiment
-        size = (exp.evaluate.scale or exp.data.crop[::-1])[::-1]
+        size = (exp.evaluate.img_scale or exp.data.crop[::-1])[::-1]
         height, width = parse_size(self.size, "--size") if self.size else size
         settings = export.Settings(height, width, self.batch, self.dynamic)
         model = load_model(self, self.checkpoint, torch.device("cpu"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from segcore.cli.common import Parallel
     from segcore.config.schema import Experiment
 
-OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch, set --evaluate.mode slide, or use --device cpu"
+OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
 
 
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -151,7 +151,7 @@ def _start(command: Parallel, words: list[str], package: str | None) -> None:
 def _news(text: str) -> str:
     """Return the text, or nothing where another of several processes says it."""
     from_torchrun = "segcore.distributed" in sys.modules and "RANK" in os.environ
-    return text if not from_torchrun or sys.modules["segcore.distributed"].is_news(text) else ""
+    return text if not from_torchrun or sys.modules["segcore.distributed"].first_to_print(text) else ""
 
 
 def _exit(message: str, status: int) -> None:
@@ -163,4 +163,4 @@ def _exit(message: str, status: int) -> None:
 
 def _leave(status: int) -> None:
     if "segcore.distributed" in sys.modules:  # importing it would import torch
-        sys.modules["segcore.distributed"].leave(status)
+        sys.modules["segcore.distributed"].hard_exit(status)

@@ -15,7 +15,7 @@ from segcore.errors import UserError
 
 @dataclass(frozen=True)
 class Predict(Command):
-    """Segment an image, every image of a folder, a video or a camera: class-index PNGs and colour overlays."""
+    """Segment an image, every image of a folder, a video or a camera: class-index PNGs and color overlays."""
 
     checkpoint: Checkpoint = dataclasses.field(kw_only=True)
     """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
@@ -24,11 +24,11 @@ class Predict(Command):
     output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
     """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file (.mp4)."""
     palette: str = "auto"
-    """Colours: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
+    """Colors: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
-    """Share of the colours in the overlay, 0 to 1."""
+    """Share of the colors in the overlay, 0 to 1."""
     uncertainty: Flag = False
-    """Diffusion only: also write NAME_uncertainty.png, grey; value / 255 is the probability of another class."""
+    """Diffusion only: also write NAME_uncertainty.png, gray; value / 255 is the probability of another class."""
     steps: Flag = False
     """Diffusion only: also write NAME_steps.png, a strip of the map after every denoising step."""
     animate: Flag = False
@@ -36,7 +36,7 @@ class Predict(Command):
     start_mask: Path | None = None
     """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
     For a folder of images a folder of masks under the results' names."""
-    until_converged: float | None = None
+    early_exit_threshold: float | None = None
     """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble: tuple[str, str] | None = None
     """Configuration and checkpoint of a second model, whose class probabilities are averaged in; for images."""
@@ -48,7 +48,7 @@ class Predict(Command):
         from segcore.cli import predict_video
         from segcore.data import video
 
-        exp = with_early_exit(self.experiment, self.until_converged)
+        exp = with_early_exit(self.experiment, self.early_exit_threshold)
         moving = video.is_video(self.input)
         if moving and (self.uncertainty or self.steps or self.animate or self.start_mask or self.ensemble):
             raise UserError(

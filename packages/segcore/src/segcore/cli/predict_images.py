@@ -14,22 +14,22 @@ import cv2
 import numpy as np
 import torch
 
-from segcore.config.schema import Data, Experiment
+from segcore.config.schema import DataConfig, Experiment
 from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.evaluation.predictor import check_ensemble, predict_classes, until_converged
+from segcore.evaluation.predictor import check_ensemble, early_exit_threshold, predict_classes
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.reporting.figures import (
     JPEG,
     colorize,
-    displayable,
-    entry_title,
-    grey,
+    gray,
     overlay,
+    step_title,
     strip,
+    to_uint8_rgb,
     write_animation,
     write_class_png,
     write_image,
@@ -106,32 +106,32 @@ def plan(
     return jobs
 
 
-def classes_and_palette(data: Data, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return class names and (K, 3) uint8 RGB colours.
+def classes_and_palette(data: DataConfig, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return class names and (K, 3) uint8 RGB colors.
 
-    `palette`: "auto" takes the dataset's own colours, a dataset's name that one's, anything else is a text file with
-    one line `r g b` per class. Raises UserError when it does not have a colour for every class.
+    `palette`: "auto" takes the dataset's own colors, a dataset's name that one's, anything else is a text file with
+    one line `r g b` per class. Raises UserError when it does not have a color for every class.
     """
-    classes, colours = palette_of(data)
+    classes, colors = palette_of(data)
     if palette in ("cityscapes", "ade20k"):
-        colours = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
+        colors = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
     elif palette != "auto":
         try:
             lines = Path(palette).read_text(encoding="utf-8").splitlines()
             rows = np.array([[int(v) for v in line.replace(",", " ").split()] for line in lines if line.strip()])
-            colours = rows.astype(np.uint8)
-            valid = rows.ndim == 2 and rows.shape[1] == 3 and (colours == rows).all()
+            colors = rows.astype(np.uint8)
+            valid = rows.ndim == 2 and rows.shape[1] == 3 and (colors == rows).all()
         except (OSError, ValueError):
             valid = False
         if not valid:
             raise UserError(
                 f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line"
             )
-    if len(colours) < len(classes):
+    if len(colors) < len(classes):
         raise UserError(
-            f"--palette {palette} has {len(colours)} colours for {len(classes)} classes; add the missing ones"
+            f"--palette {palette} has {len(colors)} colors for {len(classes)} classes; add the missing ones"
         )
-    return classes, colours[: len(classes)]
+    return classes, colors[: len(classes)]
 
 
 def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
@@ -156,14 +156,14 @@ def run(
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
-    early = exp.evaluate.until_converged is not None
+    early = exp.evaluate.early_exit_threshold is not None
     if not model.diffusion and (early or any(j.uncertainty or j.steps or j.animation or j.start for j in jobs)):
         raise model.no_diffusion()
     check_ensemble(model, others)
-    if (others or early or exp.evaluate.accumulate) and any(job.start for job in jobs):
+    if (others or early or exp.evaluate.ensemble_steps) and any(job.start for job in jobs):
         raise UserError(
             "a run from a mask goes to its end and is not averaged: with --start-mask leave out --ensemble, "
-            "--until-converged and evaluate.accumulate"
+            "--early-exit-threshold and evaluate.ensemble_steps"
         )
     device = next(model.parameters()).device
     failures: list[str] = []
@@ -188,12 +188,12 @@ def run(
                 failures.append(f"{job.image}: {error}")
                 continue
             job.mask.parent.mkdir(parents=True, exist_ok=True)
-            bare, colours = (_bare(classes), palette[1:]) if exp.data.background else (classes, palette)
-            write_class_png(job.mask, bare, colours)
-            write_image(job.overlay, overlay(displayable(image), bare, colours, opacity))
+            bare, colors = (_bare(classes), palette[1:]) if exp.data.add_background_class else (classes, palette)
+            write_class_png(job.mask, bare, colors)
+            write_image(job.overlay, overlay(to_uint8_rgb(image), bare, colors, opacity))
             if job.uncertainty:
-                write_image(job.uncertainty, grey(image_uncertainty(model, exp, image, classes, device)))
-            panels = step_panels(displayable(image), {**maps, "answer": classes}, palette) if maps else {}
+                write_image(job.uncertainty, gray(image_uncertainty(model, exp, image, classes, device)))
+            panels = step_panels(to_uint8_rgb(image), {**maps, "answer": classes}, palette) if maps else {}
             if job.steps:
                 write_image(job.steps, strip(list(panels.values()), list(panels)))
             if job.animation:
@@ -221,12 +221,12 @@ def predict_image(
 ) -> np.ndarray:
     """Return the classes (H, W) of an image (H, W, C) in the units of its file: the model's configured answer.
 
-    With `evaluate.accumulate` it is the mean over `evaluate.steps`. With `evaluate.until_converged` denoising ends
-    early, and the numbers of steps are appended to `taken`.
+    With `evaluate.ensemble_steps` it is the mean over `evaluate.steps`. With `evaluate.early_exit_threshold` denoising
+    ends early, and the numbers of steps are appended to `taken`.
     """
-    accumulated = {"steps": exp.evaluate.steps, "accumulate": True} if exp.evaluate.accumulate else {}
-    percent = exp.evaluate.until_converged
-    network = None if percent is None else partial(until_converged, model, percent, [] if taken is None else taken)
+    accumulated = {"steps": exp.evaluate.steps, "ensemble_steps": True} if exp.evaluate.ensemble_steps else {}
+    percent = exp.evaluate.early_exit_threshold
+    network = None if percent is None else partial(early_exit_threshold, model, percent, [] if taken is None else taken)
     entries = _predict(predict_classes, model, exp, image, device, settings=accumulated, network=network, others=others)
     return list(entries.values())[-1].cpu().numpy()
 
@@ -243,8 +243,8 @@ def image_uncertainty(
 
 def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
     """Return the classes (H, W) after every denoising step, from the first noise start; empty without such steps."""
-    entries = _predict(predict_classes, model, exp, image, device, network=model.predict_trace)
-    return {entry_title(step, model.entries_by): classes.cpu().numpy() for step, classes in entries.items()}
+    entries = _predict(predict_classes, model, exp, image, device, network=model.denoising_trajectory)
+    return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
 
 
 def steps_from(
@@ -255,19 +255,19 @@ def steps_from(
     `start` holds classes (H, W). Raises UserError when the model has no such start, or with windows or several views.
     """
     settings = exp.evaluate
-    if settings.mode != "whole" or len(settings.ratios) > 1 or settings.flip:
+    if settings.mode != "whole" or len(settings.img_ratios) > 1 or settings.flip:
         raise UserError(
             "--start-mask takes whole images in one view; set evaluate.mode to whole, no ratios and no flip"
         )
     masks = torch.from_numpy(start)[None]
     entries = _predict(
         predict_classes, model, exp, image, device,
-        network=lambda images, seeds: model.predict_from(images, masks, seeds),
+        network=lambda images, seeds: model.refine_mask(images, masks, seeds),
     )  # fmt: skip
     return {"start": start, **{step: classes.cpu().numpy() for step, classes in entries.items()}}
 
 
-def start_map(path: Path, image: np.ndarray, data: Data) -> np.ndarray:
+def start_map(path: Path, image: np.ndarray, data: DataConfig) -> np.ndarray:
     """Return the start classes (H, W) int64 of an image from a file.
 
     Raises UserError when the file cannot be read or has another size than the image.
@@ -275,7 +275,7 @@ def start_map(path: Path, image: np.ndarray, data: Data) -> np.ndarray:
     found = read_label(path).astype(np.int64)
     if found.shape != image.shape[:2]:
         raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
-    return np.where(found == 255, 0, found + 1) if data.background else found
+    return np.where(found == 255, 0, found + 1) if data.add_background_class else found
 
 
 def _bare(classes: np.ndarray) -> np.ndarray:
@@ -291,7 +291,7 @@ def _predict(
 
     The steps that `test` reports, and their accumulation, are left out unless `settings` has them.
     """
-    evaluate = replace(exp.evaluate, **{"steps": (), "accumulate": False, **(settings or {})})
+    evaluate = replace(exp.evaluate, **{"steps": (), "ensemble_steps": False, **(settings or {})})
     [answer] = predict(
         model, [image], evaluate=evaluate, data=exp.data, seeds=[exp.seed],
         device=device, precision=exp.train.precision, channels_last=exp.train.channels_last, **options,
@@ -302,7 +302,7 @@ def _predict(
 def step_panels(
     image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.ndarray, side: int = 512
 ) -> dict[str, np.ndarray]:
-    """Return the image and then the class maps (H, W) in colour by caption, none longer than `side` pixels.
+    """Return the image and then the class maps (H, W) in color by caption, none longer than `side` pixels.
 
     From the second map on the caption says how many of the pixels changed.
     """
@@ -313,6 +313,6 @@ def step_panels(
     before = None
     for name, classes in maps.items():
         changed = "" if before is None else f": {(classes != before).mean():.1%} changed"
-        colours = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
-        panels[f"{name}{changed}"], before = colours, classes
+        colors = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
+        panels[f"{name}{changed}"], before = colors, classes
     return panels

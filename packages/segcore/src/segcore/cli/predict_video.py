@@ -1,4 +1,4 @@
-"""`predict` on a video or a camera: a video with the classes in colour over it."""
+"""`predict` on a video or a camera: a video with the classes in color over it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Test(Parallel):
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
     """Evaluate the first images only."""
-    until_converged: float | None = None
+    early_exit_threshold: float | None = None
     """Report a further entry: end an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble: tuple[str, str] | None = None
     """Configuration and checkpoint of a second model, whose class probabilities are averaged in."""
@@ -46,12 +46,12 @@ class Test(Parallel):
         from segcore.reporting import tables as report
 
         complete_toy_set(self.experiment)
-        exp = with_early_exit(self.experiment, self.until_converged)
+        exp = with_early_exit(self.experiment, self.early_exit_threshold)
         settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
         device = device_of(self.device)
         others = load_others(self, self.ensemble, device)
         model = load_model(self, self.checkpoint, device)
-        dataset = distributed.lead_first(lambda: open_dataset(exp.data, "val"))
+        dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
                 model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,

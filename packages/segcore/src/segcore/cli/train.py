@@ -28,6 +28,8 @@ class Train(Parallel):
         # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
         record = work_dir / "experiment.json"
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()
-        own = restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.run_id()
+        own = (
+            restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.elastic_run_id()
+        )
         resume = self.resume or own
         train(self.experiment, work_dir, device=device_of(self.device), resume=resume, offline=self.offline)

@@ -26,7 +26,7 @@ def settings_of(exp: Experiment) -> dict[str, Any]:
     return settings
 
 
-class OtherSettings(NamedTuple):
+class ConfigDiff(NamedTuple):
     """How the settings that weights depend on differ between the record of a training and a configuration."""
 
     name: str = ""
@@ -35,7 +35,7 @@ class OtherSettings(NamedTuple):
     """What to write on the command line to have the settings of the training, if they are others."""
 
     @classmethod
-    def of(cls, folder: Path, exp: Experiment) -> OtherSettings:
+    def of(cls, folder: Path, exp: Experiment) -> ConfigDiff:
         """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
         try:
             then = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["experiment"]
@@ -56,7 +56,7 @@ class OtherSettings(NamedTuple):
         return ", or ".join(filter(None, ways))
 
 
-OF_THE_WEIGHTS = ("dataset", "classes", "background", "channels", "bit_depth", "mean", "std")
+OF_THE_WEIGHTS = ("dataset", "classes", "add_background_class", "channels", "bit_depth", "mean", "std")
 """Settings of the data that weights are trained for, as they are for all settings of the model."""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Model(ABC):
+class ModelConfig(ABC):
     """What every method's model dataclass has. Each method adds its own fields and `build`."""
 
     num_classes: int = 19
@@ -33,7 +33,7 @@ class Model(ABC):
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Where the images are and what training does to them."""
 
     dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = "toy"
@@ -50,19 +50,19 @@ class Data:
     """`folder` only: glob of the validation masks."""
     classes: tuple[str, ...] = ()
     """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
-    background: bool = False
+    add_background_class: bool = False
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
     channels: int = 3
-    """Channels per image: 1 grey, 3 RGB, more for multi-band files."""
+    """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
     bit_depth: Literal[8, 16] = 8
-    """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalised."""
-    scale: tuple[int, int] | None = (2048, 1024)
+    """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
+    img_scale: tuple[int, int] | None = (2048, 1024)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
     ratio_range: tuple[float, float] = (0.5, 2.0)
     """The ratio is drawn uniformly from this range."""
     crop: tuple[int, int] = (512, 1024)
     """Training crop (height, width)."""
-    max_class_ratio: float = 0.75
+    cat_max_ratio: float = 0.75
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
     flip: float = 0.5
     """Probability of the horizontal flip."""
@@ -96,7 +96,7 @@ class ParamRule:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """The optimizer."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
@@ -116,7 +116,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleConfig:
     """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
 
     iterations: int = 160_000
@@ -141,14 +141,14 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """The training loop."""
 
-    batch: int = 16
+    batch_size: int = 16
     """Images per optimizer step, over all devices."""
-    max_per_device: int = 4
+    device_batch_size: int = 4
     """Images per forward pass on one device; gradients are accumulated up to `batch`. Lower it when memory is short."""
-    init: str | None = None
+    init_from: str | None = None
     """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
@@ -171,15 +171,15 @@ class Train:
     """Iterations between evaluations on the validation set; 0: never."""
     save_every: int = 16_000
     """Iterations between checkpoints; the last iteration is always saved."""
-    keep: int = 2
+    keep_last: int = 2
     """Newest checkpoints to keep, besides the best one."""
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvalConfig:
     """Inference on whole images and the metrics."""
 
-    scale: tuple[int, int] | None = (2048, 1024)
+    img_scale: tuple[int, int] | None = (2048, 1024)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
     mode: Literal["whole", "slide"] = "whole"
     """The whole image in one pass, or windows that overlap, which needs less memory."""
@@ -187,26 +187,26 @@ class Evaluate:
     """slide only: window (height, width)."""
     stride: tuple[int, int] = (341, 683)
     """slide only: window stride (vertical, horizontal)."""
-    ratios: tuple[float, ...] = (1.0,)
+    img_ratios: tuple[float, ...] = (1.0,)
     """Scales of multi-scale testing; probabilities are averaged."""
     flip: bool = False
     """Add the horizontally flipped view of every scale."""
-    batch: int = 1
+    batch_size: int = 1
     """Images per forward pass, where sizes are equal."""
     steps: tuple[int, ...] = ()
     """What to report of the sampling, one column each: DDP's numbers of steps, DDPS's timesteps. Empty: the configured
     answer. Methods without steps ignore it."""
-    until_converged: float | None = None
+    early_exit_threshold: float | None = None
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
-    accumulate: bool = False
+    ensemble_steps: bool = False
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
 
 
-def multi_scale(evaluate: Evaluate) -> Evaluate:
+def multi_scale(evaluate: EvalConfig) -> EvalConfig:
     """Return the published multi-scale setting: six scales, each also flipped."""
-    return dataclasses.replace(evaluate, ratios=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True)
+    return dataclasses.replace(evaluate, img_ratios=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True)
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ class Experiment:
 
     name: str
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
-    model: Model
-    data: Data = field(default_factory=Data)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    train: Train = field(default_factory=Train)
-    evaluate: Evaluate = field(default_factory=Evaluate)
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
     """Every random draw of the run follows from it."""
 
@@ -232,8 +232,8 @@ class Experiment:
                 for value in given if isinstance(given, tuple) else (given,):
                     if not (value is None or isinstance(value, str) or holds(value)):
                         raise UserError(f"{name} is {value}; it must be {wanted}")
-        if not self.evaluate.ratios:
-            raise UserError("evaluate.ratios is empty; give at least one, such as 1")
+        if not self.evaluate.img_ratios:
+            raise UserError("evaluate.img_ratios is empty; give at least one, such as 1")
         if data.ratio_range[0] > data.ratio_range[1]:
             low, high = data.ratio_range
             raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
@@ -248,22 +248,25 @@ class Experiment:
             )
         if data.photometric and (data.channels != 3 or data.bit_depth != 8):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
-        if data.bit_depth == 16 and data.mean == Data.mean:
+        if data.bit_depth == 16 and data.mean == DataConfig.mean:
             raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
-        if train.max_per_device < train.batch and train.batch % train.max_per_device:
+        if train.device_batch_size < train.batch_size and train.batch_size % train.device_batch_size:
             raise UserError(
-                f"train.batch {train.batch} does not divide into passes of train.max_per_device {train.max_per_device}"
+                f"train.batch_size {train.batch_size} does not divide into passes of train.device_batch_size "
+                f"{train.device_batch_size}"
             )
         if isinstance(train.class_weight, tuple) and len(train.class_weight) != self.model.num_classes:
             raise UserError(
                 f"train.class_weight has {len(train.class_weight)} values for {self.model.num_classes} classes; "
                 "give one per class, or auto"
             )
-        if self.evaluate.accumulate and self.evaluate.until_converged is not None:
-            raise UserError("evaluate.accumulate adds up the entries of evaluate.steps; leave out until_converged")
+        if self.evaluate.ensemble_steps and self.evaluate.early_exit_threshold is not None:
+            raise UserError(
+                "evaluate.ensemble_steps adds up the entries of evaluate.steps; leave out early_exit_threshold"
+            )
 
     def with_overrides(self, overrides: Sequence[str]) -> Experiment:
-        """Return a copy with `"model.timesteps=10"`-style changes; tuples are written `"data.crop=256 512"`.
+        """Return a copy with `"model.num_inference_steps=10"`-style changes; tuples are written `"data.crop=256 512"`.
 
         Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
         """
@@ -272,9 +275,16 @@ class Experiment:
 
 
 _COUNTS = (
-    *("model.num_classes", "data.channels", "data.scale", "data.crop", "schedule.iterations", "schedule.step"),
-    *("train.batch", "train.max_per_device", "train.ema_every", "train.log_every", "train.save_every", "train.keep"),
-    *("evaluate.scale", "evaluate.crop", "evaluate.stride", "evaluate.batch"),
+    *("model.num_classes", "data.channels", "data.img_scale", "data.crop", "schedule.iterations", "schedule.step"),
+    *(
+        "train.batch_size",
+        "train.device_batch_size",
+        "train.ema_every",
+        "train.log_every",
+        "train.save_every",
+        "train.keep_last",
+    ),
+    *("evaluate.img_scale", "evaluate.crop", "evaluate.stride", "evaluate.batch_size"),
 )
 _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda v: v >= 1, _COUNTS),
@@ -284,13 +294,13 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         ("data.workers", "schedule.warmup_iterations", "train.evaluate_every", "evaluate.steps"),
     ),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip", "data.blur")),
-    ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.until_converged",)),
+    ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.early_exit_threshold",)),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),
     ("finite", math.isfinite, ("data.mean",)),
     (
         "above 0 and finite",
         lambda v: 0 < v < math.inf,
-        ("data.std", "data.ratio_range", "train.class_weight", "train.timeout", "evaluate.ratios"),
+        ("data.std", "data.ratio_range", "train.class_weight", "train.timeout", "evaluate.img_ratios"),
     ),
 )
 """What a value must be, the test of it, and its settings: every value of each, where one is given."""

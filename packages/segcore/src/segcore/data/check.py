@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import Image
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
 from segcore.data.layouts import find_files
 from segcore.errors import UserError
@@ -84,7 +84,7 @@ class Finding:
     problems: tuple[str, ...]
 
 
-def check(data: Data, split: Split, num_classes: int | None = None) -> Report:
+def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Report:
     """Read every file of a split and return what it holds and all that is wrong with it; shows a progress bar.
 
     `num_classes` is the number that the model has, None to leave that comparison out. Raises nothing about the files.
@@ -118,7 +118,7 @@ def check(data: Data, split: Split, num_classes: int | None = None) -> Report:
         report.notes.append(f"{data.root}: no labels, so nothing can be evaluated here")
     elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        report.notes.append(f"{data.root}: no pixel is labelled {', '.join(absent[:5])}{more}")
+        report.notes.append(f"{data.root}: no pixel is labeled {', '.join(absent[:5])}{more}")
     return report
 
 

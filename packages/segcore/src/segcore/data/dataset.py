@@ -34,7 +34,7 @@ class Dataset:
         ignore_index: the train id that takes no part in loss and metric.
         samples: the files, in a fixed order.
         image_root: folder that `name` is relative to.
-        table: (256,) uint8, value in the label file -> train id; see `index_table`.
+        table: (256,) uint8, value in the label file -> train id; see `label_lut`.
         channels, bit_depth: what the image files must hold.
         unpaired: a line about every image without a label, which is then no sample; `open_dataset` refuses these.
         spare: label files that belong to no image.

@@ -20,8 +20,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".j
 def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.ndarray:
     """Return the image (H, W, channels), uint8 or uint16 by `bit_depth`; three channels are RGB, four may be RGBA.
 
-    Three channels are decoded as the published systems do: grey files are repeated, alpha is dropped, EXIF
-    orientation is applied. Other counts are taken from the file: grey, RGBA, TIFF with a page per band, .npy (H, W, C).
+    Three channels are decoded as the published systems do: gray files are repeated, alpha is dropped, EXIF
+    orientation is applied. Other counts are taken from the file: gray, RGBA, TIFF with a page per band, .npy (H, W, C).
     Raises UserError for a file that is missing, empty, damaged, or that holds something else than stated.
     """
     path = Path(path)
@@ -50,7 +50,7 @@ def read_label(path: Path | str) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a label ({_reason(error)}); replace the file") from None
     if label.ndim != 2:
-        raise UserError(f"{path}: a label of shape {label.shape}; save one channel of class indices, not colours")
+        raise UserError(f"{path}: a label of shape {label.shape}; save one channel of class indices, not colors")
     if label.dtype not in (np.uint8, np.bool_) and (label.min() < 0 or label.max() > 255):
         raise UserError(
             f"{path}: label values {label.min()} to {label.max()}; save class indices 0 to 254, and 255 to ignore"
@@ -62,13 +62,13 @@ def _decode(data: bytes, channels: int) -> np.ndarray:
     """Return the pixels of an encoded image in RGB order; raises ValueError with the reason when there are none."""
     if not data:
         raise ValueError("the file is empty")
-    # OpenCV 4 fills the missing part of a truncated file with grey.
+    # OpenCV 4 fills the missing part of a truncated file with gray.
     is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG")
     if (is_jpeg and data.find(b"\xff\xd9", _first_scan(data)) < 0) or (is_png and b"IEND" not in data):
         raise ValueError("the file is cut short")
-    colour = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
+    color = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
     buffer = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(buffer, colour.get(channels, cv2.IMREAD_UNCHANGED))
+    image = cv2.imdecode(buffer, color.get(channels, cv2.IMREAD_UNCHANGED))
     if image is None:
         raise ValueError("not an image, or damaged")
     if image.ndim == 2 and channels > 1:  # bands as pages

@@ -1,4 +1,4 @@
-"""Label tables: values in the files to train ids, class names and colours."""
+"""Label tables: values in the files to train ids, class names and colors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FORBIDDEN = 254  # what a label table holds for values that may not occur
 
 
 def behind_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the class names and colours with a black class `background` in front."""
+    """Return the class names and colors with a black class `background` in front."""
     return ("background", *classes), np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
 
-def index_table(values: Mapping[int, int] | int) -> np.ndarray:
+def label_lut(values: Mapping[int, int] | int) -> np.ndarray:
     """Return the (256,) uint8 table of label values -> train ids; every value that is not given may not occur.
 
     An integer K stands for 0 .. K-1 as they are and 255 ignored.
@@ -28,9 +28,9 @@ def index_table(values: Mapping[int, int] | int) -> np.ndarray:
 
 
 def parse_classes(text: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return names and (K, 3) uint8 RGB colours of a text such as `road 804080; sidewalk f423e8`."""
-    names, colours = zip(*(entry.strip().rsplit(" ", 1) for entry in text.split(";")), strict=True)
-    palette = np.array([list(bytes.fromhex(colour)) for colour in colours], np.uint8)
+    """Return names and (K, 3) uint8 RGB colors of a text such as `road 804080; sidewalk f423e8`."""
+    names, colors = zip(*(entry.strip().rsplit(" ", 1) for entry in text.split(";")), strict=True)
+    palette = np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
     return tuple(" ".join(name.split()) for name in names), palette
 
 

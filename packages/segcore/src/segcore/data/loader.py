@@ -41,7 +41,7 @@ class Batch:
     """One forward pass of training.
 
     Attributes:
-        images: (n, C, H, W) float32, normalised.
+        images: (n, C, H, W) float32, normalized.
         labels: (n, H, W) int64 train ids.
         seeds: one integer per image, for the model's noise.
         iteration: the optimizer step that it belongs to.

@@ -16,7 +16,7 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data.labels import IGNORE
 
 Box = tuple[int, int, int, int]
@@ -46,9 +46,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = Non
     # corner at its own scale (`fx`, `fy`). What lies right of the box and below is not needed, so it is not computed.
     (height, width), channels = image.shape[:2], image.shape[2]
     scale = size[0] / height, size[1] / width
-    image = image[: math.ceil(y2 / scale[0]) + 2, : math.ceil(x2 / scale[1]) + 2]
+    part = image[: math.ceil(y2 / scale[0]) + 2, : math.ceil(x2 / scale[1]) + 2]
+    if (round(part.shape[0] * scale[0]), round(part.shape[1] * scale[1])) == part.shape[:2]:
+        part = image  # OpenCV copies what keeps its size, whatever the scale; the image as a whole does not keep it
     parts = [
-        cv2.resize(image[..., i : i + _MAX_CV_CHANNELS], None, fx=scale[1], fy=scale[0])[y1:y2, x1:x2]
+        cv2.resize(part[..., i : i + _MAX_CV_CHANNELS], None, fx=scale[1], fy=scale[0])[y1:y2, x1:x2]
         for i in range(0, channels, _MAX_CV_CHANNELS)
     ]
     return (parts[0] if len(parts) == 1 else np.dstack(parts)).reshape(y2 - y1, x2 - x1, channels)
@@ -69,22 +71,22 @@ def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = Non
     return label.take(rows, axis=0).take(columns, axis=1)
 
 
-def is_varied(label: np.ndarray, max_class_ratio: float) -> bool:
+def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
     """Return whether the label has two values or more (255 left out) and the most frequent one is below that share."""
     counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE].astype(np.int64)
-    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_ratio)
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 
 def random_crop_box(
     label: np.ndarray,
     crop: tuple[int, int],
-    max_class_ratio: float,
+    cat_max_ratio: float,
     rng: RandomState,
     size: tuple[int, int] | None = None,
 ) -> Box:
     """Return (y1, y2, x1, x2) of a random window of at most `crop` (height, width), inside the label.
 
-    The label counts as resized to `size` (None: as it is). With `max_class_ratio` below 1, a window that is not
+    The label counts as resized to `size` (None: as it is). With `cat_max_ratio` below 1, a window that is not
     `is_varied` is drawn again up to 10 times; the 11th is not checked.
     """
     height, width = size = size or (label.shape[0], label.shape[1])
@@ -92,7 +94,7 @@ def random_crop_box(
         y = rng.randint(0, max(height - crop[0], 0) + 1)
         x = rng.randint(0, max(width - crop[1], 0) + 1)
         box = y, min(y + crop[0], height), x, min(x + crop[1], width)
-        if max_class_ratio >= 1 or trial == 10 or is_varied(resize_label(label, size, box), max_class_ratio):
+        if cat_max_ratio >= 1 or trial == 10 or is_varied(resize_label(label, size, box), cat_max_ratio):
             break
     return box
 
@@ -108,7 +110,7 @@ def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
     """Return an 8-bit RGB image with random brightness, contrast, saturation and hue, each with probability 1/2.
 
     Every step clips and truncates to 8 bits. Brightness adds [-32, 32), contrast multiplies by [0.5, 1.5) before or
-    after the colour steps, saturation by [0.5, 1.5) and hue adds -18 .. 17 (of 180) in 8-bit HSV, each in a round
+    after the color steps, saturation by [0.5, 1.5) and hue adds -18 .. 17 (of 180) in 8-bit HSV, each in a round
     trip of its own.
     """
     values = np.arange(256, dtype=np.float32)
@@ -145,14 +147,14 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
     In memory the channels are planes, as models read them.
     """
-    centre, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    center, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     planes = np.empty((image.shape[2], *image.shape[:2]), np.float32)
     if image.dtype == np.uint8:  # the same numbers from a table, several times faster
-        tables = (np.arange(256, dtype=np.float32) - centre[:, None]) / width[:, None]
+        tables = (np.arange(256, dtype=np.float32) - center[:, None]) / width[:, None]
         for c, (plane, table) in enumerate(zip(planes, tables, strict=True)):
             cv2.LUT(np.ascontiguousarray(image[..., c]), table, dst=plane)
     else:
-        np.divide(image.transpose(2, 0, 1) - centre[:, None, None], width[:, None, None], out=planes)
+        np.divide(image.transpose(2, 0, 1) - center[:, None, None], width[:, None, None], out=planes)
     return planes.transpose(1, 2, 0)
 
 
@@ -165,13 +167,13 @@ def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarra
 
 
 class TrainTransform:
-    """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalise, pad.
+    """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalize, pad.
 
-    `ignore_index` fills the padding of labels; that of images is 0 after normalising, the mean colour. The crop's
+    `ignore_index` fills the padding of labels; that of images is 0 after normalizing, the mean color. The crop's
     class limit always leaves out 255 only, so a `background` class counts, as published.
     """
 
-    def __init__(self, data: Data, ignore_index: int = IGNORE) -> None:
+    def __init__(self, data: DataConfig, ignore_index: int = IGNORE) -> None:
         self.data = data
         self.ignore_index = ignore_index
 
@@ -180,9 +182,9 @@ class TrainTransform:
         data, (height, width) = self.data, image.shape[:2]
         low, high = data.ratio_range
         ratio = rng.random_sample() * (high - low) + low
-        long, short = data.scale or (width, height)
+        long, short = data.img_scale or (width, height)
         size = rescale_size(height, width, (int(long * ratio), int(short * ratio)))
-        box = random_crop_box(label, data.crop, data.max_class_ratio, rng, size)
+        box = random_crop_box(label, data.crop, data.cat_max_ratio, rng, size)
         image, label = resize_image(image, size, box), resize_label(label, size, box)
         if rng.rand() < data.flip:
             image, label = flip(image), flip(label)

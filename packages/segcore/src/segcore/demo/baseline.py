@@ -14,7 +14,7 @@ from segcore.errors import UserError
 
 @dataclass(frozen=True)
 class LinearPixelClassifier:
-    """Multinomial logistic regression on all terms up to degree two of a pixel's colour and, if wanted, its place."""
+    """Multinomial logistic regression on all terms up to degree two of a pixel's color and, if wanted, its place."""
 
     position: bool
     """Whether x and y are used beside the channels."""
@@ -62,13 +62,13 @@ def fit_linear(
         chosen_terms.append(_terms(image, position)[chosen])
         chosen_labels.append(flat[chosen])
     if not sum(map(len, chosen_labels)):
-        raise UserError(f"{len(images)} training images without a labelled pixel; the linear baseline needs some")
+        raise UserError(f"{len(images)} training images without a labeled pixel; the linear baseline needs some")
     classes, target = np.unique(np.concatenate(chosen_labels).astype(np.int64), return_inverse=True)
-    weight, bias = _maximise_likelihood(np.concatenate(chosen_terms), target, len(classes))
+    weight, bias = _maximize_likelihood(np.concatenate(chosen_terms), target, len(classes))
     return LinearPixelClassifier(position, classes, weight, bias)
 
 
-def _maximise_likelihood(terms: np.ndarray, target: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _maximize_likelihood(terms: np.ndarray, target: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return weight (T, count) and bias (count,) that explain `target` (n,) from `terms` (n, T) best."""
     # Terms such as red, green and red * green are nearly collinear: made uncorrelated they need far fewer steps.
     mean = terms.mean(0)

@@ -27,7 +27,7 @@ from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.reporting import tables as report
-from segcore.reporting.figures import colorize, entry_title, heat, strip, write_image
+from segcore.reporting.figures import colorize, heat, step_title, strip, write_image
 from segcore.reporting.page import render
 from segcore.seeds import derive
 from segcore.training.loop import train
@@ -53,7 +53,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
         if not (base_dir / "results.json").exists():
             print(f"the first stage, {first.name}:")
             train(first, base_dir, device=device, resume=True)
-        exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init=str(base_dir)))
+        exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init_from=str(base_dir)))
         print(f"the second stage, {exp.name}:")
     results = train(exp, work_dir / "run", device=device, resume=True)
     if results is None:
@@ -63,7 +63,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     model = exp.model.build()
     folder = checkpoint.newest(work_dir / "run")
     assert folder is not None
-    model.load_own(checkpoint.read_model_state(folder))
+    model.load_checkpoint(checkpoint.read_model_state(folder))
     judged, notes = judge_uncertainty(model.eval().to(device), exp)
     shown = pictures(model, exp)
     for i, maps in enumerate(shown, 1):
@@ -89,8 +89,8 @@ def prepare(exp: Experiment, scenes: Path) -> Experiment:
 
 
 def first_stage(exp: Experiment) -> Experiment | None:
-    """Return the experiment whose run `exp` starts from (`train.init` is `runs/NAME`), on the same data; or None."""
-    folder, _, name = (exp.train.init or "").partition("/")
+    """Return the experiment whose run `exp` starts from (`train.init_from`: `runs/NAME`), on the same data; or None."""
+    folder, _, name = (exp.train.init_from or "").partition("/")
     if folder != "runs":
         return None
     first = load_experiment(name)
@@ -98,7 +98,7 @@ def first_stage(exp: Experiment) -> Experiment | None:
 
 
 def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
-    """Return the validation mIoU, a fraction, of a linear classifier on colour and position."""
+    """Return the validation mIoU, a fraction, of a linear classifier on color and position."""
     pairs = [train_set.pair(i) for i in range(len(train_set))]
     labels = [label for _, label in pairs if label is not None]
     classes = len(train_set.classes)
@@ -111,10 +111,10 @@ def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
 
 def comparison(results: Results, baseline: float) -> str:
     """Return one line that holds the model against the linear classifier."""
-    name, miou = results.final_entry, results.final["mIoU"]
-    steps = f" at {entry_title(name, results.by)}" if name.isdigit() else ""
+    name, miou = results.final_step, results.final["mIoU"]
+    steps = f" at {step_title(name, results.by)}" if name.isdigit() else ""
     return (
-        f"mIoU{steps}: {miou:.1%}; linear classifier on colour and position (quadratic terms): {baseline:.1%}; "
+        f"mIoU{steps}: {miou:.1%}; linear classifier on color and position (quadratic terms): {baseline:.1%}; "
         f"ratio {miou / baseline:.2f}"
     )
 
@@ -150,17 +150,17 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
         batch = torch.from_numpy(normalize(image, exp.data.mean, exp.data.std)).permute(2, 0, 1)[None].to(device)
         seeds = [derive(exp.seed, index)]
         with autocast(device, exp.train.precision):
-            steps = model.predict_trace(batch, seeds=seeds)
+            steps = model.denoising_trajectory(batch, seeds=seeds)
             answer = model(batch, seeds=seeds)
         truth = colorize(label, dataset.palette, dataset.ignore_index)
         maps = {"input": image, "truth": truth}
         for caption, logits in {**steps, "prediction": answer}.items():
             classes = logits[0].argmax(0).cpu()
-            maps[entry_title(caption, model.entries_by)] = colorize(
+            maps[step_title(caption, model.step_unit)] = colorize(
                 classes.numpy(), dataset.palette, dataset.ignore_index
             )
         if model.diffusion:
-            whole = dataclasses.replace(exp.evaluate, scale=None, mode="whole", ratios=(1.0,), flip=False)
+            whole = dataclasses.replace(exp.evaluate, img_scale=None, mode="whole", img_ratios=(1.0,), flip=False)
             [unsure] = predict_uncertainty(
                 model, [image], [classes], whole, exp.data, seeds, device=device, precision=exp.train.precision
             )

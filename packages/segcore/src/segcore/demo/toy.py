@@ -1,6 +1,6 @@
 """Generated street scenes in the Cityscapes layout: what the demo and the tests train on when there is no dataset.
 
-17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colours vary more
+17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colors vary more
 between scenes than between classes, so that a class is told by shape, texture and place. `segcore.demo.street` draws.
 """
 

@@ -1,7 +1,7 @@
 """`export`: a model as an ONNX file or a `torch.export` program, checked against the model before it is written.
 
-Either takes normalised `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. What is needed
-to use it goes along as JSON: classes, mean and standard deviation of the normalisation, sizes (`describe`). In an ONNX
+Either takes normalized `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. What is needed
+to use it goes along as JSON: classes, mean and standard deviation of the normalization, sizes (`describe`). In an ONNX
 file that is the metadata entry `segcore`, in a program the extra file `segcore.json`.
 """
 
@@ -132,7 +132,7 @@ def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str,
         "batch": settings.batch,
         "dynamic": settings.dynamic,
         "size_divisor": model.size_divisor if settings.dynamic else None,
-        "evaluate_scale": exp.evaluate.scale,
+        "evaluate_scale": exp.evaluate.img_scale,
         "align_corners": model.align_corners,
     }
 

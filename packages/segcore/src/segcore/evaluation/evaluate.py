@@ -1,4 +1,4 @@
-"""Run a model over a labelled data set and measure it."""
+"""Run a model over a labeled data set and measure it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from segcore import distributed
-from segcore.config.schema import Data, Evaluate
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
-from segcore.evaluation.predictor import Precision, check_ensemble, predict_classes, until_converged
+from segcore.evaluation.predictor import Precision, check_ensemble, early_exit_threshold, predict_classes
 from segcore.models.segmentor import Segmentor
 from segcore.seeds import derive
 
@@ -45,12 +45,12 @@ class Results:
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
     by: str = ""
-    """What the entries' names count, `Segmentor.entries_by`."""
+    """What the entries' names count, `Segmentor.step_unit`."""
     steps_taken: float | None = None
     """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
 
     @property
-    def final_entry(self) -> str:
+    def final_step(self) -> str:
         """The name of the entry that decides: the configured answer."""
         fixed = list(self.entries)[: -1 if self.steps_taken else None]
         return self.configured if self.configured in fixed else fixed[-1]
@@ -58,7 +58,7 @@ class Results:
     @property
     def final(self) -> dict[str, Any]:
         """The metrics of the configured answer."""
-        return self.entries[self.final_entry]
+        return self.entries[self.final_step]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data at full precision: NaN is None, per-class values are lists in the order of `classes`."""
@@ -84,15 +84,15 @@ def check_fit(model: Segmentor, dataset: Dataset) -> None:
     if model.ignore_index != dataset.ignore_index:
         raise UserError(
             f"the model ignores label {model.ignore_index} but the data set {dataset.ignore_index}; "
-            "set data.background as the model expects it"
+            "set data.add_background_class as the model expects it"
         )
 
 
 def evaluate(
     model: Segmentor,
     dataset: Dataset,
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     *,
     device: torch.device | str,
     seed: int = 0,
@@ -107,8 +107,8 @@ def evaluate(
     """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
 
     The model is on `device`; it is put into evaluation mode meanwhile. The noise of an image follows from (seed, its
-    index), so neither `evaluate.batch` nor `workers` nor the number of processes changes the results: each of several
-    processes takes every n-th image, and all return the same. Nothing of a prediction is kept.
+    index), so neither `evaluate.batch_size` nor `workers` nor the number of processes changes the results: of several
+    processes each takes every n-th image, and all return the same. Nothing of a prediction is kept.
 
     `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), as if all
     processes were as far as this one. Of the images of this process, `on_prediction(index, image, label, entries)` is
@@ -128,14 +128,14 @@ def evaluate(
     banded = "mBIoU" in evaluate.metrics
     bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, model.num_classes, model.ignore_index, device))
     taken: list[int] = []
-    own = range(distributed.rank(), total, distributed.size())
+    own = range(distributed.rank(), total, distributed.world_size())
     done, skipped = 0, list[tuple[int, str]]()
     failed: UserError | Stopped | None = None
 
     def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
         entries = model.predict_steps(images, evaluate.steps or None, seeds)
-        if evaluate.until_converged is not None:
-            entries |= until_converged(model, evaluate.until_converged, taken, images, seeds)
+        if evaluate.early_exit_threshold is not None:
+            entries |= early_exit_threshold(model, evaluate.early_exit_threshold, taken, images, seeds)
         return entries
 
     def readable() -> Iterator[Sample]:
@@ -149,7 +149,7 @@ def evaluate(
 
     try:
         with evaluation_mode(model):
-            for batch in _equal_sized(readable(), evaluate.batch):
+            for batch in _equal_sized(readable(), evaluate.batch_size):
                 predictions = predict_classes(
                     model,
                     [image for _, image, _ in batch],
@@ -173,25 +173,25 @@ def evaluate(
                         on_prediction(index, image, label, by_entry)
                 done += len(batch)
                 if on_progress:
-                    on_progress(min(distributed.size() * (done + len(skipped)), total), total)
+                    on_progress(min(distributed.world_size() * (done + len(skipped)), total), total)
     except (UserError, Stopped) as error:
         failed = error
-    images, steps, runs = distributed.agree(failed, done, sum(taken), len(taken))
-    missed = tuple(text for _, text in sorted(distributed.gather(skipped)))
+    images, steps, runs = distributed.sync_status(failed, done, sum(taken), len(taken))
+    missed = tuple(text for _, text in sorted(distributed.all_gather_object(skipped)))
     if not images:
         raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
-    for entry in dict.fromkeys(distributed.gather(list(matrices))):  # a process without images has none
-        distributed.total(matrices[entry].matrix)
+    for entry in dict.fromkeys(distributed.all_gather_object(list(matrices))):  # a process without images has none
+        distributed.all_reduce_sum(matrices[entry].matrix)
         if banded:
-            distributed.total(bands[entry].counts)
+            distributed.all_reduce_sum(bands[entry].counts)
     return Results(
         tuple(dataset.classes),
         {e: matrix.compute() | (bands[e].compute() if banded else {}) for e, matrix in matrices.items()},
         images,
         {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
         missed,
-        model.configured_entry,
-        model.entries_by,
+        model.default_step,
+        model.step_unit,
         steps / runs if runs else None,
     )
 

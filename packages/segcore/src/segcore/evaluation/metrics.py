@@ -22,7 +22,7 @@ class ConfusionMatrix:
             values outside 0 .. K-1: such a label adds to the predicted class's area only, such a prediction to the
             label's. Matrices of several parts of a data set, or of several processes, are simply added.
 
-    Pixels labelled `ignore_index` (which may lie inside 0 .. K-1) are not counted.
+    Pixels labeled `ignore_index` (which may lie inside 0 .. K-1) are not counted.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
@@ -89,14 +89,14 @@ class ConfusionMatrix:
         """
         counts = self.matrix.cpu().double()
         if self.num_classes == 1:
-            intersection, predicted, labelled = counts.trace()[None], counts.sum()[None], counts.sum()[None]
+            intersection, predicted, labeled = counts.trace()[None], counts.sum()[None], counts.sum()[None]
         else:
-            intersection, predicted, labelled = counts.diagonal()[:-1], counts.sum(0)[:-1], counts.sum(1)[:-1]
-        precision, recall = intersection / predicted, intersection / labelled
+            intersection, predicted, labeled = counts.diagonal()[:-1], counts.sum(0)[:-1], counts.sum(1)[:-1]
+        precision, recall = intersection / predicted, intersection / labeled
         classes = {
-            "IoU": intersection / (predicted + labelled - intersection),
+            "IoU": intersection / (predicted + labeled - intersection),
             "Acc": recall,
-            "Dice": 2 * intersection / (predicted + labelled),
+            "Dice": 2 * intersection / (predicted + labeled),
             # Unlike Dice, published F-scores are 0/0 and left out where a class has no true positive.
             "Fscore": 2 * precision * recall / (precision + recall),
             "Precision": precision,
@@ -106,7 +106,7 @@ class ConfusionMatrix:
         if 0 <= self.ignore_index < self.num_classes > 1:
             real = torch.arange(self.num_classes) != self.ignore_index
             means["mIoU without ignored"] = classes["IoU"][real].nanmean().item()
-        return {"aAcc": (intersection.sum() / labelled.sum()).item(), **means, **classes}
+        return {"aAcc": (intersection.sum() / labeled.sum()).item(), **means, **classes}
 
 
 def _as_bytes(classes: Tensor) -> np.ndarray | None:
@@ -196,7 +196,7 @@ def boundaries(maps: Sequence[Tensor], band: int) -> Tensor:
 
 
 def _running_or(x: Tensor, dim: int, size: int) -> Tensor:
-    """Return the bitwise or of every `size` neighbours along a dimension, which gets `size` - 1 shorter."""
+    """Return the bitwise or of every `size` neighbors along a dimension, which gets `size` - 1 shorter."""
     width = 1
     while width < size:
         step = min(width, size - width)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.config.schema import Data, Evaluate
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.models.layers import resize
@@ -25,7 +25,7 @@ from segcore.seeds import derive
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
-"""Normalised images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
+"""Normalized images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -34,13 +34,13 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
-def view_sizes(height: int, width: int, evaluate: Evaluate) -> list[tuple[int, int, bool]]:
+def view_sizes(height: int, width: int, evaluate: EvalConfig) -> list[tuple[int, int, bool]]:
     """Return (height, width, flip) of every view of an image, scales outermost, the plain view before its mirror image.
 
-    Each view keeps the image's shape and fits `ratio * evaluate.scale`; without a scale, `ratio` times its own size.
+    Each view keeps the image's shape and fits `ratio * evaluate.img_scale`; without one, `ratio` times its own size.
     """
-    base = evaluate.scale or (width, height)
-    sizes = [rescale_size(height, width, (int(base[0] * ratio), int(base[1] * ratio))) for ratio in evaluate.ratios]
+    base = evaluate.img_scale or (width, height)
+    sizes = [rescale_size(height, width, (int(base[0] * ratio), int(base[1] * ratio))) for ratio in evaluate.img_ratios]
     return [(h, w, flip) for h, w in sizes for flip in ((False, True) if evaluate.flip else (False,))]
 
 
@@ -64,15 +64,15 @@ def window_boxes(
     return [(y1, x1, y2, x2) for y1, y2 in spans(height, crop[0], stride[0]) for x1, x2 in columns]
 
 
-def until_converged(
+def early_exit_threshold(
     model: Segmentor, percent: float, taken: list[int], images: Tensor, seeds: list[int]
 ) -> dict[str, Tensor]:
-    """Return the entry `until P%`: denoising that ends early, see `Segmentor.predict_converged`.
+    """Return the entry `until P%`: denoising that ends early, see `Segmentor.early_exit`.
 
     The number of steps that each image took is appended to `taken`. With the first three arguments given it is a
     `Network`.
     """
-    logits, counts = model.predict_converged(images, percent, seeds)
+    logits, counts = model.early_exit(images, percent, seeds)
     taken.extend(counts)
     return {f"until {percent:g}%": logits}
 
@@ -80,8 +80,8 @@ def until_converged(
 def predict_classes(
     model: Segmentor,
     images: Sequence[np.ndarray],
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     seeds: Sequence[int],
     *,
     device: torch.device | str,
@@ -120,8 +120,8 @@ def check_ensemble(model: Segmentor, others: Sequence[Segmentor]) -> None:
 def predict_probabilities(
     model: Segmentor,
     images: Sequence[np.ndarray],
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     seeds: Sequence[int],
     *,
     device: torch.device | str,
@@ -166,7 +166,7 @@ def predict_probabilities(
                 theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
             for probabilities in mean.values():
                 probabilities.add_(theirs)
-        for number, (before, entry) in enumerate(pairwise(mean if evaluate.accumulate else ()), 1):
+        for number, (before, entry) in enumerate(pairwise(mean if evaluate.ensemble_steps else ()), 1):
             mean[entry].add_(mean[before], alpha=number).div_(number + 1)
         for probabilities in mean.values():
             probabilities.div_(1 + len(others))
@@ -178,8 +178,8 @@ def predict_probabilities(
 def _mean_over_views(
     network: Network,
     images: Sequence[np.ndarray],
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     seeds: Sequence[int],
     align_corners: bool,
 ) -> dict[str, Tensor]:
@@ -199,7 +199,9 @@ def _mean_over_views(
     return {entry: p.div_(len(views)) for entry, p in total.items()}
 
 
-def _logits(network: Network, batch: Tensor, evaluate: Evaluate, seeds: Sequence[int], view: int) -> dict[str, Tensor]:
+def _logits(
+    network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
+) -> dict[str, Tensor]:
     """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
     if evaluate.mode == "whole":
         return network(batch, [derive(seed, view, 0) for seed in seeds])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.config.schema import Data, Evaluate
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Precision, predict_classes, predict_probabilities
@@ -25,8 +25,8 @@ def predict_uncertainty(
     model: Segmentor,
     images: Sequence[np.ndarray],
     classes: Sequence[Tensor],
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     seeds: Sequence[int],
     *,
     device: torch.device | str,
@@ -46,7 +46,7 @@ def predict_uncertainty(
     """
     marginal = predict_probabilities(
         model, images, evaluate, data, seeds, device=device, precision=precision, channels_last=channels_last,
-        network=lambda batch, seeds: {"marginal": model.predict_marginal(batch, seeds, starts)},
+        network=lambda batch, seeds: {"marginal": model.log_mean_probs(batch, seeds, starts)},
     )  # fmt: skip
     return [
         1 - by_entry["marginal"].gather(0, mask[None].to(by_entry["marginal"].device))[0]
@@ -57,8 +57,8 @@ def predict_uncertainty(
 def evaluate_uncertainty(
     model: Segmentor,
     dataset: Dataset,
-    evaluate: Evaluate,
-    data: Data,
+    evaluate: EvalConfig,
+    data: DataConfig,
     *,
     device: torch.device | str,
     seed: int = 0,
@@ -67,7 +67,7 @@ def evaluate_uncertainty(
     starts: int = STARTS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Return the AUROC with which the uncertainty tells the wrong from the right pixels of a labelled data set.
+    """Return the AUROC with which the uncertainty tells the wrong from the right pixels of a labeled data set.
 
     Every image is predicted as `segcore.evaluation.evaluate` does with the same seed: the configured answer. The model
     is on `device` and in evaluation mode. Raises UserError when the method draws no noise.

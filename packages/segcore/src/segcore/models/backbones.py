@@ -1,7 +1,7 @@
 """Backbones from timm, made to compute what the published systems compute.
 
 The parameters are timm's own, under timm's names in `net`, plus one LayerNorm per stage output in `norms` (not in
-`ResNet`). `official_names` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are
+`ResNet`). `key_map` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are
 stored.
 """
 
@@ -70,11 +70,11 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the four maps (N, C_i, H_i, W_i), finest first."""
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         """Return the published name (without `backbone.`) of every entry of `state_dict()`."""
         return {name: name.removeprefix("net.") for name in self.state_dict()}
 
-    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
         """Return a published tensor in timm's layout; `name` is the published one without `backbone.`."""
         return tensor
 
@@ -88,10 +88,10 @@ class Backbone(nn.Module, ABC):
         Strict: raises ValueError, changing nothing, when a tensor does not fit or one of `net` is missing. The norms of
         the stage outputs keep their start values unless the file has them. The stem is adapted to other channel counts.
         """
-        official = {official: name for name, official in self.official_names().items()}
+        official = {official: name for name, official in self.key_map().items()}
         bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith("head.")}
         if any(name.startswith("backbone.") for name in state) or sum(n in official for n in bare) > len(bare) / 2:
-            new = {official.get(n, n): self.convert_official(n, t) for n, t in bare.items()}
+            new = {official.get(n, n): self.convert(n, t) for n, t in bare.items()}
         else:
             new = self.from_timm(state)
         own = self.state_dict()
@@ -138,7 +138,7 @@ class ConvNeXt(Backbone):
             maps.append(norm(x))
         return maps
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         rules = (
             (r"^net\.stem\.", "downsample_layers.0."),
             (r"^net\.stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
@@ -189,7 +189,7 @@ class Swin(Backbone):
             maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
         return maps
 
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         rules = (
             (r"^net\.patch_embed\.proj\.", "patch_embed.projection."),
             # timm has the merging at the start of the next stage, the published system at the end of the one before.
@@ -203,10 +203,10 @@ class Swin(Backbone):
         )
         return {name: _rename(name, rules) for name in self.state_dict()}
 
-    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
         if ".downsample." not in name:
             return tensor
-        # The 2x2 neighbours (row kh, column kw) of a channel are stacked as (C, kh, kw) there, in timm as (kw, kh, C).
+        # The 2x2 neighbors (row kh, column kw) of a channel are stacked as (C, kh, kw) there, in timm as (kw, kh, C).
         parts = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
         return parts.movedim((-1, -2, -3), (-3, -2, -1)).reshape(tensor.shape)
 

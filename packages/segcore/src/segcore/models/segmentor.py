@@ -45,10 +45,10 @@ class Segmentor(nn.Module, ABC):
         min_size: shortest image side in pixels; smaller images raise ValueError.
         size_divisor: an export for any size takes images whose sides are multiples of it.
         auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
-        entries_by: what the numbers are that entries of `predict_steps` are named by: the "steps" taken, or the
+        step_unit: what the numbers are that entries of `predict_steps` are named by: the "steps" taken, or the
             "timestep" that was reached; "" without such entries.
-        diffusion: whether inference denoises from random noise; if not, `predict_trace` is empty and
-            `predict_marginal` and `predict_converged` raise UserError.
+        diffusion: whether inference denoises from random noise; if not, `denoising_trajectory` is empty and
+            `log_mean_probs` and `early_exit` raise UserError.
         class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
             training loop sets it from `train.class_weight`; it is no part of the state dict.
 
@@ -62,7 +62,7 @@ class Segmentor(nn.Module, ABC):
     min_size: int = 1
     size_divisor: int = 32
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
-    entries_by: str = ""
+    step_unit: str = ""
     diffusion: bool = False
     class_weight: Tensor | None = None
 
@@ -70,29 +70,29 @@ class Segmentor(nn.Module, ABC):
     def predict_steps(
         self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """Return logits (N, K, H, W) per step entry for normalised images (N, C, H, W), at the images' size.
+        """Return logits (N, K, H, W) per step entry for normalized images (N, C, H, W), at the images' size.
 
         With `steps` None the last entry is the configured answer. Methods without sampling steps have one entry,
         "final".
         """
 
     @property
-    def configured_entry(self) -> str:
+    def default_step(self) -> str:
         """The entry of `predict_steps` that is the configured answer."""
         return "final"
 
     def check_steps(self, steps: Sequence[int]) -> None:
         """Raise UserError unless the model can answer the steps of `evaluate.steps`; empty means as configured."""
 
-    def predict_trace(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
         return {}
 
-    def predict_marginal(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
         """Return log class probabilities (N, K, H, W): of the mean over `starts` draws of the noise and the steps."""
         raise self.no_diffusion()
 
-    def predict_converged(
+    def early_exit(
         self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
         """Return logits (N, K, H, W) and, per image, how many denoising steps were taken for them.
@@ -101,14 +101,14 @@ class Segmentor(nn.Module, ABC):
         """
         raise self.no_diffusion()
 
-    def predict_from(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the logits (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64."""
         raise UserError(f"{type(self).__name__} does not denoise label maps; leave out --start-mask")
 
     def no_diffusion(self) -> UserError:
         """Return the error for what only a diffusion model can do."""
         name = type(self).__name__
-        return UserError(f"{name} is no diffusion model; leave out --uncertainty, --steps and until_converged")
+        return UserError(f"{name} is no diffusion model; leave out --uncertainty, --steps and early_exit_threshold")
 
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
         """Return what `export` writes: a module that maps images of this shape, or with `dynamic` of any, to logits.
@@ -131,14 +131,14 @@ class Segmentor(nn.Module, ABC):
         """
 
     @abstractmethod
-    def official_names(self) -> dict[str, str]:
+    def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`. Optimizer rules are matched against these."""
 
     def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Return logits (N, K, H, W) for normalised images (N, C, H, W), at the images' size."""
+        """Return logits (N, K, H, W) for normalized images (N, C, H, W), at the images' size."""
         return list(self.predict_steps(images, seeds=seeds).values())[-1]
 
-    def convert_official(self, name: str, tensor: Tensor) -> Tensor:
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
         """Return a published tensor in this model's layout; `name` is the published name."""
         return tensor
 
@@ -149,9 +149,9 @@ class Segmentor(nn.Module, ABC):
         then. Only buffers that the model computes itself may be absent or are ignored, and the published auxiliary head
         is dropped when this model has none.
         """
-        return self._load(state, self.official_names(), self.convert_official)
+        return self._load(state, self.key_map(), self.convert)
 
-    def load_own(self, state: Mapping[str, Tensor]) -> LoadReport:
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load tensors under the names of this model's own `state_dict()`, as strictly as `load_official`."""
         return self._load(state, {name: name for name in self.state_dict()}, lambda _, tensor: tensor)
 
@@ -162,7 +162,7 @@ class Segmentor(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
 
-    def load_start(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
         """Load start weights that are not those of a whole model; return which part they are of, and the report.
 
         Here that is the backbone; what is beside `backbone.*`, an ImageNet classifier, is dropped.
@@ -172,9 +172,9 @@ class Segmentor(nn.Module, ABC):
         rest = tuple(name for name in state if name not in backbone)
         return "backbone only", replace(report, dropped=report.dropped + rest)
 
-    def is_whole(self, state: Mapping[str, Tensor]) -> bool:
+    def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether start weights `state` are those of a whole model, not of a backbone alone."""
-        known = {*self.state_dict(), *self.official_names().values()}
+        known = {*self.state_dict(), *self.key_map().values()}
         return any(name in known and not name.startswith("backbone.") for name in state)
 
     def _load(

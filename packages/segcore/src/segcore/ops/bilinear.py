@@ -2,9 +2,9 @@
 
 A map has the layout (N, S, M, D): N images, S pixels (the levels one after the other, each of H_l x W_l pixels row by
 row), M heads or groups, rows of D numbers. Every (image, query, head) looks at P points per level, given in pixels of
-that level: integers are pixel centres, (0, 0) is the first one. A point is the weighted sum of its four corners;
+that level: integers are pixel centers, (0, 0) is the first one. A point is the weighted sum of its four corners;
 corners outside the map count as zero, and a point gives zero and gets zero gradients unless -1 < x < W and -1 < y < H,
-so also where it is NaN. At a pixel centre the slope is the right-hand one. Values are taken to be finite.
+so also where it is NaN. At a pixel center the slope is the right-hand one. Values are taken to be finite.
 
 The points of one query and head are a bag of rows: embedding_bag sums such a bag with weights in one pass, so that no
 temporary is wider than one number per corner.

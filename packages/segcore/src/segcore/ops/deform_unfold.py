@@ -8,7 +8,7 @@ With G offset groups, K = kh * kw taps (k = i * kw + j) and an output of Ho x Wo
     output  (N, C * K, Ho * Wo)    channel c * K + k, place oy * Wo + ox
 
 `window` is kernel, stride, padding and dilation, each (vertical, horizontal), in one flat list of eight numbers. A tap
-samples at y = oy * stride - padding + i * dilation + dy, and x likewise; integers are pixel centres and
+samples at y = oy * stride - padding + i * dilation + dy, and x likewise; integers are pixel centers and
 `segcore.ops.bilinear` says what happens at the border. With offsets of zero and no mask this is `torch.nn.Unfold`.
 
 Places and sums are float32 (float64 with a float64 input), whatever the dtype; each gradient has its input's.

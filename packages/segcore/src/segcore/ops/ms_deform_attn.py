@@ -9,7 +9,7 @@ Shapes, with L levels of H_l x W_l pixels, M heads of width D, Q queries and P p
     output              (N, Q, M * D)       per head, the sum over l and p of weight * bilinear sample of level l
 
 A point lies at x = loc_x * W - 0.5, y = loc_y * H - 0.5 in pixels; corners outside the map count as zero. A point gives
-zero and gets zero gradients unless -1 < x < W and -1 < y < H, so also where it is NaN. At a pixel centre the slope is
+zero and gets zero gradients unless -1 < x < W and -1 < y < H, so also where it is NaN. At a pixel center the slope is
 the right-hand one. Values are taken to be finite.
 
 Locations and weights are float32 in every computation (float64 with a float64 value), whatever the dtype of the value:

@@ -95,7 +95,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def empty_gradient(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Return a contiguous uninitialised gradient of `tensor`, or for None one without elements beside `like`."""
+    """Return a contiguous uninitialized gradient of `tensor`, or for None one without elements beside `like`."""
     if tensor is None:
         return like.new_empty(0)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Pictures of classes and of runs: overlays, class-index PNGs, labelled strips, legends and curves.
+"""Pictures of classes and of runs: overlays, class-index PNGs, labeled strips, legends and curves.
 
 Images are (H, W, 3) uint8 RGB; a palette is (K, 3), RGB 0..255 in the order of the classes.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,35 +21,35 @@ from segcore.errors import UserError
 from segcore.files import write
 
 LINES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
-"""Colours of the curves, in order; they repeat."""
+"""Colors of the curves, in order; they repeat."""
 JPEG = (".jpg", ".jpeg")
 FONT_SIZE = 14
 FONT = ImageFont.load_default(FONT_SIZE)
 
 
 def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
-    """Return the colours of classes (H, W) as an image; `ignore_index` and what has no colour is black."""
+    """Return the colors of classes (H, W) as an image; `ignore_index` and what has no color is black."""
     palette = np.asarray(palette, np.uint8)
     known = (classes >= 0) & (classes < len(palette)) & (classes != ignore_index)
     return np.where(known[..., None], palette[np.where(known, classes, 0)], np.uint8(0))
 
 
-def grey(values: np.ndarray) -> np.ndarray:
-    """Return values (H, W) in 0..1 as an 8-bit grey image (H, W): 0 is black, 1 white, linear in between."""
+def gray(values: np.ndarray) -> np.ndarray:
+    """Return values (H, W) in 0..1 as an 8-bit gray image (H, W): 0 is black, 1 white, linear in between."""
     return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Return values (H, W) in 0..1 as an image from black over purple and orange to light yellow (inferno)."""
-    return np.ascontiguousarray(cv2.applyColorMap(grey(values), cv2.COLORMAP_INFERNO)[..., ::-1])
+    return np.ascontiguousarray(cv2.applyColorMap(gray(values), cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
 def overlay(
     image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255
 ) -> np.ndarray:
-    """Return the image painted with the colours of `classes` (H, W) as MMSegmentation 0.x paints.
+    """Return the image painted with the colors of `classes` (H, W) as MMSegmentation 0.x paints.
 
-    That is image * (1 - opacity) + colour * opacity in float64, truncated; ignored pixels are painted black.
+    That is image * (1 - opacity) + color * opacity in float64, truncated; ignored pixels are painted black.
 
     Raises UserError when the sizes differ or `opacity` is outside 0..1.
     """
@@ -62,9 +63,9 @@ def overlay(
 
 
 def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray | None = None) -> None:
-    """Write classes (H, W) as an 8-bit PNG whose values are the class indices; with a palette, viewers show colours.
+    """Write classes (H, W) as an 8-bit PNG whose values are the class indices; with a palette, viewers show colors.
 
-    Raises UserError when an index or the number of colours does not fit into 8 bits.
+    Raises UserError when an index or the number of colors does not fit into 8 bits.
     """
     if classes.size and not 0 <= classes.min() <= classes.max() <= 255:
         raise UserError(
@@ -74,15 +75,15 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
     if palette is not None:
         if len(palette) > 256:
             raise UserError(
-                f"{path}: {len(palette)} colours do not fit into a PNG, which holds 256; write without a palette"
+                f"{path}: {len(palette)} colors do not fit into a PNG, which holds 256; write without a palette"
             )
-        # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no colour.
+        # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no color.
         picture.putpalette(np.asarray(palette, np.uint8).tobytes().ljust(3 * 256, b"\0"))
     write(path, _encoded(picture))
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
-    """Write an image, colour or grey (H, W) uint8, whole or not at all; the folder is made.
+    """Write an image, color or gray (H, W) uint8, whole or not at all; the folder is made.
 
     As JPEG where the path ends so, else as PNG.
     """
@@ -90,8 +91,8 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
     write(path, _encoded(Image.fromarray(image), kind))
 
 
-def entry_title(entry: str, by: str) -> str:
-    """Return `3 steps` or `timestep 3` for the entry "3" of a model whose `entries_by` is `by`; others as they are."""
+def step_title(entry: str, by: str) -> str:
+    """Return `3 steps` or `timestep 3` for the entry "3" of a model whose `step_unit` is `by`; others as they are."""
     if not (by and entry.isdigit()):
         return entry
     return f"timestep {entry}" if by == "timestep" else f"{entry} step{'s' * (entry != '1')}"
@@ -118,7 +119,7 @@ def _encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
     return data.getvalue()
 
 
-def displayable(image: np.ndarray) -> np.ndarray:
+def to_uint8_rgb(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 of an image with any channels and depth."""
     image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
     if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
@@ -149,13 +150,13 @@ def _widened(image: np.ndarray, width: int) -> np.ndarray:
 
 
 def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int = 130) -> np.ndarray:
-    """Return a table of colours and class names, `columns` cells of `cell` pixels wide."""
+    """Return a table of colors and class names, `columns` cells of `cell` pixels wide."""
     rows = -(-len(classes) // columns)
     line = _text_line("", 1).shape[0]
     table = np.full((rows * line, columns * cell, 3), 255, np.uint8)
-    for i, (name, colour) in enumerate(zip(classes, palette, strict=True)):
+    for i, (name, color) in enumerate(zip(classes, palette, strict=True)):
         y, x = i // columns * line, i % columns * cell
-        table[y + 3 : y + line - 3, x + 2 : x + line - 2] = colour
+        table[y + 3 : y + line - 3, x + 2 : x + line - 2] = color
         table[y : y + line, x + line : x + cell] = _text_line(name, cell - line)
     return table
 
@@ -215,6 +216,12 @@ def curve_svg(
         parts.append(f'<text {label} text-anchor="end">{escape(name)}</text>' if name else "")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="#111827">{"".join(parts)}</svg>'
+
+
+def loss_curve(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return the training loss over the iterations as an SVG element, from the records of a log."""
+    values = [(r["iteration"], r["loss"]) for r in records if r["mode"] == "train" and r["loss"] is not None]
+    return curve_svg([i for i, _ in values], [v for _, v in values], "Training loss", "iteration", "loss")
 
 
 def _ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:

@@ -12,8 +12,7 @@ import numpy as np
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.evaluate import Results
-from segcore.reporting.figures import entry_title, heat, legend, png_data_uri
-from segcore.training.logger import loss_curve
+from segcore.reporting.figures import heat, legend, loss_curve, png_data_uri, step_title
 
 SCALE = "Uncertainty is the probability of another class than the predicted one, from 0 (black) to 1 (yellow): "
 RAMP = np.tile(np.linspace(0, 1, 200), (12, 1))
@@ -25,8 +24,8 @@ def render(
     """Return the page: self-contained HTML. `notes` are sentences without their full stops."""
     dataset = open_dataset(exp.data, "val")
     curve = loss_curve(map(json.loads, log.read_text(encoding="utf-8").splitlines()))
-    name, miou = results.final_entry, results.final["mIoU"]
-    figures = [(entry_title(entry, results.by), m) for entry, m in results.entries.items()]
+    name, miou = results.final_step, results.final["mIoU"]
+    figures = [(step_title(entry, results.by), m) for entry, m in results.entries.items()]
     rows = [(entry, f"{m['mIoU']:.1%}", f"{m['aAcc']:.1%}", f"{m['mAcc']:.1%}") for entry, m in figures]
     rows.append(("linear classifier", f"{baseline:.1%}", "", ""))
     present = [k for k in range(len(dataset.classes)) if not np.isnan(float(results.final["IoU"][k]))]
@@ -43,7 +42,7 @@ def render(
     return PAGE.format(
         name=html.escape(exp.name),
         miou=f"{miou:.1%}",
-        steps=f" at {entry_title(name, results.by)}" if name.isdigit() else "",
+        steps=f" at {step_title(name, results.by)}" if name.isdigit() else "",
         notes=".<br>\n".join(html.escape(note) for note in notes),
         scale=f'<p>{SCALE}<img src="{png_data_uri(heat(RAMP))}" alt="0 to 1"></p>' if "uncertainty" in shown[0] else "",
         images=results.images,
@@ -81,5 +80,5 @@ text-align: left; padding-left: 0; }} .legend {{ max-width: 100%; }} </style> <h
 <p>Trained from scratch for {iterations} iterations on {train} generated street scenes, evaluated on {images}
 others.<br> {notes}.</p> <div class="columns"> <div><h2>Figures</h2>{figures}<h2>Training</h2>{curve}</div>
 <div><h2>Per class</h2>{classes}</div> </div> <h2>Validation images, step by step</h2> <p><img class="legend"
-src="{legend}" alt="colours of the classes"></p> {scale} {panels} </html>
+src="{legend}" alt="colors of the classes"></p> {scale} {panels} </html>
 """

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.reporting.figures import colorize, displayable, entry_title, strip
+from segcore.reporting.figures import colorize, step_title, strip, to_uint8_rgb
 
 ROWS = 4
 HEIGHT = 256
 """Pixels of a row; larger images are made smaller."""
 
 
-class Gallery:
+class PredictionGrid:
     """Collects a row `image, truth, prediction` of a few images, spread over those that this process evaluates."""
 
-    def __init__(self, dataset: Dataset, entries_by: str = "") -> None:
-        self.dataset, self.by = dataset, entries_by
-        own = range(distributed.rank(), len(dataset), distributed.size())
+    def __init__(self, dataset: Dataset, step_unit: str = "") -> None:
+        self.dataset, self.by = dataset, step_unit
+        own = range(distributed.rank(), len(dataset), distributed.world_size())
         self.wanted = {own[i] for i in np.linspace(0, len(own) - 1, min(ROWS, len(own))).astype(int)}
         self.rows: dict[int, np.ndarray] = {}
 
@@ -29,12 +29,12 @@ class Gallery:
         """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is to be shown."""
         if index not in self.wanted:
             return
-        found = {entry_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
+        found = {step_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
         classes = {"truth": label, **found}
         maps = {
             name: colorize(value, self.dataset.palette, self.dataset.ignore_index) for name, value in classes.items()
         }
-        panels = [displayable(image), *maps.values()]
+        panels = [to_uint8_rgb(image), *maps.values()]
         every = -(-image.shape[0] // HEIGHT)
         self.rows[index] = strip([panel[::every, ::every] for panel in panels], ["image", *maps])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from segcore.evaluation.evaluate import Results
 from segcore.files import write
-from segcore.reporting.figures import entry_title
+from segcore.reporting.figures import step_title
 
 COLUMNS = {
     "mIoU": ("IoU", "Acc"),
@@ -50,7 +50,7 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
 
 def _which(results: Results) -> str:
     """Return what the entry that decides is: the configured answer, or what stands for it."""
-    entry, configured = (entry_title(name, results.by) for name in (results.final_entry, results.configured))
+    entry, configured = (step_title(name, results.by) for name in (results.final_step, results.configured))
     return entry if configured in (entry, "") else f"{entry}; the model's configured {configured} not evaluated"
 
 
@@ -81,7 +81,7 @@ def _percent(fraction: Any) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an ASCII table with centred cells."""
+    """Return an ASCII table with centered cells."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = "+-" + "-+-".join("-" * width for width in widths) + "-+"
     head, *body = ("| " + " | ".join(map(str.center, row, widths)) + " |" for row in (header, *rows))

@@ -21,7 +21,7 @@ ODD_SIZES = ((51, 70), (64, 33), (97, 64))
 
 
 def images(count: int, height: int = 64, width: int = 96, channels: int = 3) -> Tensor:
-    """Return reproducible normalised images (count, channels, height, width)."""
+    """Return reproducible normalized images (count, channels, height, width)."""
     return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(count))
 
 
@@ -75,11 +75,11 @@ def check_steps(model: Segmentor, steps: tuple[int, ...]) -> None:
     model.eval()
     batch = images(2)
     entries = model.predict_steps(batch, seeds=[1, 2])
-    assert list(entries) == [model.configured_entry]
+    assert list(entries) == [model.default_step]
     assert torch.equal(list(entries.values())[-1], model(batch, seeds=[1, 2]))
     asked = model.predict_steps(batch, steps=steps or None, seeds=[1, 2])
     assert list(asked) == ([str(s) for s in steps] or ["final"])
-    for logits in (*asked.values(), *model.predict_trace(batch, seeds=[1, 2]).values()):
+    for logits in (*asked.values(), *model.denoising_trajectory(batch, seeds=[1, 2]).values()):
         assert logits.shape == (2, model.num_classes, 64, 96)
 
 
@@ -88,18 +88,18 @@ def check_diffusion(model: Segmentor) -> None:
     """Traces end with the configured answer, the marginal holds log-probabilities, a run may end early or not."""
     model.eval()
     batch, seeds = images(2), [1, 2]
-    answer, trace = model(batch, seeds=seeds), model.predict_trace(batch, seeds=seeds)
+    answer, trace = model(batch, seeds=seeds), model.denoising_trajectory(batch, seeds=seeds)
     assert model.diffusion
     assert len(trace) > 1
     torch.testing.assert_close(list(trace.values())[-1], answer, atol=1e-4, rtol=1e-4)
-    marginal = model.predict_marginal(batch, seeds, starts=2)
+    marginal = model.log_mean_probs(batch, seeds, starts=2)
     assert marginal.shape == answer.shape
     assert marginal.isfinite().all()
     assert marginal.max() < 1e-5, "no log-probabilities"
-    assert not torch.equal(marginal, model.predict_marginal(batch, [7, 8], starts=2)), "the noise plays no part"
+    assert not torch.equal(marginal, model.log_mean_probs(batch, [7, 8], starts=2)), "the noise plays no part"
     steps = list(trace.values())
     for percent in (1e-9, 50.0, 100.0):
-        found, taken = model.predict_converged(batch, percent, seeds)
+        found, taken = model.early_exit(batch, percent, seeds)
         for row, count in enumerate(taken):
             assert 1 < count <= len(steps)
             torch.testing.assert_close(found[row], steps[count - 1][row], atol=1e-4, rtol=1e-4)
@@ -129,7 +129,7 @@ def check_training_draws(model: Segmentor) -> None:
 
 
 def check_all_ignored(model: Segmentor) -> None:
-    """A batch without a single labelled pixel has a finite loss and finite gradients."""
+    """A batch without a single labeled pixel has a finite loss and finite gradients."""
     model.train()
     model.zero_grad()
     target = torch.full((2, 64, 96), model.ignore_index)
@@ -153,12 +153,12 @@ def check_class_weight(model: Segmentor) -> None:
 def check_state_dict(build: Callable[[], Segmentor]) -> None:
     """Weights make the round trip under our names and under the published ones, which are unique; a gap is refused."""
     first, second, third = build().eval(), build().eval(), build().eval()
-    state, names = first.state_dict(), first.official_names()
+    state, names = first.state_dict(), first.key_map()
     assert set(names) == set(state)
     assert len(set(names.values())) == len(names)
     auxiliary = first.auxiliary_names
     assert all(names[n].startswith(auxiliary) for n in names if n.startswith(auxiliary))
-    second.load_own(state)
+    second.load_checkpoint(state)
     assert torch.equal(first(images(1)), second(images(1)))
     missing = {names[n]: t for n, t in state.items()}
     missing.pop(next(names[n] for n, _ in first.named_parameters()))
@@ -173,7 +173,7 @@ def check_configs(package: str) -> None:
         with torch.device("meta"):
             model = exp.model.build()
         assert model.num_classes == exp.model.num_classes == len(palette_of(exp.data)[0])
-        assert set(model.official_names()) == set(model.state_dict())
+        assert set(model.key_map()) == set(model.state_dict())
 
 
 def check_help(package: str) -> None:

@@ -24,10 +24,10 @@ def normal(name: str, shape: tuple[int, ...]) -> Tensor:
 def filled(model: Any) -> Any:
     """Return the model in evaluation mode, with weights that follow from the published names, at their usual scales.
 
-    `model` is a Segmentor or has its `official_names`. Tables whose name begins with `log_` stay as they are.
+    `model` is a Segmentor or has its `key_map`. Tables whose name begins with `log_` stay as they are.
     """
-    names = model.official_names()
-    convert = getattr(model, "convert_official", lambda _, tensor: tensor)
+    names = model.key_map()
+    convert = getattr(model, "convert", lambda _, tensor: tensor)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not name.startswith("log_"):
             noise = normal(names[name], tensor.shape)

@@ -12,7 +12,7 @@ Average = dict[str, Tensor]
 """Name -> averaged value of every floating entry of a state dict that is finite; the others are not averaged."""
 
 
-def start_average(model: nn.Module) -> Average:
+def start_ema(model: nn.Module) -> Average:
     """Return the average before the first step: the weights as they are."""
     state = {name: value.detach() for name, value in model.state_dict().items() if value.is_floating_point()}
     # A table may hold an infinity, whose mean with itself is NaN.
@@ -20,7 +20,7 @@ def start_average(model: nn.Module) -> Average:
 
 
 @torch.no_grad()
-def update_average(average: Average, model: nn.Module, decay: float) -> None:
+def update_ema(average: Average, model: nn.Module, decay: float) -> None:
     """Set average = decay * average + (1 - decay) * value, for parameters and running statistics."""
     state = model.state_dict()
     torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from segcore.files import write, writing
-from segcore.reporting.figures import curve_svg, write_image
+from segcore.reporting.figures import loss_curve, write_image
 
 
-class RunLog:
+class Logger:
     """The log of one run; use it in a `with` statement.
 
     On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
@@ -58,7 +58,7 @@ class RunLog:
         self.board = _board(work_dir / "tensorboard", start) if work_dir else None
         self._write({"mode": "meta", "iteration": start, **meta})
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Logger:
         self.bar.start()
         return self
 
@@ -135,12 +135,6 @@ class RunLog:
             for key, value in record.items():
                 if self.board and isinstance(value, float):
                     self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
-
-
-def loss_curve(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return the training loss over the iterations as an SVG element, from the records of a log."""
-    values = [(r["iteration"], r["loss"]) for r in records if r["mode"] == "train" and r["loss"] is not None]
-    return curve_svg([i for i, _ in values], [v for _, v in values], "Training loss", "iteration", "loss")
 
 
 _NAMED = ("lr", "seconds", "data_seconds", "images_per_second")

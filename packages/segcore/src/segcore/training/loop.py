@@ -33,11 +33,11 @@ from segcore.evaluation.evaluate import Results, check_fit, evaluate
 from segcore.evaluation.predictor import autocast
 from segcore.files import write
 from segcore.reporting import tables as report
-from segcore.reporting.prediction_grid import Gallery
+from segcore.reporting.prediction_grid import PredictionGrid
 from segcore.seeds import derive
 from segcore.training.class_weight import class_weights
-from segcore.training.ema import averaged, start_average, update_average
-from segcore.training.logger import RunLog
+from segcore.training.ema import averaged, start_ema, update_ema
+from segcore.training.logger import Logger
 from segcore.training.schedule import learning_rate
 from segcore.training.setup import build, prepare
 from segcore.training.signals import Stop
@@ -62,10 +62,12 @@ def train(
     does so at once.
     """
     share_of_batch(exp)  # refuses a batch that does not divide
-    found = distributed.lead(lambda: _resume_from(work_dir, resume))
-    dataset = distributed.lead_first(lambda: open_dataset(exp.data, "train"))
+    found = distributed.on_main_process(lambda: _resume_from(work_dir, resume))
+    dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train"))
     val = open_dataset(exp.data, "val") if exp.train.evaluate_every else None
-    broken = distributed.lead(lambda: [line for part in (dataset, val) if part for line in check_headers(part)])
+    broken = distributed.on_main_process(
+        lambda: [line for part in (dataset, val) if part for line in check_headers(part)]
+    )
     if broken and exp.data.on_error == "stop":
         raise UserError(f"{broken[0]} (and {len(broken) - 1} more; `check` lists all)" if broken[1:] else broken[0])
     if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
@@ -79,19 +81,19 @@ def train(
         notes += restore(exp, run, found)
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
-    if exp.train.init and not found:
+    if exp.train.init_from and not found:
         from segcore.checkpoints.load import initialize
 
-        start = exp.train.init
-        notes.append(distributed.lead_first(lambda: initialize(run.model, start, offline=offline)))
-        run.average = None if run.average is None else start_average(run.model)
-    weights = distributed.lead_first(lambda: class_weights(exp, dataset, work_dir))
+        start = exp.train.init_from
+        notes.append(distributed.main_process_first(lambda: initialize(run.model, start, offline=offline)))
+        run.average = None if run.average is None else start_ema(run.model)
+    weights = distributed.main_process_first(lambda: class_weights(exp, dataset, work_dir))
     run.model.class_weight = weights if weights is None else weights.to(run.device)
     prepare(exp, run)
-    record = {**run.description, "torchrun": distributed.run_id()}
-    distributed.lead(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
+    record = {**run.description, "torchrun": distributed.elastic_run_id()}
+    distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # the first process writes and talks
-    with Stop() as stop, RunLog(own_dir, exp.schedule.iterations, run.description, start=run.iteration) as log:
+    with Stop() as stop, Logger(own_dir, exp.schedule.iterations, run.description, start=run.iteration) as log:
         for note in notes:
             log.line(note)
         try:
@@ -109,7 +111,7 @@ def train(
             )
             raise KeyboardInterrupt(*error.args) from None
         except UserError as error:  # a file that cannot be read, say: what was trained so far is kept
-            together = distributed.size() == 1 or error.agreed
+            together = distributed.world_size() == 1 or error.agreed
             if run.saved < run.iteration and together and not isinstance(error, DivergedError):
                 with contextlib.suppress(UserError):
                     save(exp, run, work_dir)
@@ -119,7 +121,7 @@ def train(
 
 
 def iterate(
-    exp: Experiment, run: Run, dataset: Dataset, val: Dataset | None, work_dir: Path, log: RunLog, stop: Stop
+    exp: Experiment, run: Run, dataset: Dataset, val: Dataset | None, work_dir: Path, log: Logger, stop: Stop
 ) -> Results | None:
     """Train from `run.iteration` to the end, evaluating and saving on the way; return the last results."""
     settings, total = exp.train, exp.schedule.iterations
@@ -150,17 +152,17 @@ def iterate(
                 )
             if _due(run.iteration, settings.log_every, total):
                 lr = run.optimizer.param_groups[0]["lr"]
-                log.train(run.iteration, {"lr": lr, **meter.read(settings.batch, run.device)})
+                log.train(run.iteration, {"lr": lr, **meter.read(settings.batch_size, run.device)})
                 meter = Meter()
     if run.skipped:
         log.line(f"{run.skipped} training samples could not be read and were skipped; `check` names the files")
     if results:
         found, extra = results, {"name": exp.name, "iteration": run.iteration, "skipped_training_samples": run.skipped}
-        distributed.lead(lambda: report.write_json(work_dir / "results.json", found, extra))
+        distributed.on_main_process(lambda: report.write_json(work_dir / "results.json", found, extra))
     return results
 
 
-def read(run: Run, batches: Iterator[list[Batch]], meter: Meter, stop: Stop, log: RunLog) -> list[Batch]:
+def read(run: Run, batches: Iterator[list[Batch]], meter: Meter, stop: Stop, log: Logger) -> list[Batch]:
     """Return the parts of the next step. Raises Stopped or UserError in all processes when one has reason to."""
     began = time.perf_counter()
     parts: list[Batch] = []
@@ -171,7 +173,7 @@ def read(run: Run, batches: Iterator[list[Batch]], meter: Meter, stop: Stop, log
     except (UserError, Stopped) as caught:
         error = caught
     wrong = [text for part in parts for text in part.skipped]
-    [skipped] = distributed.agree(error, len(wrong))
+    [skipped] = distributed.sync_status(error, len(wrong))
     run.skipped += skipped
     for text in wrong:
         log.once(f"skipped: {text}")
@@ -197,7 +199,7 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
     optimizer.zero_grad()
     try:
         for number, batch in enumerate(parts, 1):
-            accumulate = number < len(parts) and distributed.size() > 1
+            accumulate = number < len(parts) and distributed.world_size() > 1
             with (
                 _enough_memory(_memory_for_training(exp)),
                 distributed.collective(counted=False),
@@ -213,7 +215,7 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
     except UserError:
         _put_back(model.buffers(), kept)  # running statistics have seen the parts before
         raise
-    values = distributed.total(torch.stack(list(losses.values()))) / distributed.size()
+    values = distributed.all_reduce_sum(torch.stack(list(losses.values()))) / distributed.world_size()
     losses = dict(zip(losses, values, strict=True))
     scaler.unscale_(optimizer)
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -225,7 +227,7 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
         meter.add({**losses, "grad_norm": norm})
         due = (run.iteration + 1) % exp.train.ema_every == 0
         if due and run.average is not None and exp.train.ema is not None:
-            update_average(run.average, model, exp.train.ema)
+            update_ema(run.average, model, exp.train.ema)
     else:
         meter.skipped += 1
         _put_back(model.buffers(), kept)  # running statistics have seen the NaN
@@ -235,16 +237,16 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
     return (loss_finite and norm_finite) or overflow
 
 
-def measure(exp: Experiment, run: Run, val: Dataset, log: RunLog, stop: Stop) -> Results:
+def measure(exp: Experiment, run: Run, val: Dataset, log: Logger, stop: Stop) -> Results:
     """Evaluate the model as it is, log the results and note the best mIoU. A signal ends it after the running batch."""
 
     def on_progress(done: int, total: int) -> None:
         log.evaluating(done, total)
         stop.check()
 
-    gallery = Gallery(val, run.model.entries_by)
-    batch, mode = exp.evaluate.batch, exp.evaluate.mode
-    remedy = f"lower evaluate.batch ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
+    gallery = PredictionGrid(val, run.model.step_unit)
+    batch, mode = exp.evaluate.batch_size, exp.evaluate.mode
+    remedy = f"lower evaluate.batch_size ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
     with averaged(run.model, run.average), _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
         distributed.broadcast(list(run.model.buffers()))  # running statistics of the first process count
         results = evaluate(
@@ -321,7 +323,7 @@ def _resume_from(work_dir: Path, resume: bool) -> Path | None:
 
 def _notes(run: Run) -> Iterator[str]:
     """Yield what a user of several processes should know."""
-    if (count := distributed.size()) > 1:
+    if (count := distributed.world_size()) > 1:
         local = any(isinstance(module, torch.nn.BatchNorm2d) for module in run.model.modules())
         yield f"{count} processes on {run.device.type}" + (", batch norm stays local to each" if local else "")
 
@@ -332,14 +334,14 @@ def _batches(exp: Experiment, run: Run, dataset: Dataset) -> Generator[list[Batc
     batches = train_batches(
         dataset,
         TrainTransform(exp.data, dataset.ignore_index),
-        batch=exp.train.batch,
+        batch=exp.train.batch_size,
         micro=part,
         seed=exp.seed,
         start=run.iteration,
         stop=exp.schedule.iterations,
         workers=exp.data.workers,
         rank=distributed.rank(),
-        world=distributed.size(),
+        world=distributed.world_size(),
         on_error=exp.data.on_error,
         pin_memory=run.device.type == "cuda",
     )
@@ -349,13 +351,14 @@ def _batches(exp: Experiment, run: Run, dataset: Dataset) -> Generator[list[Batc
 
 def share_of_batch(exp: Experiment) -> tuple[int, int]:
     """Return the images per step and per forward pass of one process; raises UserError when they do not divide."""
-    batch, most, world = exp.train.batch, exp.train.max_per_device, distributed.size()
+    batch, most, world = exp.train.batch_size, exp.train.device_batch_size, distributed.world_size()
     share = batch // world
     part = min(most, share)
     if batch % world or share % part:
         raise UserError(
-            f"train.batch {batch} on {world} devices does not divide into passes of train.max_per_device {most}; "
-            "choose a multiple for train.batch, or another number of devices"
+            f"train.batch_size {batch} on {world} devices does not divide into passes of train.device_batch_size "
+            f"{most}; "
+            "choose a multiple for train.batch_size, or another number of devices"
         )
     return share, part
 
@@ -370,7 +373,9 @@ def _enough_memory(message: str) -> Iterator[None]:
 
 def _memory_for_training(exp: Experiment) -> str:
     height, width = exp.data.crop
-    return f"out of GPU memory: lower train.max_per_device ({share_of_batch(exp)[1]}) or data.crop ({height} {width})"
+    return (
+        f"out of GPU memory: lower train.device_batch_size ({share_of_batch(exp)[1]}) or data.crop ({height} {width})"
+    )
 
 
 def _put_back(buffers: Iterable[Tensor], kept: Iterable[Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segcore.config.schema import Optimizer, ParamRule
+from segcore.config.schema import OptimizerConfig, ParamRule
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 
@@ -17,7 +17,7 @@ OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> what the optimizer keeps for it, such as its moments."""
 
 
-def param_rule(name: str, optimizer: Optimizer) -> ParamRule:
+def param_rule(name: str, optimizer: OptimizerConfig) -> ParamRule:
     """Return the rule for a parameter's published name; one that changes nothing when none matches.
 
     The longest key that is a part of the name wins, equal lengths in alphabetical order; then no other rule applies.
@@ -26,20 +26,20 @@ def param_rule(name: str, optimizer: Optimizer) -> ParamRule:
     return next((rule for rule in rules if rule.key in name), ParamRule(""))
 
 
-def param_settings(names: Iterable[str], optimizer: Optimizer) -> dict[str, tuple[float, float]]:
+def param_settings(names: Iterable[str], optimizer: OptimizerConfig) -> dict[str, tuple[float, float]]:
     """Return (base learning rate, weight decay) by published parameter name."""
     rules = {name: param_rule(name, optimizer) for name in names}
     return {n: (optimizer.lr * r.lr_mult, optimizer.weight_decay * r.decay_mult) for n, r in rules.items()}
 
 
-def build_optimizer(model: Segmentor, optimizer: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
     """Return AdamW or SGD over the parameters of `model` that are trained. The model is already on its device.
 
     Parameters with equal settings share a group, which the fused kernels like; the outcome for each is the same as in a
     group of its own. A group carries `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
     rule for its first name. Frozen parameters are left out.
     """
-    official = model.official_names()
+    official = model.key_map()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = param_settings((official[name] for name in parameters), optimizer)
     groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)

@@ -1,9 +1,9 @@
 """The learning rate of an iteration (reference: evaluation specification, section 5)."""
 
-from segcore.config.schema import Schedule
+from segcore.config.schema import ScheduleConfig
 
 
-def learning_rate(schedule: Schedule, base: float, iteration: int) -> float:
+def learning_rate(schedule: ScheduleConfig, base: float, iteration: int) -> float:
     """Return the rate that step `iteration` (counted from 0) uses, for a parameter group whose own base rate is `base`.
 
     The usual warm-up scales the rate that the schedule gives at that iteration, so the curve has no jump where it ends.

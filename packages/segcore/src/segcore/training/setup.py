@@ -10,7 +10,7 @@ from segcore import distributed
 from segcore.config.record import describe
 from segcore.config.schema import Experiment
 from segcore.models.segmentor import Segmentor
-from segcore.training.ema import start_average
+from segcore.training.ema import start_ema
 from segcore.training.optimizer import build_optimizer
 from segcore.training.state import Run
 
@@ -33,10 +33,10 @@ def build(exp: Experiment, device: torch.device) -> Run:
     model = model.to(device)
     if exp.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if distributed.size() > 1 and device.type == "cuda":
+    if distributed.world_size() > 1 and device.type == "cuda":
         model = convert_sync_batchnorm(model)
     scaler = torch.amp.GradScaler(device.type, enabled=exp.train.precision == "fp16")
-    average = start_average(model) if exp.train.ema is not None else None
+    average = start_ema(model) if exp.train.ema is not None else None
     return Run(model, Losses(model), build_optimizer(model, exp.optimizer), scaler, average, describe(exp))
 
 

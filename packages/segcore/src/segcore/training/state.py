@@ -13,11 +13,11 @@ from torch import nn
 
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
-from segcore.config.record import OtherSettings, differences
+from segcore.config.record import ConfigDiff, differences
 from segcore.config.schema import Experiment
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
-from segcore.training.ema import Average, averaged, start_average
+from segcore.training.ema import Average, averaged, start_ema
 from segcore.training.optimizer import load_optimizer_state, optimizer_state
 
 
@@ -73,9 +73,9 @@ def save(exp: Experiment, run: Run, work_dir: Path) -> None:
         checkpoint.save(checkpoint.folder_of(work_dir, run.iteration), model, state, run.description)
         if run.best_iteration:
             checkpoint.mark_best(work_dir, run.best_iteration, run.best_miou)
-        checkpoint.prune(work_dir, exp.train.keep, run.iteration)
+        checkpoint.prune(work_dir, exp.train.keep_last, run.iteration)
 
-    distributed.lead(write)
+    distributed.on_main_process(write)
     run.saved = run.iteration
 
 
@@ -87,7 +87,7 @@ def restore(exp: Experiment, run: Run, folder: Path) -> list[str]:
     found = checkpoint.load(folder)
     own, state = run.model.state_dict(), found.state
     if wrong := sorted(n for n in {*own, *found.model} if _shape(own, n) != _shape(found.model, n)):
-        remedy = OtherSettings.of(folder, exp).remedy or "resume with the settings in its experiment.json"
+        remedy = ConfigDiff.of(folder, exp).remedy or "resume with the settings in its experiment.json"
         raise UserError(
             f"{folder}: {len(wrong)} tensors do not fit the model (first: {wrong[0]}); "
             f"{remedy}, or choose another --work-dir"
@@ -97,7 +97,7 @@ def restore(exp: Experiment, run: Run, folder: Path) -> list[str]:
     run.model.load_state_dict({**found.model, **state.get("trained", {})})
     if run.average is not None:
         with averaged(run.model, found.model):
-            run.average = start_average(run.model)
+            run.average = start_ema(run.model)
     load_optimizer_state(run.model, run.optimizer, state["optimizer"])
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])

@@ -7,13 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset
 from segcore.data.labels import FORBIDDEN, behind_background
 from segcore.errors import UserError
 
 
-def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
+def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     """Return the training or validation split of `data`, which also says the layout, the channels and the classes.
 
     Raises UserError when the folder is missing, a split is empty, or an image has no label.
@@ -25,7 +25,7 @@ def open_dataset(data: Data, split: Literal["train", "val"]) -> Dataset:
     return dataset
 
 
-def find_files(data: Data, split: Literal["train", "val"]) -> Dataset:
+def find_files(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     """Return the split as `open_dataset` does, but leave out images without a label, which `unpaired` then lists.
 
     Nothing is generated; of a toy set `unpaired` lists every file that it has lost.
@@ -47,19 +47,19 @@ def find_files(data: Data, split: Literal["train", "val"]) -> Dataset:
         gone = tuple(f"{file}: missing; `train` generates it again" for file in toy.lost(data.root, [split]))
         dataset = replace(dataset, unpaired=gone)
     dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth)
-    return with_background(dataset) if data.background else dataset
+    return with_background(dataset) if data.add_background_class else dataset
 
 
-def palette_of(data: Data) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the class names and (K, 3) uint8 RGB colours that `open_dataset` would give, without needing the files."""
+def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the class names and (K, 3) uint8 RGB colors that `open_dataset` would give, without needing the files."""
     from segcore.data.layouts import ade20k, cityscapes, folder
 
     if data.dataset == "folder":
-        classes, palette = data.classes, folder.distinct_colours(len(data.classes))
+        classes, palette = data.classes, folder.distinct_colors(len(data.classes))
     else:
         module = ade20k if data.dataset == "ade20k" else cityscapes
         classes, palette = module.CLASSES, module.PALETTE
-    return behind_background(classes, palette) if data.background else (classes, palette)
+    return behind_background(classes, palette) if data.add_background_class else (classes, palette)
 
 
 def with_background(dataset: Dataset) -> Dataset:

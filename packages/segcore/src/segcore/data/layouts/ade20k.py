@@ -1,14 +1,14 @@
 """ADE20K (ADEChallengeData2016): 150 classes, 20210 training and 2000 validation images of many sizes.
 
 Layout: `images/{training,validation}/NAME.jpg` and `annotations/{training,validation}/NAME.png`. Raw label 0 is
-unlabelled and becomes the ignored 255, raw 1 .. 150 become 0 .. 149. Road and skyscraper share a colour in the
+unlabeled and becomes the ignored 255, raw 1 .. 150 become 0 .. 149. Road and skyscraper share a color in the
 published palette.
 """
 
 from pathlib import Path
 
 from segcore.data.dataset import Dataset
-from segcore.data.labels import IGNORE, index_table, parse_classes
+from segcore.data.labels import IGNORE, label_lut, parse_classes
 from segcore.data.layouts.files import list_files, pair_files
 
 CLASSES, PALETTE = parse_classes(
@@ -38,7 +38,7 @@ CLASSES, PALETTE = parse_classes(
     19c2c2; clock 66ff00; flag 5c00ff
     """
 )
-TABLE = index_table({0: IGNORE, IGNORE: IGNORE} | {index + 1: index for index in range(len(CLASSES))})
+TABLE = label_lut({0: IGNORE, IGNORE: IGNORE} | {index + 1: index for index in range(len(CLASSES))})
 
 
 def open_split(root: Path, split: str) -> Dataset:

@@ -7,7 +7,7 @@ is `labelTrainIds` (0 .. 18, 255 ignored) or, as downloaded, `labelIds` (raw ids
 from pathlib import Path
 
 from segcore.data.dataset import Dataset
-from segcore.data.labels import IGNORE, index_table, parse_classes
+from segcore.data.labels import IGNORE, label_lut, parse_classes
 from segcore.data.layouts.files import list_files, pair_files
 
 CLASSES, PALETTE = parse_classes(
@@ -21,9 +21,9 @@ RAW_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32,
 """Raw id of every class, in the order of the train ids."""
 
 TABLES = {
-    "_gtFine_labelTrainIds.png": index_table(len(CLASSES)),
+    "_gtFine_labelTrainIds.png": label_lut(len(CLASSES)),
     # Raw ids are 0 .. 33 and -1, which a PNG holds as 255.
-    "_gtFine_labelIds.png": index_table(
+    "_gtFine_labelIds.png": label_lut(
         dict.fromkeys((*range(34), IGNORE), IGNORE) | {raw: index for index, raw in enumerate(RAW_IDS)}
     ),
 }

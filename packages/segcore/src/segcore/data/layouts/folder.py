@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from segcore.config.schema import Data
+from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset
 from segcore.data.images import IMAGE_SUFFIXES
-from segcore.data.labels import IGNORE, index_table
+from segcore.data.labels import IGNORE, label_lut
 from segcore.data.layouts.files import pair_files
 from segcore.errors import UserError
 
@@ -29,7 +29,7 @@ _ENDING = re.compile(
 )
 
 
-def open_split(data: Data, split: str) -> Dataset:
+def open_split(data: DataConfig, split: str) -> Dataset:
     """Return the split `train` or `val` that the globs of `data` name; mask values are 0 .. K-1 and 255 (ignored).
 
     An empty `data.val_masks` gives samples without labels. Raises UserError when classes are missing, when nothing
@@ -44,7 +44,7 @@ def open_split(data: Data, split: str) -> Dataset:
     masks = find(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
     wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
     samples, unpaired, spare = pair_files(find(data.root, image_glob), masks, wanted)
-    palette, table = distinct_colours(len(data.classes)), index_table(len(data.classes))
+    palette, table = distinct_colors(len(data.classes)), label_lut(len(data.classes))
     image_root = data.root / fixed_part(image_glob)
     return Dataset(data.classes, palette, IGNORE, samples, image_root, table, unpaired=unpaired, spare=spare)
 
@@ -81,16 +81,16 @@ def fixed_part(pattern: str) -> PurePosixPath:
     return PurePosixPath(*parts[:wild])
 
 
-def distinct_colours(count: int) -> np.ndarray:
-    """Return (count, 3) uint8 RGB: of 512 spaced colours, each the farthest in CIELAB from black and those before it.
+def distinct_colors(count: int) -> np.ndarray:
+    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and those before it.
 
-    Colour i does not depend on `count`, which is at most 511.
+    Color i does not depend on `count`, which is at most 511.
     """
     levels = np.linspace(0, 255, 8).astype(np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
-    lab = cv2.cvtColor(colours[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
-    chosen, distance = [0], np.full(len(colours), np.inf)
+    colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
+    lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+    chosen, distance = [0], np.full(len(colors), np.inf)
     for _ in range(count):
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(distance.argmax()))
-    return colours[chosen[1:]]
+    return colors[chosen[1:]]

@@ -1,4 +1,4 @@
-"""The canvas of a street scene: polygons in metres, projected and painted with colour, label and texture."""
+"""The canvas of a street scene: polygons in metres, projected and painted with color, label and texture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BICYCLE, IGNORE = 18, 255
 PLAIN, ASPHALT, STONE, LEAVES, GRASS, CLOUD = range(6)
 """Textures. Buildings, walls, paving and bark share one, grass is all there is on terrain."""
 
-Colour = Sequence[float] | np.ndarray
+Color = Sequence[float] | np.ndarray
 """RGB, 0..255."""
 BLACK, WHITE, GLASS = (26, 26, 30), (232, 232, 226), (62, 72, 84)
 PAINT = [
@@ -30,7 +30,7 @@ PAINT = [
     (44, 98, 66),
     (112, 84, 64),
 ]
-"""Colours of vehicles, clothes, doors, awnings: shared, so that they tell little."""
+"""Colors of vehicles, clothes, doors, awnings: shared, so that they tell little."""
 
 ANGLES = np.linspace(0, 2 * np.pi, 20, endpoint=False)
 CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
@@ -43,11 +43,11 @@ class Canvas:
 
     def __init__(self, rng: np.random.RandomState, height: int, width: int) -> None:
         self.rng, self.h, self.w = rng, 2 * height, 2 * width
-        self.colour = np.zeros((self.h, self.w, 3), np.uint8)
+        self.color = np.zeros((self.h, self.w, 3), np.uint8)
         self.label = np.full((self.h, self.w), IGNORE, np.uint8)
         self.texture = np.full((self.h, self.w), PLAIN, np.uint8)
         self.focal = 1.15 * self.h
-        self.centre = np.array([self.w * rng.uniform(0.25, 0.75), self.h * rng.uniform(0.28, 0.54)])
+        self.center = np.array([self.w * rng.uniform(0.25, 0.75), self.h * rng.uniform(0.28, 0.54)])
         """Vanishing point of the street in pixels; its height is the horizon."""
         self.eye = rng.uniform(1.6, 2.5)
         self.dusk = rng.rand() < 0.2
@@ -57,43 +57,43 @@ class Canvas:
         """Between lit and shaded sides; small under clouds."""
         self.haze: np.ndarray = np.full(3, 200.0)
         self.reach = rng.uniform(60, 200)
-        """Metres after which 63 % of a colour is haze."""
+        """Metres after which 63 % of a color is haze."""
 
-    def pick(self, colours: Sequence[Colour], spread: float = 12, light: float = 0.2) -> np.ndarray:
-        """Return one of `colours`, varied by a factor 1 +- `light` and by +- `spread` per channel."""
-        base = np.array(colours[self.rng.randint(len(colours))]) * self.rng.uniform(1 - light, 1 + light)
+    def pick(self, colors: Sequence[Color], spread: float = 12, light: float = 0.2) -> np.ndarray:
+        """Return one of `colors`, varied by a factor 1 +- `light` and by +- `spread` per channel."""
+        base = np.array(colors[self.rng.randint(len(colors))]) * self.rng.uniform(1 - light, 1 + light)
         return np.clip(base + self.rng.uniform(-spread, spread, 3), 8, 248)
 
     def project(self, points: Any) -> np.ndarray:
         """Return pixels (n, 2) of points (n, 3) in metres; what is nearer than 0.8 m is moved there."""
         x, y, z = np.asarray(points, float).T
-        return self.centre + self.focal * np.stack([x, self.eye - y], 1) / np.maximum(z, 0.8)[:, None]
+        return self.center + self.focal * np.stack([x, self.eye - y], 1) / np.maximum(z, 0.8)[:, None]
 
-    def fill(self, pixels: Any, colour: Any, label: int | None = None, texture: int = PLAIN, z: float = 0) -> None:
+    def fill(self, pixels: Any, color: Any, label: int | None = None, texture: int = PLAIN, z: float = 0) -> None:
         """Paint a polygon (n, 2) in pixels at distance z.
 
-        Without a label it is a detail of what lies there; without a colour it is labelled only.
+        Without a label it is a detail of what lies there; without a color it is labeled only.
         """
         polygon = [np.rint(np.asarray(pixels) * 2**SUBPIXEL).astype(np.int32)]
-        if colour is not None:
+        if color is not None:
             clear = np.exp(-z / self.reach)
-            rgb = [min(own * clear + haze * (1 - clear), 255) for own, haze in zip(colour, self.haze, strict=True)]
-            cv2.fillPoly(self.colour, polygon, rgb, shift=SUBPIXEL)
+            rgb = [min(own * clear + haze * (1 - clear), 255) for own, haze in zip(color, self.haze, strict=True)]
+            cv2.fillPoly(self.color, polygon, rgb, shift=SUBPIXEL)
         if label is not None:
             cv2.fillPoly(self.label, polygon, label, shift=SUBPIXEL)
             cv2.fillPoly(self.texture, polygon, texture, shift=SUBPIXEL)
 
-    def face(self, points: Any, colour: Any, label: int | None = None, texture: int = PLAIN) -> None:
+    def face(self, points: Any, color: Any, label: int | None = None, texture: int = PLAIN) -> None:
         """Paint a polygon (n, 3) in metres; the rest as in `fill`."""
-        self.fill(self.project(points), colour, label, texture, z=sum(point[2] for point in points) / len(points))
+        self.fill(self.project(points), color, label, texture, z=sum(point[2] for point in points) / len(points))
 
     def ground(
-        self, x0: float, x1: float, z0: float, z1: float, colour: Any, label: int | None = None, texture: int = PLAIN
+        self, x0: float, x1: float, z0: float, z1: float, color: Any, label: int | None = None, texture: int = PLAIN
     ) -> None:
         """Paint a rectangle of the ground; the rest as in `fill`."""
         z0, z1 = max(z0, 1.0), max(z1, 1.0)
         corners = [(x0, 0, z0), (x0, 0, z1), (x1, 0, z1), (x1, 0, z0)]
-        self.fill(self.project(corners), colour, label, texture, z=min(z0, 25))
+        self.fill(self.project(corners), color, label, texture, z=min(z0, 25))
 
     def board(self, x: float, z: float) -> Callable[[Any], np.ndarray]:
         """Return the map from (right, up) in metres on an upright board that stands at (x, z) to pixels."""
@@ -104,7 +104,7 @@ class Canvas:
         """Darken a polygon (n, 3) in metres: a shadow."""
         polygon = np.rint(self.project(points)).astype(np.int32)
         (left, top), (right, bottom) = polygon.min(0).clip(0), polygon.max(0).clip(-1) + 1
-        part = self.colour[top:bottom, left:right]
+        part = self.color[top:bottom, left:right]
         if part.size:
             mask = np.zeros(part.shape[:2], np.uint8)
             cv2.fillPoly(mask, [polygon - (left, top)], 1)
@@ -113,7 +113,7 @@ class Canvas:
     def develop(self) -> tuple[np.ndarray, np.ndarray]:
         """Return image (H, W, 3) uint8 RGB and labels (H, W) uint8 at the final size, with texture, light and grain."""
         rng, size = self.rng, (self.w // 2, self.h // 2)
-        image = cv2.resize(self.colour, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+        image = cv2.resize(self.color, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         label, texture = self.label[1::2, 1::2].copy(), self.texture[1::2, 1::2]
 
         def noise(across: float, down: float) -> np.ndarray:
@@ -135,8 +135,8 @@ class Canvas:
         for kind, field in fields.items():
             np.add(factor, field, out=factor, where=texture == kind)
         image *= factor[..., None]
-        grey = image.mean(2, keepdims=True)
-        image = grey + (image - grey) * np.float32(rng.uniform(0.6, 1.1))
+        gray = image.mean(2, keepdims=True)
+        image = gray + (image - gray) * np.float32(rng.uniform(0.6, 1.1))
         tint = np.array([(1, 1, 1), (1.1, 0.98, 0.84), (0.88, 0.98, 1.1)][rng.randint(3)], np.float32)
         exposure = np.float32(rng.uniform(0.65, 0.85) if self.dusk else rng.uniform(0.8, 1.2))
         grain = rng.randint(-4, 5, image.shape, np.int8) + rng.randint(-4, 5, image.shape, np.int8)

@@ -77,7 +77,7 @@ def _sky(c: Canvas) -> None:
     if c.dusk:
         top, low = top * 0.45, low * 0.75
     c.haze = low * 0.9
-    c.colour[:] = top + (low - top) * np.clip(np.arange(c.h) / c.centre[1], 0, 1)[:, None, None] ** 0.8
+    c.color[:] = top + (low - top) * np.clip(np.arange(c.h) / c.center[1], 0, 1)[:, None, None] ** 0.8
     c.label[:], c.texture[:] = SKY, CLOUD
 
 
@@ -126,7 +126,7 @@ def _skyline(c: Canvas) -> None:
         x += wide
 
 
-def _leaves(c: Canvas, x: float, z: float, y: float, rx: float, ry: float, colour: np.ndarray, count: int) -> None:
+def _leaves(c: Canvas, x: float, z: float, y: float, rx: float, ry: float, color: np.ndarray, count: int) -> None:
     """Draw clusters of leaves around height y, lighter above and towards the sun."""
     place, angle, radius = c.board(x, z), c.rng.uniform(0, 2 * np.pi, count), np.sqrt(c.rng.uniform(0, 1, count))
     clusters = zip(radius * np.cos(angle), radius * np.sin(angle), strict=True)
@@ -134,7 +134,7 @@ def _leaves(c: Canvas, x: float, z: float, y: float, rx: float, ry: float, colou
         light = 0.82 + 0.3 * (dy + 0.5 * dx * c.sun) + c.rng.uniform(-0.12, 0.12)
         size = c.rng.uniform(0.16, 0.36)
         blob = ellipse(dx * rx, y + dy * ry, size * rx, size * ry)
-        c.fill(place(blob), colour * light, VEGETATION, LEAVES, z)
+        c.fill(place(blob), color * light, VEGETATION, LEAVES, z)
 
 
 def _tree(c: Canvas, x: float, z: float, leaf: np.ndarray) -> None:
@@ -188,20 +188,20 @@ def _garden(c: Canvas, x: float, out: int, z0: float, z1: float, leaf: np.ndarra
         _tree(c, x + out * rng.uniform(1.5, 5), max(z, 4), leaf)
     kind, tall = rng.choice(3, p=[0.46, 0.42, 0.12]), rng.uniform(1.7, 2.4)
     if kind == 0:
-        colour = c.pick(FACADES) * (1 - c.contrast if c.sun == out else 1)
-        c.face(side(x, z0, z1, 0, tall), colour, WALL, STONE)
+        color = c.pick(FACADES) * (1 - c.contrast if c.sun == out else 1)
+        c.face(side(x, z0, z1, 0, tall), color, WALL, STONE)
         for row, y in enumerate(np.arange(0, tall - 0.2, 0.32)):  # large blocks
-            c.face(side(x, z0, z1, y, y + 0.07), colour * 0.55)
+            c.face(side(x, z0, z1, y, y + 0.07), color * 0.55)
             for z in np.arange(z0 + 0.4 * (row % 2), z1, 0.8):
-                c.face(side(x, z, z + 0.09, y, min(y + 0.32, tall)), colour * 0.55)
-        c.face(side(x, z0, z1, tall - 0.2, tall), colour * 1.25)
-    elif kind == 1:  # one sees through it, but it is labelled as a whole, as in Cityscapes
-        colour = c.pick(BOARDS)
+                c.face(side(x, z, z + 0.09, y, min(y + 0.32, tall)), color * 0.55)
+        c.face(side(x, z0, z1, tall - 0.2, tall), color * 1.25)
+    elif kind == 1:  # one sees through it, but it is labeled as a whole, as in Cityscapes
+        color = c.pick(BOARDS)
         c.face(side(x, z0, z1, 0, tall), None, FENCE)
         for z in np.arange(z0, z1, 0.4):
-            c.face(side(x, z, z + 0.26, 0, tall), colour)
+            c.face(side(x, z, z + 0.26, 0, tall), color)
         for y in (0.2, tall - 0.4):
-            c.face(side(x, z0, z1, y, y + 0.16), colour * 0.85)
+            c.face(side(x, z0, z1, y, y + 0.16), color * 0.85)
     else:
         for z in np.arange(z1, max(z0, 3), -0.7):
             _leaves(c, x, z, tall * 0.5, 0.5, tall * 0.5, leaf, 9)
@@ -270,6 +270,6 @@ def _things(c: Canvas, kerbs: tuple[float, float], lines: tuple[float, float], l
 
 def _hood(c: Canvas) -> None:
     """The bonnet of the own car: part of every picture, not of the task."""
-    x, high, colour = c.w * c.rng.uniform(0.44, 0.56), c.h * c.rng.uniform(0.04, 0.1), c.pick(PAINT) * 0.6
+    x, high, color = c.w * c.rng.uniform(0.44, 0.56), c.h * c.rng.uniform(0.04, 0.1), c.pick(PAINT) * 0.6
     for share in (1.0, 0.8, 0.55):
-        c.fill(ellipse(x, c.h, c.w * (0.34 + 0.22 * share), high * share), colour * (1.7 - 0.7 * share), IGNORE)
+        c.fill(ellipse(x, c.h, c.w * (0.34 + 0.22 * share), high * share), color * (1.7 - 0.7 * share), IGNORE)

@@ -26,7 +26,7 @@ from segcore.demo.street.canvas import (
     TRUCK,
     WHITE,
     Canvas,
-    Colour,
+    Color,
     box,
     ellipse,
     front,
@@ -80,25 +80,25 @@ class Body(NamedTuple):
         return front(self.z, self.x + a * half, self.x + b * half, low * self.tall, high * self.tall)
 
 
-def _hull(c: Canvas, b: Body, shape: list[tuple[float, float]], colour: np.ndarray, label: int) -> None:
+def _hull(c: Canvas, b: Body, shape: list[tuple[float, float]], color: np.ndarray, label: int) -> None:
     """Draw a side view drawn out over the width: what looks this way or up, then the flank."""
     outline = [(b.z + share * b.long, up * b.tall) for share, up in shape]
     x0, x1 = b.x - b.wide / 2, b.x + b.wide / 2
     for (za, ya), (zb, yb) in list(pairwise(outline))[::-1]:
         if yb >= ya:
             light = 0.9 if zb - za < 0.2 else 1.15
-            c.face([(x0, ya, za), (x0, yb, zb), (x1, yb, zb), (x1, ya, za)], colour * light, label)
+            c.face([(x0, ya, za), (x0, yb, zb), (x1, yb, zb), (x1, ya, za)], color * light, label)
     if b.flank is not None:
         light = 1 - c.contrast if c.sun == np.sign(b.x) else 1.05
-        c.face([(b.flank, y, z) for z, y in outline], colour * light, label)
+        c.face([(b.flank, y, z) for z, y in outline], color * light, label)
 
 
 def _wheels(c: Canvas, b: Body, label: int, radius: float) -> None:
     for share in (0.18, 0.8):
         if b.flank is not None:
-            for r, colour in ((radius, BLACK), (0.55 * radius, (150, 150, 154))):
+            for r, color in ((radius, BLACK), (0.55 * radius, (150, 150, 154))):
                 z = b.z + share * b.long
-                c.face([(b.flank, radius + r * dy, z + r * dz) for dz, dy in CIRCLE], colour, label)
+                c.face([(b.flank, radius + r * dy, z + r * dz) for dz, dy in CIRCLE], color, label)
     for dx in (-0.42, 0.42):
         c.face(front(b.z, b.x + dx * b.wide - 0.12, b.x + dx * b.wide + 0.12, 0, radius), BLACK, label)
 
@@ -119,8 +119,8 @@ def _lamps(c: Canvas, b: Body, height: float, away: bool) -> None:
 def car(c: Canvas, x: float, z: float, away: bool) -> None:
     """A car, driving away or towards the camera."""
     b = Body(x, z, 1.85, c.rng.uniform(3.9, 4.7), c.rng.uniform(1.45, 1.8))
-    colour, shape = c.pick(PAINT), CAR_FROM_BEHIND if away else CAR_FROM_AHEAD
-    _hull(c, b, shape, colour, CAR)
+    color, shape = c.pick(PAINT), CAR_FROM_BEHIND if away else CAR_FROM_AHEAD
+    _hull(c, b, shape, color, CAR)
     _wheels(c, b, CAR, 0.34)
     _windows(c, b, [(0.2, 0.36), (0.4, 0.56)] if away else [(0.44, 0.6), (0.64, 0.8)], 0.66, 0.92)
     (near, low), (far, high) = shape[2:4] if away else shape[3:5]
@@ -129,7 +129,7 @@ def car(c: Canvas, x: float, z: float, away: bool) -> None:
     c.face([(x + b.wide * dx, y, z + share * b.long) for dx, y, share in pane], GLASS)
     _lamps(c, b, 0.42 * b.tall, away)
     c.face(front(z, x - 0.26, x + 0.26, 0.45, 0.58), WHITE)
-    c.face(b.end(-1, 1, 0.16, 0.24), colour * 0.5)
+    c.face(b.end(-1, 1, 0.16, 0.24), color * 0.5)
 
 
 def bus(c: Canvas, x: float, z: float, away: bool) -> None:
@@ -146,18 +146,18 @@ def bus(c: Canvas, x: float, z: float, away: bool) -> None:
 
 
 def truck(c: Canvas, x: float, z: float, away: bool) -> None:
-    """A truck: a cab and a closed load, of two colours; from behind one sees the doors of the load."""
+    """A truck: a cab and a closed load, of two colors; from behind one sees the doors of the load."""
     tall, long = c.rng.uniform(3.1, 3.7), c.rng.uniform(5, 7)
     paint, cover = c.pick(PAINT), c.pick(TARPAULIN)
     load = Body(x, z if away else z + 2.2, 2.5, long, tall)
     cab = Body(x, z + long + 0.3 if away else z, 2.3, 2.0, tall * 0.78)
     c.face(front(z + 0.2, x - 1.1, x + 1.1, 0.35, tall * 0.3), BLACK, TRUCK)
-    for b, colour in ((cab, paint), (load, cover))[:: 1 if away else -1]:
-        _hull(c, b, VAN, colour, TRUCK)
+    for b, color in ((cab, paint), (load, cover))[:: 1 if away else -1]:
+        _hull(c, b, VAN, color, TRUCK)
         if b is load and b.flank is not None:  # ribs
             for share in np.arange(0.06, 1, 0.14):
                 z = b.z + share * b.long
-                c.face(side(b.flank, z, z + 0.25, 0.2 * tall, 0.96 * tall), colour * 0.6)
+                c.face(side(b.flank, z, z + 0.25, 0.2 * tall, 0.96 * tall), color * 0.6)
         if b is cab:
             _windows(c, cab, [(0.25, 0.75)], 0.55, 0.85)
     _wheels(c, Body(x, z, 2.5, long + 2.2, tall), TRUCK, 0.5)
@@ -178,8 +178,8 @@ def person(c: Canvas, x: float, z: float) -> None:
     tall, stride, face = rng.uniform(1.6, 1.95), rng.uniform(0.03, 0.3), int(rng.choice([-1, 1]))
     coat, trousers = c.pick(PAINT), c.pick(PAINT) * 0.7
 
-    def draw(polygon: Any, colour: Colour) -> None:
-        c.fill(place(np.asarray(polygon) * (face * tall, tall)), colour, PERSON, z=z)
+    def draw(polygon: Any, color: Color) -> None:
+        c.fill(place(np.asarray(polygon) * (face * tall, tall)), color, PERSON, z=z)
 
     for step, light in ((-1, 0.75), (1, 1)):
         foot = (step * stride * 0.6, 0.03)
@@ -195,13 +195,13 @@ def person(c: Canvas, x: float, z: float) -> None:
 
 
 def bicycle(c: Canvas, x: float, z: float, ridden: bool) -> None:
-    """A bicycle from its side, more or less turned, perhaps with a rider; labelled through spokes and frame."""
+    """A bicycle from its side, more or less turned, perhaps with a rider; labeled through spokes and frame."""
     rng, place = c.rng, c.board(x, z)
     turn = rng.choice([-1, 1]) * rng.uniform(0.6, 1)
     frame, coat, trousers = c.pick(PAINT), c.pick(VESTS), c.pick(PAINT) * 0.6
 
-    def draw(polygon: Any, colour: Any, label: int = BICYCLE) -> None:
-        c.fill(place(np.asarray(polygon) * (1.15 * turn, 1.15)), colour, label, z=z)
+    def draw(polygon: Any, color: Any, label: int = BICYCLE) -> None:
+        c.fill(place(np.asarray(polygon) * (1.15 * turn, 1.15)), color, label, z=z)
 
     def leg(knee: tuple[float, float], foot: tuple[float, float], light: float) -> None:
         draw(stroke((-0.2, 0.96), knee, 0.16), trousers * light, RIDER)
@@ -236,9 +236,9 @@ def bicycle(c: Canvas, x: float, z: float, ridden: bool) -> None:
 
 
 def _mast(c: Canvas, x: float, z: float, tall: float, wide: float) -> Any:
-    place, colour, half = c.board(x, z), c.pick(METAL), wide / 2
-    c.fill(place(box(-half, half, 0, tall)), colour, POLE, z=z)
-    c.fill(place(box(half * 0.2, half, 0, tall)), colour * (1 + 0.25 * c.sun), z=z)
+    place, color, half = c.board(x, z), c.pick(METAL), wide / 2
+    c.fill(place(box(-half, half, 0, tall)), color, POLE, z=z)
+    c.fill(place(box(half * 0.2, half, 0, tall)), color * (1 + 0.25 * c.sun), z=z)
     return place
 
 
@@ -257,15 +257,15 @@ def traffic_light(c: Canvas, x: float, z: float) -> None:
     place = _mast(c, x, z, tall, 0.32)
     c.fill(place(box(-0.45, 0.45, tall - 0.2, tall + 1.7)), WHITE, LIGHT, z=z)
     c.fill(place(box(-0.37, 0.37, tall - 0.12, tall + 1.62)), (34, 38, 36), z=z)
-    for i, colour in enumerate(((70, 235, 150), (255, 190, 50), (245, 50, 40))):
-        c.fill(place(ellipse(0, tall + 0.2 + 0.55 * i, 0.25, 0.25)), np.array(colour) * (1 if i == lit else 0.35), z=z)
+    for i, color in enumerate(((70, 235, 150), (255, 190, 50), (245, 50, 40))):
+        c.fill(place(ellipse(0, tall + 0.2 + 0.55 * i, 0.25, 0.25)), np.array(color) * (1 if i == lit else 0.35), z=z)
 
 
 def traffic_sign(c: Canvas, x: float, z: float) -> None:
     """A sign on a mast: no entry, a command, a warning or a way."""
     tall, size = c.rng.uniform(2.4, 3.2), c.rng.uniform(0.6, 0.8)
     square, triangle = np.array(box(-1, 1, -1, 1)), np.array([(-1.1, -0.8), (0, 1.1), (1.1, -0.8)])
-    signs: tuple[tuple[np.ndarray, Colour, Colour, tuple[float, float], Colour], ...] = (
+    signs: tuple[tuple[np.ndarray, Color, Color, tuple[float, float], Color], ...] = (
         (CIRCLE, RED, WHITE, (0.5, 0.14), BLACK),
         (CIRCLE, WHITE, BLUE, (0.12, 0.45), WHITE),
         (triangle, RED, WHITE, (0.12, 0.4), BLACK),
@@ -273,5 +273,5 @@ def traffic_sign(c: Canvas, x: float, z: float) -> None:
     )
     shape, rim, field, bar, ink = signs[c.rng.randint(len(signs))]
     place = _mast(c, x, z, tall, 0.28)
-    for polygon, colour, label in ((shape, rim, SIGN), (shape * 0.72, field, None), (square * bar, ink, None)):
-        c.fill(place(polygon * size + (0, tall)), colour, label, z=z)
+    for polygon, color, label in ((shape, rim, SIGN), (shape * 0.72, field, None), (square * bar, ink, None)):
+        c.fill(place(polygon * size + (0, tall)), color, label, z=z)
