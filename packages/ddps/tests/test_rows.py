@@ -230,7 +230,7 @@ def test_of_a_long_run_some_timesteps_are_shown():
     ("options", "words"),
     [
         ({"mode": "posterior"}, "q_pred, q_posterior, bayes"),
-        ({"num_inference_steps": 0}, "at least 1"),
+        ({"inference_timesteps": 0}, "at least 1"),
         ({"inference_timesteps": -1}, "at least 1"),
         ({"uniforms": torch.rand(3, 1, 4, 16, 24)}, "it takes 4"),
         ({"uniforms": torch.rand(5, 1, 4, 16, 24)}, "it takes 4"),
