@@ -19,6 +19,8 @@ from segcore.errors import UserError
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 _INPUT = (*INFERENCE, "check")
 """Commands that need to know what the images are."""
 _SPLITS = ("test", "check")
@@ -193,9 +195,9 @@ class LossConfig(Section):
     class_weight: tuple[float, ...] | Literal["auto"] | None = setting(None, above=0)
     """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
     of the training labels' pixels), scaled so that the loss keeps its size."""
-    ohem_threshold: float = setting(0.7, above=0, most=1)
+    ohem_threshold: float = setting(0.9, above=0, most=1)
     """ohem and ohem_pyradd: pixels whose true class has a lower probability are hard."""
-    ohem_min_kept: int = setting(100_000, least=1)
+    ohem_min_kept: int = setting(131_072, least=1)
     """ohem and ohem_pyradd: at least this many pixels of a forward pass on one device count as hard."""
     avg_non_ignore: bool = False
     """cross_entropy: divide by the number of labeled pixels; False: by that of all pixels, as published."""
@@ -215,7 +217,7 @@ class TrainConfig(Section):
     short."""
     init_from: str | None = None
     """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
@@ -266,7 +268,7 @@ class EvalConfig(Section):
     """Add the horizontally flipped view of every scale."""
     batch_size: int = setting(1, least=1, commands=("test",))
     """Images per forward pass, where sizes are equal."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Precision of the forward pass (autocast); None: as trained, `train.precision`."""
     channels_last: bool | None = None
     """Memory layout of images and convolutions; None: as trained, `train.channels_last`."""
