@@ -10,7 +10,7 @@ from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ddp_seg.model import DDPSegmentor
+    from ddp_seg.model import DDP
 
 Backbone = Literal[
     "convnext_t",
@@ -27,7 +27,7 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class DDP(ModelConfig):
+class DDPConfig(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     backbone: Backbone = "convnext_t"
@@ -72,11 +72,11 @@ class DDP(ModelConfig):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
 
-    def build(self) -> DDPSegmentor:
+    def build(self) -> DDP:
         """Return the model with random weights; downloads nothing."""
-        from ddp_seg.model import DDPSegmentor
+        from ddp_seg.model import DDP
 
-        return DDPSegmentor(self)
+        return DDP(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

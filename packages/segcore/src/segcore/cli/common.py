@@ -68,7 +68,7 @@ def is_row(exp: Experiment) -> bool:
 def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     """Return the command's model with the weights of `checkpoint`, for inference on `device`; prints the report.
 
-    A model that has `fuse()` comes fused and in the channels-last layout, which is faster and answers alike.
+    A model that `fuse()` makes another of comes in the channels-last layout, which is faster and answers alike.
     """
     import torch
 
@@ -78,7 +78,7 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     from segcore.config.record import ConfigDiff
 
     path = distributed.main_process_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
-    model: Any = command.experiment.model.build()
+    model = command.experiment.model.build()
     other = ConfigDiff.of(path, command.experiment)
     try:
         report = load_weights(model, path)
@@ -91,10 +91,10 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
         print(f"{path}{f' ({standing(path)})' if of_a_run else ''}: {report}", file=sys.stderr)
         if other.options:
             print(f"note: {path} was trained with {other.options}", file=sys.stderr)
-    fuses = hasattr(model, "fuse")
-    channels_last = fuses or command.experiment.train.channels_last
+    fused = model.fuse()
+    channels_last = fused is not model or command.experiment.train.channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return (model.fuse() if fuses else model).eval().to(device).to(memory_format=layout)
+    return fused.eval().to(device).to(memory_format=layout)
 
 
 def load_others(command: Command, ensemble: tuple[str, str] | None, device: torch.device) -> list[Any]:

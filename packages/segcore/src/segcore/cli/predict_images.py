@@ -21,6 +21,7 @@ from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor, check_ensemble, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import require_stepwise
 from segcore.progress import progress
 from segcore.reporting.figures import (
     JPEG,
@@ -157,8 +158,8 @@ def run(
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
     early = exp.evaluate.early_exit_threshold is not None
-    if not model.diffusion and (early or any(j.uncertainty or j.steps or j.animation or j.start for j in jobs)):
-        raise model.no_diffusion()
+    if early or any(j.uncertainty or j.steps or j.animation or j.start for j in jobs):
+        require_stepwise(model, "--uncertainty, --steps, --animate, --start-mask and --early-exit-threshold")
     check_ensemble(model, others)
     if (others or early or exp.evaluate.ensemble_steps) and any(job.start for job in jobs):
         raise UserError(
@@ -222,7 +223,10 @@ def predict_image(
     """
     accumulated = {"steps": exp.evaluate.steps, "ensemble_steps": True} if exp.evaluate.ensemble_steps else {}
     percent = exp.evaluate.early_exit_threshold
-    network = None if percent is None else partial(early_exit_entry, model, percent, [] if taken is None else taken)
+    network = None
+    if percent is not None:
+        stepwise = require_stepwise(model, "--early-exit-threshold")
+        network = partial(early_exit_entry, stepwise, percent, [] if taken is None else taken)
     predictor = _configured(model, exp, others).using(**accumulated)
     [entries] = predictor.classes([image], [exp.seed], network=network)
     return list(entries.values())[-1].cpu().numpy()
@@ -238,7 +242,8 @@ def image_uncertainty(model: Segmentor, exp: Experiment, image: np.ndarray, clas
 
 
 def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the classes (H, W) after every denoising step, from the first noise start; empty without such steps."""
+    """Return the classes (H, W) after every denoising step."""
+    model = require_stepwise(model, "--steps and --animate")
     [entries] = _configured(model, exp).classes([image], [exp.seed], network=model.denoising_trajectory)
     return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
 
@@ -253,7 +258,7 @@ def steps_from(model: Segmentor, exp: Experiment, image: np.ndarray, start: np.n
         raise UserError(
             "--start-mask takes whole images in one view; set evaluate.mode to whole, no ratios and no flip"
         )
-    masks = torch.from_numpy(start)[None]
+    model, masks = require_stepwise(model, "--start-mask"), torch.from_numpy(start)[None]
     [entries] = _configured(model, exp).classes(
         [image], [exp.seed], network=lambda images, seeds: model.refine_mask(images, masks, seeds)
     )
