@@ -105,7 +105,7 @@ def test_published_multi_scale_and_flip(golden, mode):
     if mode == "whole":
         for view in (0, 1):
             torch.testing.assert_close(
-                model.inputs[view][0], torch.from_numpy(case[f"aug_input_{view}"]), atol=1e-5, rtol=0
+                model.calls[view][0][0], torch.from_numpy(case[f"aug_input_{view}"]), atol=1e-5, rtol=0
             )
 
 
