@@ -169,8 +169,10 @@ def offered(command, node, prefix=""):
     """Return the dotted names of the settings that a command reads."""
     for item in dataclasses.fields(node):
         name, value = prefix + item.name, getattr(node, item.name)
-        if reads(command, item):
-            yield from offered(command, value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+        if dataclasses.is_dataclass(value):
+            yield from offered(command, value, f"{name}.")
+        elif reads(command, type(node), item):
+            yield name
 
 
 MODEL_ROWS = {type(build().model): name for name, build in experiments().items()}

@@ -13,7 +13,9 @@ from segcore.errors import UserError
 
 TRAIN = ("train", "demo", "configs")
 """Commands that read every setting."""
-INPUT = ("test", "predict", "export", "bench", "check")
+INFERENCE = ("test", "predict", "export", "bench")
+"""Commands that run a trained model."""
+INPUT = (*INFERENCE, "check")
 """Commands that need to know what the images and the classes are."""
 BUILD = ("bench",)
 """Commands that read what trained weights are bound to: a run brings it along, so only a new model needs it."""
@@ -28,16 +30,20 @@ def setting(
     below: float | None = None,
     nonempty: bool = False,
     stated: bool = False,
+    stepwise: bool = False,
     commands: tuple[str, ...] | None = None,
 ) -> Any:
     """Return a dataclass field with bounds: least <= value <= most, or above < value < below, for every number in it.
 
     `nonempty` refuses an empty tuple. `stated` settings are written out by `segcore.config.source` even where they have
-    their default. `commands` are the commands that read the setting besides `TRAIN`; None: all that read its section.
+    their default. `stepwise` settings are for models that answer in steps. `commands` are the commands that read the
+    setting besides `TRAIN`; None: those of its dataclass.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below, "commands": commands}
     given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
-    return dataclasses.field(default=default, metadata=given | {"nonempty": nonempty, "stated": stated})
+    return dataclasses.field(
+        default=default, metadata=given | {"nonempty": nonempty, "stated": stated, "stepwise": stepwise}
+    )
 
 
 class Section:
@@ -45,14 +51,17 @@ class Section:
 
     section: ClassVar[str] = ""
     """Dotted name of the section in messages and on the command line."""
+    commands: ClassVar[tuple[str, ...]] = INFERENCE
+    """Commands that read the section's settings besides `TRAIN`, where a field does not say it."""
 
     def __post_init__(self) -> None:
         check(self, self.section)
 
 
-def reads(command: str, item: dataclasses.Field[Any]) -> bool:
-    """Return whether a command reads a field, or a section that is the field of an Experiment."""
-    return command in TRAIN or command in item.metadata.get("commands", (command,))
+def reads(command: str, owner: type, item: dataclasses.Field[Any]) -> bool:
+    """Return whether a command reads a field of the dataclass `owner`."""
+    own = item.metadata.get("commands", getattr(owner, "commands", (command,)))
+    return command in TRAIN or command in own
 
 
 _hints = cache(get_type_hints)

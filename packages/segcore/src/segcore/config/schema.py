@@ -32,6 +32,8 @@ class ModelConfig(Section, ABC):
     """What every method's model dataclass has. Each method adds its own fields and `build`."""
 
     section: ClassVar[str] = "model"
+    stepwise: ClassVar[bool] = False
+    """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
 
     num_classes: int = setting(19, least=1, commands=INPUT)
     """Number of classes K; labels are 0..K-1."""
@@ -48,6 +50,7 @@ class DataConfig(Section):
     """Where the images are and what training does to them."""
 
     section: ClassVar[str] = "data"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = setting("folder", commands=_CLASSES)
     """Layout of the files. `toy` generates street scenes in the Cityscapes layout when the folder is not there yet."""
@@ -69,19 +72,19 @@ class DataConfig(Section):
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
     bit_depth: Literal[8, 16] = setting(8, commands=INPUT)
     """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
-    img_scale: tuple[int, int] | None = setting(None, least=1, commands=())
+    img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
-    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0, commands=())
+    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
     """The ratio is drawn uniformly from this range."""
-    crop: tuple[int, int] = setting((512, 512), least=1, stated=True, commands=())
+    crop: tuple[int, int] = setting((512, 512), least=1, stated=True)
     """Training crop (height, width)."""
-    cat_max_ratio: float = setting(1.0, above=0, most=1, commands=())
+    cat_max_ratio: float = setting(1.0, above=0, most=1)
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
-    flip: float = setting(0.0, least=0, most=1, commands=())
+    flip: float = setting(0.0, least=0, most=1)
     """Probability of the horizontal flip."""
     photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
-    blur: float = setting(0.0, least=0, most=1, commands=())
+    blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits); the default is ImageNet's."""
@@ -116,6 +119,7 @@ class ParamRule(Section):
     """
 
     section: ClassVar[str] = "optimizer.rules"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     key: str
     """Part of the parameter names that the rule is for."""
@@ -130,6 +134,7 @@ class OptimizerConfig(Section):
     """The optimizer."""
 
     section: ClassVar[str] = "optimizer"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     kind: Literal["adamw", "sgd"] = setting("adamw", stated=True)
     """AdamW, or SGD with momentum."""
@@ -152,6 +157,7 @@ class ScheduleConfig(Section):
     """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
 
     section: ClassVar[str] = "schedule"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     iterations: int = setting(10_000, least=1, stated=True)
     """Optimizer steps of the whole run."""
@@ -179,6 +185,7 @@ class LossConfig(Section):
     """The loss on the pixels of every head."""
 
     section: ClassVar[str] = "loss"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     kind: Literal["cross_entropy", "ohem", "ohem_pyradd"] = setting("cross_entropy", stated=True)
     """Cross entropy on all pixels, or on hard ones (online hard example mining): ohem as in MMSegmentation,
@@ -199,6 +206,7 @@ class TrainConfig(Section):
     """The training loop."""
 
     section: ClassVar[str] = "train"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     batch_size: int = setting(8, least=1, stated=True)
     """Images per optimizer step, over all devices."""
@@ -242,6 +250,7 @@ class EvalConfig(Section):
     """Inference on whole images and the metrics."""
 
     section: ClassVar[str] = "evaluate"
+    commands: ClassVar[tuple[str, ...]] = ("test", "predict")
 
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
@@ -261,13 +270,13 @@ class EvalConfig(Section):
     """Precision of the forward pass (autocast); None: as trained, `train.precision`."""
     channels_last: bool | None = None
     """Memory layout of images and convolutions; None: as trained, `train.channels_last`."""
-    steps: tuple[int, ...] = setting((), least=0)
+    steps: tuple[int, ...] = setting((), least=0, stepwise=True)
     """What to report of the sampling, one column each. DDP: numbers of denoising steps, a run of its own each, in place
     of `model.num_inference_steps`. DDPS: timesteps of the one run that `model.num_inference_steps` configures. Empty:
     the configured answer. Models without steps ignore it."""
-    early_exit_threshold: float | None = setting(None, above=0, most=100)
+    early_exit_threshold: float | None = setting(None, above=0, most=100, stepwise=True)
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
-    ensemble_steps: bool = False
+    ensemble_steps: bool = setting(False, stepwise=True)
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = setting(("mIoU",), commands=("test",))
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
@@ -297,11 +306,11 @@ class Experiment(Section):
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={"commands": ()})
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata={"commands": ()})
-    loss: LossConfig = field(default_factory=LossConfig, metadata={"commands": ()})
-    train: TrainConfig = field(default_factory=TrainConfig, metadata={"commands": ()})
-    evaluate: EvalConfig = field(default_factory=EvalConfig, metadata={"commands": ("test", "predict")})
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
     seed: int = setting(0, commands=("test", "predict"))
     """Every random draw of the run follows from it."""
 
