@@ -71,13 +71,18 @@ def load_model(
         loaded = load_weights(model, path)
     except UserError:
         if differs.remedy:
-            raise UserError(f"{path}: was trained with other settings; {differs.remedy}") from None
+            raise UserError(
+                f"{path}: was trained with other settings; give {path} as the configuration, or {differs.remedy}"
+            ) from None
         raise
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
-    predictor = Predictor.of(model.fuse().eval().to(target), exp, [other.model for other in ensemble])
-    layout = torch.channels_last if predictor.evaluate.channels_last else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    fused = getattr(model, "fuse", lambda: model)().eval().to(target)
+    predictor = Predictor.of(fused, exp, [other.model for other in ensemble])
+    if fused is not model and exp.evaluate.channels_last is None:  # then this layout is faster
+        predictor = predictor.using(channels_last=True)
+    if predictor.evaluate.channels_last:
+        fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return LoadedModel(exp, predictor, report=(f"{path}{of_a_run}: {loaded}", *note))
 
 
@@ -98,18 +103,21 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedModel:
     """A model with weights: call it with images. Every image's noise follows from `experiment.seed` alone."""
 
     experiment: Experiment
     """The settings of the model and of its inference."""
-    predictor: Predictor = field(repr=False)
+    predictor: Predictor
     """The model with its views, windows and precision."""
     colors: str = "auto"
     """Whose colors: the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
-    report: tuple[str, ...] = field(default=(), repr=False)
+    report: tuple[str, ...] = ()
     """What was loaded, and what differs from the settings of the training."""
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.experiment.name!r} on {self.predictor.device})"
 
     @property
     def model(self) -> Segmentor:
@@ -171,6 +179,7 @@ class LoadedModel:
 
         See `segcore.evaluation.uncertainty`. Raises UserError for a model that draws no noise.
         """
+        self._stepwise()
         classes = torch.from_numpy(result.classes.astype(np.int64))
         [found] = predict_uncertainty(self._configured, [result.image], [classes], [self.experiment.seed])
         return found.cpu().numpy()

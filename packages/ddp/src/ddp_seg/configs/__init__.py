@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
@@ -30,6 +30,7 @@ Backbone = Literal[
 class DDP(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
+    stepwise: ClassVar[bool] = True
     backbone: Backbone = "convnext_t"
     """Encoder of the image, from timm."""
     drop_path: float = 0.4

@@ -105,6 +105,9 @@ def parse(words: list[str], package: str | None = None) -> Any:
     if kind is Demo:
         return _read(Demo(demo_experiment(package)), rest, prog)
     experiment, folder, rest = _configuration(prog, rest, package)
+    run = Path("runs") / experiment.name
+    if kind is Test and folder is None and run.is_dir() and (not rest or rest[0].startswith("--")):
+        experiment, folder = find_experiment(run)
     places = dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only)
     command = kind(experiment=experiment, folder=folder, **places)
     return _read(command, rest, f"{prog} {folder or 'CONFIG'}")
@@ -138,7 +141,7 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
 def offers(command: Any) -> options.Offered:
     """Return whether a command offers a field: it reads it, and the model can do what it is for."""
     name = type(command).__name__.lower()
-    stepwise = isinstance(command, Command) and getattr(command.experiment.model, "stepwise", False)
+    stepwise = isinstance(command, Command) and command.experiment.model.stepwise
     hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
 
     def offered(item: dataclasses.Field[Any]) -> bool:

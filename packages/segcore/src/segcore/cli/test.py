@@ -9,16 +9,15 @@ from segcore.cli.common import Parallel, complete_toy_set, is_row, load
 from segcore.config.options import Flag
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
-from segcore.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Test(Parallel):
     """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
 
-    checkpoint: str | None = field(default=None, kw_only=True)
-    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights. By
-    default runs/<configuration>."""
+    checkpoint: str = field(kw_only=True)
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights.
+    Without one, the run in runs/<configuration> is tested, with its own settings."""
     multi_scale: Flag = False
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
@@ -36,10 +35,8 @@ class Test(Parallel):
         from segcore.reporting import tables as report
 
         complete_toy_set(self.experiment)
-        exp, checkpoint = self.experiment, self.checkpoint or str(self.default_dir)
-        if not (self.checkpoint or self.default_dir.is_dir()):
-            raise UsageError(f"missing: CHECKPOINT; give a run folder, a weights file or `official` (no {checkpoint})")
-        seg = load(self, checkpoint, self.ensemble)
+        exp = self.experiment
+        seg = load(self, self.checkpoint, self.ensemble)
         predictor, metrics = seg.predictor, exp.evaluate.metrics
         if self.multi_scale:
             predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))
@@ -55,5 +52,5 @@ class Test(Parallel):
         if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
         path = self.json or Path("runs") / f"{exp.name}.test.json"
-        report.write_json(path, results, {"name": exp.name, "checkpoint": checkpoint, "seed": exp.seed})
+        report.write_json(path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed})
         print(f"\n{path}")

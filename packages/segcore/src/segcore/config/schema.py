@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from segcore.config.options import override
 from segcore.errors import UserError
@@ -24,6 +24,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class ModelConfig(ABC):
     """What every method's model dataclass has. Each method adds its own fields and `build`."""
 
+    stepwise: ClassVar[bool] = False
+    """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
     num_classes: int = 19
     """Number of classes K; labels are 0..K-1."""
     in_channels: int = 3
