@@ -25,6 +25,7 @@ from segcore.cli.predict import Predict
 from segcore.cli.test import Test
 from segcore.cli.train import Train
 from segcore.config import options
+from segcore.config.fields import Section, reads
 from segcore.config.registry import experiments, find_experiment, program
 from segcore.config.schema import Experiment
 from segcore.errors import UsageError, UserError
@@ -144,9 +145,9 @@ def offers(command: Any) -> options.Offered:
     stepwise = isinstance(command, Command) and command.experiment.model.stepwise
     hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
 
-    def offered(item: dataclasses.Field[Any]) -> bool:
-        reads = name in item.metadata.get("commands", (name,))
-        return reads and (stepwise or not item.metadata.get("stepwise")) and item.name not in hidden
+    def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
+        read = not issubclass(owner, Section) or reads(name, owner, item)
+        return read and (stepwise or not item.metadata.get("stepwise")) and item.name not in hidden
 
     return offered
 

@@ -16,14 +16,15 @@ import shlex
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from segcore.config.fields import allowed
 from segcore.errors import UsageError
 
 Flag = Annotated[bool, "flag"]
 """A switch of a command: `--resume`, without a value. Booleans of a configuration take `True` or `False`."""
-Offered = Callable[["dataclasses.Field[Any]"], bool]
-"""Whether a command offers a field."""
+Offered = Callable[[type, "dataclasses.Field[Any]"], bool]
+"""Whether a command offers a field of a dataclass."""
 
 OF_OTHER_TOOLS = {
     "eval": "metrics are chosen by --evaluate.metrics mIoU",
@@ -47,11 +48,11 @@ OF_OTHER_TOOLS = {
 """What to write instead of an option that other tools have."""
 
 
-def settings(node: Any, offered: Offered = lambda item: True, prefix: str = "") -> dict[str, Any]:
+def settings(node: Any, offered: Offered = lambda owner, item: True, prefix: str = "") -> dict[str, Any]:
     """Return the dotted name of every setting below a dataclass instance, and its annotation."""
     found: dict[str, Any] = {}
     hints = get_type_hints(type(node), include_extras=True)
-    for item in filter(offered, dataclasses.fields(node)):
+    for item in _fields(node, offered):
         name, value = prefix + item.name, getattr(node, item.name)
         if dataclasses.is_dataclass(value):
             found |= settings(value, offered, f"{name}.")
@@ -61,6 +62,10 @@ def settings(node: Any, offered: Offered = lambda item: True, prefix: str = "") 
         else:
             found[name] = hints[item.name]
     return found
+
+
+def _fields(node: Any, offered: Offered) -> list[dataclasses.Field[Any]]:
+    return [item for item in dataclasses.fields(node) if offered(type(node), item)]
 
 
 def change(node: Any, values: Mapping[str, Any]) -> Any:
@@ -139,24 +144,8 @@ def read(given: Mapping[str, Sequence[str]], kinds: Mapping[str, Any]) -> dict[s
             read({name: words}, kinds)
         [(name, words), *_] = rest.items()
         wrong = " ".join(["--" + name.replace("_", "-"), *words])
-        raise UsageError(f"{wrong}: expected {expected(kinds[name])}") from None
+        raise UsageError(f"{wrong}: expected {'no value' if kinds[name] == Flag else allowed(kinds[name])}") from None
     return values | {name: getattr(found, f"f{index}") for index, name in enumerate(rest)}
-
-
-def expected(kind: Any) -> str:
-    """Return in words what a value of an annotation is: `None or INT INT`, `one of poly, step`."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind == Flag:
-        return "no value"
-    if origin is Annotated:
-        return expected(args[0])
-    if origin in (Union, types.UnionType):  # None first, as it is short
-        return " or ".join(expected(arg) for arg in sorted(args, key=lambda arg: arg is not type(None)))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
-    if origin is tuple:
-        return f"{expected(args[0])} …" if Ellipsis in args else " ".join(map(expected, args))
-    return {type(None): "None", bool: "True or False"}.get(kind) or str(getattr(kind, "__name__", kind)).upper()
 
 
 def _count(kind: Any) -> float:
@@ -199,7 +188,7 @@ def nearest(name: str, known: Iterable[str], sign: str = "", cutoff: float = 0.5
     return f" (did you mean {sign}{match[0]}?)" if match else ""
 
 
-def form(node: Any, offered: Offered = lambda item: True) -> Any:
+def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
     """Return a dataclass of the offered fields of a dataclass instance, its values as defaults: what tyro shows help of.
 
     Fields that are keyword-only have a place instead of an option. Fields that hold an `Experiment` add no prefix.
@@ -207,10 +196,12 @@ def form(node: Any, offered: Offered = lambda item: True) -> Any:
     import tyro
 
     hints, texts, fields = get_type_hints(type(node), include_extras=True), _help(type(node)), list[Any]()
-    for item in filter(offered, dataclasses.fields(node)):
+    for item in _fields(node, offered):
         kind, value = hints[item.name], getattr(node, item.name)
         default: Any = dataclasses.field(default=value)
         how: dict[str, Any] = {"help": texts.get(item.name)}
+        if dataclasses.is_dataclass(value) and not settings(value, offered):
+            continue
         if dataclasses.is_dataclass(value):
             kind, how = form(value, offered), {"name": ""} if item.name == "experiment" else {}
             default = dataclasses.field(default=kind())
