@@ -298,8 +298,8 @@ def test_configurations_are_found_by_name_with_either_dash():
 
 @pytest.mark.usefixtures("two_methods")
 def test_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"no configuration 'alpha-net-smal'.*did you mean alpha_net_small\?"):
-        load_experiment("alpha-net-smal")
+    with pytest.raises(UserError, match=r"no configuration 'alpha-net-smol'.*did you mean alpha_net_small\?"):
+        load_experiment("alpha-net-smol")
     with pytest.raises(UserError, match=r"did you mean beta_net_small\?"):
         load_experiment("alpha_net_small", package="beta_net")
     with pytest.raises(UserError, match="no configuration 'x'; `segcore configs` lists all"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
@@ -31,6 +31,7 @@ Backbone = Literal[
 class DDP(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
+    stepwise: ClassVar[bool] = True
     backbone: Backbone = setting("convnext_t", commands=BUILD)
     """Encoder of the image, from timm."""
     drop_path: float = setting(0.4, least=0, below=1, commands=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from segcore.config.fields import BUILD, INPUT, setting
 from segcore.config.schema import Experiment, ModelConfig
@@ -62,6 +62,7 @@ class Base(Encoder):
 class DDPS(Encoder):
     """The mask prior on a base model's features. Class 0 is background: `data.add_background_class` puts it there."""
 
+    stepwise: ClassVar[bool] = True
     num_classes: int = setting(151, least=1, commands=INPUT)
     """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
     single_step: bool = setting(False, commands=BUILD)

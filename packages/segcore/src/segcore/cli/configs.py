@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import Positional, arg
 
 from segcore import files
 from segcore.config.registry import experiments, load_experiment, program, published
@@ -18,16 +15,16 @@ from segcore.errors import UsageError, UserError
 class Configs:
     """List the configurations with their published figures, or show one."""
 
-    name: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
+    config: str | None = field(default=None, kw_only=True)
     """Show this configuration: a name, or file.py:function."""
     write: Path | None = None
     """Write the configuration as a Python file to edit; run it as `train FILE.py`."""
 
     def run(self, package: str | None) -> None:
-        if self.name is None and self.write:
+        if self.config is None and self.write:
             usage = f"{program(package)} configs CONFIG --write {self.write}"
             raise UsageError(f"--write {self.write}: which configuration? write `{usage}`")
-        if self.name is None:
+        if self.config is None:
             for name in experiments(package):
                 row = published(name)
                 figures = ", ".join(f"{value:.2f} {key}" for key, value in row.miou.items()) if row else ""
@@ -36,7 +33,7 @@ class Configs:
                 note = f" ({row.note})" if row and row.note else ""
                 print(f"{name:55}{figures}{weights}{note}".rstrip())
             return
-        text = source(load_experiment(self.name, package))
+        text = source(load_experiment(self.config, package))
         if self.write is None:
             print(text)
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from segcore.cli.commands import COMMANDS
+from segcore.cli.main import COMMANDS
 from segcore.config.registry import experiments, load_experiment
 from segcore.data.layouts import palette_of
 from segcore.models.segmentor import Segmentor
