@@ -32,7 +32,7 @@ class DDP(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     stepwise: ClassVar[bool] = True
-    backbone: Backbone = setting("convnext_t", commands=BUILD)
+    backbone: Backbone = setting("convnext_t", stated=True, commands=BUILD)
     """Encoder of the image, from timm."""
     drop_path: float = setting(0.4, least=0, below=1, commands=())
     """Largest stochastic-depth rate of the backbone."""
@@ -48,7 +48,7 @@ class DDP(ModelConfig):
     """Sampling points per head."""
     bit_scale: float = setting(0.01, above=0, commands=BUILD)
     """Label codes lie in [-bit_scale, bit_scale]; the noise has unit variance."""
-    num_inference_steps: int = setting(3, least=1)
+    num_inference_steps: int = setting(3, least=1, stated=True)
     """Denoising steps at inference. `evaluate.steps`, where given, overrides it with a run per number."""
     randsteps: int = setting(1, least=1)
     """Noise starts per image, averaged."""

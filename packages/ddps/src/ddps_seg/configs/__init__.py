@@ -33,7 +33,7 @@ Backbone = Literal[
 class Encoder(ModelConfig):
     """What maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
-    backbone: Backbone = setting("mit_b2", commands=BUILD)
+    backbone: Backbone = setting("mit_b2", stated=True, commands=BUILD)
     """MiT and resnet18 get SegFormer's head, the others are dilated and get DeepLabV3+'s."""
     drop_path: float = setting(0.1, least=0, below=1, commands=())
     """MiT's largest stochastic-depth rate."""
@@ -47,7 +47,7 @@ class Encoder(ModelConfig):
 class Base(Encoder):
     """A base model, the first stage: SegFormer or DeepLabV3+ on its own."""
 
-    num_classes: int = setting(150, least=1, commands=INPUT)
+    num_classes: int = setting(150, least=1, stated=True, commands=INPUT)
     auxiliary: bool = setting(False, commands=())
     """Build the auxiliary FCN head on the third map, which only training uses (DeepLabV3+'s recipes do)."""
 
@@ -63,7 +63,7 @@ class DDPS(Encoder):
     """The mask prior on a base model's features. Class 0 is background: `data.add_background_class` puts it there."""
 
     stepwise: ClassVar[bool] = True
-    num_classes: int = setting(151, least=1, commands=INPUT)
+    num_classes: int = setting(151, least=1, stated=True, commands=INPUT)
     """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
     single_step: bool = setting(False, commands=BUILD)
     """The single-step variant, which the multi-step training starts from: one pass on a random label map."""
@@ -77,7 +77,7 @@ class DDPS(Encoder):
     """Channels of the label embedding."""
     train_labels: bool = setting(False, commands=())
     """Train the label embedding, which the published models leave at its random start values."""
-    num_train_timesteps: int = setting(100, least=2)
+    num_train_timesteps: int = setting(100, least=2, stated=True)
     """Timesteps T that the diffusion is trained with, those of the checkpoint; how many of them are evaluated at
     inference is `num_inference_steps`."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
@@ -89,7 +89,7 @@ class DDPS(Encoder):
     also averaged, and stochastic depth; eval: as in testing; none: it trains along."""
     condition_dropout: float = setting(0.0, least=0, below=1, commands=())
     """Share of the training images whose condition is zero; guidance needs it."""
-    num_inference_steps: int | None = setting(None, least=1)
+    num_inference_steps: int | None = setting(None, least=1, stated=True)
     """Timesteps to evaluate at inference: every (T // this)-th, and the last one; None: all T. `evaluate.steps` chooses
     which of them are reported and does not override it."""
     mode: Literal["q_pred", "q_posterior", "bayes"] = "q_pred"

@@ -37,7 +37,7 @@ VARIANTS = {
 class DDRNet(ModelConfig):
     """Deep dual-resolution network."""
 
-    variant: Literal["23_slim", "23", "39"] = setting("23_slim", commands=BUILD)
+    variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
     """Size of the network, by the authors' names."""
     auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""

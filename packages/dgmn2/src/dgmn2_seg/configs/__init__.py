@@ -42,9 +42,9 @@ VARIANTS = {
 class DGMN2(ModelConfig):
     """Dynamic graph message passing transformer."""
 
-    backbone: Literal["nano", "tiny", "small", "medium", "large"] = setting("tiny", commands=BUILD)
+    backbone: Literal["nano", "tiny", "small", "medium", "large"] = setting("tiny", stated=True, commands=BUILD)
     """`nano` is not a published one: a narrow one for the demo."""
-    head: Head = setting("fpn", commands=BUILD)
+    head: Head = setting("fpn", stated=True, commands=BUILD)
     """Semantic FPN on maps at 1/4 to 1/32, or one of SETR's on maps at 1/4 and 1/8."""
     img_size: int | None = setting(769, least=1)
     """SETR heads answer square maps, as published: naive and MLA of this side, PUP of 16 times its features' width.

@@ -35,7 +35,7 @@ class ModelConfig(Section, ABC):
     stepwise: ClassVar[bool] = False
     """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
 
-    num_classes: int = setting(19, least=1, commands=INPUT)
+    num_classes: int = setting(19, least=1, stated=True, commands=INPUT)
     """Number of classes K; labels are 0..K-1."""
     in_channels: int = setting(3, least=1, commands=INPUT)
     """Channels of the images; must equal `data.channels`."""
@@ -254,7 +254,7 @@ class EvalConfig(Section):
 
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
-    mode: Literal["whole", "slide"] = "whole"
+    mode: Literal["whole", "slide"] = setting("whole", stated=True)
     """The whole image in one pass, or windows that overlap, which needs less memory."""
     crop: tuple[int, int] = setting((512, 512), least=1)
     """slide only: window (height, width)."""
@@ -354,3 +354,8 @@ class Published:
     """Where to find the weights by hand, when the file's own address is not known."""
     log: str | None = None
     """Address of the training log; None: the authors offer none."""
+
+    @property
+    def weights(self) -> str:
+        """How the weights are offered, in a word: `official`, a folder to choose from by hand, or nothing."""
+        return "official" if self.url else "a folder" if self.page else ""
