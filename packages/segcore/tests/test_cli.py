@@ -112,10 +112,10 @@ def test_every_option_has_a_line_of_help():
         for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             for field, below in itertools.pairwise([*kind.body, None]):
                 said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-                if isinstance(field, ast.AnnAssign) and not said:
+                if isinstance(field, ast.AnnAssign) and not said and "ClassVar" not in ast.unparse(field):
                     bare.append(f"{kind.name}.{ast.unparse(field.target)}")
     nested = {f"Experiment.{name}" for name in ("model", "data", "optimizer", "schedule", "loss", "train", "evaluate")}
-    assert set(bare) - nested - {"Command.experiment"} == set()
+    assert set(bare) - nested - {"Command.experiment", "ShowConfig.experiment"} == set()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
