@@ -90,4 +90,3 @@ def is_row(exp: Experiment) -> bool:
     row = experiments().get(exp.name.replace("-", "_"))
     published = row and row()
     return bool(published) and (exp.model, exp.data.dataset) == (published.model, published.data.dataset)
-

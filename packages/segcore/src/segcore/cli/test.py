@@ -52,5 +52,7 @@ class Test(Parallel):
         if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
         path = self.json or Path("runs") / f"{exp.name}.test.json"
-        report.write_json(path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed})
+        report.write_json(
+            path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
+        )
         print(f"\n{path}")

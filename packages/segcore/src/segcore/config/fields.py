@@ -37,7 +37,9 @@ def setting(
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
     own = {"nonempty": nonempty, "stated": stated, "stepwise": stepwise, "commands": commands}
-    return dataclasses.field(default=default, metadata={k: v for k, v in {**bounds, **own}.items() if v not in (None, False)})
+    return dataclasses.field(
+        default=default, metadata={k: v for k, v in {**bounds, **own}.items() if v is not None and v is not False}
+    )
 
 
 class Section:

@@ -114,7 +114,9 @@ def read_experiment(folder: Path) -> Experiment:
         typed = from_plain(known[kind], model, "model")
         return cast(Experiment, from_plain(Experiment, {**stored, "model": typed}))
     except NotOfThisVersion as error:
-        raise UserError(f"{path}: {error}, as in no run of this version; train again, or name a configuration") from None
+        raise UserError(
+            f"{path}: {error}, as in no run of this version; train again, or name a configuration"
+        ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

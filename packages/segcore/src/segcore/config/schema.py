@@ -37,6 +37,7 @@ class ModelConfig(Section, ABC):
     stepwise: ClassVar[bool] = False
     """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
 
+    num_classes: int = setting(19, least=1, commands=_INPUT)
     """Number of classes K; labels are 0..K-1."""
     in_channels: int = setting(3, least=1, commands=_INPUT)
     """Channels of the images; must equal `data.channels`."""
