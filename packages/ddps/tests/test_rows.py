@@ -7,8 +7,8 @@ import torch
 
 import segcore
 from ddps_seg.configs import DDPS, Base
-from ddps_seg.configs.published import rows
 from ddps_seg.configs.base_models import rows as stock_rows
+from ddps_seg.configs.published import rows
 from ddps_seg.official import ROWS
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import initialize, load_weights, resolve
@@ -36,9 +36,6 @@ def test_figures_equal_the_published_list(reference):
         assert ours.note.startswith(f"mBIoU {row['mbiou']:.2f}; ")
         assert ours.note.endswith(f"published as {row['params_m']} M")
         assert ours.page == row["checkpoint"]
-        with torch.device("meta"):
-            model = segcore.load_experiment(name).model.build()
-        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters" in ours.note
 
 
 def test_recipes():

@@ -70,9 +70,7 @@ def pipeline(backbone: Backbone, dataset: Dataset) -> DataConfig:
     return data(dataset, crop, SETS[dataset].img_scale, background=True)
 
 
-def singlestep(
-    backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None
-) -> Experiment:
+def singlestep(backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None) -> Experiment:
     """Return the recipe of the variant that a row starts from, which itself starts from the published base model."""
     values, size = SETS[dataset], SIZES[backbone]
     return Experiment(

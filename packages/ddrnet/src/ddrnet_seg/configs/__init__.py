@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
-from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from ddrnet_seg.model import DDRNetSegmentor
@@ -37,30 +37,20 @@ VARIANTS = {
 class DDRNet(ModelConfig):
     """Deep dual-resolution network."""
 
-    variant: Literal["23_slim", "23", "39"] = "23_slim"
+    variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
     """Size of the network, by the authors' names."""
-    auxiliary: bool = True
+    auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: float = setting(0.4, above=0, commands=())
     """Weight of the auxiliary head's loss."""
-    loss: Literal["ohem", "ohem_pyradd", "cross_entropy"] = "ohem"
+    loss: Literal["ohem", "ohem_pyradd", "cross_entropy"] = setting("ohem", commands=())
     """On both heads: online hard example mining as in MMSegmentation, as in the seed project, or on all pixels."""
-    ohem_threshold: float = 0.9
+    ohem_threshold: float = setting(0.9, above=0, most=1, commands=())
     """Pixels whose true class has a lower probability are hard."""
-    ohem_min_kept: int = 131_072
+    ohem_min_kept: int = setting(131_072, least=1, commands=())
     """At least so many pixels of a forward pass on one device count as hard."""
     align_corners: bool = False
     """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for the seed's."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ohem_threshold <= 1:
-            raise UserError(f"model.ohem_threshold is {self.ohem_threshold}; it must be above 0 and at most 1")
-        if self.ohem_min_kept < 1:
-            raise UserError(f"model.ohem_min_kept is {self.ohem_min_kept}; it must be at least 1")
-        if not self.auxiliary_weight > 0:
-            raise UserError(
-                f"model.auxiliary_weight is {self.auxiliary_weight}; give more than 0, or no auxiliary head"
-            )
 
     def build(self) -> DDRNetSegmentor:
         """Return the model with random weights; downloads nothing."""

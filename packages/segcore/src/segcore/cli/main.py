@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from segcore.cli import configs
 from segcore.cli.bench import Bench
 from segcore.cli.check import Check
 from segcore.cli.common import Command
@@ -101,6 +102,9 @@ def parse(words: list[str], package: str | None = None) -> Any:
         near = options.nearest(name, COMMANDS)
         raise UsageError(f"{prog}: there is no command {name!r}{near}; the commands are {', '.join(COMMANDS)}")
     kind, prog = COMMANDS[name], f"{prog} {name}"
+    if kind is Configs:
+        command, rest = configs.prepare(rest, package)
+        return _read(command, rest, prog)
     if not issubclass(kind, Command):
         return _read(kind(), rest, prog)
     if kind is Demo:
@@ -141,7 +145,7 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
 
 def offers(command: Any) -> options.Offered:
     """Return whether a command offers a field: it reads it, and the model can do what it is for."""
-    name = type(command).__name__.lower()
+    name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     stepwise = isinstance(command, Command) and command.experiment.model.stepwise
     hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
 

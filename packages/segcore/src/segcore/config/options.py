@@ -196,7 +196,7 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
     """
     import tyro
 
-    hints, texts, fields = get_type_hints(type(node), include_extras=True), _help(type(node)), list[Any]()
+    hints, texts, fields = get_type_hints(type(node), include_extras=True), help_texts(type(node)), list[Any]()
     for item in _fields(node, offered):
         kind, value = hints[item.name], getattr(node, item.name)
         default: Any = dataclasses.field(default=value)
@@ -219,7 +219,7 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
     return dataclasses.make_dataclass(type(node).__name__, fields, frozen=True, namespace=namespace)
 
 
-def _help(kind: type[Any]) -> dict[str, str]:
+def help_texts(kind: type[Any]) -> dict[str, str]:
     """Return the text below each field of a dataclass."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
