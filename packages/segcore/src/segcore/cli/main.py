@@ -162,8 +162,9 @@ def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Ex
         return *find_experiment(words[0], package), words[1:]
     if {"-h", "--help"} & set(words):
         return next(iter(experiments(package).values()))(), None, words  # any: the help then shows this one's values
-    if words:
-        options.split(words[:1], {})  # says what to write for another tool's option
+    option = words[0].partition("=")[0].removeprefix("--").replace("-", "_") if words else ""
+    if option in options.OF_OTHER_TOOLS:
+        raise options.unknown(option, ())
     raise UserError(f"{prog} needs a configuration first: `{prog} CONFIG …`; `{prog.split()[0]} configs` lists them")
 
 

@@ -108,7 +108,7 @@ def split(words: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], di
             name, sign, value = word[2:].partition("=")
             name = name.replace("-", "_")
             if name not in kinds:
-                raise UsageError(_unknown(name, kinds))
+                raise unknown(name, kinds)
             taking = given[name] = _parts(name, value, kinds[name]) if sign else []
             left = 0 if sign else _count(kinds[name])
         elif left > 0:
@@ -172,12 +172,13 @@ def _parts(name: str, value: str, kind: Any) -> list[str]:
         raise UsageError(f"{name} cannot be read from {value!r}: {str(error).lower()}") from None
 
 
-def _unknown(name: str, kinds: Iterable[str]) -> str:
+def unknown(name: str, kinds: Iterable[str]) -> UsageError:
+    """Return the error about an option that is not among the known ones: what to write instead, or the nearest."""
     option = "--" + name.replace("_", "-")
     if name in OF_OTHER_TOOLS:
-        return f"there is no option {option}: {OF_OTHER_TOOLS[name]}; `--help` lists all"
+        return UsageError(f"there is no option {option}: {OF_OTHER_TOOLS[name]}; `--help` lists all")
     near = nearest(option[2:], (known.replace("_", "-") for known in kinds), "--")
-    return f"there is no option {option}{near}; `--help` lists all"
+    return UsageError(f"there is no option {option}{near}; `--help` lists all")
 
 
 def nearest(name: str, known: Iterable[str], sign: str = "", cutoff: float = 0.5) -> str:
