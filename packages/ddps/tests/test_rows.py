@@ -36,9 +36,6 @@ def test_figures_equal_the_published_list(reference):
         assert ours.note.startswith(f"mBIoU {row['mbiou']:.2f}; ")
         assert ours.note.endswith(f"published as {row['params_m']} M")
         assert ours.page == row["checkpoint"]
-        with torch.device("meta"):
-            model = segcore.load_experiment(name).model.build()
-        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters" in ours.note
 
 
 def test_recipes():

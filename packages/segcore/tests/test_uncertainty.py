@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -11,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcore.cli.predict_images import plan, run
+from segcore.cli import predict_images
+from segcore.cli.predict_images import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
+from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny, TinyStepwise
 
-DATA = DataConfig(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
+DATA = DataConfig("folder", classes=("a", "b", "c"), mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
 PATHS = {
     "whole": EvalConfig(img_scale=None),
     "slide": EvalConfig(img_scale=None, mode="slide", crop=(16, 16), stride=(10, 10)),
@@ -83,6 +86,8 @@ class Noisy(TinyStepwise):
 
 @dataclasses.dataclass(frozen=True)
 class NoisyModel(ModelConfig):
+    stepwise: ClassVar[bool] = True
+
     def build(self):
         return Noisy()
 
@@ -121,19 +126,28 @@ def photo(tmp_path):
     return tmp_path / "a.png"
 
 
-def experiment(**evaluate):
+@dataclasses.dataclass(frozen=True)
+class SureModel(ModelConfig):
+    def build(self):
+        return Tiny(3, bright)
+
+
+def experiment(kind=NoisyModel, **evaluate):
     return Experiment(
-        "noisy", NoisyModel(3), DATA, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, **evaluate)
+        "noisy", kind(3), DATA, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, **evaluate)
     )
 
 
-PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+def run(model, exp, jobs):
+    colors = jobs[0].image.with_name("colors.txt")
+    colors.write_text("255 0 0\n0 255 0\n0 0 255\n")
+    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp), str(colors)), jobs)
 
 
 def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_path):
     plain, more = plan(photo, tmp_path / "plain"), plan(photo, tmp_path / "more", uncertainty=True, steps=True)
     for jobs in (plain, more):
-        run(Noisy().eval(), experiment(), jobs, PALETTE)
+        run(Noisy(), experiment(), jobs)
     assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == ["a.png", "a_overlay.png"]
     names = ["a.png", "a_overlay.png", "a_steps.png", "a_uncertainty.png"]
     assert sorted(p.name for p in (tmp_path / "more").iterdir()) == names
@@ -150,7 +164,7 @@ def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_pa
 
 
 def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_path, capsys):
-    run(Noisy().eval(), experiment(early_exit_threshold=1.0), plan(photo, tmp_path / "out"), PALETTE)
+    run(Noisy(), experiment(early_exit_threshold=1.0), plan(photo, tmp_path / "out"))
     assert read_label(tmp_path / "out" / "a.png")[0, [0, -1]].tolist() == [1, 2]
     assert "2.00 denoising steps on average" in capsys.readouterr().out
 
@@ -159,8 +173,8 @@ def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_p
 def test_other_methods_say_that_they_cannot(photo, tmp_path, what):
     early = {"early_exit_threshold": 1.0} if what == "early_exit_threshold" else {}
     files = {} if early else {what: True}
-    with pytest.raises(UserError, match="Tiny does not denoise in steps; leave out --uncertainty, --steps") as caught:
-        run(Tiny(3, bright).eval(), experiment(**early), plan(photo, tmp_path / "out", **files), PALETTE)
+    with pytest.raises(UserError, match="Tiny does not denoise in steps; leave out uncertainty, steps") as caught:
+        run(Tiny(3, bright), experiment(SureModel, **early), plan(photo, tmp_path / "out", **files))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,8 @@ from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfi
 from segcore.data import video
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
+from segcore.evaluation.predictor import Predictor
+from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny
 
 av = pytest.importorskip("av")
@@ -32,6 +34,10 @@ class Config(ModelConfig):
 
 EXP = Experiment("brightness", Config(), DataConfig("toy"), evaluate=EvalConfig(img_scale=None))
 PALETTE = palette_of(EXP.data)[1]
+
+
+def loaded():
+    return LoadedModel(EXP, Predictor.of(Tiny(19, brightness).eval(), EXP))
 
 
 def make(path, frames=6, height=50, width=64):
@@ -57,7 +63,7 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
     source = make(tmp_path / "in.mp4")
     path = video.plan(source, tmp_path / "out")
     assert path == tmp_path / "out" / "in_overlay.mp4"
-    assert predict_video.run(Tiny(19, brightness), EXP, source, path, PALETTE, opacity=1.0, frames=frames) == expected
+    assert predict_video.run(loaded(), source, path, opacity=1.0, frames=frames) == expected
     images, stream = read(path)
     assert len(images) == expected
     assert stream.average_rate == 10
@@ -86,7 +92,7 @@ def test_what_is_a_video(tmp_path, monkeypatch):
 
 def refused(tmp_path, source, target="out", **options):
     with pytest.raises(UserError) as error:
-        predict_video.run(Tiny(19, brightness), EXP, source, video.plan(source, tmp_path / target), PALETTE, **options)
+        predict_video.run(loaded(), source, video.plan(source, tmp_path / target), **options)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").glob("*")), "something was left behind"
     return str(error.value)
@@ -98,7 +104,7 @@ def test_bad_input(tmp_path):
     assert str(bad) in refused(tmp_path, bad)
     assert "no such video" in refused(tmp_path, tmp_path / "none.mp4")
     assert "would overwrite" in refused(tmp_path, good, "good.mp4")
-    assert "--opacity 2" in refused(tmp_path, good, opacity=2.0)
+    assert "opacity is 2" in refused(tmp_path, good, opacity=2.0)
     assert "--frames 0" in refused(tmp_path, good, frames=0)
 
 

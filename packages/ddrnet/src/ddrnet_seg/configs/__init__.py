@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
-from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from ddrnet_seg.model import DDRNet
@@ -17,20 +17,14 @@ if TYPE_CHECKING:
 class DDRNetConfig(ModelConfig):
     """Deep dual-resolution network."""
 
-    variant: Literal["23_slim", "23", "39"] = "23_slim"
+    variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
     """Size of the network, by the authors' names."""
-    auxiliary: bool = True
+    auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: float = setting(0.4, above=0, commands=())
     """Weight of the auxiliary head's loss."""
     align_corners: bool = False
-    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for the seed's."""
-
-    def __post_init__(self) -> None:
-        if not self.auxiliary_weight > 0:
-            raise UserError(
-                f"model.auxiliary_weight is {self.auxiliary_weight}; give more than 0, or no auxiliary head"
-            )
+    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for pyradd's."""
 
     def build(self) -> DDRNet:
         """Return the model with random weights; downloads nothing."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segcore.cli.commands import COMMANDS
+from segcore.cli.main import COMMANDS
 from segcore.config.registry import experiments, load_experiment
 from segcore.config.schema import LossConfig, ModelConfig
 from segcore.data.layouts import palette_of
