@@ -83,7 +83,7 @@ def load_model(
     if fused is not model and exp.evaluate.channels_last is None:  # then this layout is faster
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
-        fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fused.to(memory_format=torch.channels_last)
     return LoadedModel(exp, predictor, report=(f"{path}{of_a_run}: {loaded}", *note))
 
 
