@@ -14,7 +14,7 @@ from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
-from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import TinyStepwise
 
 
 @pytest.fixture
@@ -75,25 +75,18 @@ def test_bytes_behind_a_jpeg_do_no_harm_but_a_cut_one_is_refused(tmp_path):
         read_image(path)
 
 
-class Asked(Segmentor):
-    """Answers 1 where red is above 100, and counts on how many steps it was asked for."""
+class Asked(TinyStepwise):
+    """Answers 1 where red is above 100, and notes which steps it was asked for."""
 
-    num_classes, min_size = 2, 4
+    min_size = 4
 
     def __init__(self):
-        super().__init__()
-        self.weight, self.asked = torch.nn.Parameter(torch.zeros(1)), []
+        super().__init__(2, lambda images: torch.cat([100 - images[:, :1], images[:, :1] - 100], 1))
+        self.asked = []
 
     def predict_steps(self, images, steps=None, seeds=None):
-        self.check_size(images)
         self.asked.append(steps)
-        return {"final": torch.cat([100 - images[:, :1], images[:, :1] - 100], 1)}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        raise NotImplementedError
+        return super().predict_steps(images, steps, seeds)
 
 
 @dataclass(frozen=True)

@@ -14,36 +14,22 @@ from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
-from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import Tiny
 
 av = pytest.importorskip("av")
 
 
-class Brightness(Segmentor):
-    """Class 0 where a pixel is dark, 13 where it is bright."""
-
-    num_classes = 19
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        bright = images.mean(1, keepdim=True) * self.scale
-        logits = torch.full((len(images), 19, *images.shape[-2:]), -100.0)
-        logits[:, :1], logits[:, 13:14] = -bright, bright
-        return {"final": logits}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        return {}
+def brightness(images):
+    """Return logits (N, 19, H, W): class 0 where a pixel is dark, 13 where it is bright."""
+    bright = images.mean(1, keepdim=True)
+    logits = torch.full((len(images), 19, *images.shape[-2:]), -100.0)
+    logits[:, :1], logits[:, 13:14] = -bright, bright
+    return logits
 
 
 class Config(ModelConfig):
     def build(self):
-        return Brightness()
+        return Tiny(19, brightness)
 
 
 EXP = Experiment("brightness", Config(), DataConfig("toy"), evaluate=EvalConfig(img_scale=None))
@@ -51,7 +37,7 @@ PALETTE = palette_of(EXP.data)[1]
 
 
 def loaded():
-    return LoadedModel(EXP, Predictor.of(Brightness().eval(), EXP))
+    return LoadedModel(EXP, Predictor.of(Tiny(19, brightness).eval(), EXP))
 
 
 def make(path, frames=6, height=50, width=64):

@@ -3,23 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_seg.configs import DDP
-from ddp_seg.model import DDPSegmentor
+from ddp_seg.configs import DDPConfig
+from ddp_seg.model import DDP
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-class Segmentor(DDPSegmentor):
-    def losses(self, images, labels, seeds=None, draws=None):
-        return super().losses(images.double(), labels, seeds, draws)
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        return super().predict_steps(images.double(), steps, seeds)
+class Double(DDP):
+    def encode(self, images):
+        return super().encode(images.double())
 
 
 @dataclass(frozen=True)
-class DoubleDDP(DDP):
-    def build(self) -> DDPSegmentor:
-        return Segmentor(self).double()
+class DoubleDDP(DDPConfig):
+    def build(self) -> DDP:
+        return Double(**self.arguments()).double()
 
 
 def double() -> Experiment:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ddps_seg.model import DDPSSegmentor
+from ddps_seg.model import DDPS
 from segcore.checkpoints.load import load_weights, resolve
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.predictor import Network, Predictor
 from segcore.progress import progress
 from segcore.seeds import derive
 
@@ -26,13 +26,11 @@ BLOCKS = 12
 """Rectangles that a corrupted map gets, each up to a quarter of its sides, of a random class."""
 
 
-def measure(
-    model: DDPSSegmentor, exp: Experiment, base: Experiment, base_dir: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """Return figures and sentences on the validation set: the base model, the prior, and the prior on spoilt maps.
+def measure(model: DDPS, exp: Experiment, base: Experiment, base_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return figures and sentences on the validation set: the base model, the prior, and the prior on corrupted maps.
 
-    `model` is on its device and in evaluation mode. Spoilt maps are the base model's with rectangles of random classes,
-    and the prior's run starts from one instead of from a random map; means over three seeds.
+    `model` is on its device and in evaluation mode. Corrupted maps are the base model's with rectangles of random
+    classes, and the prior's run starts from one instead of from a random map; means over three seeds.
     """
     device = next(model.parameters()).device
     first = base.model.build().eval()
@@ -43,46 +41,44 @@ def measure(
     dataset = open_dataset(exp.data, "val")
     total = min(IMAGES, len(dataset))
     count = model.num_classes
-    names = "base", "prior", *(f"{kind} {seed}" for seed in range(SEEDS) for kind in ("spoilt", "mended"))
+    names = "base", "prior", *(f"{kind} {seed}" for seed in range(SEEDS) for kind in ("corrupted", "refined"))
     matrices = {name: ConfusionMatrix(count, model.ignore_index) for name in names}
     changed = []
     with progress("holding the prior against its base model") as advance:
         for index in range(total):
             image, label = dataset.image(index), dataset.label(index)
-
-            def answer(
-                predictor: Predictor, seed: int, start: Tensor | None = None, image: np.ndarray = image
-            ) -> Tensor:
-                run = None if start is None else partial(_from, model, start)
-                [entries] = predictor.classes([image], [seed], network=run)
-                return list(entries.values())[-1].cpu()
-
             own = derive(exp.seed, index)
-            basic = answer(alone, own) + 1  # background comes first
-            found = {"base": basic, "prior": answer(prior, own)}
+            basic = _answer(alone, image, own) + 1  # background comes first
+            found = {"base": basic, "prior": _answer(prior, image, own)}
             for seed in range(SEEDS):
-                found[f"spoilt {seed}"] = start = spoil(basic, count, derive(seed, index))
-                found[f"mended {seed}"] = answer(prior, derive(seed, index), start)
+                found[f"corrupted {seed}"] = start = corrupt(basic, count, derive(seed, index))
+                found[f"refined {seed}"] = _answer(prior, image, derive(seed, index), partial(_refine, model, start))
             for name, classes in found.items():
                 matrices[name].update(classes, label)
             changed.append((basic != found["prior"]).float().mean().item())
             advance(index + 1, total)
     miou = {name: float(matrix.compute()["mIoU"]) for name, matrix in matrices.items()}
     figures = {"base_mIoU": miou["base"], "prior_mIoU": miou["prior"], "changed": float(np.mean(changed))}
-    figures |= {kind: float(np.mean([miou[f"{kind} {s}"] for s in range(SEEDS)])) for kind in ("spoilt", "mended")}
+    figures |= {kind: float(np.mean([miou[f"{kind} {s}"] for s in range(SEEDS)])) for kind in ("corrupted", "refined")}
     return figures, [
         f"On {total} images the base model alone has mIoU {figures['base_mIoU']:.1%}, the prior "
         f"{figures['prior_mIoU']:.1%}; it changes {figures['changed']:.1%} of the pixels",
-        f"Started from the base model's maps with {BLOCKS} rectangles of random classes, mIoU {figures['spoilt']:.1%}, "
-        f"the prior's last step has {figures['mended']:.1%} (mean over {SEEDS} seeds)",
+        f"Started from the base model's maps with {BLOCKS} rectangles of random classes, mIoU "
+        f"{figures['corrupted']:.1%}, the prior's last step has {figures['refined']:.1%} (mean over {SEEDS} seeds)",
     ]
 
 
-def _from(model: DDPSSegmentor, start: Tensor, images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+def _answer(predictor: Predictor, image: np.ndarray, seed: int, network: Network | None = None) -> Tensor:
+    """Return the classes (H, W) of the last entry."""
+    [entries] = predictor.classes([image], [seed], network=network)
+    return list(entries.values())[-1].cpu()
+
+
+def _refine(model: DDPS, start: Tensor, images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
     return model.refine_mask(images, start[None], seeds)
 
 
-def spoil(classes: Tensor, num_classes: int, seed: int) -> Tensor:
+def corrupt(classes: Tensor, num_classes: int, seed: int) -> Tensor:
     """Return a label map (H, W) with rectangles of random classes, background left out."""
     rng, (height, width) = np.random.RandomState(seed), classes.shape
     result = classes.clone()

@@ -25,6 +25,7 @@ from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor, require_stepwise
 from segcore.reporting import figures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -77,7 +78,7 @@ def load_model(
         raise
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
-    fused = getattr(model, "fuse", lambda: model)().eval().to(target)
+    fused = model.fuse().eval().to(target)
     predictor = Predictor.of(fused, exp, [other.model for other in ensemble])
     if fused is not model and exp.evaluate.channels_last is None:  # then this layout is faster
         predictor = predictor.using(channels_last=True)
@@ -185,7 +186,7 @@ class LoadedModel:
         return found.cpu().numpy()
 
     def steps(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the classes (H, W) after every denoising step, from the first noise start; stepwise models only."""
+        """Return the classes (H, W) after every denoising step; stepwise models only."""
         model = self._stepwise()
         entries = self._run(image, model.denoising_trajectory)
         return {figures.step_title(step, model.step_unit): classes for step, classes in entries.items()}
@@ -232,10 +233,8 @@ class LoadedModel:
         [entries] = self._configured.classes([image], [self.experiment.seed], network=network)
         return {step: classes.cpu().numpy() for step, classes in entries.items()}
 
-    def _stepwise(self) -> Any:
-        if not self.experiment.model.stepwise:
-            raise UserError(f"{type(self.model).__name__} does not denoise in steps; this is for DDP and DDPS")
-        return self.model
+    def _stepwise(self) -> StepwiseSegmentor:
+        return require_stepwise(self.model, "uncertainty, steps, a start mask and evaluate.early_exit_threshold")
 
 
 @dataclass(frozen=True, eq=False)

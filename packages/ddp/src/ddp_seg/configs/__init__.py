@@ -11,7 +11,7 @@ from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ddp_seg.model import DDPSegmentor
+    from ddp_seg.model import DDP
 
 Backbone = Literal[
     "convnext_t",
@@ -28,7 +28,7 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class DDP(ModelConfig):
+class DDPConfig(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     stepwise: ClassVar[bool] = True
@@ -74,11 +74,11 @@ class DDP(ModelConfig):
         if self.sample_range[0] >= self.sample_range[1]:
             raise UserError(f"model.sample_range is {self.sample_range}; give the smaller time first")
 
-    def build(self) -> DDPSegmentor:
+    def build(self) -> DDP:
         """Return the model with random weights; downloads nothing."""
-        from ddp_seg.model import DDPSegmentor
+        from ddp_seg.model import DDP
 
-        return DDPSegmentor(self)
+        return DDP(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

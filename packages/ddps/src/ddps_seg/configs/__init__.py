@@ -11,8 +11,8 @@ from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ddps_seg.base import BaseSegmentor
-    from ddps_seg.model import DDPSSegmentor
+    from ddps_seg.base import BaseModel
+    from ddps_seg.model import DDPS
 
 Backbone = Literal[
     "mit_b0",
@@ -30,7 +30,7 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class Encoder(ModelConfig):
+class ConditionEncoderConfig(ModelConfig):
     """What maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
     backbone: Backbone = setting("mit_b2", stated=True, commands=BUILD)
@@ -44,22 +44,22 @@ class Encoder(ModelConfig):
 
 
 @dataclass(frozen=True)
-class Base(Encoder):
+class BaseModelConfig(ConditionEncoderConfig):
     """A base model, the first stage: SegFormer or DeepLabV3+ on its own."""
 
     num_classes: int = setting(150, least=1, stated=True, commands=INPUT)
     auxiliary: bool = setting(False, commands=())
     """Build the auxiliary FCN head on the third map, which only training uses (DeepLabV3+'s recipes do)."""
 
-    def build(self) -> BaseSegmentor:
+    def build(self) -> BaseModel:
         """Return the model with random weights; downloads nothing."""
-        from ddps_seg.base import BaseSegmentor
+        from ddps_seg.base import BaseModel
 
-        return BaseSegmentor(self)
+        return BaseModel(**self.arguments())
 
 
 @dataclass(frozen=True)
-class DDPS(Encoder):
+class DDPSConfig(ConditionEncoderConfig):
     """The mask prior on a base model's features. Class 0 is background: `data.add_background_class` puts it there."""
 
     stepwise: ClassVar[bool] = True
@@ -107,11 +107,11 @@ class DDPS(Encoder):
         if self.guidance_scale != 1 and self.mode != "q_pred":
             raise UserError(f"model.guidance_scale works in model.mode q_pred, not {self.mode}; set it to 1")
 
-    def build(self) -> DDPSSegmentor:
+    def build(self) -> DDPS:
         """Return the model with random weights; downloads nothing."""
-        from ddps_seg.model import DDPSSegmentor
+        from ddps_seg.model import DDPS
 
-        return DDPSSegmentor(self)
+        return DDPS(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

@@ -1,40 +1,20 @@
-"""DDRNet's model dataclass, its variants and its configurations. Nothing here imports torch."""
+"""DDRNet's model dataclass and its configurations. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
 
 if TYPE_CHECKING:
-    from ddrnet_seg.model import DDRNetSegmentor
-
-
-class Variant(NamedTuple):
-    """The sizes of a network."""
-
-    planes: int
-    """Channels of the stem, p; the high-resolution branch has 2p."""
-    blocks: tuple[int, ...]
-    """Residual blocks of layer1, layer2, each round of stage 3 (one or two) and stage 4."""
-    head: int
-    """Channels inside the heads."""
-    classifier: int
-    """Channels before the ImageNet classifier."""
-
-
-VARIANTS = {
-    "23_slim": Variant(32, (2, 2, 2, 2), 64, 1024),
-    "23": Variant(64, (2, 2, 2, 2), 128, 2048),
-    "39": Variant(64, (3, 4, 3, 3, 3), 256, 2048),
-}
+    from ddrnet_seg.model import DDRNet
 
 
 @dataclass(frozen=True)
-class DDRNet(ModelConfig):
+class DDRNetConfig(ModelConfig):
     """Deep dual-resolution network."""
 
     variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
@@ -43,20 +23,14 @@ class DDRNet(ModelConfig):
     """Build the auxiliary head, which only training uses."""
     auxiliary_weight: float = setting(0.4, above=0, commands=())
     """Weight of the auxiliary head's loss."""
-    loss: Literal["ohem", "ohem_pyradd", "cross_entropy"] = setting("ohem", commands=())
-    """On both heads: online hard example mining as in MMSegmentation, as in the seed project, or on all pixels."""
-    ohem_threshold: float = setting(0.9, above=0, most=1, commands=())
-    """Pixels whose true class has a lower probability are hard."""
-    ohem_min_kept: int = setting(131_072, least=1, commands=())
-    """At least so many pixels of a forward pass on one device count as hard."""
     align_corners: bool = False
-    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for the seed's."""
+    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for pyradd's."""
 
-    def build(self) -> DDRNetSegmentor:
+    def build(self) -> DDRNet:
         """Return the model with random weights; downloads nothing."""
-        from ddrnet_seg.model import DDRNetSegmentor
+        from ddrnet_seg.model import DDRNet
 
-        return DDRNetSegmentor(self)
+        return DDRNet(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

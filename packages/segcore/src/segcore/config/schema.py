@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.fields import INPUT, Section, setting
 from segcore.config.options import override
@@ -43,6 +43,10 @@ class ModelConfig(Section, ABC):
     @abstractmethod
     def build(self) -> Segmentor:
         """Return the model with random weights; downloads nothing."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by name: the keyword arguments of the model."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)

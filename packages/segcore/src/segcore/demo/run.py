@@ -25,6 +25,7 @@ from segcore.evaluation.predictor import Predictor, autocast
 from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
 from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor
 from segcore.progress import progress
 from segcore.reporting import tables as report
 from segcore.reporting.figures import colorize, heat, step_title, strip, write_image
@@ -120,8 +121,8 @@ def comparison(results: Results, baseline: float) -> str:
 
 
 def judge_uncertainty(model: Segmentor, exp: Experiment) -> tuple[dict[str, float], list[str]]:
-    """Return a figure and a sentence on the model's uncertainty; nothing for a model without diffusion."""
-    if not model.diffusion:
+    """Return a figure and a sentence on the model's uncertainty; nothing for a model without denoising."""
+    if not isinstance(model, StepwiseSegmentor):
         return {}, []
     dataset = open_dataset(exp.data, "val")
     dataset = dataclasses.replace(dataset, samples=dataset.samples[:JUDGED])
@@ -147,16 +148,16 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
         batch = torch.from_numpy(normalize(image, exp.data.mean, exp.data.std)).permute(2, 0, 1)[None].to(device)
         seeds = [derive(exp.seed, index)]
         with autocast(device, exp.train.precision):
-            steps = model.denoising_trajectory(batch, seeds=seeds)
+            steps = model.denoising_trajectory(batch, seeds) if isinstance(model, StepwiseSegmentor) else {}
             answer = model(batch, seeds=seeds)
         truth = colorize(label, dataset.palette, dataset.ignore_index)
         maps = {"input": image, "truth": truth}
         for caption, logits in {**steps, "prediction": answer}.items():
             classes = logits[0].argmax(0).cpu()
-            maps[step_title(caption, model.step_unit)] = colorize(
+            maps[step_title(caption, getattr(model, "step_unit", ""))] = colorize(
                 classes.numpy(), dataset.palette, dataset.ignore_index
             )
-        if model.diffusion:
+        if isinstance(model, StepwiseSegmentor):
             whole = Predictor.of(model, exp).using(img_scale=None, mode="whole", img_ratios=(1.0,), flip=False)
             [unsure] = predict_uncertainty(whole, [image], [classes], seeds)
             maps["uncertainty"] = heat(unsure.cpu().numpy())

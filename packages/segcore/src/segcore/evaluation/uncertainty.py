@@ -1,4 +1,4 @@
-"""How sure a diffusion model is of a mask, per pixel, and how well that separates wrong from right pixels."""
+"""How sure a model that denoises is of a mask, per pixel, and how well that separates wrong from right pixels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
+from segcore.models.stepwise import require_stepwise
 from segcore.seeds import derive
 
 STARTS = 4
@@ -33,9 +34,9 @@ def predict_uncertainty(
     entropy it has a unit: of pixels at 0.3, a calibrated model gets 30 % wrong.
 
     `classes` holds masks (H, W) int64; images and seeds are those of `Predictor.probabilities`. Raises UserError when
-    the method draws no noise.
+    the model does not denoise.
     """
-    model = predictor.model
+    model = require_stepwise(predictor.model, "--uncertainty")
     mean = predictor.probabilities(
         images, seeds, network=lambda batch, seeds: {"mean": model.log_mean_probs(batch, seeds, starts)}
     )
@@ -56,7 +57,7 @@ def evaluate_uncertainty(
     """Return the AUROC with which the uncertainty tells the wrong from the right pixels of a labeled data set.
 
     Every image is predicted as `segcore.evaluation.evaluate` does with the same seed: the configured answer. The model
-    is in evaluation mode. Raises UserError when the method draws no noise.
+    is in evaluation mode. Raises UserError when the model does not denoise.
     """
     area = AUROC(predictor.model.ignore_index)
     predictor = predictor.using(steps=())
