@@ -103,8 +103,7 @@ def parse(words: list[str], package: str | None = None) -> Any:
         raise UsageError(f"{prog}: there is no command {name!r}{near}; the commands are {', '.join(COMMANDS)}")
     kind, prog = COMMANDS[name], f"{prog} {name}"
     if kind is Configs:
-        command, rest = configs.prepare(rest, package)
-        return _read(command, rest, prog)
+        return _read(*configs.prepare(rest, package), prog)
     if not issubclass(kind, Command):
         return _read(kind(), rest, prog)
     if kind is Demo:
