@@ -52,7 +52,12 @@ def test_recipe():
         head, size = row.removesuffix("_4x2_769x769_40k_cityscapes").split("_dgmn2_")
         assert exp == cityscapes.recipe(head, size)
         assert (exp.name, exp.model) == (row, DGMN2Config(backbone=size, head=head))
-    assert (exp.model.drop_path, exp.loss.avg_non_ignore, exp.model.img_size, exp.model.dropout) == (0.0, False, 769, 0.1)
+    assert (exp.model.drop_path, exp.loss.avg_non_ignore, exp.model.img_size, exp.model.dropout) == (
+        0.0,
+        False,
+        769,
+        0.1,
+    )
     assert (exp.optimizer.kind, exp.optimizer.lr, exp.optimizer.weight_decay) == ("adamw", 1e-4, 1e-4)
     assert (exp.optimizer.rules, exp.optimizer.clip_norm, exp.optimizer.betas) == ((), None, (0.9, 0.999))
     assert (exp.schedule.iterations, exp.schedule.power, exp.schedule.min_lr) == (40_000, 0.9, 0.0)
