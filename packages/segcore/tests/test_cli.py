@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import segcore
-from segcore.cli.main import COMMANDS, main, parse
-from segcore.config import registry
+from segcore.cli.main import COMMANDS, main, offers, parse
+from segcore.config import options, registry
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
 
@@ -100,6 +101,44 @@ def test_commands_and_configurations(capsys, monkeypatch):
     line = answer(capsys, "train", "net_small", status=1)
     assert "net_small_toy, net_small_512x1024_160k_cityscapes" in line
     assert "--batches" in answer(capsys, "bench", CONFIG, "--batches")
+
+
+def test_version_and_completion(capsys):
+    for words, expected in (
+        (["--version"], f"segcore {segcore.__version__}"),
+        (["--tyro-print-completion", "bash"], "--optimizer.lr"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(None, words)
+        assert not end.value.code
+        assert expected in capsys.readouterr().out
+
+
+def options_of(command, name):
+    parsed = parse([command, name, *["x"] * sum(item.kw_only for item in fields(COMMANDS[command]))])
+    return set(options.settings(parsed, offers(parsed)))
+
+
+@pytest.mark.parametrize("name", [*registry.experiments()][::8])
+def test_a_command_offers_what_it_reads(name):
+    """And what only stepwise models can do is offered for these only."""
+    offered = {command: options_of(command, name) for command in ("train", "predict", "export", "bench", "test")}
+    assert len(offered["predict"]) <= 45
+    for command in ("predict", "export", "bench", "test"):
+        assert not [o for o in offered[command] if o.startswith(("experiment.optimizer", "experiment.schedule"))]
+    assert "experiment.optimizer.lr" in offered["train"]
+    stepwise = {"uncertainty", "steps", "animate", "start_mask", "experiment.evaluate.early_exit_threshold"}
+    assert offered["predict"] & stepwise == (stepwise if segcore.load_experiment(name).model.stepwise else set())
+
+
+def test_an_option_of_another_command_is_refused(capsys):
+    line = answer(capsys, "predict", CONFIG, "run", "in", "out", "--optimizer.lr", "1")
+    assert line == "--optimizer.lr is not read by this command with this model; leave it out"
+
+
+def test_a_published_path_and_a_part_of_a_name_are_the_row():
+    name = [*registry.experiments()][-1]
+    assert parse(["train", f"configs/cityscapes/{name}.py"]).experiment.name.replace("-", "_") == name
 
 
 def test_every_option_has_a_line_of_help():

@@ -148,8 +148,8 @@ class LoadedModel:
     @overload
     def __call__(self, images: ImageLike) -> Result: ...
     @overload
-    def __call__(self, images: Sequence[ImageLike]) -> list[Result]: ...
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Result | list[Result]:
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Result]: ...
+    def __call__(self, images: Any) -> Result | list[Result]:
         """Return what the model answers to an image of any size, or to each of a list.
 
         Of a list, images of one size go through the network together, `evaluate.batch_size` at a time. Raises
@@ -310,8 +310,8 @@ def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
     wanted = np.dtype(np.uint8 if data.bit_depth == 8 else np.uint16)
     if array.ndim != 3 or array.shape[2] != data.channels or array.dtype != wanted or not array.size:
         raise UserError(
-            f"an image of shape {tuple(image.shape)} and type {array.dtype}; give an array (H, W, {data.channels}) or a "
-            f"tensor ({data.channels}, H, W), {wanted}, in the units of the files"
+            f"an image of shape {tuple(image.shape)} and type {array.dtype}; give an array (H, W, {data.channels}) or "
+            f"a tensor ({data.channels}, H, W), {wanted}, in the units of the files"
         )
     return np.ascontiguousarray(array)
 

@@ -87,6 +87,6 @@ def is_row(exp: Experiment) -> bool:
     """Return whether the model and the dataset are those of the published row whose name `exp` has."""
     from segcore.config.registry import experiments
 
-    row = experiments().get(exp.name.replace("-", "_"))
-    published = row and row()
-    return bool(published) and (exp.model, exp.data.dataset) == (published.model, published.data.dataset)
+    build = experiments().get(exp.name.replace("-", "_"))
+    row = build() if build else None
+    return row is not None and (exp.model, exp.data.dataset) == (row.model, row.data.dataset)

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from segcore.cli import configs
 from segcore.cli.bench import Bench
@@ -47,11 +47,11 @@ HELP = """usage: {prog} COMMAND …
 
 {commands}
 
-{prog} COMMAND --help lists the options of a command, and COMMAND CONFIG --help those of a configuration with its values.
+{prog} COMMAND --help lists a command's options, and COMMAND CONFIG --help those of a configuration with its values.
 CONFIG is a name (`{prog} configs` lists them) or a unique part of one, the path of a published configuration, your own
 file.py:function, or the folder of a run or checkpoint, after which CHECKPOINT is left out.
 
-{prog} --version prints the version. {prog} --tyro-print-completion bash (or zsh, fish) prints the shell's completion."""
+{prog} --version prints the version, {prog} --tyro-print-completion bash (or zsh, fish) the shell's completion."""
 
 
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
@@ -103,8 +103,7 @@ def parse(words: list[str], package: str | None = None) -> Any:
         raise UsageError(f"{prog}: there is no command {name!r}{near}; the commands are {', '.join(COMMANDS)}")
     kind, prog = COMMANDS[name], f"{prog} {name}"
     if kind is Configs:
-        command, rest = configs.prepare(rest, package)
-        return _read(command, rest, prog)
+        return _read(*configs.prepare(rest, package), prog)
     if not issubclass(kind, Command):
         return _read(kind(), rest, prog)
     if kind is Demo:
@@ -113,9 +112,12 @@ def parse(words: list[str], package: str | None = None) -> Any:
     run = Path("runs") / experiment.name
     if kind is Test and folder is None and run.is_dir() and (not rest or rest[0].startswith("--")):
         experiment, folder = find_experiment(run)
-    places = dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only)
-    command = kind(experiment=experiment, folder=folder, **places)
-    return _read(command, rest, f"{prog} {folder or 'CONFIG'}")
+    return _read(_blank(kind, experiment, folder), rest, f"{prog} {folder or 'CONFIG'}")
+
+
+def _blank(kind: type[Any], experiment: Experiment, folder: Path | None = None) -> Any:
+    """Return a command whose places are not filled yet."""
+    return kind(experiment, folder, **dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only))
 
 
 def _read(command: Any, words: list[str], prog: str) -> Any:
@@ -132,7 +134,7 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
         what = f"{command.__doc__} {order[0].upper()}{order[1:]}." if places else command.__doc__
         tyro.cli(options.form(command, offered), prog=prog, description=what, args=["--help"])
     known = {key: kind for key, kind in kinds.items() if key not in places}
-    free, given = options.split(words, known)
+    free, given = options.split(words, known, {key.removeprefix("experiment.") for key in options.settings(command)})
     if len(free) > len(places):
         raise UsageError(f"{free[len(places)]!r} is not expected there; `--help` shows what can be given")
     required = [key for key in places if fields[key].default is dataclasses.MISSING]
@@ -146,7 +148,8 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
 def offers(command: Any) -> options.Offered:
     """Return whether a command offers a field: it reads it, and the model can do what it is for."""
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
-    stepwise = isinstance(command, Command) and command.experiment.model.stepwise
+    experiment = getattr(command, "experiment", None)
+    stepwise = experiment is not None and experiment.model.stepwise
     hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
 
     def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
@@ -157,7 +160,7 @@ def offers(command: Any) -> options.Offered:
 
 
 def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, Path | None, list[str]]:
-    """Return the configuration that words after a command begin with, its folder if it is a run, and the other words."""
+    """Return the configuration that the words begin with, its folder if it is that of a run, and the other words."""
     if words and not words[0].startswith("-"):
         return *find_experiment(words[0], package), words[1:]
     if {"-h", "--help"} & set(words):
@@ -185,18 +188,14 @@ def _version(package: str | None) -> str:
 
 
 def _complete(prog: str, words: list[str], package: str | None) -> None:
-    """Print the completion script of a shell and exit: commands, names of configurations and options."""
+    """Print the completion script of a shell for commands and options, and exit."""
     import tyro
 
-    names = tuple(experiments(package))
-    config = Literal[names]  # type: ignore[valid-type]
-    example = experiments(package)[names[0]]()
-    forms = {}
-    for name, kind in COMMANDS.items():
-        command = kind(experiment=example) if issubclass(kind, Command) else kind()
-        form = options.form(command, offers(command))
-        place = [("config", tyro.conf.Positional[config])] if kind not in (Demo, Env, Configs) else []
-        forms[name] = dataclasses.make_dataclass(name, place, bases=(form,), frozen=True, kw_only=True)
+    example = next(iter(experiments(package).values()))()
+    commands = [_blank(kind, example) if issubclass(kind, Command) else kind() for kind in COMMANDS.values()]
+    forms: dict[str, Any] = {
+        name: options.form(command, offers(command)) for name, command in zip(COMMANDS, commands, strict=True)
+    }
     tyro.extras.subcommand_cli_from_dict(forms, prog=prog, args=words)
 
 

@@ -34,7 +34,7 @@ class Predict(Command):
     """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
     For a folder of images, a folder of masks under the results' names."""
     ensemble: tuple[str, ...] = ()
-    """Average in a second model's class probabilities: its CONFIG and CHECKPOINT, or its run folder alone; images only."""
+    """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     frames: int | None = None
     """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 

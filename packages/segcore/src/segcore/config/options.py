@@ -16,7 +16,7 @@ import shlex
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from segcore.config.fields import allowed
 from segcore.errors import UsageError
@@ -95,10 +95,13 @@ def override(default: Any, overrides: Sequence[str]) -> Any:
     return change(default, read(given, known))
 
 
-def split(words: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+def split(
+    words: Sequence[str], kinds: Mapping[str, Any], unread: Iterable[str] = ()
+) -> tuple[list[str], dict[str, list[str]]]:
     """Return the words of a command line that belong to no option, and the words given to each option.
 
-    `kinds` are the known options, name -> annotation. Raises UsageError about the first one that is not among them.
+    `kinds` are the known options, name -> annotation; `unread` those of other commands and models. Raises UsageError
+    about the first option that is not among the known ones.
     """
     free: list[str] = []
     given: dict[str, list[str]] = {}
@@ -108,6 +111,8 @@ def split(words: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], di
             name, sign, value = word[2:].partition("=")
             name = name.replace("-", "_")
             if name not in kinds:
+                if name in unread:
+                    raise UsageError(f"{word} is not read by this command with this model; leave it out")
                 raise unknown(name, kinds)
             taking = given[name] = _parts(name, value, kinds[name]) if sign else []
             left = 0 if sign else _count(kinds[name])
@@ -138,7 +143,7 @@ def read(given: Mapping[str, Sequence[str]], kinds: Mapping[str, Any]) -> dict[s
     form = dataclasses.make_dataclass("Values", fields, kw_only=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # tyro's own answers are boxes of many lines
-            found = tyro.cli(form, args=args, config=(tyro.conf.FlagConversionOff,))
+            found: Any = tyro.cli(form, args=args, config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
         for name, words in rest.items() if len(rest) > 1 else ():
             read({name: words}, kinds)
@@ -190,7 +195,7 @@ def nearest(name: str, known: Iterable[str], sign: str = "", cutoff: float = 0.5
 
 
 def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
-    """Return a dataclass of the offered fields of a dataclass instance, its values as defaults: what tyro shows help of.
+    """Return a dataclass of the offered fields of a dataclass instance, its values as defaults: tyro shows its help.
 
     Fields that are keyword-only have a place instead of an option. Fields that hold an `Experiment` add no prefix.
     """
@@ -211,7 +216,7 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
         elif kind is bool:
             kind = tyro.conf.FlagConversionOff[bool]
         if item.kw_only:
-            kind, how["metavar"] = tyro.conf.Positional[kind], item.name.upper()
+            kind, how["metavar"] = cast(Any, tyro.conf.Positional)[kind], item.name.upper()
             default = default if item.default is not dataclasses.MISSING else dataclasses.field()
         fields.append((item.name, Annotated[kind, tyro.conf.arg(**how)], default))
     fields.sort(key=lambda entry: entry[2].default is not dataclasses.MISSING)

@@ -28,14 +28,14 @@ def settings_of(exp: Experiment) -> dict[str, Any]:
     return settings
 
 
-class NotOfThisVersion(ValueError):
+class VersionError(ValueError):
     """A stored setting that is not what this version stores."""
 
 
 def from_plain(kind: Any, value: Any, name: str = "") -> Any:
     """Return the value of an annotation that `settings_of` turned into plain data; the inverse, and strict.
 
-    Raises NotOfThisVersion naming the setting that is missing, unknown or of another type.
+    Raises VersionError naming the setting that is missing, unknown or of another type.
     """
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
@@ -43,11 +43,11 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
         names = [item.name for item in dataclasses.fields(kind)]
         for key in (*names, *value):
             if (key in names) != (key in value):
-                raise NotOfThisVersion(f"{prefix}{key} is {'missing' if key in names else 'unknown'}")
+                raise VersionError(f"{prefix}{key} is {'missing' if key in names else 'unknown'}")
         return cast(Any, kind)(**{key: from_plain(hints[key], value[key], prefix + key) for key in names})
     if origin in (Union, types.UnionType):
         for option in args:
-            with contextlib.suppress(NotOfThisVersion):
+            with contextlib.suppress(VersionError):
                 return from_plain(option, value, name)
     elif origin is Annotated:
         return from_plain(args[0], value, name)
@@ -64,7 +64,7 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
         return float(value)
     elif isinstance(kind, type) and (type(value) is kind or (name == "model" and isinstance(value, kind))):
         return value
-    raise NotOfThisVersion(f"{name} is {value!r:.60}")
+    raise VersionError(f"{name} is {value!r:.60}")
 
 
 class ConfigDiff(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from segcore.config.options import nearest
-from segcore.config.record import NotOfThisVersion, from_plain
+from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.errors import UserError
 
@@ -111,9 +111,11 @@ def read_experiment(folder: Path) -> Experiment:
     if kind not in known:
         raise UserError(f"{path}: its model {kind} is of no installed method; install it, or name a configuration")
     try:
+        if Path(name).name != name:  # files are named by it
+            raise VersionError(f"name is {name!r}")
         typed = from_plain(known[kind], model, "model")
         return cast(Experiment, from_plain(Experiment, {**stored, "model": typed}))
-    except NotOfThisVersion as error:
+    except VersionError as error:
         raise UserError(
             f"{path}: {error}, as in no run of this version; train again, or name a configuration"
         ) from None
@@ -125,7 +127,8 @@ def _model_configs() -> dict[str, type[ModelConfig]]:
     """Return the model dataclasses of the installed methods by `module:name`."""
     experiments()  # imports their configurations
     packages = {point.value for point in entry_points(group="segcore.methods")}
-    found, left = dict[str, type[ModelConfig]](), [ModelConfig]
+    found: dict[str, type[ModelConfig]] = {}
+    left: list[type[ModelConfig]] = ModelConfig.__subclasses__()
     while left:
         kind = left.pop()
         left += kind.__subclasses__()

@@ -30,7 +30,7 @@ Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the context in which a forward pass has the precision that the configuration names."""
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    half = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]  # of fp32: not enabled
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
@@ -221,8 +221,16 @@ def window_logits(
     network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
 ) -> dict[str, Tensor]:
     """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
-    if evaluate.mode == "whole":
-        return network(batch, [derive(seed, view, 0) for seed in seeds])
+    match evaluate.mode:
+        case "whole":
+            return network(batch, [derive(seed, view, 0) for seed in seeds])
+        case "slide":
+            return _mean_over_windows(network, batch, evaluate, seeds, view)
+
+
+def _mean_over_windows(
+    network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
+) -> dict[str, Tensor]:
     height, width = batch.shape[-2:]
     total: dict[str, Tensor] = {}
     count = torch.zeros(height, width)

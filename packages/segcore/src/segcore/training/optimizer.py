@@ -49,9 +49,11 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
         {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-    if optimizer.kind == "adamw":
-        return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=fused)
-    return torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+    match optimizer.kind:
+        case "adamw":
+            return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=fused)
+        case "sgd":
+            return torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:

@@ -37,10 +37,13 @@ def find_files(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
             f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset"
             + (", or let `train` generate it there" if data.dataset == "toy" else "")
         )
-    if data.dataset == "folder":
-        dataset = folder.open_split(data, split)
-    else:
-        dataset = (ade20k if data.dataset == "ade20k" else cityscapes).open_split(data.root, split)
+    match data.dataset:
+        case "folder":
+            dataset = folder.open_split(data, split)
+        case "ade20k":
+            dataset = ade20k.open_split(data.root, split)
+        case "cityscapes" | "toy":
+            dataset = cityscapes.open_split(data.root, split)
     if data.dataset == "toy":
         from segcore.data.layouts import toy
 
@@ -54,11 +57,13 @@ def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the class names and (K, 3) uint8 RGB colors that `open_dataset` would give, without needing the files."""
     from segcore.data.layouts import ade20k, cityscapes, folder
 
-    if data.dataset == "folder":
-        classes, palette = data.classes, folder.distinct_colors(len(data.classes))
-    else:
-        module = ade20k if data.dataset == "ade20k" else cityscapes
-        classes, palette = module.CLASSES, module.PALETTE
+    match data.dataset:
+        case "folder":
+            classes, palette = data.classes, folder.distinct_colors(len(data.classes))
+        case "ade20k":
+            classes, palette = ade20k.CLASSES, ade20k.PALETTE
+        case "cityscapes" | "toy":
+            classes, palette = cityscapes.CLASSES, cityscapes.PALETTE
     return behind_background(classes, palette) if data.add_background_class else (classes, palette)
 
 
