@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ddps_seg.model import DDPSSegmentor
-from segcore.checkpoints.load import load_weights, resolve
+from segcore.checkpoints.load import find_weights, load_weights
 from segcore.config.schema import DataConfig, Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
@@ -37,7 +37,7 @@ def measure(
     """
     device = next(model.parameters()).device
     first = base.model.build().eval()
-    load_weights(first, resolve(str(base_dir), base.name))
+    load_weights(first, find_weights(str(base_dir), base.name))
     first.to(device)
     data = dataclasses.replace(exp.data, add_background_class=False)
     dataset = open_dataset(exp.data, "val")

@@ -73,11 +73,13 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     import torch
 
     from segcore import distributed
-    from segcore.checkpoints.load import load_weights, resolve
+    from segcore.checkpoints.load import find_weights, load_weights
     from segcore.checkpoints.run_checkpoint import standing
     from segcore.config.record import ConfigDiff
 
-    path = distributed.main_process_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
+    path = distributed.main_process_first(
+        lambda: find_weights(checkpoint, command.experiment.name, offline=command.offline)
+    )
     model: Any = command.experiment.model.build()
     other = ConfigDiff.of(path, command.experiment)
     try:

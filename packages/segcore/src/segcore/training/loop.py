@@ -82,10 +82,10 @@ def train(
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init_from and not found:
-        from segcore.checkpoints.load import initialize
+        from segcore.checkpoints.load import load_init
 
         start = exp.train.init_from
-        notes.append(distributed.main_process_first(lambda: initialize(run.model, start, offline=offline)))
+        notes.append(distributed.main_process_first(lambda: load_init(run.model, start, offline=offline)))
         run.average = None if run.average is None else start_ema(run.model)
     weights = distributed.main_process_first(lambda: class_weights(exp, dataset, work_dir))
     run.model.class_weight = weights if weights is None else weights.to(run.device)
