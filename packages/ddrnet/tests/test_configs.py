@@ -48,7 +48,7 @@ def test_recipes():
     assert exp.name == MMSEG
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (12, 120_000, 0.01)
     assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem", 0.9, 131_072)
-    assert exp.train.class_weight == CLASS_WEIGHT
+    assert exp.loss.class_weight == CLASS_WEIGHT
     exp = segcore.load_experiment("ddrnet_23_cityscapes_pyradd")
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (5, 148_750, 0.003)
     assert (exp.data.crop, exp.data.img_scale, exp.model.align_corners) == ((1024, 1024), (2080, 1040), True)

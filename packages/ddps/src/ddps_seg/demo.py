@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ddps_seg.model import DDPSSegmentor
 from segcore.checkpoints.load import find_weights, load_weights
-from segcore.config.schema import DataConfig, Experiment
+from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import predict_classes
-from segcore.models.segmentor import Segmentor
+from segcore.evaluation.predictor import Predictor
 from segcore.progress import progress
 from segcore.seeds import derive
 
@@ -39,12 +38,11 @@ def measure(
     first = base.model.build().eval()
     load_weights(first, find_weights(str(base_dir), base.name))
     first.to(device)
-    data = dataclasses.replace(exp.data, add_background_class=False)
+    prior = Predictor.of(model, exp).using(steps=())
+    alone = dataclasses.replace(prior, model=first, data=dataclasses.replace(exp.data, add_background_class=False))
     dataset = open_dataset(exp.data, "val")
     total = min(IMAGES, len(dataset))
     count = model.num_classes
-    settings = dataclasses.replace(exp.evaluate, steps=())
-    options: dict[str, Any] = {"device": device, "precision": exp.train.precision}
     names = "base", "prior", *(f"{kind} {seed}" for seed in range(SEEDS) for kind in ("spoilt", "mended"))
     matrices = {name: ConfusionMatrix(count, model.ignore_index) for name in names}
     changed = []
@@ -53,18 +51,18 @@ def measure(
             image, label = dataset.image(index), dataset.label(index)
 
             def answer(
-                network: Segmentor, of: DataConfig, seed: int, start: Tensor | None = None, image: np.ndarray = image
+                predictor: Predictor, seed: int, start: Tensor | None = None, image: np.ndarray = image
             ) -> Tensor:
                 run = None if start is None else partial(_from, model, start)
-                [entries] = predict_classes(network, [image], settings, of, [seed], network=run, **options)
+                [entries] = predictor.classes([image], [seed], network=run)
                 return list(entries.values())[-1].cpu()
 
             own = derive(exp.seed, index)
-            basic = answer(first, data, own) + 1  # background comes first
-            found = {"base": basic, "prior": answer(model, exp.data, own)}
+            basic = answer(alone, own) + 1  # background comes first
+            found = {"base": basic, "prior": answer(prior, own)}
             for seed in range(SEEDS):
                 found[f"spoilt {seed}"] = start = spoil(basic, count, derive(seed, index))
-                found[f"mended {seed}"] = answer(model, exp.data, derive(seed, index), start)
+                found[f"mended {seed}"] = answer(prior, derive(seed, index), start)
             for name, classes in found.items():
                 matrices[name].update(classes, label)
             changed.append((basic != found["prior"]).float().mean().item())

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from ddrnet_seg.configs import DDRNet
-from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 Variant = Literal["23_slim", "23", "39"]
 
@@ -29,11 +37,11 @@ def recipe(variant: Variant, name: str | None = None) -> Experiment:
         data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2048, 1024), crop=(1024, 1024)),
         optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
         schedule=ScheduleConfig(iterations=120_000, power=0.9, warmup_iterations=0),
+        loss=LossConfig(class_weight=CLASS_WEIGHT),
         train=TrainConfig(
             batch_size=12,
             device_batch_size=6,
             init_from=f"official:ddrnet_{variant}_imagenet",
-            class_weight=CLASS_WEIGHT,
             evaluate_every=12_000,
             save_every=12_000,
         ),

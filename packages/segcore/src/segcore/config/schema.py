@@ -17,6 +17,8 @@ from segcore.errors import UserError
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 
 @dataclass(frozen=True)
 class ModelConfig(ABC):
@@ -141,6 +143,24 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The training loss of the main head; methods say how an auxiliary head is weighted."""
+
+    kind: Literal["cross_entropy", "ohem", "ohem_pyradd"] = "cross_entropy"
+    """Cross entropy over all pixels, or over hard ones only (online hard example mining), as in MMSegmentation or in
+    pyradd/DDRNet-pytorch."""
+    class_weight: tuple[float, ...] | Literal["auto"] | None = None
+    """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
+    of the training labels' pixels), scaled so that the loss keeps its size."""
+    ohem_threshold: float = 0.9
+    """ohem only: pixels whose true class has a lower probability are hard."""
+    ohem_min_kept: int = 131_072
+    """ohem only: lower bound of the hard pixels of a forward pass on one device."""
+    avg_non_ignore: bool = False
+    """cross_entropy only: divide by the number of labeled pixels; the published systems divide by that of all."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -150,11 +170,8 @@ class TrainConfig:
     """Images per forward pass on one device; gradients are accumulated up to `batch`. Lower it when memory is short."""
     init_from: str | None = None
     """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
-    class_weight: tuple[float, ...] | Literal["auto"] | None = None
-    """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
-    of the training labels' pixels), scaled so that the loss keeps its size."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
     compile: bool = False
@@ -200,6 +217,10 @@ class EvalConfig:
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble_steps: bool = False
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
+    precision: Precision | None = None
+    """Precision of the forward pass (autocast); None: as trained."""
+    channels_last: bool | None = None
+    """Memory layout of images and convolutions; None: as trained."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
 
@@ -219,6 +240,7 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
@@ -255,9 +277,9 @@ class Experiment:
                 f"train.batch_size {train.batch_size} does not divide into passes of train.device_batch_size "
                 f"{train.device_batch_size}"
             )
-        if isinstance(train.class_weight, tuple) and len(train.class_weight) != self.model.num_classes:
+        if isinstance(weight := self.loss.class_weight, tuple) and len(weight) != self.model.num_classes:
             raise UserError(
-                f"train.class_weight has {len(train.class_weight)} values for {self.model.num_classes} classes; "
+                f"loss.class_weight has {len(weight)} values for {self.model.num_classes} classes; "
                 "give one per class, or auto"
             )
         if self.evaluate.ensemble_steps and self.evaluate.early_exit_threshold is not None:
@@ -283,6 +305,7 @@ _COUNTS = (
         "train.log_every",
         "train.save_every",
         "train.keep_last",
+        "loss.ohem_min_kept",
     ),
     *("evaluate.img_scale", "evaluate.crop", "evaluate.stride", "evaluate.batch_size"),
 )
@@ -296,11 +319,12 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip", "data.blur")),
     ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.early_exit_threshold",)),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, ("loss.ohem_threshold",)),
     ("finite", math.isfinite, ("data.mean",)),
     (
         "above 0 and finite",
         lambda v: 0 < v < math.inf,
-        ("data.std", "data.ratio_range", "train.class_weight", "train.timeout", "evaluate.img_ratios"),
+        ("data.std", "data.ratio_range", "loss.class_weight", "train.timeout", "evaluate.img_ratios"),
     ),
 )
 """What a value must be, the test of it, and its settings: every value of each, where one is given."""

@@ -21,7 +21,7 @@ from segcore.demo.baseline import fit_linear
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import autocast
+from segcore.evaluation.predictor import Predictor, autocast
 from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
 from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
@@ -126,10 +126,7 @@ def judge_uncertainty(model: Segmentor, exp: Experiment) -> tuple[dict[str, floa
     dataset = open_dataset(exp.data, "val")
     dataset = dataclasses.replace(dataset, samples=dataset.samples[:JUDGED])
     with progress("judging the uncertainty") as advance:
-        area = evaluate_uncertainty(
-            model, dataset, exp.evaluate, exp.data, device=next(model.parameters()).device, seed=exp.seed,
-            precision=exp.train.precision, channels_last=exp.train.channels_last, on_progress=advance,
-        )  # fmt: skip
+        area = evaluate_uncertainty(Predictor.of(model, exp), dataset, seed=exp.seed, on_progress=advance)
     return {"uncertainty_AUROC": area}, [
         f"On {len(dataset)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
         "(0.5 is chance, 1 perfect)"
@@ -160,10 +157,8 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
                 classes.numpy(), dataset.palette, dataset.ignore_index
             )
         if model.diffusion:
-            whole = dataclasses.replace(exp.evaluate, img_scale=None, mode="whole", img_ratios=(1.0,), flip=False)
-            [unsure] = predict_uncertainty(
-                model, [image], [classes], whole, exp.data, seeds, device=device, precision=exp.train.precision
-            )
+            whole = Predictor.of(model, exp).using(img_scale=None, mode="whole", img_ratios=(1.0,), flip=False)
+            [unsure] = predict_uncertainty(whole, [image], [classes], seeds)
             maps["uncertainty"] = heat(unsure.cpu().numpy())
             maps["wrong pixels"] = heat((classes.numpy() != label) & (label != dataset.ignore_index))
         shown.append(maps)

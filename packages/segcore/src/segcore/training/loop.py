@@ -30,7 +30,7 @@ from segcore.data.loader import Batch, train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, check_fit, evaluate
-from segcore.evaluation.predictor import autocast
+from segcore.evaluation.predictor import Predictor, autocast
 from segcore.files import write
 from segcore.reporting import tables as report
 from segcore.reporting.prediction_grid import PredictionGrid
@@ -250,15 +250,10 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: Logger, stop: Stop) ->
     with averaged(run.model, run.average), _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
         distributed.broadcast(list(run.model.buffers()))  # running statistics of the first process count
         results = evaluate(
-            run.model,
+            Predictor.of(run.model, exp),
             val,
-            exp.evaluate,
-            exp.data,
-            device=run.device,
             seed=exp.seed,
             workers=exp.data.workers,
-            precision=exp.train.precision,
-            channels_last=exp.train.channels_last,
             on_progress=on_progress,
             on_prediction=gallery.add if log.path else None,
         )
