@@ -146,4 +146,4 @@ def complete_toy_set(exp: Experiment) -> None:
     from segcore.demo import toy
 
     if exp.data.dataset == "toy":
-        distributed.main_process_first(lambda: toy.complete(exp.data.root))
+        distributed.main_process_first(lambda: toy.generate_missing(exp.data.root))

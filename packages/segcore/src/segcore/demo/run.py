@@ -84,7 +84,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
 
 def prepare(exp: Experiment, scenes: Path) -> Experiment:
     """Generate the scenes if they are not there, and return the experiment on them."""
-    toy.complete(scenes)
+    toy.generate_missing(scenes)
     return dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=scenes))
 
 
