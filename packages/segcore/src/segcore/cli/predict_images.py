@@ -25,10 +25,10 @@ from segcore.progress import progress
 from segcore.reporting.figures import (
     JPEG,
     colorize,
-    gray,
+    hstack_panels,
     overlay,
     step_title,
-    strip,
+    to_gray,
     to_uint8_rgb,
     write_animation,
     write_class_png,
@@ -189,12 +189,12 @@ def run(
             write_class_png(job.mask, bare, colors)
             write_image(job.overlay, overlay(to_uint8_rgb(image), bare, colors, opacity))
             if job.uncertainty:
-                write_image(job.uncertainty, gray(image_uncertainty(model, exp, image, classes)))
+                write_image(job.uncertainty, to_gray(image_uncertainty(model, exp, image, classes)))
             panels = step_panels(to_uint8_rgb(image), {**maps, "answer": classes}, palette) if maps else {}
             if job.steps:
-                write_image(job.steps, strip(list(panels.values()), list(panels)))
+                write_image(job.steps, hstack_panels(list(panels.values()), list(panels)))
             if job.animation:
-                write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
+                write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
     if len(jobs) > 1:

@@ -265,7 +265,6 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: Logger, stop: Stop) ->
     text = f"{report.per_class(results, metrics)}\n\n{report.summary(results, metrics)}"
     log.val(run.iteration, {**figures, **results.to_json()}, text)
     log.picture(run.iteration, gallery.picture())
-    log.curve()
     return results
 
 
