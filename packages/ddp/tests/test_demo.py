@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import cv2
 import numpy as np
@@ -93,6 +95,25 @@ def test_the_images_on_the_page_are_those_that_were_scored(folder, shown):
     assert matrix.compute()["mIoU"] == figures["mIoU"] == run["entries"]["3"]["mIoU"]
     assert matrix.compute()["aAcc"] == run["entries"]["3"]["aAcc"]
     assert area.compute() == pytest.approx(figures["uncertainty_AUROC"], abs=5e-3)  # the page has 256 levels
+
+
+def test_a_browser_shows_every_image_and_a_narrow_window_needs_no_scrolling(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on the path")
+    found = (
+        "images: [...document.images].map(image => image.complete && image.naturalWidth > 0), "
+        "width: innerWidth, content: document.documentElement.scrollWidth"
+    )
+    script = f"<script>onload = () => document.body.replaceChildren(JSON.stringify({{{found}}}))</script>"
+    page = tmp_path / "page.html"
+    page.write_text((folder / "index.html").read_text(encoding="utf-8") + script, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser, *options, "--window-size=500,900", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    answer = json.loads(re.search(r'\{"images.*?\}', done.stdout)[0])
+    assert answer["images"] == [True] * (2 * 8 + 1)
+    assert answer["content"] <= answer["width"]
 
 
 def test_started_again_it_goes_on(folder, capsys):

@@ -67,7 +67,7 @@ def _color(rgb: Sequence[int], name: str) -> str:
 
 def _scale() -> str:
     ramp = f'<img class="ramp" src="{png_data_uri(colormap(RAMP))}" alt="black to yellow">'
-    return f"<p>Uncertainty is the probability of another class than the predicted one: 0 {ramp} 1</p>"
+    return f"<p>Uncertainty is the probability of another class than the predicted one: <nobr>0 {ramp} 1</nobr></p>"
 
 
 def _panels(panels: dict[str, np.ndarray]) -> str:
