@@ -7,8 +7,8 @@ import torch
 
 import segcore
 from ddps_seg.configs import DDPS, Base
-from ddps_seg.configs.rows import rows
-from ddps_seg.configs.stock import rows as stock_rows
+from ddps_seg.configs.published import rows
+from ddps_seg.configs.base_models import rows as stock_rows
 from ddps_seg.official import ROWS
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import find_weights, load_init, load_weights
