@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
@@ -19,7 +17,6 @@ from segcore.errors import UserError
 from segcore.progress import progress
 
 if TYPE_CHECKING:
-    import requests
     from torch import Tensor
 
 ATTEMPTS = 4
@@ -75,7 +72,7 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
     parts = urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {("http", "127.0.0.1"), ("http", "localhost")}:
         raise UserError(f"{url}: not an https address; {by_hand}")
-    with _writable(target):
+    with files.writing(target, "free space or set SEGCORE_WEIGHTS to another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own: several processes may download the same file at once.
         with tempfile.TemporaryDirectory(".part", f".{target.name}.", target.parent, ignore_cleanup_errors=True) as own:
@@ -130,7 +127,7 @@ def _from_host(url: str, folder: Path, by_hand: str) -> Path:
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
-    part, missing = folder / "download", ""
+    part, name = folder / "download", PurePosixPath(urlsplit(url).path).name
     retry = Retry(
         ATTEMPTS - 1, connect=0, backoff_factor=PAUSE, status_forcelist=(429, 500, 502, 503, 504),
         respect_retry_after_header=False, raise_on_status=False,
@@ -140,43 +137,25 @@ def _from_host(url: str, folder: Path, by_hand: str) -> Path:
         for prefix in ("https://", "{0.scheme}://{0.netloc}/".format(urlsplit(url))):
             session.mount(prefix, HTTPAdapter(max_retries=retry))
         session.headers.update({"User-Agent": "segcore", "Accept-Encoding": "identity"})
-        for _ in range(ATTEMPTS):  # a retry of urllib3 ends with the answer's headers
-            with session.get(url, stream=True, timeout=TIMEOUT) as response:
-                if not response.ok:
-                    raise UserError(f"{url}: the server answers {response.status_code} {response.reason}; {by_hand}")
-                if response.headers.get("Content-Type", "").startswith("text/html"):
+        for _ in range(ATTEMPTS):  # urllib3 does not retry once the body has begun
+            with session.get(url, stream=True, timeout=TIMEOUT) as answer:
+                if not answer.ok:
+                    raise UserError(f"{url}: the server answers {answer.status_code} {answer.reason}; {by_hand}")
+                if answer.headers.get("Content-Type", "").startswith("text/html"):
                     raise UserError(f"{url}: the answer is a web page, not weights (a login or a proxy?); {by_hand}")
-                missing = _save(response, part, PurePosixPath(urlsplit(url).path).name)
-                if not missing:
-                    return part
-    raise UserError(f"{url}: the connection broke {ATTEMPTS} times ({missing}); try again, or {by_hand}")
-
-
-def _save(response: requests.Response, part: Path, name: str) -> str:
-    """Write the body of an answer into `part`, and return what is missing, "" when it is whole."""
-    import requests
-
-    length = response.headers.get("Content-Length")
-    total, done, reason = None if length is None else int(length), 0, ""
-    with part.open("wb") as file, progress(f"downloading {name} (kB)") as advance:
-        try:
-            for chunk in response.iter_content(1 << 16):
-                done += file.write(chunk)
-                advance(done // 1000, (total or 0) // 1000)
-        except requests.RequestException as error:
-            reason = type(error).__name__
-    if total is None:
-        return reason
-    return "" if done == total else f"{done} of {total} bytes came"
-
-
-@contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); set SEGCORE_WEIGHTS to another folder") from None
+                total, done = int(answer.headers.get("Content-Length", 0)), 0
+                with part.open("wb") as file, progress(f"downloading {name} (kB)") as advance:
+                    try:
+                        for chunk in answer.iter_content(1 << 16):
+                            done += file.write(chunk)
+                            advance(done // 1000, total // 1000)
+                        if done == total or not total:
+                            return part
+                    except requests.RequestException:
+                        continue
+    raise UserError(
+        f"{url}: the connection broke {ATTEMPTS} times ({done} of {total} bytes came); try again, or {by_hand}"
+    )
 
 
 def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class Answer:
     classes: Mapping[str, Tensor]
     """Step entry -> (H, W) int64 on the CPU."""
     seed: int
+    uncertainty: Tensor | None = None
+    """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None without diffusion."""
 
 
 def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
@@ -75,24 +77,21 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     baseline = linear_baseline(open_dataset(exp.data, "train"), val_set)
 
     results, answers = evaluate_and_keep(predictor, val_set, exp.seed)
+    step = results.final_step
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
     notes = [comparison(results, baseline)]
-    uncertainty = uncertainty_of(predictor, answers, results.final_step)
-    if uncertainty:
-        area, judged = auroc(answers, uncertainty, results.final_step, val_set.ignore_index)
-        figures["uncertainty_AUROC"] = area
+    if predictor.model.diffusion:
+        judged = [answers[index] for index in sorted(answers) if index < JUDGED]
+        figures["uncertainty_AUROC"] = area = auroc(judged, step, val_set.ignore_index)
         notes.append(
-            f"On {judged} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
+            f"On {len(judged)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
             "(0.5 is chance, 1 perfect)"
         )
     if base is not None:
         more, sentences = importlib.import_module(f"{package}.demo").compare(predictor, exp, base, base_dir)
         figures |= {"by_step": {step: metrics["mIoU"] for step, metrics in results.entries.items()}, **more}
         notes += sentences
-    shown = [
-        panels(predictor, val_set, answers[index], uncertainty.get(index), results.final_step)
-        for index in shown_indices(len(val_set))
-    ]
+    shown = [panels(predictor, val_set, answers[index], step) for index in shown_indices(len(val_set))]
 
     for i, maps in enumerate(shown, 1):
         write_image(work_dir / f"panels_{i}.png", hstack_panels(list(maps.values()), list(maps)))
@@ -139,7 +138,10 @@ def shown_indices(count: int) -> list[int]:
 
 
 def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tuple[Results, dict[int, Answer]]:
-    """Evaluate on the whole validation set; also return, by index, the answers that are shown or judged."""
+    """Evaluate on the whole validation set; also return, by index, the answers that are shown or judged.
+
+    Their uncertainty is that of the classes that were counted, from the same seeds, views and precision.
+    """
     wanted, answers = {*shown_indices(len(val_set)), *range(JUDGED)}, dict[int, Answer]()
 
     def keep(index: int, image: np.ndarray, label: np.ndarray, classes: Mapping[str, Tensor]) -> None:
@@ -148,6 +150,13 @@ def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tupl
 
     with progress("evaluating") as advance:
         results = evaluate(predictor, val_set, seed=seed, on_progress=advance, on_prediction=keep)
+    if predictor.model.diffusion:
+        with progress("estimating the uncertainty") as advance:
+            for done, answer in enumerate(answers.values(), 1):
+                classes = answer.classes[results.final_step]
+                [uncertainty] = predict_uncertainty(predictor, [answer.image], [classes], [answer.seed])
+                answer.uncertainty = uncertainty.cpu()
+                advance(done, len(answers))
     return results, answers
 
 
@@ -161,35 +170,17 @@ def comparison(results: Results, baseline: float) -> str:
     )
 
 
-def uncertainty_of(predictor: Predictor, answers: dict[int, Answer], step: str) -> dict[int, np.ndarray]:
-    """Return, by index, the uncertainty (H, W) float32, 0..1, of the classes at `step`; {} without diffusion."""
-    if not predictor.model.diffusion:
-        return {}
-    maps = {}
-    with progress("estimating the uncertainty") as advance:
-        for done, (index, answer) in enumerate(sorted(answers.items()), 1):
-            [found] = predict_uncertainty(predictor, [answer.image], [answer.classes[step]], [answer.seed])
-            maps[index] = found.cpu().numpy()
-            advance(done, len(answers))
-    return maps
-
-
-def auroc(
-    answers: dict[int, Answer], uncertainty: dict[int, np.ndarray], step: str, ignore_index: int
-) -> tuple[float, int]:
-    """Return how well the uncertainty separates wrong from right pixels, 0..1, and the number of images judged."""
+def auroc(answers: list[Answer], step: str, ignore_index: int) -> float:
+    """Return how well the uncertainty separates wrong from right pixels, 0..1."""
     area = AUROC(ignore_index)
-    judged = [index for index in uncertainty if index < JUDGED]
-    for index in judged:
-        score, label = torch.from_numpy(uncertainty[index]), torch.from_numpy(answers[index].label)
-        area.update(score, answers[index].classes[step], label)
-    return area.compute(), len(judged)
+    for answer in answers:
+        assert answer.uncertainty is not None
+        area.update(answer.uncertainty, answer.classes[step], torch.from_numpy(answer.label))
+    return area.compute()
 
 
-def panels(
-    predictor: Predictor, val_set: Dataset, answer: Answer, uncertainty: np.ndarray | None, step: str
-) -> dict[str, np.ndarray]:
-    """Return the panels (H, W, 3) uint8 of an image by caption: input, ground truth, denoising steps, prediction.
+def panels(predictor: Predictor, val_set: Dataset, answer: Answer, step: str) -> dict[str, np.ndarray]:
+    """Return the panels (H, W, 3) uint8 of an image by caption: image, ground truth, denoising steps, prediction.
 
     With an uncertainty, its map and that of the wrong pixels follow.
     """
@@ -203,7 +194,7 @@ def panels(
     maps["prediction"] = prediction
     found = {"image": answer.image}
     found |= {key: colorize(classes, val_set.palette, val_set.ignore_index) for key, classes in maps.items()}
-    if uncertainty is not None:
-        found["uncertainty"] = colormap(uncertainty)
+    if answer.uncertainty is not None:
+        found["uncertainty"] = colormap(answer.uncertainty.numpy())
         found["wrong pixels"] = colormap((prediction != label) & (label != val_set.ignore_index))
     return found
