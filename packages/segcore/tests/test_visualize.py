@@ -132,6 +132,9 @@ def test_legend_shows_every_color_and_name():
     half = table.shape[0] // 2
     assert (table[half:, 80:] == 255).all(), "the fourth cell is empty"
     assert (table[:half, 110:].min(-1) < 100).any(), "the second name is written"
+    wide = figures.legend(["a long name of a class", "car"], PALETTE[:2], columns=2)
+    half = wide.shape[1] // 2
+    assert (wide[:, half - 9 : half] == 255).all(), "the longest name is not cut off"
 
 
 def draw(*args):

@@ -149,10 +149,11 @@ def _widened(image: np.ndarray, width: int) -> np.ndarray:
     return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
 
 
-def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int = 130) -> np.ndarray:
-    """Return a table of colors and class names, `columns` cells of `cell` pixels wide."""
+def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int | None = None) -> np.ndarray:
+    """Return a table of colors and class names with cells `cell` pixels wide; None: as wide as the longest name."""
     rows = -(-len(classes) // columns)
     line = _text_line("", 1).shape[0]
+    cell = cell or line + 12 + math.ceil(max(map(FONT.getlength, classes), default=0))
     table = np.full((rows * line, columns * cell, 3), 255, np.uint8)
     for i, (name, color) in enumerate(zip(classes, palette, strict=True)):
         y, x = i // columns * line, i % columns * cell

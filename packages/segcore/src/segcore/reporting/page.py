@@ -42,6 +42,7 @@ def render(
         name=escape(exp.name),
         miou=f"{miou:.1%}",
         steps=f" at {step_title(name, results.by)}" if name.isdigit() else "",
+        start="on top of its base model" if exp.train.init_from else "from scratch",
         iterations=exp.schedule.iterations,
         train=len(open_dataset(exp.data, "train")),
         images=results.images,
