@@ -18,7 +18,7 @@ METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
 ORDER = (
     *("errors", "seeds", "files", "distributed", "progress", "ops", "environment"),
     *("config", "data", "models", "checkpoints", "evaluation", "reporting", "training", "deploy"),
-    *("demo", "cli", "__main__", "testing"),
+    *("inference", "demo", "cli", "__main__", "testing"),
 )
 """Folders and modules of segcore from the ground up: each imports only those before it."""
 
@@ -104,7 +104,6 @@ def test_configuration_imports_no_torch():
         "segcore.seeds",
         "segcore.config.schema",
         "segcore.config.registry",
-        "segcore.cli.commands",
         "segcore.cli.main",
     ]
     for method in METHODS:

@@ -25,10 +25,10 @@ class Tiny(Segmentor):
         if auxiliary:
             self.auxiliary_head = nn.Conv2d(8, num_classes, 1)
 
-    def predict_steps(self, images, steps=None, seeds=None):
-        return {"final": self.head(self.bn(self.stem(images)).movedim(1, 3)).movedim(3, 1)}
+    def logits(self, images, seeds=None):
+        return self.head(self.bn(self.stem(images)).movedim(1, 3)).movedim(3, 1)
 
-    def losses(self, images, labels, seeds=None, draws=None):
+    def losses(self, images, labels, **options):
         return {"loss": nn.functional.cross_entropy(self(images), labels)}
 
     def key_map(self):

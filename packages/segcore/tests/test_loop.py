@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import (
@@ -31,6 +30,7 @@ from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.predictor import Predictor
 from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import Tiny
 from segcore.training import loop
 from segcore.training.loop import Meter, train
 
@@ -38,29 +38,18 @@ FAULT: dict[str, Callable[[], float]] = {}
 """What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""
 
 
-class Net(Segmentor):
+class Net(Tiny):
     """A convolution, a norm, dropout and seeded noise: all kinds of state and of randomness."""
 
-    def __init__(self, num_classes: int, dropout: float) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Conv2d(8, num_classes, 1)
-
-    def predict_steps(self, images, steps=None, seeds=None):
+    def logits(self, images, seeds=None):
         FAULT.get("predict", lambda: 1.0)()
-        return {"final": self.head(self.dropout(self.bn(self.conv(images)).relu())).float()}
+        return super().logits(images, seeds)
 
-    def losses(self, images, labels, seeds=None, draws=None):
+    def losses(self, images, labels, **options):
         factor = FAULT.get("losses", lambda: 1.0)()
         images = images if math.isfinite(factor) else images * factor  # the running statistics see it as well
-        noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-        hidden = self.bn(self.conv(images + 0.1 * torch.stack(noise))).relu()
-        loss = F.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)
-        return {"loss_ce": loss.detach(), "loss": factor * loss}
-
-    def key_map(self):
-        return {name: name for name in self.state_dict()}
+        losses = super().losses(images, labels, **options)
+        return {**losses, "loss": factor * losses["loss"]}
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class TinyModel(ModelConfig):
     dropout: float = 0.3
 
     def build(self) -> Segmentor:
-        return Net(self.num_classes, self.dropout)
+        return Net(self.num_classes, dropout=self.dropout, noise=0.1)
 
 
 @dataclass(frozen=True)
@@ -77,9 +66,8 @@ class Plain(TinyModel):
     """Without dropout, norm and noise; its loss is a mean over equally many pixels."""
 
     def build(self) -> Segmentor:
-        net = Net(self.num_classes, 0.0)
-        net.bn = nn.Identity()
-        net.losses = lambda images, labels, seeds: {"loss": net(images).square().mean()}
+        net = Net(self.num_classes, norm=nn.Identity)
+        net.losses = lambda images, labels, **_: {"loss": net(images).square().mean()}
         return net
 
 
@@ -97,7 +85,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             cv2.imwrite(str(root / folder / "train" / f"{i}.png"), pixels)
     val = {"val_images": "images/train/[01].png", "val_masks": "masks/train/[01].png"}
     classes = ("dark", "bright", "absent")
-    return DataConfig("folder", root, classes=classes, img_scale=(64, 32), crop=(32, 32), workers=0, **val)
+    return DataConfig(
+        "folder",
+        root,
+        classes=classes,
+        img_scale=(64, 32),
+        crop=(32, 32),
+        ratio_range=(0.5, 2.0),
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
+        workers=0,
+        **val,
+    )
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def exp(data: DataConfig) -> Experiment:
         "tiny",
         TinyModel(),
         data,
-        OptimizerConfig(lr=0.01, clip_norm=1.0),
-        ScheduleConfig(iterations=6, warmup_iterations=2),
+        OptimizerConfig(lr=0.01, weight_decay=0.01, clip_norm=1.0),
+        ScheduleConfig(iterations=6, warmup_iterations=2, warmup_ratio=1e-6, warmup="scheduled"),
         train=TrainConfig(batch_size=3, device_batch_size=1, log_every=1, evaluate_every=2, save_every=2, keep_last=2),
         evaluate=EvalConfig(img_scale=(64, 32)),
     )

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from ddps_seg.model import DDPSSegmentor
+from ddps_seg.model import DDPS
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
@@ -35,7 +35,7 @@ def compare(
     starts from the corrupted map instead of a random one. Figures on these are means over SEEDS seeds.
     """
     prior, base_model = predictor.using(steps=()), base_predictor(predictor, base, base_dir)
-    model = cast(DDPSSegmentor, predictor.model)
+    model = cast(DDPS, predictor.model)
     dataset = open_dataset(exp.data, "val")
     total = min(IMAGES, len(dataset))
     names = "base", "prior", *(f"{kind} {seed}" for seed in range(SEEDS) for kind in ("corrupted", "refined"))
@@ -83,7 +83,7 @@ def last_classes(
     return list(steps.values())[-1].cpu()
 
 
-def refinement_of(model: DDPSSegmentor, start: Tensor) -> Callable[[Tensor, list[int]], dict[str, Tensor]]:
+def refinement_of(model: DDPS, start: Tensor) -> Callable[[Tensor, list[int]], dict[str, Tensor]]:
     """Return a network whose run starts from the label map `start` (H, W)."""
     return lambda images, seeds: model.refine_mask(images, start[None], seeds)
 

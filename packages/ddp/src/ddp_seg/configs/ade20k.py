@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddp_seg.configs import DDP, Backbone
+from ddp_seg.configs import Backbone, DDPConfig
 from ddp_seg.configs.cityscapes import DECAY_RULES, INIT
 from segcore.config.schema import (
     DataConfig,
@@ -19,7 +19,7 @@ def recipe(backbone: Backbone, window: int = 7) -> Experiment:
     """Return the 160k recipe for a Swin backbone."""
     return Experiment(
         name=f"ddp_{backbone}_2x8_512x512_160k_ade20k",
-        model=DDP(num_classes=150, backbone=backbone, drop_path=0.3, window=window, accumulation=True),
+        model=DDPConfig(num_classes=150, backbone=backbone, drop_path=0.3, window=window, accumulation=True),
         data=DataConfig(
             "ade20k",
             Path("data/ade/ADEChallengeData2016"),

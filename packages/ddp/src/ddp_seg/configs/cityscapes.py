@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ddp_seg.configs import DDP, Backbone
+from ddp_seg.configs import Backbone, DDPConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -47,7 +47,7 @@ def recipe(backbone: Backbone, **model: Any) -> Experiment:
     """Return the 160k recipe for a backbone; `model` holds further fields of `DDP`."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_160k_cityscapes",
-        model=DDP(num_classes=19, backbone=backbone, **model),
+        model=DDPConfig(num_classes=19, backbone=backbone, **model),
         data=DATA,
         optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, betas=(0.9, 0.999), rules=DECAY_RULES),
         schedule=ScheduleConfig(
@@ -69,7 +69,7 @@ def aligned(backbone: Backbone, **model: Any) -> Experiment:
     """Return the self-aligned fine-tuning of a trained row: 5k iterations at a tenth of the rate, 10 steps."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_5k_cityscapes_aligned",
-        model=DDP(num_classes=19, backbone=backbone, self_aligned=True, num_inference_steps=10, **model),
+        model=DDPConfig(num_classes=19, backbone=backbone, self_aligned=True, num_inference_steps=10, **model),
         data=DATA,
         optimizer=OptimizerConfig("adamw", lr=6e-6, weight_decay=0.01, betas=(0.9, 0.999), rules=DECAY_RULES),
         schedule=ScheduleConfig(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
 from segcore.config import toy
 from segcore.config.schema import Experiment, OptimizerConfig
 
@@ -11,7 +11,7 @@ def ddp_resnet18_toy() -> Experiment:
     """ResNet-18, 64 channels, 2 decoder layers."""
     return Experiment(
         name="ddp_resnet18_toy",
-        model=DDP(num_classes=19, backbone="resnet18", drop_path=0.0, width=64, decoder_layers=2, heads=4),
+        model=DDPConfig(num_classes=19, backbone="resnet18", drop_path=0.0, width=64, decoder_layers=2, heads=4),
         data=toy.DATA,
         optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.01, clip_norm=1.0),
         schedule=replace(toy.SCHEDULE, iterations=420, warmup_iterations=40),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ddps_seg.configs import Backbone, Base
+from ddps_seg.configs import Backbone, BaseModelConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -68,7 +68,7 @@ def segformer(backbone: Backbone, dataset: Dataset, side: int) -> Experiment:
     batch, device_batch = {"ade20k": (16, 2), "cityscapes": (8, 1)}[dataset]
     return Experiment(
         name=name_of(backbone, dataset, side),
-        model=Base(num_classes=CLASSES[dataset], backbone=backbone),
+        model=BaseModelConfig(num_classes=CLASSES[dataset], backbone=backbone),
         data=data(dataset, (side, side), img_scale),
         optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, betas=(0.9, 0.999), rules=RULES),
         schedule=ScheduleConfig(
@@ -96,7 +96,7 @@ def deeplab(backbone: Backbone, dataset: Dataset) -> Experiment:
     iterations, every = {"ade20k": (160_000, 16_000), "cityscapes": (80_000, 8_000)}[dataset]
     return Experiment(
         name=name_of(backbone, dataset),
-        model=Base(num_classes=CLASSES[dataset], backbone=backbone, auxiliary=True),
+        model=BaseModelConfig(num_classes=CLASSES[dataset], backbone=backbone, auxiliary=True),
         data=data(dataset, crop, img_scale),
         optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
         schedule=ScheduleConfig(iterations, "poly", power=0.9, min_lr=1e-4, warmup_iterations=0),

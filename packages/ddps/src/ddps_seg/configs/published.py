@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from ddps_seg.configs import DDPS, Backbone
+from ddps_seg.configs import Backbone, DDPSConfig
 from ddps_seg.configs.base_models import DEEPLAB, Dataset, data, name_of
 from segcore.config.schema import (
     DataConfig,
@@ -70,14 +70,12 @@ def pipeline(backbone: Backbone, dataset: Dataset) -> DataConfig:
     return data(dataset, crop, SETS[dataset].img_scale, background=True)
 
 
-def singlestep(
-    backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None
-) -> Experiment:
+def singlestep(backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None) -> Experiment:
     """Return the recipe of the variant that a row starts from, which itself starts from the published base model."""
     values, size = SETS[dataset], SIZES[backbone]
     return Experiment(
         name=name or f"ddps_{size.name}_{dataset}{values.classes}_singlestep",
-        model=DDPS(num_classes=values.classes, backbone=backbone, width=width or size.width, single_step=True),
+        model=DDPSConfig(num_classes=values.classes, backbone=backbone, width=width or size.width, single_step=True),
         data=pipeline(backbone, dataset),
         optimizer=OPTIMIZER,
         schedule=ScheduleConfig(
@@ -111,7 +109,7 @@ def multistep(
     model = {"num_train_timesteps": values.timesteps, **model}
     return Experiment(
         name=name or f"ddps_{size.name}_{dataset}{values.classes}_multistep",
-        model=DDPS(num_classes=values.classes, backbone=backbone, width=size.width, **model),
+        model=DDPSConfig(num_classes=values.classes, backbone=backbone, width=size.width, **model),
         data=pipeline(backbone, dataset),
         optimizer=OPTIMIZER,
         schedule=ScheduleConfig(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ddps_seg.configs import DDPS, Base
+from ddps_seg.configs import BaseModelConfig, DDPSConfig
 from segcore.config import toy
 from segcore.config.schema import Experiment, OptimizerConfig
 
@@ -13,7 +13,7 @@ def ddps_segformer_b0_base_toy() -> Experiment:
     """The first stage: SegFormer on MiT-B0 with a narrow head."""
     return Experiment(
         name="ddps_segformer_b0_base_toy",
-        model=Base(num_classes=19, backbone="mit_b0", drop_path=0.0, condition_width=64),
+        model=BaseModelConfig(num_classes=19, backbone="mit_b0", drop_path=0.0, condition_width=64),
         data=toy.DATA,
         optimizer=OPTIMIZER,
         schedule=replace(toy.SCHEDULE, iterations=400, warmup_iterations=30),
@@ -26,7 +26,7 @@ def ddps_segformer_b0_toy() -> Experiment:
     """The second stage: a narrow UNet, T = 20, three evaluations. After so few iterations the base trains along."""
     return Experiment(
         name="ddps_segformer_b0_toy",
-        model=DDPS(
+        model=DDPSConfig(
             num_classes=20,
             backbone="mit_b0",
             drop_path=0.0,

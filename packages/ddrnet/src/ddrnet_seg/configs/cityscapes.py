@@ -8,7 +8,7 @@ pyradd/DDRNet-pytorch.
 from pathlib import Path
 from typing import Literal
 
-from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.configs import DDRNetConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -32,7 +32,7 @@ def recipe(variant: Variant, name: str | None = None) -> Experiment:
     """Return MMSegmentation's recipe: 120k iterations of 12 images; hard examples on both heads."""
     return Experiment(
         name=name or f"ddrnet_{variant}_cityscapes",
-        model=DDRNet(num_classes=19, variant=variant),
+        model=DDRNetConfig(num_classes=19, variant=variant),
         data=DataConfig(
             "cityscapes",
             Path("data/cityscapes"),
@@ -61,15 +61,7 @@ def pyradd_recipe(variant: Variant) -> Experiment:
     """Return the recipe of pyradd/DDRNet-pytorch: 250 epochs of 595 iterations of 5 images, no auxiliary head."""
     return Experiment(
         name=f"ddrnet_{variant}_cityscapes_pyradd",
-        model=DDRNet(
-            num_classes=19,
-            variant=variant,
-            auxiliary=False,
-            loss="ohem_pyradd",
-            ohem_threshold=0.7,
-            ohem_min_kept=100_000,
-            align_corners=True,
-        ),
+        model=DDRNetConfig(num_classes=19, variant=variant, auxiliary=False, align_corners=True),
         data=DataConfig(
             "cityscapes",
             Path("data/cityscapes"),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.configs import DDRNetConfig
 from segcore.config import toy
 from segcore.config.schema import Experiment, LossConfig, OptimizerConfig
 
@@ -11,7 +11,7 @@ def ddrnet_23_slim_toy() -> Experiment:
     """DDRNet-23-slim."""
     return Experiment(
         name="ddrnet_23_slim_toy",
-        model=DDRNet(variant="23_slim", ohem_min_kept=100_000),
+        model=DDRNetConfig(variant="23_slim"),
         data=toy.DATA,
         optimizer=OptimizerConfig("adamw", lr=2e-3, weight_decay=0.01),
         schedule=replace(toy.SCHEDULE, iterations=420, power=0.9, warmup_iterations=20),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dgmn2_seg.configs import DGMN2, Head, Size
+from dgmn2_seg.configs import DGMN2Config, Head, Size
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -18,7 +18,7 @@ def recipe(head: Head, size: Size) -> Experiment:
     """Return the 40k recipe: one learning rate and decay for all parameters, no warm-up, no stochastic depth."""
     return Experiment(
         name=f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes",
-        model=DGMN2(backbone=size, head=head),
+        model=DGMN2Config(backbone=size, head=head),
         data=DataConfig(
             "cityscapes",
             Path("data/cityscapes"),

@@ -1,4 +1,4 @@
-"""What a setting may hold and who reads it: bounds beside the field, one check by type and bounds for all dataclasses."""
+"""What a setting may hold and which commands read it: metadata of its field, and one check for all dataclasses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import types
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from segcore.errors import UserError
@@ -16,6 +15,10 @@ TRAIN = ("train", "demo", "configs")
 """Commands that read every setting."""
 INFERENCE = ("test", "predict", "export", "bench")
 """Commands that run a trained model."""
+INPUT = (*INFERENCE, "check")
+"""Commands that need to know what the images and the classes are."""
+BUILD = ("bench",)
+"""Commands that read what trained weights are bound to: a run brings it along, so only a new model needs it."""
 
 
 def setting(
@@ -27,16 +30,20 @@ def setting(
     below: float | None = None,
     nonempty: bool = False,
     stated: bool = False,
+    stepwise: bool = False,
     commands: tuple[str, ...] | None = None,
 ) -> Any:
     """Return a dataclass field with bounds: least <= value <= most, or above < value < below, for every number in it.
 
     `nonempty` refuses an empty tuple. `stated` settings are written out by `segcore.config.source` even where they have
-    their default. `commands` are the commands that read the setting besides `TRAIN`; None: those of its dataclass.
+    their default. `stepwise` settings are for models that answer in steps. `commands` are the commands that read the
+    setting besides `TRAIN`; None: those of its dataclass.
     """
-    bounds = {"least": least, "above": above, "most": most, "below": below}
-    own = {"nonempty": nonempty, "stated": stated, "commands": commands}
-    return dataclasses.field(default=default, metadata={k: v for k, v in {**bounds, **own}.items() if v not in (None, False)})
+    bounds = {"least": least, "above": above, "most": most, "below": below, "commands": commands}
+    given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
+    return dataclasses.field(
+        default=default, metadata=given | {"nonempty": nonempty, "stated": stated, "stepwise": stepwise}
+    )
 
 
 class Section:
@@ -53,7 +60,11 @@ class Section:
 
 def reads(command: str, owner: type, item: dataclasses.Field[Any]) -> bool:
     """Return whether a command reads a field of the dataclass `owner`."""
-    return command in (*TRAIN, *item.metadata.get("commands", getattr(owner, "commands", INFERENCE)))
+    own = item.metadata.get("commands", getattr(owner, "commands", (command,)))
+    return command in TRAIN or command in own
+
+
+_hints = cache(get_type_hints)
 
 
 def check(node: Any, name: str = "") -> None:
@@ -62,7 +73,8 @@ def check(node: Any, name: str = "") -> None:
     Raises UserError naming the field, its value and what is allowed: another type, choice or length, a number out of
     its bounds, or one that is not finite.
     """
-    hints = _hints(type(node))
+    kind: Any = type(node)
+    hints = _hints(kind)
     for item in dataclasses.fields(node):
         value, field = getattr(node, item.name), f"{name}.{item.name}".lstrip(".")
         if not fits(value, hints[item.name]):
@@ -74,11 +86,6 @@ def check(node: Any, name: str = "") -> None:
                 raise UserError(f"{field} is {number}; it must be {_bounds(number, item.metadata)}")
         for key, part in _parts(value):
             check(part, field + key)
-
-
-@cache
-def _hints(owner: type) -> dict[str, Any]:
-    return get_type_hints(owner)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from segcore.config.fields import INFERENCE, Section, setting
+from segcore.config.fields import INPUT, Section, setting
 from segcore.config.options import override
 from segcore.errors import UserError
 
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_INPUT = (*INFERENCE, "check")
-"""Commands that need to know what the images are."""
-_SPLITS = ("test", "check")
-"""Commands that open a split of the data set."""
-_IMAGES = ("test", "predict")
-"""Commands that answer images with the predictor."""
+_CLASSES = ("test", "predict", "export", "check")
+"""Commands that need to know what the classes are."""
+_SPLIT = ("test", "check")
+"""Commands that open the validation images."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,21 @@ class ModelConfig(Section, ABC):
     """What every method's model dataclass has. Each method adds its own fields and `build`."""
 
     section: ClassVar[str] = "model"
+    stepwise: ClassVar[bool] = False
+    """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
 
-    num_classes: int = setting(19, least=1, commands=_INPUT)
+    num_classes: int = setting(19, least=1, stated=True, commands=INPUT)
     """Number of classes K; labels are 0..K-1."""
-    in_channels: int = setting(3, least=1, commands=_INPUT)
+    in_channels: int = setting(3, least=1, commands=INPUT)
     """Channels of the images; must equal `data.channels`."""
 
     @abstractmethod
     def build(self) -> Segmentor:
         """Return the model with random weights; downloads nothing."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by name: the keyword arguments of the model."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,25 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
     commands: ClassVar[tuple[str, ...]] = ()
 
-    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = setting(
-        "folder", commands=("test", "predict", "export", "check")
-    )
+    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = setting("folder", commands=_CLASSES)
     """Layout of the files. `toy` generates street scenes in the Cityscapes layout when the folder is not there yet."""
-    root: Path = setting(Path("data"), commands=_SPLITS)
+    root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
     train_images: str = setting("images/train/*", commands=("check",))
     """`folder` only: glob of the training images, relative to the root."""
     train_masks: str = setting("masks/train/*", commands=("check",))
     """`folder` only: glob of the training masks, paired with the images by file stem."""
-    val_images: str = setting("images/val/*", commands=_SPLITS)
+    val_images: str = setting("images/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation images."""
-    val_masks: str = setting("masks/val/*", commands=_SPLITS)
+    val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
-    classes: tuple[str, ...] = setting((), commands=("test", "predict", "export", "check"))
+    classes: tuple[str, ...] = setting((), commands=_CLASSES)
     """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
-    add_background_class: bool = setting(False, commands=("test", "predict", "export", "check"))
+    add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
-    channels: int = setting(3, least=1, commands=_INPUT)
+    channels: int = setting(3, least=1, commands=INPUT)
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
-    bit_depth: Literal[8, 16] = setting(8, commands=_INPUT)
+    bit_depth: Literal[8, 16] = setting(8, commands=INPUT)
     """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
@@ -84,13 +86,13 @@ class DataConfig(Section):
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
     flip: float = setting(0.0, least=0, most=1)
     """Probability of the horizontal flip."""
-    photometric: bool = setting(False, commands=_INPUT)
+    photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
-    mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=_INPUT)
+    mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits); the default is ImageNet's."""
-    std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=_INPUT)
+    std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
     workers: int = setting(4, least=0, commands=("test",))
     """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it."""
@@ -252,11 +254,11 @@ class EvalConfig(Section):
     """Inference on whole images and the metrics."""
 
     section: ClassVar[str] = "evaluate"
-    commands: ClassVar[tuple[str, ...]] = _IMAGES
+    commands: ClassVar[tuple[str, ...]] = ("test", "predict")
 
-    img_scale: tuple[int, int] | None = setting(None, least=1, commands=(*_IMAGES, "export"))
+    img_scale: tuple[int, int] | None = setting(None, least=1)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
-    mode: Literal["whole", "slide"] = "whole"
+    mode: Literal["whole", "slide"] = setting("whole", stated=True)
     """The whole image in one pass, or windows that overlap, which needs less memory."""
     crop: tuple[int, int] = setting((512, 512), least=1)
     """slide only: window (height, width)."""
@@ -272,12 +274,13 @@ class EvalConfig(Section):
     """Precision of the forward pass (autocast); None: as trained, `train.precision`."""
     channels_last: bool | None = None
     """Memory layout of images and convolutions; None: as trained, `train.channels_last`."""
-    steps: tuple[int, ...] = setting((), least=0)
-    """What to report of the sampling, one column each; where given, it overrides `model.num_inference_steps`. DDP:
-    numbers of steps, a run of its own each; DDPS: timesteps of one run. Empty: the configured answer."""
-    early_exit_threshold: float | None = setting(None, above=0, most=100)
+    steps: tuple[int, ...] = setting((), least=0, stepwise=True)
+    """What to report of the sampling, one column each. DDP: numbers of denoising steps, a run of its own each, in place
+    of `model.num_inference_steps`. DDPS: timesteps of the one run that `model.num_inference_steps` configures. Empty:
+    the configured answer. Models without steps ignore it."""
+    early_exit_threshold: float | None = setting(None, above=0, most=100, stepwise=True)
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
-    ensemble_steps: bool = False
+    ensemble_steps: bool = setting(False, stepwise=True)
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = setting(("mIoU",), commands=("test",))
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
@@ -303,6 +306,8 @@ def multi_scale(evaluate: EvalConfig) -> EvalConfig:
 class Experiment(Section):
     """One run: the model, the data, the recipe. Published rows are functions that return one."""
 
+    commands: ClassVar[tuple[str, ...]] = INPUT
+
     name: str = field(metadata={"commands": ()})
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
     model: ModelConfig
@@ -312,7 +317,7 @@ class Experiment(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
-    seed: int = setting(0, commands=_IMAGES)
+    seed: int = setting(0, commands=("test", "predict"))
     """Every random draw of the run follows from it."""
 
     def __post_init__(self) -> None:
@@ -353,3 +358,8 @@ class Published:
     """Where to find the weights by hand, when the file's own address is not known."""
     log: str | None = None
     """Address of the training log; None: the authors offer none."""
+
+    @property
+    def weights(self) -> str:
+        """How the weights are offered, in a word: `official`, a folder to choose from by hand, or nothing."""
+        return "official" if self.url else "a folder" if self.page else ""

@@ -1,4 +1,4 @@
-"""What the methods' toy configurations share: a few hundred iterations on generated street scenes, on a laptop's CPU."""
+"""What the methods' toy configurations share: a few hundred iterations on generated street scenes."""
 
 from pathlib import Path
 

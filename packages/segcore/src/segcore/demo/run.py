@@ -25,6 +25,7 @@ from segcore.evaluation.predictor import Predictor
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
 from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor
 from segcore.progress import progress
 from segcore.reporting import tables
 from segcore.reporting.figures import colorize, colormap, hstack_panels, step_title, write_image
@@ -50,7 +51,7 @@ class Answer:
     """Step entry -> (H, W) int64 on the CPU."""
     seed: int
     uncertainty: Tensor | None = None
-    """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None without diffusion."""
+    """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None for a model without steps."""
 
 
 def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
@@ -80,7 +81,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     step = results.final_step
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
     notes = [comparison(results, baseline)]
-    if predictor.model.diffusion:
+    if isinstance(predictor.model, StepwiseSegmentor):
         judged = [answers[index] for index in sorted(answers) if index < JUDGED]
         figures["uncertainty_AUROC"] = area = auroc(judged, step, val_set.ignore_index)
         notes.append(
@@ -150,7 +151,7 @@ def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tupl
 
     with progress("evaluating") as advance:
         results = evaluate(predictor, val_set, seed=seed, on_progress=advance, on_prediction=keep)
-    if predictor.model.diffusion:
+    if isinstance(predictor.model, StepwiseSegmentor):
         with progress("estimating the uncertainty") as advance:
             for done, answer in enumerate(answers.values(), 1):
                 classes = answer.classes[results.final_step]
@@ -186,7 +187,7 @@ def panels(predictor: Predictor, val_set: Dataset, answer: Answer, step: str) ->
     """
     model, label, prediction = predictor.model, answer.label, answer.classes[step].numpy()
     maps = {"ground truth": label}
-    if model.diffusion:
+    if isinstance(model, StepwiseSegmentor):
         [steps] = predictor.classes(
             [answer.image], [answer.seed], network=lambda images, seeds: model.denoising_trajectory(images, seeds)
         )

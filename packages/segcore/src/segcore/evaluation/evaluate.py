@@ -21,6 +21,7 @@ from segcore.errors import Stopped, UserError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
 from segcore.seeds import derive
 
 Sample = tuple[int, np.ndarray, np.ndarray | None]
@@ -44,7 +45,7 @@ class Results:
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
     by: str = ""
-    """What the entries' names count, `Segmentor.step_unit`."""
+    """What the entries' names count, `StepwiseSegmentor.step_unit`; "" without steps."""
     steps_taken: float | None = None
     """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
 
@@ -112,7 +113,8 @@ def evaluate(
     """
     model, settings = predictor.model, predictor.evaluate
     check_fit(model, dataset)
-    model.check_steps(settings.steps)
+    if isinstance(model, StepwiseSegmentor):
+        model.check_steps(settings.steps)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
@@ -150,8 +152,7 @@ def evaluate(
         images,
         {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()},
         missed,
-        model.default_step,
-        model.step_unit,
+        *((model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")),
         steps / runs if runs else None,
     )
 
@@ -159,12 +160,14 @@ def evaluate(
 def _network(predictor: Predictor, steps_used: list[int]) -> Network:
     """Return the model's answers by entry, with `evaluate.early_exit_threshold` the one that ends early as well."""
     model, settings = predictor.model, predictor.evaluate
+    percent = settings.early_exit_threshold
+    if percent is None:
+        return lambda images, seeds: predict_entries(model, images, settings.steps, seeds)
+    stepwise = require_stepwise(model, "early_exit_threshold")
 
     def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        entries = model.predict_steps(images, settings.steps or None, seeds)
-        if settings.early_exit_threshold is not None:
-            entries |= early_exit_entry(model, settings.early_exit_threshold, steps_used, images, seeds)
-        return entries
+        entries = predict_entries(model, images, settings.steps, seeds)
+        return entries | early_exit_entry(stepwise, percent, steps_used, images, seeds)
 
     return network
 

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries
 from segcore.seeds import derive
 
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
@@ -65,9 +65,9 @@ def window_boxes(
 
 
 def early_exit_entry(
-    model: Segmentor, percent: float, steps_used: list[int], images: Tensor, seeds: list[int]
+    model: StepwiseSegmentor, percent: float, steps_used: list[int], images: Tensor, seeds: list[int]
 ) -> dict[str, Tensor]:
-    """Return the entry `until P%`: denoising that ends early, see `Segmentor.early_exit`.
+    """Return the entry `until P%`: denoising that ends early, see `StepwiseSegmentor.early_exit`.
 
     The number of steps of each image is appended to `steps_used`. With the first three arguments bound it is a
     `Network`.
@@ -169,19 +169,16 @@ class Predictor:
     ) -> dict[str, Tensor]:
         """Return, per step entry, the probabilities (N, K, H, W) of N images of one size, averaged over the models."""
         model = self.model
-
-        def answer(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-            return model.predict_steps(batch, self.evaluate.steps or None, seeds)
-
-        mean = self._mean_over_views(network or answer, images, seeds, model.align_corners)
+        network = network or partial(_answers, model, self.evaluate.steps)
+        mean = self._mean_over_views(network, images, seeds, model.align_corners)
         for other in self.ensemble:
             theirs = self._mean_over_views(partial(_final, other), images, seeds, other.align_corners)["final"]
             if other.num_classes < model.num_classes:  # it does not know the background
                 theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
             for probabilities in mean.values():
                 probabilities.add_(theirs)
-        for number, (before, entry) in enumerate(pairwise(mean if self.evaluate.ensemble_steps else ()), 1):
-            mean[entry].add_(mean[before], alpha=number).div_(number + 1)
+        if self.evaluate.ensemble_steps:
+            average_entries(mean)
         for probabilities in mean.values():
             probabilities.div_(1 + len(self.ensemble))
         return mean
@@ -210,6 +207,10 @@ class Predictor:
                 p = p.flip(-1) if flip else p
                 total[entry] = total[entry].add_(p) if entry in total else p
         return {entry: p.div_(len(views)) for entry, p in total.items()}
+
+
+def _answers(model: Segmentor, steps: Sequence[int], batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    return predict_entries(model, batch, steps, seeds)
 
 
 def _final(model: Segmentor, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:

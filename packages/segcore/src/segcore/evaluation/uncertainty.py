@@ -1,4 +1,4 @@
-"""How sure a diffusion model is of a mask, per pixel, and how well that separates wrong from right pixels."""
+"""How sure a model that denoises is of a mask, per pixel, and how well that separates wrong from right pixels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segcore.evaluation.predictor import Predictor
+from segcore.models.stepwise import require_stepwise
 
 STARTS = 4
 """Noise starts per image."""
@@ -30,9 +31,9 @@ def predict_uncertainty(
     entropy it has a unit: of pixels at 0.3, a calibrated model gets 30 % wrong.
 
     `classes` holds masks (H, W) int64; images and seeds are those of `Predictor.probabilities`. Raises UserError when
-    the method draws no noise.
+    the model does not denoise.
     """
-    model = predictor.model
+    model = require_stepwise(predictor.model, "--uncertainty")
     mean = predictor.probabilities(
         images, seeds, network=lambda batch, seeds: {"mean": model.log_mean_probs(batch, seeds, starts)}
     )

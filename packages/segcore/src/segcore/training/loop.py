@@ -32,10 +32,11 @@ from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, check_fit, evaluate
 from segcore.evaluation.predictor import Predictor, autocast
 from segcore.files import write
+from segcore.models.stepwise import StepwiseSegmentor
 from segcore.reporting import tables as report
 from segcore.reporting.prediction_grid import PredictionGrid
 from segcore.seeds import derive
-from segcore.training.class_weight import class_weights
+from segcore.training.class_weight import resolve_loss
 from segcore.training.ema import averaged, start_ema, update_ema
 from segcore.training.logger import Logger
 from segcore.training.schedule import learning_rate
@@ -74,7 +75,7 @@ def train(
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
     run = build(exp, torch.device(device))
     check_fit(run.model, dataset)
-    if val:
+    if val and isinstance(run.model, StepwiseSegmentor):
         run.model.check_steps(exp.evaluate.steps)
     notes = [*broken, *_notes(run)]
     if found:
@@ -87,9 +88,7 @@ def train(
         start = exp.train.init_from
         notes.append(distributed.main_process_first(lambda: load_init(run.model, start, offline=offline)))
         run.average = None if run.average is None else start_ema(run.model)
-    weights = distributed.main_process_first(lambda: class_weights(exp, dataset, work_dir))
-    run.model.class_weight = weights if weights is None else weights.to(run.device)
-    prepare(exp, run)
+    prepare(exp, run, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     record = {**run.description, "torchrun": distributed.elastic_run_id()}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # the first process writes and talks
@@ -244,7 +243,7 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: Logger, stop: Stop) ->
         log.evaluating(done, total)
         stop.check()
 
-    gallery = PredictionGrid(val, run.model.step_unit)
+    gallery = PredictionGrid(val, getattr(run.model, "step_unit", ""))
     batch, mode = exp.evaluate.batch_size, exp.evaluate.mode
     remedy = f"lower evaluate.batch_size ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
     with averaged(run.model, run.average), _enough_memory(f"out of GPU memory in the evaluation: {remedy}"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.config.record import describe
-from segcore.config.schema import Experiment
+from segcore.config.schema import Experiment, LossConfig
 from segcore.models.segmentor import Segmentor
 from segcore.training.ema import start_ema
 from segcore.training.optimizer import build_optimizer
@@ -18,12 +18,12 @@ from segcore.training.state import Run
 class Losses(nn.Module):
     """`Segmentor.losses` as the forward pass of a module: what is compiled and put in parallel."""
 
-    def __init__(self, model: Segmentor) -> None:
+    def __init__(self, model: Segmentor, loss: LossConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, images: Tensor, labels: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        return self.model.losses(images, labels, seeds=seeds)
+        return self.model.losses(images, labels, seeds=seeds, loss=self.loss)
 
 
 def build(exp: Experiment, device: torch.device) -> Run:
@@ -37,11 +37,11 @@ def build(exp: Experiment, device: torch.device) -> Run:
         model = convert_sync_batchnorm(model)
     scaler = torch.amp.GradScaler(device.type, enabled=exp.train.precision == "fp16")
     average = start_ema(model) if exp.train.ema is not None else None
-    return Run(model, Losses(model), build_optimizer(model, exp.optimizer), scaler, average, describe(exp))
+    return Run(model, Losses(model, exp.loss), build_optimizer(model, exp.optimizer), scaler, average, describe(exp))
 
 
-def prepare(exp: Experiment, run: Run) -> None:
+def prepare(exp: Experiment, run: Run, loss: LossConfig) -> None:
     """Compile the losses and join the other processes: last, when the weights are those to go on with."""
-    run.losses = distributed.in_parallel(run.losses, run.device)
+    run.losses = distributed.in_parallel(Losses(run.model, loss), run.device)
     if exp.train.compile:
         run.losses = torch.compile(run.losses)  # type: ignore[assignment]
