@@ -427,7 +427,6 @@ def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Pat
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
     assert [event.step for event in events.Images("predictions")] == [2, 4, 6]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "loss.svg",
         *(f"predictions_{iteration}.png" for iteration in (2, 4, 6)),
     }
 

@@ -83,10 +83,10 @@ def train(
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init_from and not found:
-        from segcore.checkpoints.load import initialize
+        from segcore.checkpoints.load import load_init
 
         start = exp.train.init_from
-        notes.append(distributed.main_process_first(lambda: initialize(run.model, start, offline=offline)))
+        notes.append(distributed.main_process_first(lambda: load_init(run.model, start, offline=offline)))
         run.average = None if run.average is None else start_ema(run.model)
     prepare(exp, run, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     record = {**run.description, "torchrun": distributed.elastic_run_id()}
@@ -264,7 +264,6 @@ def measure(exp: Experiment, run: Run, val: Dataset, log: Logger, stop: Stop) ->
     text = f"{report.per_class(results, metrics)}\n\n{report.summary(results, metrics)}"
     log.val(run.iteration, {**figures, **results.to_json()}, text)
     log.picture(run.iteration, gallery.picture())
-    log.curve()
     return results
 
 
