@@ -7,6 +7,7 @@ after `--` go to the command, as in `nox -s tests -- packages/ddp -k losses`.
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -24,10 +25,12 @@ PACKAGES = ("packages/segcore", *(f"packages/{method}" for method in METHODS))
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
-COMPILED = ["-e", "packages/cuda-ops"] if COMPILER else []
+COMPILED = ["packages/cuda-ops"] if COMPILER else []
 GPU_BUNDLE = Path(".gpu_bundle")
 """What `scripts/make_gpu_bundle.sh` prepares for machines without a network."""
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist=worksteal")
+"""One test process per core, each with one thread (packages/conftest.py): threads of several would wait for another."""
 
 
 def group(name: str) -> list[str]:
@@ -50,21 +53,21 @@ def oldest() -> list[str]:
 def tests(session: nox.Session) -> None:
     """Test every package with the newest dependencies; the compiled kernels where there is a C++ compiler."""
     session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
 def slow_tests(session: nox.Session) -> None:
     """Run the tests that take minutes: whole runs killed, starved and resumed; the CUDA kernels where there is nvcc."""
     session.install(*EDITABLE, *COMPILED, *group("test"), "pybind11", env=build_for("cuda" if NVCC else "cpu"))
-    session.run("pytest", "-m", "slow and not gpu", *session.posargs)
+    session.run("pytest", *PARALLEL, "-m", "slow and not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""
     session.install(*EDITABLE, *COMPILED, *group("test"), *oldest(), env=build_for("cpu"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -103,6 +106,27 @@ def demo(session: nox.Session, method: str) -> None:
     """Generate street scenes, train a small model on the CPU, evaluate it and write a page with pictures."""
     session.install(*EDITABLE)
     session.run("python", "-m", f"{method}_seg", "demo", *session.posargs)
+
+
+@nox.session
+def demos(session: nox.Session) -> None:
+    """Run the demos of all methods in one environment, one thread each and as many at once as there are cores."""
+    session.install(*EDITABLE)
+    folder = Path("runs", "demo")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def run(method: str) -> None:
+        with Path(folder, f"{method}.log").open("w") as log:
+            command = ("python", "-m", f"{method}_seg", "demo", *session.posargs)
+            session.run(*command, env={"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {method: pool.submit(run, method) for method in METHODS}
+    failed = [method for method, done in running.items() if done.exception()]
+    for method in failed:
+        session.warn(Path(folder, f"{method}.log").read_text()[-3000:])
+    if failed:
+        session.error(f"demo failed: {', '.join(failed)}; output is in {folder}/METHOD.log")
 
 
 @nox.session

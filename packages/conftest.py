@@ -1,9 +1,12 @@
 """What the tests of all packages share: reference numbers, found through SEG_REFERENCE, which `.ci/run` sets."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: small tensors lose time on more threads
+
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,15 @@ with contextlib.suppress(ImportError):  # the tests for GPUs run without hypothe
 
     settings.register_profile("any machine", deadline=None)  # an example takes as long as the machine is busy
     settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let slow tests run for fifteen minutes; `timeout` in pyproject.toml holds for the others."""
+    if not config.pluginmanager.hasplugin("timeout"):  # the tests for GPUs run without it, too
+        return
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,9 @@ def dots(grad: Tensor, pixels: Tensor, rows: Tensor) -> Tensor:
     size = rows.numel() // len(grad)
     offsets = torch.arange(0, rows.numel(), size, dtype=rows.dtype, device=rows.device)
     bags = torch.arange(len(grad), dtype=rows.dtype, device=rows.device).repeat_interleave(size)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, pixels, rows.flatten(), offsets, bags, 0)
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, pixels, rows.flatten(), offsets, bags, 0
+    )
     return products.view(rows.shape)
 
 

@@ -124,8 +124,9 @@ def reference_backward(
 def with_gather(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, window: Sequence[int]) -> Tensor:
     """Return the output in differentiable PyTorch, for torch.export."""
     groups, height, width = check(input, offset, weight, mask, window)
-    columns = unfold_with_gather(input, offset, mask, window).unflatten(1, (groups, -1))
-    return (weight.flatten(1).unflatten(0, (groups, -1)) @ columns).reshape(len(input), -1, height, width)
+    columns: Tensor = unfold_with_gather(input, offset, mask, window).unflatten(1, (groups, -1))
+    matrix: Tensor = weight.flatten(1).unflatten(0, (groups, -1))
+    return (matrix @ columns).reshape(len(input), -1, height, width)
 
 
 def _images(input: Tensor, offset: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -148,9 +149,8 @@ def _columns(samples: Tensor, groups: int) -> Tensor:
 def _from_columns(columns: Tensor, shape: Sequence[int]) -> Tensor:
     """Return columns (groups, L, K * C / groups) as samples of `shape` (1, L, G, K, C / G)."""
     _, places, offset_groups, taps, _ = shape
-    return (
-        columns.unflatten(2, (taps, -1)).permute(1, 2, 0, 3).reshape(1, places, taps, offset_groups, -1).transpose(2, 3)
-    )
+    split: Tensor = columns.unflatten(2, (taps, -1))
+    return split.permute(1, 2, 0, 3).reshape(1, places, taps, offset_groups, -1).transpose(2, 3)
 
 
 def _onnx(

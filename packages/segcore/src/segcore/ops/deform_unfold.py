@@ -46,7 +46,8 @@ def deform_unfold(
     check("deform_unfold", input, offset, mask, window)
     if registry.exporting():
         return with_gather(input, offset, mask, window)
-    return torch.ops.segcore.deform_unfold(input, offset, mask, window)
+    result: Tensor = torch.ops.segcore.deform_unfold(input, offset, mask, window)
+    return result
 
 
 def pair(value: Pair) -> list[int]:
@@ -215,7 +216,8 @@ def places(
 def _pixels(input: Tensor, groups: int) -> Tensor:
     """Return the input as (N, H * W, G, C / G), contiguous, in the dtype of the computation."""
     dtype = torch.promote_types(input.dtype, torch.float32)
-    return input.flatten(2).transpose(1, 2).to(dtype).contiguous().unflatten(2, (groups, -1))
+    pixels: Tensor = input.flatten(2).transpose(1, 2).to(dtype).contiguous().unflatten(2, (groups, -1))
+    return pixels
 
 
 def _by_place(mask: Tensor | None, like: Tensor) -> Tensor | None:

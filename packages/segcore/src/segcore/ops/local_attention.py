@@ -52,7 +52,8 @@ def deform_local_attn(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if registry.exporting():
         return with_gather(q, k, v, offset, bias, window, scale)
-    return torch.ops.segcore.deform_local_attn(q, k, v, offset, bias, window, scale)
+    result: Tensor = torch.ops.segcore.deform_local_attn(q, k, v, offset, bias, window, scale)
+    return result
 
 
 def check(

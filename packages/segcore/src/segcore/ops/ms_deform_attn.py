@@ -46,7 +46,8 @@ def ms_deform_attn(
         return with_grid_sample(value, shapes, sampling_locations, attention_weights)
     if torch.compiler.is_compiling() and not registry.compiled(value.device):
         return with_gather(value, shapes, sampling_locations, attention_weights)
-    return torch.ops.segcore.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+    result: Tensor = torch.ops.segcore.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+    return result
 
 
 def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:

@@ -58,7 +58,8 @@ def define(
     defaults[f"{name}_shape"] = shape
 
     def fake(*args: Any) -> Tensor:
-        return args[0].new_empty(shape(*args))
+        like: Tensor = args[0]
+        return like.new_empty(shape(*args))
 
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(empty_gradient(args[i], grad_output) for i in slots)
