@@ -18,7 +18,7 @@ from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import predict_classes
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
-from segcore.seeds import derive
+from segcore.seeds import corruption_seed, evaluation_seed, start_seed
 
 SEEDS = 3
 IMAGES = 10
@@ -59,12 +59,12 @@ def measure(
                 [entries] = predict_classes(network, [image], settings, of, [seed], network=run, **options)
                 return list(entries.values())[-1].cpu()
 
-            own = derive(exp.seed, index)
+            own = evaluation_seed(exp.seed, index)
             basic = answer(first, data, own) + 1  # background comes first
             found = {"base": basic, "prior": answer(model, exp.data, own)}
             for seed in range(SEEDS):
-                found[f"spoilt {seed}"] = start = spoil(basic, count, derive(seed, index))
-                found[f"mended {seed}"] = answer(model, exp.data, derive(seed, index), start)
+                found[f"spoilt {seed}"] = start = spoil(basic, count, corruption_seed(seed, index))
+                found[f"mended {seed}"] = answer(model, exp.data, start_seed(own, seed), start)
             for name, classes in found.items():
                 matrices[name].update(classes, label)
             changed.append((basic != found["prior"]).float().mean().item())

@@ -23,7 +23,7 @@ from segcore.errors import UserError
 from segcore.models.layers import pass_without_grad, resize
 from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport
-from segcore.seeds import derive
+from segcore.seeds import start_seed
 
 BACKGROUND = 0
 SHOWN = 20
@@ -459,4 +459,4 @@ def _generators(seeds: Sequence[int] | None, images: int, start: int = 0) -> Ite
     if seeds is not None and len(seeds) != images:
         raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
     for seed in seeds or [0] * images:
-        yield torch.Generator().manual_seed(derive(seed, start) if start else seed)
+        yield torch.Generator().manual_seed(start_seed(seed, start))

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from segcore.models.losses import pixel_losses
+from segcore.models.losses import pixel_losses, smallest
 
 
 def ohem_pyradd(
@@ -21,13 +21,11 @@ def ohem_pyradd(
     by weight: the weighted cross entropies divided by the sum of the weights. It is 0, where the seed has NaN, for a
     batch without any labeled pixel. Otherwise as `segcore.models.losses.ohem_cross_entropy`.
     """
-    losses, weights, accuracy = pixel_losses(
+    losses, weights, valid, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
     )
-    if len(losses) >= min_kept:
-        probabilities = (-losses.detach()).exp()
-        hard = probabilities <= probabilities.kthvalue(min_kept).values.clamp(min=threshold)
-        losses, weights = losses[hard], weights[hard]
-    if not len(losses):
-        return losses.sum(), accuracy
-    return (losses * weights).sum() / weights.sum(), accuracy
+    probabilities = (-losses.detach()).exp()
+    limit = smallest(probabilities, valid, min_kept).clamp(min=threshold)
+    hard = valid & (probabilities <= limit)
+    total = (losses * weights).where(hard, 0).sum()
+    return total / weights.where(hard, 0).sum().where(valid.any(), 1), accuracy

@@ -29,7 +29,7 @@ from segcore.progress import progress
 from segcore.reporting import tables as report
 from segcore.reporting.figures import colorize, heat, step_title, strip, write_image
 from segcore.reporting.page import render
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 from segcore.training.loop import train
 
 SHOWN = 4
@@ -148,7 +148,7 @@ def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
     for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).astype(int).tolist():
         image, label = dataset.image(index), dataset.label(index)
         batch = torch.from_numpy(normalize(image, exp.data.mean, exp.data.std)).permute(2, 0, 1)[None].to(device)
-        seeds = [derive(exp.seed, index)]
+        seeds = [evaluation_seed(exp.seed, index)]
         with autocast(device, exp.train.precision):
             steps = model.denoising_trajectory(batch, seeds=seeds)
             answer = model(batch, seeds=seeds)

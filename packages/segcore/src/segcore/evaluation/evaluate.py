@@ -22,7 +22,7 @@ from segcore.errors import Stopped, UserError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Precision, check_ensemble, early_exit_threshold, predict_classes
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 
 Sample = tuple[int, np.ndarray, np.ndarray | None]
 OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
@@ -155,7 +155,7 @@ def evaluate(
                     [image for _, image, _ in batch],
                     evaluate,
                     data,
-                    [derive(seed, index) for index, _, _ in batch],
+                    [evaluation_seed(seed, index) for index, _, _ in batch],
                     device=device,
                     precision=precision,
                     channels_last=channels_last,

@@ -21,7 +21,7 @@ from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.seeds import window_seed
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
@@ -204,13 +204,13 @@ def _logits(
 ) -> dict[str, Tensor]:
     """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
     if evaluate.mode == "whole":
-        return network(batch, [derive(seed, view, 0) for seed in seeds])
+        return network(batch, [window_seed(seed, view, 0) for seed in seeds])
     height, width = batch.shape[-2:]
     total: dict[str, Tensor] = {}
     count = torch.zeros(height, width)
     for window, (y1, x1, y2, x2) in enumerate(window_boxes(height, width, evaluate.crop, evaluate.stride)):
         count[y1:y2, x1:x2] += 1
-        part = network(batch[..., y1:y2, x1:x2], [derive(seed, view, window) for seed in seeds])
+        part = network(batch[..., y1:y2, x1:x2], [window_seed(seed, view, window) for seed in seeds])
         for entry, logits in part.items():
             if entry not in total:
                 total[entry] = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)

@@ -15,7 +15,7 @@ from segcore.data.dataset import Dataset
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Precision, predict_classes, predict_probabilities
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 
 STARTS = 4
 """Noise starts per image."""
@@ -79,7 +79,7 @@ def evaluate_uncertainty(
         if label is None:
             raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
         arguments: dict[str, Any] = {
-            "evaluate": settings, "data": data, "seeds": [derive(seed, index)],
+            "evaluate": settings, "data": data, "seeds": [evaluation_seed(seed, index)],
             "device": device, "precision": precision, "channels_last": channels_last,
         }  # fmt: skip
         [entries] = predict_classes(model, [image], **arguments)

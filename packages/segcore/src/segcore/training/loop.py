@@ -34,7 +34,7 @@ from segcore.evaluation.predictor import autocast
 from segcore.files import write
 from segcore.reporting import tables as report
 from segcore.reporting.prediction_grid import PredictionGrid
-from segcore.seeds import derive
+from segcore.seeds import dropout_seed
 from segcore.training.class_weight import class_weights
 from segcore.training.ema import averaged, start_ema, update_ema
 from segcore.training.logger import Logger
@@ -193,7 +193,7 @@ def step(exp: Experiment, run: Run, parts: list[Batch], meter: Meter) -> bool:
     layout = torch.channels_last if exp.train.channels_last else torch.contiguous_format
     began, losses = time.perf_counter(), dict[str, Tensor]()
     kept = [buffer.clone() for buffer in model.buffers()]
-    torch.manual_seed(derive(exp.seed, run.iteration, -1 - distributed.rank()))  # dropout; 0, 1, … are the images
+    torch.manual_seed(dropout_seed(exp.seed, run.iteration, distributed.rank()))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(exp.schedule, group["initial_lr"], run.iteration)
     optimizer.zero_grad()
