@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ddrnet_seg.losses import ohem_pyradd
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddrnet_seg.losses import ohem_pyradd
 from segcore.testing.host_reads import HostReads
 
 IGNORE = 255

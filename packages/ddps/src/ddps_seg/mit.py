@@ -11,11 +11,11 @@ import re
 from typing import NamedTuple
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.models.backbones import Backbone
+from segcore.models.layers import DropPath
 
 
 class Variant(NamedTuple):

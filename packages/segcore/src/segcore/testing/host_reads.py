@@ -24,8 +24,8 @@ class HostReads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        masks = isinstance(args[1], list | tuple) and args[1] if func.overloadpacket in _INDEXING else ()
-        if func.overloadpacket in self.WAITING or any(i is not None and i.dtype == torch.bool for i in masks):
+        indices = args[1] if func.overloadpacket in _INDEXING else ()
+        if func.overloadpacket in self.WAITING or any(i is not None and i.dtype == torch.bool for i in indices):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -20,10 +20,15 @@ def start_ema(model: nn.Module) -> Average:
 
 
 @torch.no_grad()
-def update_ema(average: Average, model: nn.Module, decay: float) -> None:
-    """Set average = decay * average + (1 - decay) * value, for parameters and running statistics."""
-    state = model.state_dict()
-    torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)
+def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | None = None) -> None:
+    """Set average = average + (1 - decay) * (value - average), for parameters and running statistics.
+
+    Where the bool tensor `skip` is true, the average stays as it is; that is decided on its device.
+    """
+    state, averages = model.state_dict(), list(average.values())
+    change = torch._foreach_sub([state[name] for name in average], averages)
+    torch._foreach_mul_(change, 1 - decay if skip is None else torch.where(skip, 0.0, 1 - decay))
+    torch._foreach_add_(averages, change)
 
 
 @contextmanager
