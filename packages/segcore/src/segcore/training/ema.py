@@ -21,14 +21,17 @@ def start_ema(model: nn.Module) -> Average:
 
 @torch.no_grad()
 def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | None = None) -> None:
-    """Set average = average + (1 - decay) * (value - average), for parameters and running statistics.
+    """Set average = decay * average + (1 - decay) * value, for parameters and running statistics.
 
     Where the bool tensor `skip` is true, the average stays as it is; that is decided on its device.
     """
     state, averages = model.state_dict(), list(average.values())
-    change = torch._foreach_sub([state[name] for name in average], averages)
-    torch._foreach_mul_(change, 1 - decay if skip is None else torch.where(skip, 0.0, 1 - decay))
-    torch._foreach_add_(averages, change)
+    values = [state[name] for name in average]
+    if skip is None:
+        torch._foreach_lerp_(averages, values, 1 - decay)
+    else:
+        weight = torch.where(skip, 0.0, 1 - decay)
+        torch._foreach_lerp_(averages, values, [weight.to(value.dtype) for value in values])
 
 
 @contextmanager
