@@ -21,7 +21,7 @@ from ddp_seg.official import official_name
 from segcore.errors import UserError
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
-from segcore.models.layers import ConvNorm, pass_without_grad, resize
+from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device
 from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -308,15 +308,15 @@ class DDPSegmentor(Segmentor):
         """
         features = self.encode(images)
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw(features, seeds)
-        noise = noise.to(features.device)
+        noise = to_device(noise, features.device)
         if self.config.self_aligned:
             with pass_without_grad():  # the model's own answer from pure noise takes the place of the labels
-                first = log_snr(torch.ones(1), self.config.noise_schedule).to(noise.device)
+                first = to_device(log_snr(torch.ones(1), self.config.noise_schedule), noise.device)
                 targets = self.decode(features, noise, first).argmax(1)
         else:
             targets = F.interpolate(labels[:, None].float(), features.shape[-2:], mode="nearest")[:, 0].long()
             targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
-        level = log_snr(times, self.config.noise_schedule).to(noise.device)
+        level = to_device(log_snr(times, self.config.noise_schedule), noise.device)
         logits = self.decode(features, add_noise(self.codes(targets), noise, level), level)
         entropy = partial(cross_entropy, ignore_index=self.ignore_index, class_weight=self.class_weight)
         loss, accuracy = entropy(logits, labels)

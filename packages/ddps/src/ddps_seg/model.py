@@ -20,7 +20,7 @@ from ddps_seg.base import EncoderSegmentor, padded
 from ddps_seg.configs import DDPS
 from ddps_seg.diffusion import Mode, Tables, log_q_posterior, q_pred, sample, step_list, tables
 from segcore.errors import UserError
-from segcore.models.layers import pass_without_grad, resize
+from segcore.models.layers import pass_without_grad, resize, to_device
 from segcore.models.losses import cross_entropy
 from segcore.models.segmentor import LoadReport
 from segcore.seeds import start_seed
@@ -344,7 +344,7 @@ class DDPSSegmentor(EncoderSegmentor):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             condition = self.condition(images)
         draws = self.draw(condition, seeds) if draws is None else draws
-        draws = {name: value.to(condition.device) for name, value in draws.items()}
+        drawn, draws = draws, {name: to_device(value, condition.device) for name, value in draws.items()}
         if self.config.condition_dropout:
             kept = draws["condition"] >= self.config.condition_dropout
             condition = condition * kept[:, None, None, None]
@@ -352,7 +352,7 @@ class DDPSSegmentor(EncoderSegmentor):
             mask, timesteps = draws["masks"], torch.zeros(len(images), dtype=torch.long, device=condition.device)
         else:
             timesteps = draws["timesteps"]
-            first = self._first_prediction(condition, labels, timesteps, draws["masks"])
+            first = self._first_prediction(condition, labels, drawn["timesteps"], draws["masks"])
             mask = q_pred(first, self.config.num_train_timesteps - 1 - timesteps, self.noise, draws["uniforms"])
         logits = self._full_size(self.denoise(condition, mask, timesteps), images)
         loss, accuracy = cross_entropy(logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight)
@@ -360,13 +360,16 @@ class DDPSSegmentor(EncoderSegmentor):
 
     @pass_without_grad()
     def _first_prediction(self, condition: Tensor, labels: Tensor, timesteps: Tensor, masks: Tensor) -> Tensor:
-        """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map."""
+        """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map.
+
+        `timesteps` (N,) are on the CPU, so that the host knows without asking the device which images need the answer.
+        """
         size = [4 * side for side in condition.shape[-2:]]
         full = F.pad(labels, (0, size[1] - labels.shape[2], 0, size[0] - labels.shape[1]), value=self.ignore_index)
         first = F.interpolate(full[:, None].float(), condition.shape[-2:], mode="nearest")[:, 0].long()
-        later = timesteps != 0
-        if later.any():
-            start = torch.zeros_like(timesteps[later])
+        if images := [i for i, timestep in enumerate(timesteps.tolist()) if timestep]:
+            later = to_device(torch.tensor(images), condition.device)
+            start = torch.zeros_like(later)
             first[later] = self.denoise(condition[later], masks[later], start).argmax(1)
         return first
 
