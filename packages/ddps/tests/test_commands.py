@@ -195,7 +195,7 @@ def test_demo(toy, base, tmp_path, capsys):
     main("ddps_seg", ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
     figures = json.loads((folder / "figures.json").read_text())
     assert list(figures["by_step"]) == ["0", "10", "19"]
-    for name in ("base_mIoU", "changed", "spoilt", "mended"):
+    for name in ("base_mIoU", "changed", "corrupted", "refined"):
         assert 0 <= figures[name] <= 1
     text = capsys.readouterr().out
     assert f"the base model alone has mIoU {figures['base_mIoU']:.1%}" in text

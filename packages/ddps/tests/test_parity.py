@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import segcore
 from ddps_seg import unet
-from ddps_seg.configs.rows import rows
+from ddps_seg.configs.published import rows
 from ddps_seg.diffusion import (
     Tables,
     keep_and_leak,

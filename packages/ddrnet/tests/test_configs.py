@@ -9,7 +9,7 @@ import segcore
 from ddrnet_seg.configs import DDRNet, experiments
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
 from ddrnet_seg.official import PUBLISHED, recognize
-from segcore.checkpoints.load import initialize, load_weights
+from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.testing.contract import refusal
 
@@ -48,7 +48,7 @@ def test_recipes():
     assert exp.name == MMSEG
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (12, 120_000, 0.01)
     assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem", 0.9, 131_072)
-    assert exp.train.class_weight == CLASS_WEIGHT
+    assert exp.loss.class_weight == CLASS_WEIGHT
     exp = segcore.load_experiment("ddrnet_23_cityscapes_pyradd")
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (5, 148_750, 0.003)
     assert (exp.data.crop, exp.data.img_scale, exp.model.align_corners) == ((1024, 1024), (2080, 1040), True)
@@ -145,7 +145,7 @@ def test_imagenet_weights_fill_the_backbone(official, manifest, tmp_path, prefix
     torch.save({f"{prefix}{k}": v for k, v in state.items()}, tmp_path / "DDRNet23s_imagenet.pth")
     model = DDRNet().build()
     head = model.head.classifier.weight.clone()
-    line = initialize(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
+    line = load_init(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
     shared = [k for k in state if not k.startswith(("down5.", "last_layer.", "linear."))]
     assert f"backbone only: ImageNet weights: loaded {len(shared)} tensors" in line
     assert "dropped 17 of down5, last_layer, linear" in line

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from segcore.cli.main import main
-from segcore.config.schema import DataConfig, Experiment, ModelConfig, TrainConfig
+from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.check import check, check_headers, label_pixels
 from segcore.data.layouts import open_dataset
 from segcore.demo import toy
@@ -206,7 +206,7 @@ class Tiny(ModelConfig):
 
 
 def experiment(data: DataConfig, weights) -> Experiment:
-    return Experiment("tiny", Tiny(num_classes=3), data, train=TrainConfig(class_weight=weights))
+    return Experiment("tiny", Tiny(num_classes=3), data, loss=LossConfig(class_weight=weights))
 
 
 def test_balanced_weights_are_those_of_the_formula() -> None:
@@ -244,7 +244,7 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
 
 def test_auto_leaves_ignored_pixels_out_behind_a_background(data: DataConfig, tmp_path: Path) -> None:
     data = replace(data, add_background_class=True)
-    exp = Experiment("tiny", Tiny(num_classes=4), data, train=TrainConfig(class_weight="auto"))
+    exp = Experiment("tiny", Tiny(num_classes=4), data, loss=LossConfig(class_weight="auto"))
     weights = class_weights(exp, open_dataset(data, "train"), tmp_path)
     torch.testing.assert_close(weights, torch.from_numpy(balanced(np.array([0, 450, 3300, 0]))).float())
 

@@ -15,9 +15,9 @@ from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset, Sample
 from segcore.data.labels import label_lut
 from segcore.errors import UserError
-from segcore.evaluation import evaluate as evaluate_module
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.predictor import Predictor
 from segcore.models.segmentor import Segmentor
 from segcore.reporting.tables import summary
 from segcore.seeds import evaluation_seed, window_seed
@@ -73,7 +73,7 @@ def dataset(tmp_path):
 
 
 def run(model, dataset, config=PLAIN, **options):
-    return evaluate(model, dataset, config, DATA, device="cpu", **options)
+    return evaluate(Predictor(model, config, DATA), dataset, **options)
 
 
 def test_a_perfect_model(dataset):
@@ -153,10 +153,10 @@ def test_limit_and_progress(dataset):
 
 def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     made, alive = [], []  # weak references to all predictions, the pictures they are of; how many are left each time
-    predict = evaluate_module.predict_classes
+    predict = Predictor.classes
 
-    def watched(model, images, *args, **options):
-        predictions = predict(model, images, *args, **options)
+    def watched(predictor, images, seeds, **options):
+        predictions = predict(predictor, images, seeds, **options)
         made.extend(weakref.ref(classes) for by_entry in predictions for classes in by_entry.values())
         made.extend(weakref.ref(image) for image in images)
         return predictions
@@ -164,7 +164,7 @@ def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     def count(done, total):
         alive.append(sum(reference() is not None for reference in made))
 
-    monkeypatch.setattr(evaluate_module, "predict_classes", watched)
+    monkeypatch.setattr(Predictor, "classes", watched)
     many = dataclasses.replace(dataset, samples=dataset.samples[:2] * 6)
     run(Redness(), many, dataclasses.replace(PLAIN, batch_size=2), on_progress=count)
     assert len(made) == 2 * 12

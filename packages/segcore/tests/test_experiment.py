@@ -76,8 +76,8 @@ def value_at(node, path):
         ("optimizer.rules.1.lr_mult=2.5", 2.5),
         ("train.device-batch-size=2", 2),
         ("train.init_from=official:a=b", "official:a=b"),
-        ("train.class_weight=auto", "auto"),
-        (f"train.class_weight={'0.5 ' * 19}", (0.5,) * 19),
+        ("loss.class_weight=auto", "auto"),
+        (f"loss.class_weight={'0.5 ' * 19}", (0.5,) * 19),
         ("name=--odd", "--odd"),
         ("name=", ""),
     ],
@@ -144,8 +144,8 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
         ("data.ratio_range=2 0.5", "data.ratio_range is 2.0 to 0.5; give the smaller ratio first"),
         ("data.std=1 inf 1", "data.std is inf; it must be above 0 and finite"),
         ("data.mean=1 nan 1", "data.mean is nan; it must be finite"),
-        ("train.class_weight=1 2 3", "train.class_weight has 3 values for 19 classes"),
-        (f"train.class_weight=0 {'1 ' * 18}", "train.class_weight is 0.0; it must be above 0"),
+        ("loss.class_weight=1 2 3", "loss.class_weight has 3 values for 19 classes"),
+        (f"loss.class_weight=0 {'1 ' * 18}", "loss.class_weight is 0.0; it must be above 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(override, text):

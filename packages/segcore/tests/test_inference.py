@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from segcore.config.schema import DataConfig, EvalConfig, multi_scale
 from segcore.errors import UserError
 from segcore.evaluation.predictor import (
+    Predictor,
     check_ensemble,
-    predict_classes,
-    predict_probabilities,
     view_sizes,
     window_boxes,
 )
@@ -72,9 +71,9 @@ class Pixels(Stub):
         return {str(step): logits * step for step in steps or (1,)}
 
 
-def predict(model, images, evaluate=PLAIN, data=RAW, seeds=None, **options):
+def predict(model, images, evaluate=PLAIN, data=RAW, seeds=None, ensemble=()):
     seeds = list(range(len(images))) if seeds is None else seeds
-    return predict_probabilities(model, images, evaluate, data, seeds, device="cpu", **options)
+    return Predictor(model, evaluate, data, tuple(ensemble)).probabilities(images, seeds)
 
 
 def random_image(height, width, seed=0):
@@ -126,7 +125,7 @@ def test_published_multi_scale_and_flip(golden, mode):
     (found,) = predict(model, [image], evaluate, DataConfig())
     expected = torch.from_numpy(case[f"aug_{mode}_mean_probs"])
     torch.testing.assert_close(found["final"], expected, atol=1e-5, rtol=0)
-    (classes,) = predict_classes(model, [image], evaluate, DataConfig(), [0], device="cpu")
+    (classes,) = Predictor(model, evaluate, DataConfig()).classes([image], [0])
     assert classes["final"].dtype == torch.int64
     assert_same_classes(classes["final"], found["final"], case[f"aug_{mode}_pred"])
     if mode == "whole":
@@ -265,7 +264,7 @@ class Constant(Stub):
 def test_an_ensemble_averages_the_probabilities_of_each_entry():
     model, others = Constant(1.0, 2.0, 4.0), [Constant(0.0, 3.0, 0.0), Constant(2.0, 0.0, 1.0)]
     settings = dataclasses.replace(PLAIN, steps=(1, 2), flip=True)
-    (found,) = predict(model, [random_image(4, 6)], settings, others=others)
+    (found,) = predict(model, [random_image(4, 6)], settings, ensemble=others)
     for step in (1, 2):
         expected = torch.stack([step * model.logits, *(other.logits for other in others)]).softmax(1).mean(0)
         torch.testing.assert_close(found[str(step)], expected[:, None, None].expand(3, 4, 6))
@@ -273,7 +272,7 @@ def test_an_ensemble_averages_the_probabilities_of_each_entry():
 
 def test_a_member_without_background_says_it_has_none():
     model, other = Constant(1.0, 2.0, 4.0, background=True), Constant(3.0, 0.0)
-    (found,) = predict(model, [random_image(4, 6)], others=[other])
+    (found,) = predict(model, [random_image(4, 6)], ensemble=[other])
     expected = (model.logits.softmax(0) + torch.cat([torch.zeros(1), other.logits.softmax(0)])) / 2
     torch.testing.assert_close(found["1"][:, 0, 0], expected)
 
@@ -310,14 +309,14 @@ def test_one_class_is_thresholded():
     image = np.array([[[90, 0, 0], [100, 0, 0], [110, 0, 0]]], np.uint8)
     (probabilities,) = predict(One(), [image])
     torch.testing.assert_close(probabilities["final"], torch.tensor([[[-10.0, 0.0, 10.0]]]).sigmoid())
-    (classes,) = predict_classes(One(), [image], PLAIN, RAW, [0], device="cpu")
+    (classes,) = Predictor(One(), PLAIN, RAW).classes([image], [0])
     assert classes["final"].tolist() == [[0, 0, 1]]
 
 
 def test_equal_probabilities_give_the_first_class():
     image = np.full((2, 2, 3), 9, np.uint8)
     image[0, 0] = (0, 200, 200)
-    (classes,) = predict_classes(Pixels(), [image], PLAIN, RAW, [0], device="cpu")
+    (classes,) = Predictor(Pixels(), PLAIN, RAW).classes([image], [0])
     assert classes["1"].tolist() == [[1, 0], [0, 0]]
 
 
@@ -329,8 +328,8 @@ def test_network_precision_and_layout(channels_last):
             return {"final": F.conv2d(images, torch.ones(2, 3, 1, 1))}
 
     model = Mixed()
-    evaluate = EvalConfig(None, "slide", (8, 8), (6, 6))
-    (found,) = predict(model, [random_image(9, 13)], evaluate, precision="bf16", channels_last=channels_last)
+    evaluate = EvalConfig(None, "slide", (8, 8), (6, 6), precision="bf16", channels_last=channels_last)
+    (found,) = predict(model, [random_image(9, 13)], evaluate)
     assert found["final"].dtype == torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert all(images.is_contiguous(memory_format=layout) for images, *_ in model.calls)

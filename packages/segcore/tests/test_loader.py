@@ -155,12 +155,12 @@ def test_eval_samples_come_in_order(data, workers):
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from segcore.data import dataset, loader, transforms
+from segcore.data import layouts, loader, transforms
 from segcore.config.schema import DataConfig
 
 if __name__ == "__main__":
     data = DataConfig("folder", Path(sys.argv[1]), classes=("a", "b", "c"), img_scale=None, crop=(24, 32))
-    opened, transform = dataset.open_dataset(data, "train"), transforms.TrainTransform(data)
+    opened, transform = layouts.open_dataset(data, "train"), transforms.TrainTransform(data)
     try:
         for _ in loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=2):
             print("batch", flush=True)

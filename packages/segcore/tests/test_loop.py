@@ -30,6 +30,7 @@ from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
+from segcore.evaluation.predictor import Predictor
 from segcore.models.segmentor import Segmentor
 from segcore.testing.host_reads import HostReads
 from segcore.training import loop
@@ -113,8 +114,8 @@ def exp(data: DataConfig) -> Experiment:
         data,
         OptimizerConfig(lr=0.01, clip_norm=1.0),
         ScheduleConfig(iterations=6, warmup_iterations=2),
-        TrainConfig(batch_size=3, device_batch_size=1, log_every=1, evaluate_every=2, save_every=2, keep_last=2),
-        EvalConfig(img_scale=(64, 32)),
+        train=TrainConfig(batch_size=3, device_batch_size=1, log_every=1, evaluate_every=2, save_every=2, keep_last=2),
+        evaluate=EvalConfig(img_scale=(64, 32)),
     )
 
 
@@ -403,7 +404,7 @@ def test_averaged_weights_are_what_is_evaluated_and_saved(exp: Experiment, tmp_p
     assert not torch.allclose(ours["conv.weight"], plain["conv.weight"], atol=1e-4)
     model = exp.model.build()
     model.load_checkpoint(checkpoint.load(checkpoint.folder_of(tmp_path / "averaged", 6)).model)
-    again = evaluate(model, open_dataset(exp.data, "val"), exp.evaluate, exp.data, device="cpu")
+    again = evaluate(Predictor.of(model, exp), open_dataset(exp.data, "val"))
     assert results is not None
     assert again.to_json() == results.to_json()
 
@@ -428,7 +429,6 @@ def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Pat
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
     assert [event.step for event in events.Images("predictions")] == [2, 4, 6]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "loss.svg",
         *(f"predictions_{iteration}.png" for iteration in (2, 4, 6)),
     }
 

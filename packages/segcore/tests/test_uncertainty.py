@@ -15,7 +15,7 @@ from segcore.cli.predict_images import plan, run
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
-from segcore.evaluation.predictor import predict_classes
+from segcore.evaluation.predictor import Predictor
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
 from segcore.models.segmentor import Segmentor
 
@@ -111,10 +111,10 @@ def image():
 
 
 def uncertainty(model, evaluate, classes=None, **options):
-    arguments = {"evaluate": evaluate, "data": DATA, "seeds": [0], "device": "cpu"}
-    [entries] = predict_classes(model, [image()], **arguments)
+    predictor = Predictor(model, evaluate, DATA)
+    [entries] = predictor.classes([image()], [0])
     mask = entries["3"] if classes is None else classes
-    return predict_uncertainty(model, [image()], [mask], **arguments, **options)[0], mask
+    return predict_uncertainty(predictor, [image()], [mask], [0], **options)[0], mask
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -30,6 +30,6 @@ def double() -> Experiment:
         DataConfig("toy", Path("data/toy"), img_scale=(128, 64), crop=(64, 64), workers=0),
         OptimizerConfig("sgd", lr=0.01, clip_norm=1.0),
         ScheduleConfig(iterations=20, warmup_iterations=5),
-        TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=20),
-        EvalConfig(img_scale=(128, 64)),
+        train=TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=20),
+        evaluate=EvalConfig(img_scale=(128, 64)),
     )

@@ -7,7 +7,15 @@ from torch import nn
 
 from ddrnet_seg.configs import DDRNet
 from ddrnet_seg.model import DDRNetSegmentor
-from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
 class Net(DDRNetSegmentor):
@@ -49,10 +57,10 @@ def frozen() -> Experiment:
         DataConfig("toy", img_scale=(128, 64), crop=(64, 64), photometric=False, workers=0),
         OptimizerConfig("sgd", lr=0.01, weight_decay=5e-4),
         ScheduleConfig(iterations=3, power=0.9, warmup_iterations=0),
+        LossConfig(class_weight="auto"),
         TrainConfig(
             batch_size=4,
             device_batch_size=2,
-            class_weight="auto",
             log_every=1,
             evaluate_every=3,
             save_every=3,

@@ -83,6 +83,6 @@ def tiny() -> Experiment:
         data,
         OptimizerConfig("sgd", lr=0.05, clip_norm=1.0),
         ScheduleConfig(iterations=20, warmup_iterations=2),
-        TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
-        EvalConfig(img_scale=(64, 32)),
+        train=TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
+        evaluate=EvalConfig(img_scale=(64, 32)),
     )

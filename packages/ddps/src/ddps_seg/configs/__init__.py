@@ -118,7 +118,7 @@ class DDPS(Encoder):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddps_seg.configs import rows, stock, toy
+    from ddps_seg.configs import base_models, published, toy
 
     own = (toy.ddps_segformer_b0_toy, toy.ddps_segformer_b0_base_toy)
-    return {**{build.__name__: build for build in own}, **rows.rows(), **stock.rows()}
+    return {**{build.__name__: build for build in own}, **published.rows(), **base_models.rows()}

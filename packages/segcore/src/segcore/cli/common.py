@@ -73,11 +73,13 @@ def load_model(command: Command, checkpoint: str, device: torch.device) -> Any:
     import torch
 
     from segcore import distributed
-    from segcore.checkpoints.load import load_weights, resolve
+    from segcore.checkpoints.load import find_weights, load_weights
     from segcore.checkpoints.run_checkpoint import standing
     from segcore.config.record import ConfigDiff
 
-    path = distributed.main_process_first(lambda: resolve(checkpoint, command.experiment.name, offline=command.offline))
+    path = distributed.main_process_first(
+        lambda: find_weights(checkpoint, command.experiment.name, offline=command.offline)
+    )
     model: Any = command.experiment.model.build()
     other = ConfigDiff.of(path, command.experiment)
     try:
@@ -144,4 +146,4 @@ def complete_toy_set(exp: Experiment) -> None:
     from segcore.demo import toy
 
     if exp.data.dataset == "toy":
-        distributed.main_process_first(lambda: toy.complete(exp.data.root))
+        distributed.main_process_first(lambda: toy.generate_missing(exp.data.root))

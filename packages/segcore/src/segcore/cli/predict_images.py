@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -18,17 +18,17 @@ from segcore.config.schema import DataConfig, Experiment
 from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.evaluation.predictor import check_ensemble, early_exit_threshold, predict_classes
+from segcore.evaluation.predictor import Predictor, check_ensemble, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.models.segmentor import Segmentor
 from segcore.progress import progress
 from segcore.reporting.figures import (
     JPEG,
     colorize,
-    gray,
+    hstack_panels,
     overlay,
     step_title,
-    strip,
+    to_gray,
     to_uint8_rgb,
     write_animation,
     write_class_png,
@@ -165,7 +165,6 @@ def run(
             "a run from a mask goes to its end and is not averaged: with --start-mask leave out --ensemble, "
             "--early-exit-threshold and evaluate.ensemble_steps"
         )
-    device = next(model.parameters()).device
     failures: list[str] = []
     taken: list[int] = []
     with progress("predicting") as advance:
@@ -178,12 +177,10 @@ def run(
             maps: dict[str, np.ndarray] = {}
             try:
                 if job.start:
-                    maps = steps_from(model, exp, image, start_map(job.start, image, exp.data), device)
+                    maps = steps_from(model, exp, image, start_map(job.start, image, exp.data))
                 elif job.steps or job.animation:
-                    maps = image_steps(model, exp, image, device)
-                classes = (
-                    list(maps.values())[-1] if job.start else predict_image(model, exp, image, device, taken, others)
-                )
+                    maps = image_steps(model, exp, image)
+                classes = list(maps.values())[-1] if job.start else predict_image(model, exp, image, taken, others)
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
@@ -192,12 +189,12 @@ def run(
             write_class_png(job.mask, bare, colors)
             write_image(job.overlay, overlay(to_uint8_rgb(image), bare, colors, opacity))
             if job.uncertainty:
-                write_image(job.uncertainty, gray(image_uncertainty(model, exp, image, classes, device)))
+                write_image(job.uncertainty, to_gray(image_uncertainty(model, exp, image, classes)))
             panels = step_panels(to_uint8_rgb(image), {**maps, "answer": classes}, palette) if maps else {}
             if job.steps:
-                write_image(job.steps, strip(list(panels.values()), list(panels)))
+                write_image(job.steps, hstack_panels(list(panels.values()), list(panels)))
             if job.animation:
-                write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
+                write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
     if len(jobs) > 1:
@@ -215,7 +212,6 @@ def predict_image(
     model: Segmentor,
     exp: Experiment,
     image: np.ndarray,
-    device: torch.device,
     taken: list[int] | None = None,
     others: Sequence[Segmentor] = (),
 ) -> np.ndarray:
@@ -226,30 +222,28 @@ def predict_image(
     """
     accumulated = {"steps": exp.evaluate.steps, "ensemble_steps": True} if exp.evaluate.ensemble_steps else {}
     percent = exp.evaluate.early_exit_threshold
-    network = None if percent is None else partial(early_exit_threshold, model, percent, [] if taken is None else taken)
-    entries = _predict(predict_classes, model, exp, image, device, settings=accumulated, network=network, others=others)
+    network = None if percent is None else partial(early_exit_entry, model, percent, [] if taken is None else taken)
+    predictor = _configured(model, exp, others).using(**accumulated)
+    [entries] = predictor.classes([image], [exp.seed], network=network)
     return list(entries.values())[-1].cpu().numpy()
 
 
-def image_uncertainty(
-    model: Segmentor, exp: Experiment, image: np.ndarray, classes: np.ndarray, device: torch.device
-) -> np.ndarray:
+def image_uncertainty(model: Segmentor, exp: Experiment, image: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Return, per pixel, the probability (H, W) in 0..1 of another class than that of `classes` (H, W).
 
     See `segcore.evaluation.uncertainty`; only diffusion models can tell, others raise UserError.
     """
-    return _predict(predict_uncertainty, model, exp, image, device, classes=[torch.from_numpy(classes)]).cpu().numpy()
+    [found] = predict_uncertainty(_configured(model, exp), [image], [torch.from_numpy(classes)], [exp.seed])
+    return found.cpu().numpy()
 
 
-def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
+def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray) -> dict[str, np.ndarray]:
     """Return the classes (H, W) after every denoising step, from the first noise start; empty without such steps."""
-    entries = _predict(predict_classes, model, exp, image, device, network=model.denoising_trajectory)
+    [entries] = _configured(model, exp).classes([image], [exp.seed], network=model.denoising_trajectory)
     return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
 
 
-def steps_from(
-    model: Segmentor, exp: Experiment, image: np.ndarray, start: np.ndarray, device: torch.device
-) -> dict[str, np.ndarray]:
+def steps_from(model: Segmentor, exp: Experiment, image: np.ndarray, start: np.ndarray) -> dict[str, np.ndarray]:
     """Return `start` and the classes (H, W) after every denoising step from there, on the whole image in one view.
 
     `start` holds classes (H, W). Raises UserError when the model has no such start, or with windows or several views.
@@ -260,10 +254,9 @@ def steps_from(
             "--start-mask takes whole images in one view; set evaluate.mode to whole, no ratios and no flip"
         )
     masks = torch.from_numpy(start)[None]
-    entries = _predict(
-        predict_classes, model, exp, image, device,
-        network=lambda images, seeds: model.refine_mask(images, masks, seeds),
-    )  # fmt: skip
+    [entries] = _configured(model, exp).classes(
+        [image], [exp.seed], network=lambda images, seeds: model.refine_mask(images, masks, seeds)
+    )
     return {"start": start, **{step: classes.cpu().numpy() for step, classes in entries.items()}}
 
 
@@ -283,20 +276,9 @@ def _bare(classes: np.ndarray) -> np.ndarray:
     return np.where(classes == 0, 255, classes - 1)
 
 
-def _predict(
-    predict: Callable[..., list[Any]], model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device,
-    settings: Mapping[str, Any] | None = None, **options: Any,
-) -> Any:  # fmt: skip
-    """Return what a function of `segcore.evaluation` predicts for one image with the settings of `exp`, as configured.
-
-    The steps that `test` reports, and their accumulation, are left out unless `settings` has them.
-    """
-    evaluate = replace(exp.evaluate, **{"steps": (), "ensemble_steps": False, **(settings or {})})
-    [answer] = predict(
-        model, [image], evaluate=evaluate, data=exp.data, seeds=[exp.seed],
-        device=device, precision=exp.train.precision, channels_last=exp.train.channels_last, **options,
-    )  # fmt: skip
-    return answer
+def _configured(model: Segmentor, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
+    """Return the predictor of `exp` for the configured answer: without the steps that `test` reports."""
+    return Predictor.of(model, exp, ensemble).using(steps=(), ensemble_steps=False)
 
 
 def step_panels(

@@ -38,12 +38,11 @@ def run(
         raise UserError(f"--opacity {opacity} is not between 0 and 1")
     if frames is not None and frames < 1:
         raise UserError(f"--frames {frames}: give at least 1")
-    device = next(model.parameters()).device
     written = 0
     with reading(source) as (images, rate, total), writer(path, rate) as write, progress("predicting") as advance:
         with suppress(KeyboardInterrupt) if is_camera(source) else nullcontext():
             for image in itertools.islice(images, frames):
-                classes = predict_image(model, exp, image, device)
+                classes = predict_image(model, exp, image)
                 write(overlay(image, classes, palette, opacity))
                 written += 1
                 advance(written, max(written, min(total, frames or total)))

@@ -42,25 +42,26 @@ class Test(Parallel):
         from segcore import distributed
         from segcore.data.layouts import open_dataset
         from segcore.evaluation.evaluate import evaluate
+        from segcore.evaluation.predictor import Predictor
         from segcore.progress import progress
         from segcore.reporting import tables as report
 
         complete_toy_set(self.experiment)
         exp = with_early_exit(self.experiment, self.early_exit_threshold)
-        settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
+        exp = dataclasses.replace(exp, evaluate=multi_scale(exp.evaluate)) if self.multi_scale else exp
         device = device_of(self.device)
         others = load_others(self, self.ensemble, device)
         model = load_model(self, self.checkpoint, device)
         dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
-                model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,
-                precision=exp.train.precision, channels_last=exp.train.channels_last,
-                on_progress=advance, limit=self.limit, others=others,
+                Predictor.of(model, exp, others), dataset, seed=exp.seed, workers=exp.data.workers,
+                on_progress=advance, limit=self.limit,
             )  # fmt: skip
         if distributed.rank():
             return
-        print(report.per_class(results, settings.metrics), report.summary(results, settings.metrics), sep="\n\n")
+        metrics = exp.evaluate.metrics
+        print(report.per_class(results, metrics), report.summary(results, metrics), sep="\n\n")
         row = published(exp.name)
         if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))

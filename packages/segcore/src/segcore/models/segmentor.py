@@ -50,7 +50,7 @@ class Segmentor(nn.Module, ABC):
         diffusion: whether inference denoises from random noise; if not, `denoising_trajectory` is empty and
             `log_mean_probs` and `early_exit` raise UserError.
         class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
-            training loop sets it from `train.class_weight`; it is no part of the state dict.
+            training loop sets it from `loss.class_weight`; it is no part of the state dict.
 
     Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An
     image's answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.

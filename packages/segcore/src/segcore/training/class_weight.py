@@ -20,12 +20,12 @@ HISTOGRAM = "label_histogram.json"
 
 
 def class_weights(exp: Experiment, dataset: Dataset, work_dir: Path) -> Tensor | None:
-    """Return the (K,) float32 weights that `train.class_weight` asks for, on the CPU; None when it asks for none.
+    """Return the (K,) float32 weights that `loss.class_weight` asks for, on the CPU; None when it asks for none.
 
     "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
     resumed run has the same weights without reading them again. Raises UserError about a label that cannot be used.
     """
-    given = exp.train.class_weight
+    given = exp.loss.class_weight
     if given != "auto":
         return None if given is None else torch.tensor(given, dtype=torch.float32)
     path, key = work_dir / HISTOGRAM, _key(dataset)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from segcore.files import write, writing
-from segcore.reporting.figures import loss_curve, write_image
+from segcore.reporting.figures import write_image
 
 
 class Logger:
@@ -120,12 +120,6 @@ class Logger:
             write_image(self.path.parent / "figures" / f"predictions_{iteration}.png", image)
             if self.board:
                 self.board.add_image("predictions", image, iteration, dataformats="HWC")
-
-    def curve(self) -> None:
-        """Draw figures/loss.svg from the file."""
-        if self.path:
-            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-            write(self.path.parent / "figures" / "loss.svg", loss_curve(lines))
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if not self.path:

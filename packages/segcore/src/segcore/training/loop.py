@@ -29,7 +29,7 @@ from segcore.data.loader import Batch, train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
-from segcore.evaluation.predictor import autocast
+from segcore.evaluation.predictor import Predictor, autocast
 from segcore.files import write
 from segcore.reporting import tables as report
 from segcore.reporting.prediction_grid import PredictionGrid
@@ -192,15 +192,10 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
     with averaged(state.model, state.average), enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
         distributed.broadcast(list(state.model.buffers()))  # running statistics of rank 0 count
         results = evaluate(
-            state.model,
+            Predictor.of(state.model, exp),
             val,
-            exp.evaluate,
-            exp.data,
-            device=state.device,
             seed=exp.seed,
             workers=exp.data.workers,
-            precision=exp.train.precision,
-            channels_last=exp.train.channels_last,
             on_progress=on_progress,
             on_prediction=gallery.add if log.path else None,
         )
@@ -212,7 +207,6 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
     text = f"{report.per_class(results, metrics)}\n\n{report.summary(results, metrics)}"
     log.val(state.iteration, {**figures, **results.to_json()}, text)
     log.picture(state.iteration, gallery.picture())
-    log.curve()
     return results
 
 

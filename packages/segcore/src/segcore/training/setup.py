@@ -56,10 +56,10 @@ def setup(
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init_from and not found:
-        from segcore.checkpoints.load import initialize
+        from segcore.checkpoints.load import load_init
 
         start = exp.train.init_from
-        notes.append(distributed.main_process_first(lambda: initialize(state.model, start, offline=offline)))
+        notes.append(distributed.main_process_first(lambda: load_init(state.model, start, offline=offline)))
         state.average = None if state.average is None else start_ema(state.model)
     weights = distributed.main_process_first(lambda: class_weights(exp, dataset, work_dir))
     state.model.class_weight = weights if weights is None else weights.to(state.device)
