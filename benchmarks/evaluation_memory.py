@@ -61,7 +61,7 @@ def peak(root: Path, images: int) -> float:
     """Return this process's peak memory in MB after evaluating that many images, the one of the toy set over again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = DataConfig(root=root)
+    data = DataConfig("toy", root)
     dataset = open_dataset(data, "val")
     dataset = dataclasses.replace(dataset, samples=dataset.samples[:1] * images)
     results = evaluate(Predictor(Pointwise(), EvalConfig(img_scale=None), data), dataset)

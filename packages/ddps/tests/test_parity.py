@@ -274,7 +274,16 @@ def test_parameters_equal_the_manifest(manifest, name):
 def test_learning_rates(golden):
     g = golden("ema_lr")
     for step in (10_000, 20_000, 50_000):
-        schedule = ScheduleConfig(400_000, "step", step=step, gamma=0.5, min_lr=1e-6, warmup_iterations=1000)
+        schedule = ScheduleConfig(
+            400_000,
+            "step",
+            step=step,
+            gamma=0.5,
+            min_lr=1e-6,
+            warmup_iterations=1000,
+            warmup_ratio=1e-6,
+            warmup="scheduled",
+        )
         ours = [learning_rate(schedule, 1.5e-4, int(i)) for i in g["lr_iters"]]
         assert ours == pytest.approx(g[f"lr_step{step}"].tolist(), rel=1e-9)
 

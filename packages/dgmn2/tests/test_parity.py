@@ -22,7 +22,7 @@ ATTENTION = {
     "position.y": "pos_emb.rel_height",
     "position.x": "pos_emb.rel_width",
 }
-SLIDE = EvalConfig(mode="slide", crop=(65, 65), stride=(43, 43))
+SLIDE = EvalConfig((2048, 1024), mode="slide", crop=(65, 65), stride=(43, 43))
 
 
 def check(ours, expected, atol=1e-4):

@@ -36,7 +36,17 @@ def data(tmp_path_factory):
     for i in range(LENGTH):
         cv2.imwrite(f"{root}/images/train/{i}.png", rng.randint(0, 256, (30, 40, 3)))
         cv2.imwrite(f"{root}/masks/train/{i}.png", rng.randint(0, 3, (30, 40)))
-    return DataConfig("folder", root, classes=("a", "b", "c"), img_scale=None, crop=(24, 32))
+    return DataConfig(
+        "folder",
+        root,
+        classes=("a", "b", "c"),
+        img_scale=None,
+        crop=(24, 32),
+        ratio_range=(0.5, 2.0),
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
+    )
 
 
 def batches(data, **changes):
@@ -159,7 +169,8 @@ from segcore.data import layouts, loader, transforms
 from segcore.config.schema import DataConfig
 
 if __name__ == "__main__":
-    data = DataConfig("folder", Path(sys.argv[1]), classes=("a", "b", "c"), img_scale=None, crop=(24, 32))
+    augment = {"ratio_range": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": 0.5, "photometric": True}
+    data = DataConfig("folder", Path(sys.argv[1]), classes=("a", "b", "c"), crop=(24, 32), **augment)
     opened, transform = layouts.open_dataset(data, "train"), transforms.TrainTransform(data)
     try:
         for _ in loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=2):

@@ -102,7 +102,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             cv2.imwrite(str(root / folder / "train" / f"{i}.png"), pixels)
     val = {"val_images": "images/train/[01].png", "val_masks": "masks/train/[01].png"}
     classes = ("dark", "bright", "absent")
-    return DataConfig("folder", root, classes=classes, img_scale=(64, 32), crop=(32, 32), workers=0, **val)
+    return DataConfig(
+        "folder",
+        root,
+        classes=classes,
+        img_scale=(64, 32),
+        crop=(32, 32),
+        ratio_range=(0.5, 2.0),
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
+        workers=0,
+        **val,
+    )
 
 
 @pytest.fixture
@@ -112,8 +124,8 @@ def exp(data: DataConfig) -> Experiment:
         "tiny",
         TinyModel(),
         data,
-        OptimizerConfig(lr=0.01, clip_norm=1.0),
-        ScheduleConfig(iterations=6, warmup_iterations=2),
+        OptimizerConfig(lr=0.01, weight_decay=0.01, clip_norm=1.0),
+        ScheduleConfig(iterations=6, warmup_iterations=2, warmup_ratio=1e-6, warmup="scheduled"),
         train=TrainConfig(batch_size=3, device_batch_size=1, log_every=1, evaluate_every=2, save_every=2, keep_last=2),
         evaluate=EvalConfig(img_scale=(64, 32)),
     )

@@ -27,9 +27,19 @@ def double() -> Experiment:
     return Experiment(
         "double",
         DoubleDDP(drop_path=0.0, width=32, decoder_layers=1, heads=4, auxiliary=False),
-        DataConfig("toy", Path("data/toy"), img_scale=(128, 64), crop=(64, 64), workers=0),
-        OptimizerConfig("sgd", lr=0.01, clip_norm=1.0),
-        ScheduleConfig(iterations=20, warmup_iterations=5),
+        DataConfig(
+            "toy",
+            Path("data/toy"),
+            img_scale=(128, 64),
+            crop=(64, 64),
+            ratio_range=(0.5, 2.0),
+            cat_max_ratio=0.75,
+            flip=0.5,
+            photometric=True,
+            workers=0,
+        ),
+        OptimizerConfig("sgd", lr=0.01, weight_decay=0.01, momentum=0.9, clip_norm=1.0),
+        ScheduleConfig(iterations=20, warmup_iterations=5, warmup_ratio=1e-6, warmup="scheduled"),
         train=TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=20),
         evaluate=EvalConfig(img_scale=(128, 64)),
     )

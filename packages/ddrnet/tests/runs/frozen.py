@@ -1,6 +1,7 @@
 """DDRNet with frozen batch norms for a test of processes: `train frozen.py:frozen --data.root FOLDER`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,8 +55,17 @@ def frozen() -> Experiment:
     return Experiment(
         "frozen",
         Frozen(loss="cross_entropy"),
-        DataConfig("toy", img_scale=(128, 64), crop=(64, 64), photometric=False, workers=0),
-        OptimizerConfig("sgd", lr=0.01, weight_decay=5e-4),
+        DataConfig(
+            "toy",
+            Path("data/toy"),
+            img_scale=(128, 64),
+            ratio_range=(0.5, 2.0),
+            crop=(64, 64),
+            cat_max_ratio=0.75,
+            flip=0.5,
+            workers=0,
+        ),
+        OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
         ScheduleConfig(iterations=3, power=0.9, warmup_iterations=0),
         LossConfig(class_weight="auto"),
         TrainConfig(

@@ -76,13 +76,23 @@ class Tiny(ModelConfig):
 
 def tiny() -> Experiment:
     """Return 20 iterations of batch 4 on a folder of images of 32x64."""
-    data = DataConfig("folder", classes=("dark", "bright", "absent"), img_scale=(64, 32), crop=(32, 32), workers=0)
+    data = DataConfig(
+        "folder",
+        classes=("dark", "bright", "absent"),
+        img_scale=(64, 32),
+        crop=(32, 32),
+        ratio_range=(0.5, 2.0),
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
+        workers=0,
+    )
     return Experiment(
         "tiny",
         Tiny(),
         data,
-        OptimizerConfig("sgd", lr=0.05, clip_norm=1.0),
-        ScheduleConfig(iterations=20, warmup_iterations=2),
+        OptimizerConfig("sgd", lr=0.05, weight_decay=0.01, momentum=0.9, clip_norm=1.0),
+        ScheduleConfig(iterations=20, warmup_iterations=2, warmup_ratio=1e-6, warmup="scheduled"),
         train=TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
         evaluate=EvalConfig(img_scale=(64, 32)),
     )
