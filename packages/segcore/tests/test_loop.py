@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import (
     DataConfig,
@@ -605,3 +606,19 @@ def quiet_losses(self, images, labels, seeds=None, draws=None):
     """A loss without noise from the CPU."""
     hidden = self.bn(self.conv(images)).relu()
     return {"loss": nn.functional.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)}
+
+
+def test_ranks_agree_on_a_step_during_the_one_before(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    """What they tell each other has a whole step to arrive."""
+    events, start, step = [], distributed.start_sync_status, loop.train_step
+
+    def started(*args: Any) -> Callable[[], list[int]]:
+        number, finish = sum(event.startswith("tell") for event in events), start(*args)
+        events.append(f"tell {number}")
+        return lambda: (events.append(f"wait {number}"), finish())[1]
+
+    monkeypatch.setattr(distributed, "start_sync_status", started)
+    monkeypatch.setattr(loop, "train_step", lambda *args: (step(*args), events.append(f"step {args[1].iteration}"))[0])
+    train(replace(exp, train=replace(exp.train, evaluate_every=0)), tmp_path)
+    assert events[:6] == ["tell 0", "wait 0", "tell 1", "step 0", "wait 1", "tell 2"]
+    assert events[-3:] == ["step 4", "wait 5", "step 5"]

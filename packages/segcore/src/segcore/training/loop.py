@@ -5,7 +5,8 @@ the same weights, bit for bit on the CPU, as one that was not. Order and noise o
 of ranks either. Each rank computes its share of the micro-batches; only rank 0 writes files.
 
 The host never waits for a GPU between two log lines: whether a step is skipped is decided on the device, and the host
-reads it when the next step is under way. Nor does it wait for other ranks, which agree on a step during the one before.
+reads it when the next step is under way. (Torch's SyncBatchNorm does wait, in every layer; it is used on several GPUs.)
+Nor does the host wait for other ranks, which agree on a step during the one before.
 """
 
 from __future__ import annotations
