@@ -17,7 +17,7 @@ from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import Predictor
 from segcore.progress import progress
-from segcore.seeds import derive
+from segcore.seeds import corruption_seed, evaluation_seed, start_seed
 
 SEEDS = 3
 IMAGES = 10
@@ -43,14 +43,14 @@ def compare(
     changed = []
     with progress("comparing the prior with its base model") as advance:
         for index in range(total):
-            image, label, own = dataset.image(index), dataset.label(index), derive(exp.seed, index)
+            image, label, own = dataset.image(index), dataset.label(index), evaluation_seed(exp.seed, index)
             found = {"base": last_classes(base_model, image, own) + 1, "prior": last_classes(prior, image, own)}
             for seed in range(SEEDS):
-                start = corrupt(found["base"], model.num_classes, derive(seed, index))
+                start = corrupt(found["base"], model.num_classes, corruption_seed(seed, index))
                 refine = refinement_of(model, start)
                 found |= {
                     f"corrupted {seed}": start,
-                    f"refined {seed}": last_classes(prior, image, derive(seed, index), refine),
+                    f"refined {seed}": last_classes(prior, image, start_seed(own, seed), refine),
                 }
             for name, classes in found.items():
                 matrices[name].update(classes, label)

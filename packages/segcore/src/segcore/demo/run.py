@@ -30,7 +30,7 @@ from segcore.progress import progress
 from segcore.reporting import tables
 from segcore.reporting.figures import colorize, colormap, hstack_panels, step_title, write_image
 from segcore.reporting.page import render
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 from segcore.training.loop import train
 
 SHOWN = 4
@@ -147,7 +147,9 @@ def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tupl
 
     def keep(index: int, image: np.ndarray, label: np.ndarray, classes: Mapping[str, Tensor]) -> None:
         if index in wanted:
-            answers[index] = Answer(image, label, {k: x.cpu() for k, x in classes.items()}, derive(seed, index))
+            answers[index] = Answer(
+                image, label, {k: x.cpu() for k, x in classes.items()}, evaluation_seed(seed, index)
+            )
 
     with progress("evaluating") as advance:
         results = evaluate(predictor, val_set, seed=seed, on_progress=advance, on_prediction=keep)

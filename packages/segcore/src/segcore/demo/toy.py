@@ -20,7 +20,7 @@ from segcore.demo.street import draw_scene
 from segcore.errors import UserError
 from segcore.files import write
 from segcore.progress import progress as show_progress
-from segcore.seeds import derive
+from segcore.seeds import scene_seed
 
 TRAIN, VAL = 200, 50
 VERSION = 1
@@ -61,7 +61,7 @@ def generate(
         image_file, raw_file, label_file = files = files_of(root, split, index)
         if not all(file.is_file() for file in files):
             # RandomState and not default_rng: NumPy promises that its stream never changes.
-            rng = np.random.RandomState(derive(seed, SPLITS.index(split), index))
+            rng = np.random.RandomState(scene_seed(seed, SPLITS.index(split), index))
             image, label = draw_scene(rng, height, width)
             for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
                 write(file, cv2.imencode(".png", array)[1].tobytes())
