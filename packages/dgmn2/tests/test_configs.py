@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import segcore
-from dgmn2_seg.configs import VARIANTS, DGMN2Config, cityscapes, experiments
+from dgmn2_seg.backbone import VARIANTS
+from dgmn2_seg.configs import DGMN2Config, cityscapes, experiments
 from dgmn2_seg.official import PUBLISHED
 from segcore.checkpoints.load import initialize, load_weights
 from segcore.config.registry import published
