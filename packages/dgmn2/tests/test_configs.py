@@ -1,6 +1,7 @@
 """The published rows: names, parameters, recipes, figures; and what weights files are taken for."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -148,4 +149,4 @@ def test_a_trained_checkpoint_loads_under_published_names(tmp_path):
 
 
 def test_all_backbones_are_offered():
-    assert set(VARIANTS) == {"nano", *SIZES}
+    assert set(VARIANTS) == {"nano", *SIZES} == set(get_args(get_type_hints(DGMN2Config)["backbone"]))

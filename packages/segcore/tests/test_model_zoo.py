@@ -52,7 +52,7 @@ def test_stored_parameters_are_those_of_the_models(method):
 def test_a_published_row_says_what_matters(name):
     exp = load_experiment(name)
     text = re.sub(r",?\s*\)", ")", re.sub(r"\s+", " ", source(exp)).replace("( ", "("))
-    text = re.sub(r"(?<=\d)_(?=\d)", "", text)
+    text = re.sub(r"(?<==)[\d_]+", lambda digits: digits[0].replace("_", ""), text)
     sections = {
         word: text[text.index(f"{word}Config(") :]
         for word in ("Data", "Optimizer", "Schedule", "Loss", "Train", "Eval")
