@@ -22,7 +22,7 @@ from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 
 Sample = tuple[int, np.ndarray, np.ndarray | None]
 OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
@@ -128,7 +128,7 @@ def evaluate(
         with evaluation_mode(model):
             samples = _readable(dataset, own, workers, skipped if predictor.data.on_error == "skip" else None)
             for batch in _equal_sized(samples, settings.batch_size):
-                seeds = [derive(seed, index) for index, _, _ in batch]
+                seeds = [evaluation_seed(seed, index) for index, _, _ in batch]
                 predictions = predictor.classes([image for _, image, _ in batch], seeds, network=network)
                 for (index, image, label), entries in zip(batch, predictions, strict=True):
                     if label is None:
