@@ -199,7 +199,7 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
     assert resumed.to_json() == unbroken.to_json()
     assert json.loads((tmp_path / "b/best.json").read_text()) == json.loads((tmp_path / "a/best.json").read_text())
-    for mode, keys in (("train", ("iteration", "lr", "loss", "loss_ce", "grad_norm")), ("val", ("iteration", "mIoU"))):
+    for mode, keys in (("train", ("iteration", "lr", "loss", "decode.loss_ce", "grad_norm")), ("val", ("iteration", "mIoU"))):
         a, b = ([[record.get(key) for key in keys] for record in log(tmp_path / run, mode)] for run in "ab")
         assert a == b
 
@@ -424,7 +424,7 @@ def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Pat
     train(exp, tmp_path)
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = events.Tags()["scalars"]
-    wanted = ("loss", "loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
+    wanted = ("loss", "decode.loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
     assert {f"train/{name}" for name in wanted} | {"val/mIoU", "IoU final/dark", "IoU final/bright"} <= set(names)
     logged = [record["loss"] for record in log(tmp_path, "train")]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
@@ -590,9 +590,9 @@ def test_no_step_waits_for_the_gpu(exp: Experiment, tmp_path: Path, monkeypatch)
     assert state(tmp_path)["iteration"] == 6
 
 
-def quiet_losses(self, images, labels, seeds=None, draws=None):
+def quiet_losses(self, images, labels, **options):
     """A loss without noise from the CPU."""
-    hidden = self.bn(self.conv(images)).relu()
+    hidden = self.norm(self.conv(images)).relu()
     return {"loss": nn.functional.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)}
 
 

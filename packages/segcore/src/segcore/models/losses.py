@@ -123,8 +123,7 @@ def ohem_pyradd(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
     )
     probabilities = (-losses.detach()).exp()
-    limit = smallest(probabilities, valid, min_kept).clamp(min=threshold)
-    hard = valid & (probabilities <= limit)
+    hard = valid & (probabilities <= smallest(probabilities, valid, min_kept).clamp(min=threshold))
     total = (losses * weights).where(hard, 0).sum()
     return total / weights.where(hard, 0).sum().where(valid.any(), 1), accuracy
 
