@@ -26,6 +26,7 @@ from segcore.data.layouts import open_dataset
 from segcore.demo.toy import generate
 from segcore.environment import environment
 from segcore.evaluation.evaluate import evaluate
+from segcore.evaluation.predictor import Predictor
 from segcore.models.segmentor import Segmentor
 
 
@@ -60,10 +61,10 @@ def peak(root: Path, images: int) -> float:
     """Return this process's peak memory in MB after evaluating that many images, the one of the toy set over again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = DataConfig(root=root)
+    data = DataConfig("toy", root)
     dataset = open_dataset(data, "val")
     dataset = dataclasses.replace(dataset, samples=dataset.samples[:1] * images)
-    results = evaluate(Pointwise(), dataset, EvalConfig(img_scale=None), data, device="cpu")
+    results = evaluate(Predictor(Pointwise(), EvalConfig(img_scale=None), data), dataset)
     assert results.images == images
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -203,7 +203,10 @@ def main() -> None:
     print(f"numpy {np.__version__}, OpenCV {cv2.__version__}")
     print(f"{args.draws} draws of {args.pictures} pictures; plain OpenCV, segcore, mean per picture\n")
     with tempfile.TemporaryDirectory() as folder:
-        data = DataConfig(root=Path(folder) / "toy")
+        data = DataConfig(
+            "toy", Path(folder) / "toy", img_scale=(2048, 1024), crop=(512, 1024),
+            ratio_range=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5, photometric=True,
+        )  # fmt: skip
         generate(data.root, train=args.pictures, val=1, height=1024, width=2048)
         dataset = open_dataset(data, "train")
         pairs = [dataset.pair(i) for i in range(len(dataset))]

@@ -26,7 +26,7 @@ from segcore.data.transforms import normalize
 from segcore.evaluation.predictor import autocast
 from segcore.evaluation.uncertainty import AUROC, STARTS
 from segcore.models.layers import resize
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed, window_seed
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def main() -> None:
     areas: dict[str, AUROC] = defaultdict(AUROC)
     for index in range(min(options.images, len(dataset))):
         image = torch.from_numpy(normalize(dataset.image(index), exp.data.mean, exp.data.std)).permute(2, 0, 1)[None]
-        seeds = [derive(derive(exp.seed, index), 0, 0)]
+        seeds = [window_seed(evaluation_seed(exp.seed, index), 0, 0)]
         with autocast(torch.device("cpu"), exp.train.precision):
             features = model.encode(image)
             noise, _ = model.draw_noise(features, seeds, 3, STARTS)

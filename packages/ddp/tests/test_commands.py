@@ -21,10 +21,12 @@ from segcore.cli.main import main
 from segcore.demo.toy import generate
 
 CONFIG = "ddp_resnet18_toy"
+MODEL = ["--model.width=32", "--model.decoder-layers=1"]
 SMALL = [
-    "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--train.precision=fp32", "--data.workers=0",
+    "--device=cpu", *MODEL, "--train.precision=fp32", "--data.workers=0",
     "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
+CPU = "--device=cpu"
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
 
 
@@ -98,7 +100,7 @@ def test_interrupt_saves_and_says_how_to_go_on(toy, tmp_path):
 
 
 def test_test_prints_the_published_table(run, toy, tmp_path, capsys):
-    main("ddp_seg", ["test", CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL,
+    main("ddp_seg", ["test", str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU,
                      "--evaluate.steps", "1", "2", "--evaluate.metrics", "mIoU", "mFscore"])  # fmt: skip
     text = capsys.readouterr().out
     assert "aAcc |" in text
@@ -115,13 +117,13 @@ def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
     image = np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8)
     cv2.imwrite(str(images / "a.png"), image)
     cv2.imwrite(str(images / "below" / "b.jpg"), image[:50])
-    main("ddp_seg", ["predict", CONFIG, str(run), str(images), str(tmp_path / "out"), *SMALL])
+    main("ddp_seg", ["predict", str(run), str(images), str(tmp_path / "out"), CPU])
     mask = Image.open(tmp_path / "out" / "a.png")
     assert mask.size == (90, 70)
     assert np.array(mask).max() < 19
     assert mask.getpalette()[:3] == [128, 64, 128]
     assert Image.open(tmp_path / "out" / "below" / "b_overlay.png").size == (90, 50)
-    main("ddp_seg", ["predict", CONFIG, str(run), str(images / "a.png"), str(tmp_path / "one.png"), *SMALL])
+    main("ddp_seg", ["predict", str(run), str(images / "a.png"), str(tmp_path / "one.png"), CPU])
     assert np.array_equal(np.array(Image.open(tmp_path / "one.png")), np.array(mask)), (
         "the answer depends on its neighbors"
     )
@@ -132,7 +134,7 @@ def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
 def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     for name, options in (("plain", []), ("more", ["--uncertainty", "--steps"])):
-        main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / name / "a.png"), *SMALL, *path, *options])
+        main("ddp_seg", ["predict", str(run), image, str(tmp_path / name / "a.png"), CPU, *path, *options])
     assert (tmp_path / "plain" / "a.png").read_bytes() == (tmp_path / "more" / "a.png").read_bytes()
     levels = np.array(Image.open(tmp_path / "more" / "a_uncertainty.png"))
     assert (levels.shape, levels.dtype) == ((64, 128), np.uint8)
@@ -143,16 +145,16 @@ def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
 
 def test_early_exit_threshold(run, toy, tmp_path, capsys):
     """Any change is below 100 %, so every image is done after the second step: the answer of that step."""
-    words = [CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL]
-    main("ddp_seg", ["test", *words, "--early-exit-threshold=100", "--model.num-inference-steps=6"])
+    words = [str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
+    main("ddp_seg", ["test", *words, "--evaluate.early-exit-threshold=100", "--model.num-inference-steps=6"])
     assert "until 100%: denoising took 2.00 steps on average" in capsys.readouterr().out
     data = json.loads((tmp_path / "out.json").read_text())
     assert (list(data["entries"]), data["steps_taken"]) == (["1", "3", "10", "until 100%"], 2)
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
-    words = ["predict", CONFIG, str(run), image, str(tmp_path / "a.png"), *SMALL]
-    main("ddp_seg", [*words, "--early-exit-threshold=100"])
+    words = ["predict", str(run), image, str(tmp_path / "a.png"), CPU]
+    main("ddp_seg", [*words, "--evaluate.early-exit-threshold=100"])
     assert "2.00 denoising steps on average" in capsys.readouterr().out
-    assert "evaluate.early_exit_threshold is 0.0" in refused(capsys, *words, "--early-exit-threshold=0")
+    assert "evaluate.early_exit_threshold is 0.0" in refused(capsys, *words, "--evaluate.early-exit-threshold=0")
 
 
 def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
@@ -160,7 +162,7 @@ def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
     images.mkdir()
     cv2.imwrite(str(images / "good.png"), np.zeros((64, 64, 3), np.uint8))
     (images / "bad.png").write_bytes(b"")
-    line = refused(capsys, "predict", CONFIG, run, images, tmp_path / "out", *SMALL)
+    line = refused(capsys, "predict", run, images, tmp_path / "out", CPU)
     assert str(images / "bad.png") in line
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good.png", "good_overlay.png"]
 
@@ -168,7 +170,7 @@ def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
 def test_predict_one_image_to_one_file(run, toy, tmp_path, capsys):
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     for name in ("mask.png", "overlay.jpg", "new/folder"):
-        main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / "out" / name), *SMALL])
+        main("ddp_seg", ["predict", str(run), image, str(tmp_path / "out" / name), CPU])
         for line in capsys.readouterr().out.splitlines():
             assert Image.open(line).size == (128, 64)
     stem = image.rpartition("/")[2].removesuffix(".png")
@@ -183,15 +185,15 @@ def test_predict_one_image_to_one_file(run, toy, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_other_settings_names_them(run, toy, tmp_path, capsys):
-    small = [word for word in SMALL if not word.startswith("--model")]
-    words = ["test", CONFIG, run, f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *small]
+    words = ["test", CONFIG, run, f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
     line = refused(capsys, *words, "--data.mean", "1", "2", "3")
     options = "--model.width 32 --model.decoder-layers 1 --data.mean 123.675 116.28 103.53"
-    assert line == f"error: {newest(run)}: was trained with other settings; add {options}"
+    assert line.startswith(f"error: {newest(run)}: was trained with other settings; give {newest(run)} as the conf")
+    assert line.endswith(f", or add {options}")
     other = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
     line = refused(capsys, "predict", other, run, toy, tmp_path / "out", "--device=cpu")
     assert f"name the configuration {CONFIG}, or add --model.backbone resnet18" in line
-    main("ddp_seg", [*map(str, words), *SMALL, "--limit=1", "--model.num-inference-steps=2"])
+    main("ddp_seg", [*map(str, words), *MODEL, "--limit=1", "--model.num-inference-steps=2"])
     said = capsys.readouterr()
     assert f"{newest(run)} (the run's best, mIoU " in said.err
     assert f"note: {newest(run)} was trained with --model.num-inference-steps 3" in said.err
@@ -223,7 +225,7 @@ def test_a_work_dir_that_cannot_be_one(toy, tmp_path, capsys):
 
 def test_predict_palettes(run, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
-    words = ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL]
+    words = ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), CPU]
     (tmp_path / "colors.txt").write_text("\n".join(f"{k} 0 0" for k in range(19)))
     main("ddp_seg", [*words, f"--palette={tmp_path / 'colors.txt'}"])
     assert Image.open(tmp_path / "out" / "a.png").getpalette()[3:6] == [1, 0, 0]
@@ -306,9 +308,9 @@ def test_bad_data(toy, tmp_path, capsys, damage):
 def test_missing_folders(tmp_path, capsys, run):
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={tmp_path / 'none'}"]
     assert str(tmp_path / "none") in refused(capsys, *words, *SMALL)
-    assert str(tmp_path / "nothing") in refused(capsys, "test", CONFIG, tmp_path / "nothing", *SMALL)
-    assert "neither a checkpoint folder" in refused(capsys, "test", CONFIG, tmp_path, *SMALL)
-    assert "no such image" in refused(capsys, "predict", CONFIG, run, tmp_path / "none", tmp_path / "out", *SMALL)
+    assert str(tmp_path / "nothing") in refused(capsys, "test", CONFIG, tmp_path / "nothing", CPU)
+    assert "neither a checkpoint folder" in refused(capsys, "test", CONFIG, tmp_path, CPU)
+    assert "no such image" in refused(capsys, "predict", run, tmp_path / "none", tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
 
 
@@ -342,7 +344,7 @@ class Executes:
 
 def test_wrong_and_damaged_checkpoints(run, toy, tmp_path, capsys):
     def test(checkpoint, *more):
-        return refused(capsys, "test", CONFIG, checkpoint, f"--data.root={toy}", *SMALL, *more)
+        return refused(capsys, "test", CONFIG, checkpoint, f"--data.root={toy}", CPU, *MODEL, *more)
 
     torch.save({"state_dict": {"something.else": torch.zeros(1)}}, tmp_path / "other.pth")
     assert "other.pth" in test(tmp_path / "other.pth")
@@ -376,9 +378,7 @@ def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
 
 
 def test_unknown_device(capsys, run, toy):
-    assert "--device nonsense" in refused(
-        capsys, "test", CONFIG, run, f"--data.root={toy}", *SMALL[1:], "--device=nonsense"
-    )
+    assert "--device nonsense" in refused(capsys, "test", run, f"--data.root={toy}", "--device=nonsense")
 
 
 @pytest.mark.parametrize(("channels", "depth", "suffix"), [(1, 16, ".png"), (5, 8, ".npy")])
@@ -400,7 +400,7 @@ def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
     ]  # fmt: skip
     main("ddp_seg", ["train", CONFIG, f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, *kind])
     source = str(tmp_path / "images" / "val")
-    main("ddp_seg", ["predict", CONFIG, str(tmp_path / "run"), source, str(tmp_path / "out"), *SMALL, *kind])
+    main("ddp_seg", ["predict", str(tmp_path / "run"), source, str(tmp_path / "out"), CPU])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "0_overlay.png", "1.png", "1_overlay.png"]
 
 
@@ -421,7 +421,7 @@ def test_predict_answers_as_configured_whatever_test_reports(run, toy, tmp_path,
     for i, options in enumerate(
         (["--evaluate.steps", "1"], ["--evaluate.steps", "10"], ["--model.num-inference-steps=1"])
     ):
-        main("ddp_seg", ["predict", CONFIG, str(run), image, str(tmp_path / f"{i}.png"), *SMALL, *options])
+        main("ddp_seg", ["predict", str(run), image, str(tmp_path / f"{i}.png"), CPU, *options])
         answers.append(np.array(Image.open(tmp_path / f"{i}.png")))
     assert np.array_equal(answers[0], answers[1])
     assert not np.array_equal(answers[0], answers[2])

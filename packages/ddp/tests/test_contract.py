@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
+from ddp_seg.model import DDP
+from segcore.config.schema import LossConfig
 from segcore.testing import contract
 
 SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 1, "heads": 4, "drop_path": 0.0}
 VARIANTS = {
-    "resnet": DDP(backbone="resnet18", **SMALL),
-    "convnext": DDP(backbone="convnext_t", **SMALL),
-    "swin": DDP(backbone="swin_t", accumulation=True, **SMALL),
-    "ddpm": DDP(backbone="resnet18", sampler="ddpm", randsteps=2, **SMALL),
-    "aligned": DDP(backbone="resnet18", self_aligned=True, auxiliary=False, **SMALL),
+    "resnet": DDPConfig(backbone="resnet18", **SMALL),
+    "convnext": DDPConfig(backbone="convnext_t", **SMALL),
+    "swin": DDPConfig(backbone="swin_t", accumulation=True, **SMALL),
+    "ddpm": DDPConfig(backbone="resnet18", sampler="ddpm", randsteps=2, **SMALL),
+    "aligned": DDPConfig(backbone="resnet18", self_aligned=True, auxiliary=False, **SMALL),
 }
 
 
@@ -36,8 +38,18 @@ def test_steps(variant):
     contract.check_steps(build(variant), (1, 2, 3))
 
 
-def test_diffusion():
-    contract.check_diffusion(build("resnet"))
+@pytest.mark.parametrize("variant", ["resnet", "swin", "ddpm"])
+def test_denoising(variant):
+    contract.check_denoising(build(variant))
+
+
+def test_a_run_starts_from_noise_only():
+    model, masks = build("resnet"), torch.zeros(1, 64, 96, dtype=torch.long)
+    assert "leave out --start-mask" in contract.refusal(lambda: model.refine_mask(contract.images(1), masks))
+
+
+def test_arguments():
+    contract.check_arguments(DDPConfig, DDP)
 
 
 def test_a_run_of_no_steps_is_refused():
@@ -55,7 +67,7 @@ def test_backward(variant):
 def test_training_draws_and_ignored_batches(variant):
     contract.check_training_draws(build(variant))
     contract.check_all_ignored(build(variant))
-    contract.check_class_weight(build(variant))
+    contract.check_losses(build(variant))
 
 
 @pytest.mark.parametrize("variant", ["resnet", "convnext", "swin"])
@@ -77,7 +89,7 @@ def test_wrong_number_of_seeds_is_refused():
 
 
 def test_other_channel_counts():
-    model = DDP(backbone="resnet18", in_channels=5, **SMALL).build().eval()
+    model = DDPConfig(backbone="resnet18", in_channels=5, **SMALL).build().eval()
     assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
 
 
@@ -101,7 +113,7 @@ def test_float64_model():
 def test_class_weights_scale_both_heads():
     model = build("resnet").eval()
     plain = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2])
-    model.class_weight = torch.full((5,), 3.0)
-    tripled = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2])
+    loss = LossConfig(class_weight=(3.0,) * 5)
+    tripled = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2], loss=loss)
     for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
         torch.testing.assert_close(tripled[name], 3 * plain[name])

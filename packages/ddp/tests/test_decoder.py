@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
 from ddp_seg.decoder import ROWS, MapDecoder, make_grid
 from segcore.models.layers import resize
 
@@ -30,7 +30,7 @@ def test_tokens_in_parts(dtype, atol, size):
 
 def test_features_are_the_merged_maps():
     torch.manual_seed(0)
-    model = DDP(num_classes=5, backbone="resnet18", width=32, decoder_layers=1, heads=4).build().eval()
+    model = DDPConfig(num_classes=5, backbone="resnet18", width=32, decoder_layers=1, heads=4).build().eval()
     images = torch.randn(2, 3, 70, 99)
     with torch.no_grad():
         maps = model.fpn(model.backbone(images))

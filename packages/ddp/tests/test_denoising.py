@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
 from segcore.models.layers import resize
 from segcore.testing.contract import images
 
-SMALL = DDP(
+SMALL = DDPConfig(
     num_classes=5,
     backbone="resnet18",
     width=32,
@@ -38,20 +38,23 @@ def model(request):
     return model
 
 
-def steps_of(model, batch, seeds, starts=None):
-    """Return the logits of every step (T, N, R, K, h, w), image by image."""
+def steps_of(model, batch, seeds, runs=1):
+    """Return the logits of every step (T, N, R, K, h, w), image by image; R counts the noise starts of all runs."""
     found = []
     for row, seed in enumerate(seeds):
         features = model.encode(batch[row : row + 1])
-        noise, step_noise = model.draw_noise(features, [seed], model.config.num_inference_steps, starts)
-        found.append(torch.stack([s.logits for s in model.trace(features, noise, step_noise=step_noise)]))
+        starts = []
+        for run in range(runs):
+            start, noise = model.draw(features, [seed], run=run)
+            starts.append(torch.stack([s.logits for s in model.denoising_steps(features, start, noise)]))
+        found.append(torch.cat(starts, 1))
     return torch.stack(found, 1)
 
 
 @torch.no_grad()
 def test_the_marginal_is_the_mean_over_starts_and_all_steps_but_the_first(model):
     batch = images(3)
-    expected = steps_of(model, batch, SEEDS, starts=3)[1:].softmax(3).mean((0, 2)).log()
+    expected = steps_of(model, batch, SEEDS, runs=3)[1:].softmax(3).mean((0, 2)).log()
     found = model.log_mean_probs(batch, SEEDS, starts=3)
     torch.testing.assert_close(found, resize(expected, (64, 96)), atol=1e-4, rtol=1e-4)
     other = model.log_mean_probs(batch, [8, 8, 8], starts=3)
@@ -63,7 +66,7 @@ def stops(model, answers, percent):
     classes = answers.argmax(2).flatten(2)
     changed = 100 * (classes[1:] != classes[:-1]).float().mean(2)
     quiet = [(column < percent).nonzero().flatten().tolist() for column in changed.T]
-    return [where[0] + 2 if where else model.config.num_inference_steps for where in quiet], changed
+    return [where[0] + 2 if where else model.num_inference_steps for where in quiet], changed
 
 
 @torch.no_grad()
@@ -71,8 +74,8 @@ def test_images_leave_the_batch_when_few_pixels_change(model):
     """Against a full run of every image alone, at limits between the changes that occur."""
     batch = images(3)
     answers = steps_of(model, batch, SEEDS)
-    if model.config.accumulation:
-        counts = torch.arange(1, model.config.num_inference_steps + 1).view(-1, 1, 1, 1, 1, 1)
+    if model.accumulation:
+        counts = torch.arange(1, model.num_inference_steps + 1).view(-1, 1, 1, 1, 1, 1)
         answers = answers.softmax(3).cumsum(0) / counts
     answers = answers.mean(2)
     changes = sorted(set(stops(model, answers, 1)[1].flatten().tolist()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
 from segcore.checkpoints.run_checkpoint import newest
 from segcore.cli.main import main
 from segcore.demo.toy import generate
@@ -18,8 +18,8 @@ SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 2, "heads": 4, "drop_p
 def test_logits_and_gradients_equal_those_of_the_cpu(backbone, sampler):
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    cpu = DDP(backbone=backbone, sampler=sampler, **SMALL).build().eval()
-    gpu = DDP(backbone=backbone, sampler=sampler, **SMALL).build().eval()
+    cpu = DDPConfig(backbone=backbone, sampler=sampler, **SMALL).build().eval()
+    gpu = DDPConfig(backbone=backbone, sampler=sampler, **SMALL).build().eval()
     gpu.load_checkpoint(cpu.state_dict())
     gpu.cuda()
     images, labels = contract.images(2), contract.labels(cpu, 2)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import segcore
-from ddp_seg.configs import DDP
+from ddp_seg.configs import DDPConfig
 from ddp_seg.decoder import make_grid, pixel_centers, positional_encoding
 from ddp_seg.diffusion import alpha_sigma, log_snr, time_pairs
 from segcore.models.layers import resize
@@ -50,7 +50,8 @@ def a(golden):
 
 def sample(model, features, noise, **options):
     """The answer and the noisy maps on entry of every step."""
-    steps = list(model.trace(features, noise, **{k: v for k, v in options.items() if k != "accumulate"}))
+    own = {k: v for k, v in options.items() if k not in ("accumulate", "step_noise")}
+    steps = list(model.denoising_steps(features, noise, options.get("step_noise"), **own))
     return model.denoise(features, noise, **options), steps
 
 
@@ -250,7 +251,7 @@ def test_pure_functions(convnext, golden):
             check(pairs, e[f"time_pairs_T{steps}_td{difference}"], 1e-6)
     check(convnext.time_embedding.sinusoid(e["time_mlp_in"]), e["time_mlp_sinusoid"], 1e-6)
     check(convnext.time_embedding(e["time_mlp_in"]), e["time_mlp_out"], 2e-5)
-    codes = convnext.codes(torch.arange(20).view(1, 1, 20))[0, :, 0].T
+    codes = convnext.embed_labels(torch.arange(20).view(1, 1, 20))[0, :, 0].T
     check(codes, e["label_codes_bit_scale_0.01"], 1e-6)
     position = positional_encoding(8, 16, 256, torch.zeros(1))
     check(position.transpose(1, 2).reshape(1, 256, 8, 16), e["pos_8x16"], 1e-6)
@@ -258,7 +259,7 @@ def test_pure_functions(convnext, golden):
 
 
 def test_sampling_offsets_start_along_the_compass(golden):
-    bias = DDP(backbone="resnet18").build().decoder.layers[0].attention.sampling_offsets.bias
+    bias = DDPConfig(backbone="resnet18").build().decoder.layers[0].attention.sampling_offsets.bias
     check(bias, golden("e_pure_functions")["sampling_offset_bias_init"], 1e-6)
 
 

@@ -8,7 +8,7 @@ import torch
 
 import segcore
 from ddps_seg.backbones import build
-from ddps_seg.configs.stock import rows
+from ddps_seg.configs.base_models import rows
 from ddps_seg.official import IMAGENET, STOCK
 from segcore.config.registry import published
 from segcore.training.optimizer import param_settings

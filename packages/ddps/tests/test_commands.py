@@ -20,6 +20,7 @@ SMALL = [
     "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 NARROW = ["--model.width=8", "--model.output-width=16"]
+CPU = "--device=cpu"
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3"]
 
 
@@ -79,7 +80,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(toy, base, run, tmp_
 
 
 def test_test_prints_a_column_per_timestep(run, toy, tmp_path, capsys):
-    main("ddps_seg", ["test", PRIOR, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL, *NARROW,
+    main("ddps_seg", ["test", str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU,
                       "--evaluate.steps", "0", "10", "--evaluate.metrics", "mIoU", "mBIoU"])  # fmt: skip
     text = capsys.readouterr().out
     for words in ("mIoU 0,10,19", "mBIoU 0,10,19", "mIoU without ignored", "background"):
@@ -93,7 +94,7 @@ def test_test_prints_a_column_per_timestep(run, toy, tmp_path, capsys):
 def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    words = ["predict", PRIOR, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL, *NARROW]
+    words = ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), CPU]
     main("ddps_seg", [*words, "--steps", "--animate", "--uncertainty"])
     mask = np.array(Image.open(tmp_path / "out" / "a.png"))
     assert mask.shape == (50, 70)
@@ -106,7 +107,7 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
     start = np.full((50, 70), 255, np.uint8)
     start[10:40] = 3
     cv2.imwrite(str(tmp_path / "start.png"), start)
-    words[4] = str(tmp_path / "from")
+    words[3] = str(tmp_path / "from")
     main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
     with Image.open(tmp_path / "from" / "a_animation.gif") as film:
         assert film.n_frames == 6
@@ -115,7 +116,7 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
         for folder, data in (("photos", image), ("masks", start + np.uint8(shift) * (start == 3))):
             (tmp_path / folder / name).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / folder / name / "1.png"), data)
-    words[3:5] = [str(tmp_path / "photos"), str(tmp_path / "many")]
+    words[2:4] = [str(tmp_path / "photos"), str(tmp_path / "many")]
     main("ddps_seg", [*words, f"--start-mask={tmp_path / 'masks'}"])
     one, other = (np.array(Image.open(tmp_path / "many" / name / "1.png")) for name in "ab")
     assert (one != other).any()
@@ -123,10 +124,10 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
 
 def test_predict_accumulates_as_test_does(run, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8))
-    words = ["predict", PRIOR, str(run), str(tmp_path / "a.png")]
+    words = ["predict", str(run), str(tmp_path / "a.png")]
     steps = ["--evaluate.steps", "0", "10", "19"]
     for folder, added in (("last", []), ("mean", ["--evaluate.ensemble-steps", "True"])):
-        main("ddps_seg", [*words, str(tmp_path / folder), *SMALL, *NARROW, *steps, *added])
+        main("ddps_seg", [*words, str(tmp_path / folder), CPU, *steps, *added])
     last, mean = (np.array(Image.open(tmp_path / folder / "a.png")) for folder in ("last", "mean"))
     assert (last != mean).any()
 
@@ -135,18 +136,18 @@ def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
     """As published for the ensemble: the base model lacks the background, and the entries add up."""
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    small = [*SMALL, *NARROW, "--evaluate.steps", "0", "10", "--evaluate.ensemble-steps", "True"]
-    both = [*small, "--ensemble", BASE, str(base)]
+    small = [CPU, "--evaluate.steps", "0", "10", "--evaluate.ensemble-steps", "True"]
+    both = [*small, "--ensemble", str(base)]
     for words, folder in ((small, "alone"), (both, "both")):
-        main("ddps_seg", ["predict", PRIOR, str(run), str(tmp_path / "a.png"), str(tmp_path / folder), *words])
+        main("ddps_seg", ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / folder), *words])
     alone, together = (np.array(Image.open(tmp_path / folder / "a.png")) for folder in ("alone", "both"))
     assert (alone != together).any()
-    main("ddps_seg", ["test", PRIOR, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *both])
+    main("ddps_seg", ["test", str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *both])
     assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["0", "10", "19"]
     capsys.readouterr()
-    line = refused(capsys, "test", PRIOR, run, f"--data.root={toy}", *small, "--ensemble", PRIOR, tmp_path / "none")
+    line = refused(capsys, "test", run, f"--data.root={toy}", *small, "--ensemble", PRIOR, tmp_path / "none")
     assert "none" in line
-    line = refused(capsys, "test", BASE, base, f"--data.root={toy}", *SMALL, "--ensemble", "ddps_nothing", base)
+    line = refused(capsys, "test", base, f"--data.root={toy}", CPU, "--ensemble", "ddps_nothing", base)
     assert "ddps_nothing" in line
 
 
@@ -169,23 +170,28 @@ def test_export(tmp_path, capsys, suffix):
 def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     small = [f"--data.root={toy}", *SMALL, *NARROW]
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
-        capsys, "test", PRIOR, run, *small, "--evaluate.steps", "7"
+        capsys, "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
     )
     training = ["train", PRIOR, *small, *ITERATIONS, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
     assert "has 7, but" in refused(capsys, *training), "at once, not at the first evaluation"
     assert not (tmp_path / "never").exists()
-    assert f"name the configuration {BASE}" in refused(capsys, "test", PRIOR, base, *small)
+    assert f"name the configuration {BASE}" in refused(capsys, "test", PRIOR, base, f"--data.root={toy}", CPU)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
-    predict = ["predict", PRIOR, run, tmp_path / "a.png", tmp_path / "out", *SMALL, *NARROW]
+    predict = ["predict", run, tmp_path / "a.png", tmp_path / "out", CPU]
     assert "60x50" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
     assert "labels" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
     assert "leave out --ensemble" in refused(
-        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--early-exit-threshold=1"
+        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--evaluate.early-exit-threshold=1"
     )
-    predict = ["predict", BASE, base, tmp_path / "a.png", tmp_path / "out", *SMALL]
-    assert "no diffusion model" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    with pytest.raises(SystemExit):
+        main(
+            "ddps_seg", ["predict", str(base), "a.png", str(tmp_path / "out"), f"--start-mask={tmp_path / 'start.png'}"]
+        )
+    assert f"--start-mask={tmp_path / 'start.png'} is not read by" in capsys.readouterr().err, (
+        "the base model takes no steps"
+    )
 
 
 def test_demo(toy, base, tmp_path, capsys):
@@ -195,7 +201,7 @@ def test_demo(toy, base, tmp_path, capsys):
     main("ddps_seg", ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
     figures = json.loads((folder / "figures.json").read_text())
     assert list(figures["by_step"]) == ["0", "10", "19"]
-    for name in ("base_mIoU", "changed", "spoilt", "mended"):
+    for name in ("base_mIoU", "changed", "corrupted", "refined"):
         assert 0 <= figures[name] <= 1
     text = capsys.readouterr().out
     assert f"the base model alone has mIoU {figures['base_mIoU']:.1%}" in text

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from ddps_seg.configs import DDPS, Base
+from ddps_seg.base import BaseModel
+from ddps_seg.configs import BaseModelConfig, DDPSConfig
+from ddps_seg.model import DDPS
+from segcore.models.losses import LOSSES
 from segcore.testing import contract
 
 SMALL = {
@@ -12,17 +15,18 @@ SMALL = {
 }  # fmt: skip
 TRAINED = {**SMALL, "freeze": "none", "train_labels": True}
 VARIANTS = {
-    "segformer": Base(num_classes=5, backbone="mit_b0", drop_path=0.0),
-    "deeplab": Base(num_classes=5, backbone="mobilenet_v2", condition_width=64, auxiliary=True),
-    "small base": Base(num_classes=5, backbone="resnet18", condition_width=32),
-    "prior on mit": DDPS(backbone="mit_b0", **TRAINED),
-    "prior on mobilenet": DDPS(backbone="mobilenet_v2", **{**TRAINED, "noise_schedule": "cosine"}),
-    "guided": DDPS(backbone="resnet18", guidance_scale=0.4, condition_dropout=0.5, **TRAINED),
-    "posterior": DDPS(backbone="resnet18", mode="q_posterior", num_inference_steps=2, **TRAINED),
-    "bayes": DDPS(backbone="resnet18", mode="bayes", **TRAINED),
-    "single-step": DDPS(backbone="resnet18", single_step=True, **TRAINED),
+    "segformer": BaseModelConfig(num_classes=5, backbone="mit_b0", drop_path=0.0),
+    "deeplab": BaseModelConfig(num_classes=5, backbone="mobilenet_v2", condition_width=64, auxiliary=True),
+    "small base": BaseModelConfig(num_classes=5, backbone="resnet18", condition_width=32),
+    "prior on mit": DDPSConfig(backbone="mit_b0", **TRAINED),
+    "prior on mobilenet": DDPSConfig(backbone="mobilenet_v2", **{**TRAINED, "noise_schedule": "cosine"}),
+    "guided": DDPSConfig(backbone="resnet18", guidance_scale=0.4, condition_dropout=0.5, **TRAINED),
+    "posterior": DDPSConfig(backbone="resnet18", mode="q_posterior", num_inference_steps=2, **TRAINED),
+    "bayes": DDPSConfig(backbone="resnet18", mode="bayes", **TRAINED),
+    "single-step": DDPSConfig(backbone="resnet18", single_step=True, **TRAINED),
 }
-PRIORS = [name for name, config in VARIANTS.items() if isinstance(config, DDPS) and not config.single_step]
+PLAIN = ["segformer", "deeplab", "small base"]
+PRIORS = [name for name, config in VARIANTS.items() if isinstance(config, DDPSConfig) and not config.single_step]
 
 
 def build(variant):
@@ -40,13 +44,31 @@ def test_forward_and_seeds(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps(variant):
     model = build(variant)
-    assert model.default_step == ("3" if variant in PRIORS else "final")
-    contract.check_steps(model, (0, 2, 3) if variant in PRIORS else ())
+    if variant in PLAIN:
+        contract.check_plain(model)
+        return
+    assert model.default_step == ("3" if variant in PRIORS else "0")
+    contract.check_steps(model, (0, 2, 3) if variant in PRIORS else (0,))
 
 
 @pytest.mark.parametrize("variant", PRIORS)
-def test_diffusion(variant):
-    contract.check_diffusion(build(variant))
+def test_denoising(variant):
+    contract.check_denoising(build(variant))
+
+
+@torch.no_grad()
+def test_a_single_step_has_nothing_to_compare():
+    model = build("single-step").eval()
+    found, steps_used = model.early_exit(contract.images(2), 100.0, [1, 2])
+    assert steps_used == [1, 1]
+    torch.testing.assert_close(found, model(contract.images(2), seeds=[1, 2]), atol=1e-4, rtol=1e-4)
+    one = model.log_mean_probs(contract.images(2), [1, 2], starts=1)
+    torch.testing.assert_close(one.softmax(1), found.softmax(1), atol=1e-5, rtol=1e-4)
+
+
+def test_arguments():
+    contract.check_arguments(BaseModelConfig, BaseModel)
+    contract.check_arguments(DDPSConfig, DDPS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,7 +76,7 @@ def test_training(variant):
     contract.check_backward(build(variant))
     contract.check_training_draws(build(variant))
     contract.check_all_ignored(build(variant))
-    contract.check_class_weight(build(variant))
+    contract.check_losses(build(variant), tuple(LOSSES) if variant in PLAIN else ("cross_entropy",))
 
 
 @pytest.mark.parametrize("variant", ["segformer", "deeplab", "prior on mit", "single-step"])
@@ -83,7 +105,7 @@ def test_wrong_number_of_seeds_is_refused():
 
 def test_other_channel_counts():
     for backbone in ("mit_b0", "mobilenet_v2", "resnet18"):
-        model = DDPS(in_channels=5, backbone=backbone, **SMALL).build().eval()
+        model = DDPSConfig(in_channels=5, backbone=backbone, **SMALL).build().eval()
         assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
 
 
@@ -98,11 +120,11 @@ def test_float64_and_half_precision():
                                    {"multipliers": ()}, {"condition_dropout": 1.0}])  # fmt: skip
 def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
-    assert f"model.{name}" in contract.refusal(lambda: DDPS(**wrong))
+    assert f"model.{name}" in contract.refusal(lambda: DDPSConfig(**wrong))
 
 
 def test_guidance_needs_q_pred():
-    assert "q_pred" in contract.refusal(lambda: DDPS(mode="bayes", guidance_scale=2.0))
+    assert "q_pred" in contract.refusal(lambda: DDPSConfig(mode="bayes", guidance_scale=2.0))
 
 
 def test_a_timestep_that_no_run_comes_to_is_refused():

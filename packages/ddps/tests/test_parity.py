@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 import segcore
 from ddps_seg import unet
-from ddps_seg.configs.rows import rows
+from ddps_seg.configs.published import rows
 from ddps_seg.diffusion import (
-    Tables,
-    keep_and_leak,
+    NoiseSchedule,
+    alphas_and_betas,
     log_q_posterior,
     log_q_pred,
     q_pred,
@@ -21,6 +21,7 @@ from segcore.config.schema import ScheduleConfig
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import window_boxes
+from segcore.models.key_map import rename
 from segcore.models.layers import resize
 from segcore.reporting.tables import summary
 from segcore.training.ema import start_ema, update_ema
@@ -47,7 +48,7 @@ def close(ours, theirs, atol):
     ("b", (20, 32, 24, (1, 2, 4)), 2, (3, 20, 16, 8))])  # fmt: skip
 def test_unet(golden, fill, case, arguments, seed, shape):
     g, model = golden("unet"), unet.UNet(*arguments).eval()
-    names = {unet.official_name(name): name for name in model.state_dict()}
+    names = {rename(name, unet.RULES): name for name in model.state_dict()}
     state = fill({k: model.state_dict()[v].shape for k, v in names.items()})
     x, t = normal(seed, shape), g["t"]
     model.load_state_dict({names[k]: v for k, v in state.items()})
@@ -69,14 +70,14 @@ def test_unet(golden, fill, case, arguments, seed, shape):
 def test_schedules_are_equal_to_the_last_bit(golden, schedule, timesteps, classes):
     g = golden("schedules")
     name = f"{'cos' if schedule == 'cosine' else 'linear'}_T{timesteps}_N{classes}"
-    for kind, values in zip(("at", "bt", "att", "btt"), keep_and_leak(timesteps, classes, schedule), strict=True):
+    for kind, values in zip(("at", "bt", "att", "btt"), alphas_and_betas(timesteps, classes, schedule), strict=True):
         assert torch.equal(values, g[f"{name}_{kind}"]), kind
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_noising_and_posterior(golden, schedule):
     g, prefix = golden("q_tiny"), "cos" if schedule == "cosine" else "linear"
-    noise = Tables(*(v.log() for v in keep_and_leak(20, 5, schedule)))
+    noise = NoiseSchedule(*(v.log() for v in alphas_and_betas(20, 5, schedule)))
     x0, xt, uniform, t = (g[f"{prefix}_{name}"] for name in ("x0", "xt", "uniform", "t"))
     for case, index in enumerate(t):
         log_p = log_q_pred(x0, index, noise, 5)
@@ -99,8 +100,9 @@ def b2(filled):
 def run(model, g, name="q_pred", guidance=1.0):
     condition = model.encode(g["input"])
     uniforms = torch.stack([g["draw_rand_1"], g["draw_rand_2"]])
-    return list(model.trace(condition, g["draw_randint_0"], uniforms=uniforms, inference_timesteps=2,
-                            mode=name, guidance_scale=guidance))  # fmt: skip
+    return list(
+        model.denoising_steps(condition, g["draw_randint_0"], uniforms, steps=2, mode=name, guidance_scale=guidance)
+    )
 
 
 @torch.no_grad()
@@ -115,17 +117,17 @@ def test_condition(golden, b2):
 def test_denoising(golden, b2, name, mode, guidance):
     g = golden("ddps_b2")
     steps = run(b2, g, mode, guidance)
-    assert [step.timestep for step in steps] == list(STEPS)
+    assert [step.key for step in steps] == [str(t) for t in STEPS]
     for k, step in enumerate(steps):
         assert torch.equal(step.noisy, g[f"{name}_masks"][k])
-        close(step.logits, g[f"{name}_logits_t{step.timestep}"], 3e-4 if guidance == 2 else 1e-4)
+        close(step.logits, g[f"{name}_logits_t{step.key}"], 3e-4 if guidance == 2 else 1e-4)
         assert torch.equal(step.logits.argmax(1), g[f"{name}_pred_t"][k])
 
 
 @torch.no_grad()
 def test_shipped_guidance(golden, b2):
     g = golden("ddps_b2")
-    steps = run(b2, g, guidance=b2.config.guidance_scale)
+    steps = run(b2, g, guidance=b2.guidance_scale)
     assert torch.equal(torch.stack([s.logits.argmax(1) for s in steps]), g["q_pred_g0.4_pred_t"])
     close(steps[-1].logits[:, :8], g["q_pred_g0.4_logits_t19_ch0_8"], 3e-4)
 
@@ -168,9 +170,9 @@ def test_deeplab_composite(golden, filled, kind):
     close(condition[:, ::16], g[f"{kind}_condition_every16"], 2e-5)
     close(torch.stack([condition.mean(), condition.std()]), g[f"{kind}_condition_mean_std"].float(), 2e-5)
     uniforms = torch.stack([g["draw_rand_1"], g["draw_rand_2"]])
-    for k, step in enumerate(model.trace(condition, g["draw_randint_0"], uniforms=uniforms, inference_timesteps=2)):
+    for k, step in enumerate(model.denoising_steps(condition, g["draw_randint_0"], uniforms, steps=2)):
         assert torch.equal(step.noisy, g[f"{kind}_masks"][k])
-        close(step.logits, g[f"{kind}_logits_t{step.timestep}"], 1e-4)
+        close(step.logits, g[f"{kind}_logits_t{step.key}"], 1e-4)
 
 
 STEP_LISTS = {
@@ -228,7 +230,7 @@ def test_training_step(golden, filled, prefix):
     losses["loss"].backward()
     assert len(check_gradients(model, g, prefix)) == 220
     if prefix == "bn_train":
-        norm = model.head.merge.norm
+        norm = model.head.fuse_conv.norm
         close(norm.running_mean, g["bn_train_fusion_running_mean_after"], 1e-5)
         close(norm.running_var, g["bn_train_fusion_running_var_after"], 1e-5)
         return
@@ -237,7 +239,7 @@ def test_training_step(golden, filled, prefix):
         first = model._first_prediction(condition, g["gt"].long(), g["draw_t"], masks)
         assert torch.equal(first[1:], g["bn_eval_first_pred"])
         assert torch.equal(first[:1], F.interpolate(g["gt"][:1, None].float(), (12, 16)).long()[:, 0])
-        noised = q_pred(first, 19 - g["draw_t"], model.noise, g["draw_uniform"])
+        noised = q_pred(first, 19 - g["draw_t"], model.schedule, g["draw_uniform"])
         assert torch.equal(noised, g["bn_eval_noised_mask"])
         close(model.denoise(condition, noised, g["draw_t"])[:, :16], g["bn_eval_logits_ch0_16"], 1e-4)
 
@@ -274,7 +276,16 @@ def test_parameters_equal_the_manifest(manifest, name):
 def test_learning_rates(golden):
     g = golden("ema_lr")
     for step in (10_000, 20_000, 50_000):
-        schedule = ScheduleConfig(400_000, "step", step=step, gamma=0.5, min_lr=1e-6, warmup_iterations=1000)
+        schedule = ScheduleConfig(
+            400_000,
+            "step",
+            step=step,
+            gamma=0.5,
+            min_lr=1e-6,
+            warmup_iterations=1000,
+            warmup_ratio=1e-6,
+            warmup="scheduled",
+        )
         ours = [learning_rate(schedule, 1.5e-4, int(i)) for i in g["lr_iters"]]
         assert ours == pytest.approx(g[f"lr_step{step}"].tolist(), rel=1e-9)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddps_seg.configs import DDPS, Base
-from ddps_seg.diffusion import keep_and_leak, log_q_posterior, q_pred, tables
+from ddps_seg.configs import BaseModelConfig, DDPSConfig
+from ddps_seg.diffusion import alphas_and_betas, log_q_posterior, make_schedule, q_pred
 from segcore.testing.stored import check, filled, normal, write
 
 FILE = Path(__file__).with_name("reference.npz")
@@ -23,18 +23,18 @@ def compute():
     values = {}
     with torch.no_grad():
         for backbone in ("mit_b0", "mobilenet_v2", "resnet50"):
-            model = filled(Base(num_classes=7, backbone=backbone).build())
+            model = filled(BaseModelConfig(num_classes=7, backbone=backbone).build())
             values[f"{backbone}.logits"] = model(images)[..., ::5, ::5]
             values[f"{backbone}.condition"] = model.encode(images)[:, ::16]
         for schedule in ("linear", "cosine"):
-            values[f"{schedule}.keep"] = torch.cat(keep_and_leak(20, 7, schedule))
-        noise, index = tables(20, 7, "linear"), torch.tensor([3, 0])
+            values[f"{schedule}.keep"] = torch.cat(alphas_and_betas(20, 7, schedule))
+        noise, index = make_schedule(20, 7, "linear"), torch.tensor([3, 0])
         clean, noisy = labels[:, ::4, ::4], labels[:, 1::4, 2::4]
         uniforms = torch.from_numpy(np.random.RandomState(0).random_sample((3, 2, 7, 12, 16)).astype("float32"))
         values["q_pred"] = q_pred(clean, index, noise, uniforms[0])
         for exact in (False, True):
             values[f"posterior.{exact}"] = log_q_posterior(clean, noisy, index, noise, 7, exact=exact)
-        model = filled(DDPS(backbone="mit_b0", **SMALL).build())
+        model = filled(DDPSConfig(backbone="mit_b0", **SMALL).build())
         condition = model.encode(images)
         for mode, guidance in (("q_pred", 1.0), ("q_pred", 0.4), ("q_posterior", 1.0), ("bayes", 1.0)):
             steps = model.denoise_steps(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.configs import DDRNetConfig
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def filled(official) -> Callable[..., Any]:
     """A function that builds a variant with the reference's weights."""
 
     def build(variant: str, **settings: Any) -> Any:
-        model = DDRNet(variant=variant, **settings).build().eval()
+        model = DDRNetConfig(variant=variant, **settings).build().eval()
         model.load_official(official(f"ddrnet_{variant}"))
         return model
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 import segcore
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
-from segcore.cli.common import load_model
-from segcore.cli.main import main, parse
+from segcore.cli.main import main
 from segcore.demo.toy import generate
+from segcore.inference import load_model
 
 CONFIG = "ddrnet_23_slim_toy"
 SMALL = [
@@ -71,8 +71,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
 
 
 def test_inference_is_fused_and_channels_last(run):
-    words = ["test", CONFIG, str(run), *SMALL]
-    model = load_model(parse(words, "ddrnet_seg"), str(run), torch.device("cpu"))
+    model = load_model(run, device="cpu").model
     assert not hasattr(model.backbone.conv1[0], "norm")
     assert model.auxiliary_head is None
     assert model.head.hidden.conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -84,15 +83,15 @@ def test_inference_is_fused_and_channels_last(run):
 
 
 def test_test_predict_and_export(run, toy, tmp_path, capsys):
-    main("ddrnet_seg", ["test", CONFIG, str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *SMALL])
+    main("ddrnet_seg", ["test", str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", "--device=cpu"])
     assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["final"]
     cv2.imwrite(str(tmp_path / "a.png"), np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8))
-    main("ddrnet_seg", ["predict", CONFIG, str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), *SMALL])
+    main("ddrnet_seg", ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), "--device=cpu"])
     mask = np.array(Image.open(tmp_path / "out" / "a.png"))
     assert mask.shape == (70, 90)
     path = tmp_path / "model.pt2"
     capsys.readouterr()
-    main("ddrnet_seg", ["export", CONFIG, str(run), str(path), "--size=64x128", "--dynamic", *SMALL])
+    main("ddrnet_seg", ["export", str(run), str(path), "--size=64x128", "--dynamic"])
     text = capsys.readouterr().out
     assert "1x3x64x128: logits within" in text
     assert "2x3x72x136: logits within" in text
@@ -104,7 +103,7 @@ def test_export_as_onnx(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
-    main("ddrnet_seg", ["export", CONFIG, str(run), str(path), "--size=64x128", "--dynamic", *SMALL])
+    main("ddrnet_seg", ["export", str(run), str(path), "--size=64x128", "--dynamic"])
     plain = segcore.load_experiment(CONFIG).model.build().eval()
     plain.load_checkpoint(read_model_state(newest(run)))
     images = torch.randn(3, 3, 136, 72, generator=torch.Generator().manual_seed(0))
@@ -125,17 +124,20 @@ def test_predict_a_video(run, tmp_path):
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    main("ddrnet_seg", ["predict", CONFIG, str(run), str(tmp_path / "in.mp4"), str(tmp_path / "out"), *SMALL])
+    main("ddrnet_seg", ["predict", str(run), str(tmp_path / "in.mp4"), str(tmp_path / "out"), "--device=cpu"])
     with av.open(str(tmp_path / "out" / "in_overlay.mp4")) as container:
         assert len(list(container.decode(video=0))) == 3
 
 
 def test_wrong_wishes(run, tmp_path, capsys):
-    words = ["export", CONFIG, run]
-    assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic", *SMALL)
-    assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth", *SMALL)
-    assert "not for videos" in refused(capsys, "predict", CONFIG, run, "a.mp4", tmp_path, "--steps", *SMALL)
-    assert "no such video" in refused(capsys, "predict", CONFIG, run, tmp_path / "a.mp4", tmp_path, *SMALL)
+    words = ["export", run]
+    assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic")
+    assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth")
+    assert "not for videos" in refused(capsys, "predict", run, "a.mp4", tmp_path, "--ensemble", run)
+    assert "no such video" in refused(capsys, "predict", run, tmp_path / "a.mp4", tmp_path)
+    with pytest.raises(SystemExit):
+        main("ddrnet_seg", ["predict", str(run), "a.mp4", str(tmp_path), "--steps"])
+    assert "--steps is not read by" in capsys.readouterr().err, "only stepwise models take steps"
     assert "ddrnet_39_cityscapes" in refused(capsys, "test", "ddrnet_39_cityscapes", "official", "--device=cpu")
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import segcore
-from ddrnet_seg.configs import DDRNet, experiments
+from ddrnet_seg.configs import DDRNetConfig, experiments
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
 from ddrnet_seg.official import PUBLISHED, recognize
-from segcore.checkpoints.load import initialize, load_weights
+from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.testing.contract import refusal
 
@@ -29,7 +29,9 @@ def parameters(model):
 @pytest.mark.parametrize("variant", PARAMETERS)
 def test_parameter_counts(variant):
     with torch.device("meta"):
-        counts = tuple(parameters(DDRNet(variant=variant, auxiliary=auxiliary).build()) for auxiliary in (False, True))
+        counts = tuple(
+            parameters(DDRNetConfig(variant=variant, auxiliary=auxiliary).build()) for auxiliary in (False, True)
+        )
     assert counts == PARAMETERS[variant]
 
 
@@ -37,7 +39,7 @@ def test_parameter_counts(variant):
 def test_names_and_shapes_equal_the_manifest(manifest, variant):
     expected = manifest(f"ddrnet_{variant}")
     with torch.device("meta"):
-        model = DDRNet(variant=variant).build()
+        model = DDRNetConfig(variant=variant).build()
     names = model.key_map()
     assert {names[k]: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
     assert (expected["params_without_augment"], expected["params"]) == PARAMETERS[variant]
@@ -47,12 +49,12 @@ def test_recipes():
     exp = segcore.load_experiment(MMSEG)
     assert exp.name == MMSEG
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (12, 120_000, 0.01)
-    assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem", 0.9, 131_072)
-    assert exp.train.class_weight == CLASS_WEIGHT
+    assert (exp.loss.kind, exp.loss.ohem_threshold, exp.loss.ohem_min_kept) == ("ohem", 0.9, 131_072)
+    assert exp.loss.class_weight == CLASS_WEIGHT
     exp = segcore.load_experiment("ddrnet_23_cityscapes_pyradd")
     assert (exp.train.batch_size, exp.schedule.iterations, exp.optimizer.lr) == (5, 148_750, 0.003)
     assert (exp.data.crop, exp.data.img_scale, exp.model.align_corners) == ((1024, 1024), (2080, 1040), True)
-    assert (exp.model.loss, exp.model.ohem_threshold, exp.model.ohem_min_kept) == ("ohem_pyradd", 0.7, 100_000)
+    assert (exp.loss.kind, exp.loss.ohem_threshold, exp.loss.ohem_min_kept) == ("ohem_pyradd", 0.7, 100_000)
 
 
 def test_figures_equal_the_published_list(reference):
@@ -92,7 +94,7 @@ def test_mmseg_names_both_ways(reference, variant):
     assert list(ours)[: len(table["map"])] == list(table["map"].values())
     assert set(ours) - set(table["map"].values()) == set(table["official_only"])
     with torch.device("meta"):
-        model = DDRNet(variant=variant.removeprefix("ddrnet_")).build()
+        model = DDRNetConfig(variant=variant.removeprefix("ddrnet_")).build()
     assert set(ours) == set(model.key_map().values())
 
 
@@ -117,7 +119,7 @@ def test_checkpoints_are_recognized(sources, filled, tmp_path, kind, auxiliary):
         expected.backbone.conv1[0].conv.bias.zero_()
         expected.backbone.conv1[1].conv.bias.zero_()
     torch.save({"state_dict": sources[kind], "meta": {}}, tmp_path / "file.pth")
-    model = DDRNet(auxiliary=auxiliary).build().eval()
+    model = DDRNetConfig(auxiliary=auxiliary).build().eval()
     if kind == "seed" and auxiliary:  # the seed never built the head
         assert "seghead_extra" in refusal(lambda: load_weights(model, tmp_path / "file.pth"))
         return
@@ -131,7 +133,7 @@ def test_checkpoints_are_recognized(sources, filled, tmp_path, kind, auxiliary):
 
 
 def test_own_checkpoints_are_not_taken_for_others(tmp_path):
-    model, other = DDRNet().build(), DDRNet().build()
+    model, other = DDRNetConfig().build(), DDRNetConfig().build()
     torch.save(model.state_dict(), tmp_path / "own.pth")
     report = load_weights(other, tmp_path / "own.pth")
     assert (report.source, report.mapped) == ("", 0)
@@ -143,9 +145,9 @@ def test_own_checkpoints_are_not_taken_for_others(tmp_path):
 def test_imagenet_weights_fill_the_backbone(official, manifest, tmp_path, prefix):
     state = official("ddrnet_23_slim_imagenet")
     torch.save({f"{prefix}{k}": v for k, v in state.items()}, tmp_path / "DDRNet23s_imagenet.pth")
-    model = DDRNet().build()
+    model = DDRNetConfig().build()
     head = model.head.classifier.weight.clone()
-    line = initialize(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
+    line = load_init(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
     shared = [k for k in state if not k.startswith(("down5.", "last_layer.", "linear."))]
     assert f"backbone only: ImageNet weights: loaded {len(shared)} tensors" in line
     assert "dropped 17 of down5, last_layer, linear" in line
@@ -158,7 +160,7 @@ def test_mmseg_backbones_without_a_head(reference, official):
     whole = mmseg_state(reference, official, "ddrnet_23_slim")
     backbone = {k.removeprefix("backbone."): v for k, v in whole.items() if k.startswith("backbone.")}
     for context in (True, False):
-        model = DDRNet().build()
+        model = DDRNetConfig().build()
         state = {k: v for k, v in backbone.items() if context or not k.startswith("spp.")}
         assert not model.is_full_checkpoint(state)
         report = model.load_backbone(state)
@@ -170,7 +172,7 @@ def test_mmseg_backbones_without_a_head(reference, official):
 
 def test_gaps_and_strangers_are_refused(official):
     state = official("ddrnet_23_slim")
-    model = DDRNet().build()
+    model = DDRNetConfig().build()
     before = model.head.classifier.weight.clone()
     assert "1 tensors missing (conv1.0.bias)" in refusal(
         lambda: model.load_official({k: v for k, v in state.items() if k != "conv1.0.bias"})

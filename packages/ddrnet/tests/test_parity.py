@@ -8,12 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
-from ddrnet_seg.losses import ohem_pyradd
 from ddrnet_seg.model import DDRNetClassifier
-from segcore.config.schema import ScheduleConfig
+from segcore.config.schema import LossConfig, ScheduleConfig
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.models.layers import resize
-from segcore.models.losses import cross_entropy, ohem_cross_entropy
+from segcore.models.losses import cross_entropy, ohem_cross_entropy, ohem_pyradd
 from segcore.training.schedule import learning_rate
 
 VARIANTS = ("23_slim", "23", "39")
@@ -44,7 +43,7 @@ def slim(filled):
 def test_logits(filled, golden, variant):
     case, model = golden("logits_64x128"), filled(variant)
     features = model.backbone(case["x"])
-    check(model._logits(features), case[f"ddrnet_{variant}_main"])
+    check(model.decode(features), case[f"ddrnet_{variant}_main"])
     check(model.auxiliary_head(features.middle), case[f"ddrnet_{variant}_aux"])
 
 
@@ -59,7 +58,7 @@ def test_logits_at_full_size(slim, filled, golden):
 def test_logits_of_another_size(slim, golden):
     case = golden("logits_23_slim_96x160")
     features = slim.backbone(case["x"])
-    check(slim._logits(features), case["main"])
+    check(slim.decode(features), case["main"])
     check(slim.auxiliary_head(features.middle), case["aux"])
 
 
@@ -96,7 +95,7 @@ def test_context_module(slim, golden):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "rounds"), [("23_slim", ("s3", "s4")), ("39", ("s31", "s32", "s4"))])
-def test_exchanges(filled, golden, name, rounds):
+def test_bilateral_fusions(filled, golden, name, rounds):
     case, model = golden(f"fusion_{name}_64x128"), filled(name)
     backbone = model.backbone
     x = backbone.conv1(golden("logits_64x128")["x"])
@@ -106,11 +105,11 @@ def test_exchanges(filled, golden, name, rounds):
     low = high = backbone.layer2(F.relu(backbone.layer1(x)))
     if "layer2" in case:
         check(low, case["layer2"])
-    for tag, exchange in zip(rounds, backbone.exchanges, strict=True):
-        alone = {"low": exchange.low(F.relu(low)), "high": exchange.high(F.relu(high))}
-        alone["down"] = exchange.down(F.relu(alone["high"]))
-        alone["compressed"] = exchange.compress(F.relu(alone["low"]))
-        low, high = exchange(low, high)
+    for tag, fusion in zip(rounds, backbone.fusions, strict=True):
+        alone = {"low": fusion.low(F.relu(low)), "high": fusion.high(F.relu(high))}
+        alone["down"] = fusion.down(F.relu(alone["high"]))
+        alone["compressed"] = fusion.compress(F.relu(alone["low"]))
+        low, high = fusion(low, high)
         for part, value in {**alone, "low_fused": low, "high_fused": high}.items():
             if f"{tag}_{part}" in case:
                 check(value, case[f"{tag}_{part}"])
@@ -126,7 +125,7 @@ def test_exchanges(filled, golden, name, rounds):
 def test_training_mode(slim, golden):
     case, model = golden("train_mode_23_slim_128x128"), copy.deepcopy(slim).train()
     features = model.backbone(normal(132, (3, 3, 128, 128)))
-    check(model._logits(features), case["main"], 1e-3)
+    check(model.decode(features), case["main"], 1e-3)
     check(model.auxiliary_head(features.middle), case["aux"], 1e-3)
     state = {official: model.state_dict()[name] for name, official in model.key_map().items()}
     for name in case["bn_names"]:
@@ -244,7 +243,7 @@ def test_gradients(slim, golden):
     keys = [key.removesuffix("_loss") for key in case if key.endswith("_loss")]
     assert len(keys) == 7
     features = model.backbone(case["x"])
-    main, aux = model._logits(features), model.auxiliary_head(features.middle)
+    main, aux = model.decode(features), model.auxiliary_head(features.middle)
     for key in keys:
         model.zero_grad()
         loss = gradient_case(key, main, aux, case["labels"].long())
@@ -262,14 +261,12 @@ def test_the_models_own_loss(filled, golden):
     case = golden("gradients_23_slim_eval_bn")
     labels = torch.where(case["labels"] == -1, 255, case["labels"]).long()
     model = filled("23_slim")
-    model.class_weight = WEIGHT
-    assert model.losses(case["x"], labels)["loss"].item() == pytest.approx(
-        case["mmseg_t09_k131072_loss"].item(), rel=1e-5
-    )
-    model = filled("23_slim", loss="ohem_pyradd", ohem_threshold=0.05, ohem_min_kept=6000, align_corners=True)
-    model.class_weight = WEIGHT
+    found = model.losses(case["x"], labels, loss=LossConfig("ohem", CLASS_WEIGHT))
+    assert found["loss"].item() == pytest.approx(case["mmseg_t09_k131072_loss"].item(), rel=1e-5)
+    model = filled("23_slim", align_corners=True)
+    loss = LossConfig("ohem_pyradd", CLASS_WEIGHT, ohem_threshold=0.05, ohem_min_kept=6000)
     expected = case["pyradd_t005_k6000_aux_on_loss"].item()
-    assert model.losses(case["x"], labels)["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert model.losses(case["x"], labels, loss=loss)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_schedules(golden):

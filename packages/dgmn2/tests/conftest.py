@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dgmn2_seg.configs import DGMN2
+from dgmn2_seg.configs import DGMN2Config
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def filled(official) -> Callable[..., Any]:
     """A function that builds a head on the tiny backbone with the reference's weights."""
 
     def build(head: str, **settings: Any) -> Any:
-        model = DGMN2(backbone="tiny", head=head, **settings).build().eval()
+        model = DGMN2Config(backbone="tiny", head=head, **settings).build().eval()
         model.load_official(official(head))
         return model
 

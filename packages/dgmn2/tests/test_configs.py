@@ -1,14 +1,16 @@
 """The published rows: names, parameters, recipes, figures; and what weights files are taken for."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import segcore
-from dgmn2_seg.configs import DGMN2, VARIANTS, cityscapes, experiments
+from dgmn2_seg.backbone import VARIANTS
+from dgmn2_seg.configs import DGMN2Config, cityscapes, experiments
 from dgmn2_seg.official import PUBLISHED
-from segcore.checkpoints.load import initialize, load_weights
+from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
 from segcore.testing.contract import refusal
@@ -51,8 +53,9 @@ def test_recipe():
         exp = segcore.load_experiment(row)
         head, size = row.removesuffix("_4x2_769x769_40k_cityscapes").split("_dgmn2_")
         assert exp == cityscapes.recipe(head, size)
-        assert (exp.name, exp.model) == (row, DGMN2(backbone=size, head=head))
-    assert (exp.model.drop_path, exp.model.average, exp.model.img_size, exp.model.dropout) == (0.0, "all", 769, 0.1)
+        assert (exp.name, exp.model) == (row, DGMN2Config(backbone=size, head=head))
+    assert (exp.model.drop_path, exp.model.img_size, exp.model.dropout) == (0.0, 769, 0.1)
+    assert not exp.loss.avg_non_ignore
     assert (exp.optimizer.kind, exp.optimizer.lr, exp.optimizer.weight_decay) == ("adamw", 1e-4, 1e-4)
     assert (exp.optimizer.rules, exp.optimizer.clip_norm, exp.optimizer.betas) == ((), None, (0.9, 0.999))
     assert (exp.schedule.iterations, exp.schedule.power, exp.schedule.min_lr) == (40_000, 0.9, 0.0)
@@ -89,7 +92,7 @@ def test_start_weights_are_published_files():
 def imagenet():
     """Random ImageNet weights of the nano backbone, as the authors name them."""
     torch.manual_seed(1)
-    model = DGMN2(backbone="nano").build()
+    model = DGMN2Config(backbone="nano").build()
     names = model.key_map()
     state = {names[n].removeprefix("backbone."): t for n, t in model.state_dict().items() if n.startswith("backbone.")}
     return {**state, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}
@@ -103,9 +106,9 @@ def test_imagenet_weights_fill_the_backbone(imagenet, tmp_path, wrap, head):
         state = {n if n.startswith("head.") and wrap == "backbone." else wrap + n: t for n, t in imagenet.items()}
     content = {wrap: state, "epoch": 3} if wrap in ("state_dict", "model") else state
     torch.save(content, tmp_path / "file.pth")
-    model = DGMN2(backbone="nano", head=head).build()
+    model = DGMN2Config(backbone="nano", head=head).build()
     classifier = model.head.classifier.weight.clone()
-    line = initialize(model, str(tmp_path / "file.pth"))
+    line = load_init(model, str(tmp_path / "file.pth"))
     assert f"backbone only: ImageNet weights: loaded {len(imagenet) - 2} tensors" in line
     assert "dropped 2 of head" in line
     ours = {model.key_map()[n]: t for n, t in model.state_dict().items()}
@@ -114,7 +117,7 @@ def test_imagenet_weights_fill_the_backbone(imagenet, tmp_path, wrap, head):
 
 
 def test_gaps_and_strangers_in_imagenet_weights_are_refused(imagenet):
-    model = DGMN2(backbone="nano").build()
+    model = DGMN2Config(backbone="nano").build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     less = {n: t for n, t in imagenet.items() if n != "block2.0.attn.conv_offset.bias"}
     assert "1 tensors missing (backbone.block2.0.attn.conv_offset.bias)" in refusal(lambda: model.load_backbone(less))
@@ -133,17 +136,17 @@ def test_gaps_and_strangers_in_imagenet_weights_are_refused(imagenet):
 
 def test_a_trained_checkpoint_loads_under_published_names(tmp_path):
     torch.manual_seed(2)
-    first, second = (DGMN2(backbone="nano", head="setr_pup").build() for _ in range(2))
+    first, second = (DGMN2Config(backbone="nano", head="setr_pup").build() for _ in range(2))
     names = first.key_map()
     state = {names[n]: t for n, t in first.state_dict().items()}
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "file.pth")
     report = load_weights(second, tmp_path / "file.pth")
     assert (report.loaded, report.dropped, report.ignored) == (len(state), (), ())
     assert all(torch.equal(t, second.state_dict()[n]) for n, t in first.state_dict().items())
-    other = DGMN2(backbone="nano", head="setr_mla").build()
+    other = DGMN2Config(backbone="nano", head="setr_mla").build()
     assert "name the configuration" in refusal(lambda: load_weights(other, tmp_path / "file.pth"))
     assert other.is_full_checkpoint(state)
 
 
 def test_all_backbones_are_offered():
-    assert set(VARIANTS) == {"nano", *SIZES}
+    assert set(VARIANTS) == {"nano", *SIZES} == set(get_args(get_type_hints(DGMN2Config)["backbone"]))

@@ -4,21 +4,23 @@ import pytest
 import torch
 
 from dgmn2_seg.backbone import Block
-from dgmn2_seg.configs import DGMN2
+from dgmn2_seg.configs import DGMN2Config
+from dgmn2_seg.model import DGMN2
+from segcore.config.schema import LossConfig
 from segcore.testing import contract
 
 HEADS = {
-    "fpn": DGMN2(num_classes=5, backbone="nano"),
-    "setr_naive": DGMN2(num_classes=5, backbone="nano", head="setr_naive", img_size=65),
-    "setr_pup": DGMN2(num_classes=5, backbone="nano", head="setr_pup"),
-    "setr_mla": DGMN2(num_classes=5, backbone="nano", head="setr_mla", img_size=None),
+    "fpn": DGMN2Config(num_classes=5, backbone="nano"),
+    "setr_naive": DGMN2Config(num_classes=5, backbone="nano", head="setr_naive", img_size=65),
+    "setr_pup": DGMN2Config(num_classes=5, backbone="nano", head="setr_pup"),
+    "setr_mla": DGMN2Config(num_classes=5, backbone="nano", head="setr_mla", img_size=None),
 }
 
 
 def build(head, **settings):
     torch.manual_seed(0)
     config = HEADS[head]
-    return DGMN2(**{**vars(config), **settings}).build()
+    return DGMN2Config(**{**vars(config), **settings}).build()
 
 
 every_head = pytest.mark.parametrize("head", HEADS)
@@ -28,7 +30,7 @@ every_head = pytest.mark.parametrize("head", HEADS)
 def test_forward_and_seeds(head):
     contract.check_forward(build(head))
     contract.check_seeds(build(head))
-    contract.check_steps(build(head), ())
+    contract.check_plain(build(head))
 
 
 @every_head
@@ -36,7 +38,7 @@ def test_training(head):
     contract.check_backward(build(head))
     contract.check_training_draws(build(head))
     contract.check_all_ignored(build(head))
-    contract.check_class_weight(build(head))
+    contract.check_losses(build(head))
 
 
 @every_head
@@ -53,9 +55,12 @@ def test_help():
 
 
 def test_an_ignored_batch_has_no_loss_where_labeled_pixels_count():
-    model = build("fpn", average="valid")
-    contract.check_all_ignored(model)
-    assert model.losses(contract.images(2), torch.full((2, 64, 96), 255))["loss"] == 0
+    loss, labels = LossConfig(avg_non_ignore=True), torch.full((2, 64, 96), 255)
+    assert build("fpn").losses(contract.images(2), labels, loss=loss)["loss"] == 0
+
+
+def test_arguments():
+    contract.check_arguments(DGMN2Config, DGMN2)
 
 
 @torch.no_grad()
@@ -80,7 +85,7 @@ def test_every_size_down_to_a_pixel(head):
 )
 def test_setr_heads_answer_squares_unless_told_otherwise(head, img_size, expected):
     model = build(head, img_size=img_size).eval()
-    assert model._logits(contract.images(1)).shape[2:] == expected
+    assert model(contract.images(1), resize=False).shape[2:] == expected
 
 
 @torch.no_grad()
@@ -131,4 +136,4 @@ def test_half_and_double_precision():
 @pytest.mark.parametrize("wrong", [{"dropout": 1.0}, {"drop_path": -0.1}, {"img_size": 0}])
 def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
-    assert f"model.{name}" in contract.refusal(lambda: DGMN2(**wrong))
+    assert f"model.{name}" in contract.refusal(lambda: DGMN2Config(**wrong))

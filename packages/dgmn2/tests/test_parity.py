@@ -6,11 +6,11 @@ The cases of the deformable unfold are in segcore's tests, with the operator.
 import pytest
 import torch
 
-from dgmn2_seg.backbone import Attention, Backbone, Position
-from dgmn2_seg.configs import VARIANTS
-from dgmn2_seg.official import official_name
-from segcore.config.schema import EvalConfig
+from dgmn2_seg.backbone import VARIANTS, Attention, Backbone, RelativePositionBias
+from dgmn2_seg.official import RULES
+from segcore.config.schema import EvalConfig, LossConfig
 from segcore.evaluation import predictor as inference
+from segcore.models.key_map import rename
 
 ATTENTION = {
     "qkv.weight": "qkv.weight",
@@ -22,7 +22,7 @@ ATTENTION = {
     "position.y": "pos_emb.rel_height",
     "position.x": "pos_emb.rel_width",
 }
-SLIDE = EvalConfig(mode="slide", crop=(65, 65), stride=(43, 43))
+SLIDE = EvalConfig((2048, 1024), mode="slide", crop=(65, 65), stride=(43, 43))
 
 
 def check(ours, expected, atol=1e-4):
@@ -34,7 +34,7 @@ def check(ours, expected, atol=1e-4):
 @pytest.mark.parametrize("tag", ["native7x7", "square9x9", "h5w8", "h8w5", "h3w12"])
 def test_position_term(golden, tag):
     case = golden("rel_pos_emb")
-    position = Position(7, 8)
+    position = RelativePositionBias(7, 8)
     position.load_state_dict({"y": case["rel_height"], "x": case["rel_width"]})
     q = case[f"{tag}_q"].requires_grad_()  # each of the two is a head of an image
     bias = position(q.unsqueeze(3)).squeeze(1)
@@ -72,7 +72,7 @@ def test_backbone(golden, fill, size):
         backbone = Backbone(VARIANTS["tiny"], dense=dense).eval()
         for name, tensor in backbone.state_dict(prefix="backbone.").items():
             if tensor.is_floating_point():
-                official = official_name(name).removeprefix("backbone.")
+                official = rename(name, RULES).removeprefix("backbone.")
                 tensor.copy_(fill({official: tensor.shape})[official])
         maps = backbone(case[f"{size}_image"])[first:]
         for k, x in enumerate(maps):
@@ -94,7 +94,7 @@ def test_logits_of_semantic_fpn(golden, filled):
 @pytest.mark.parametrize("name", ["naive", "pup", "mla"])
 def test_logits_of_setr(golden, filled, name):
     case, model = golden("logits"), filled(f"setr_{name}", img_size=81)
-    logits = model._logits(case[f"{name}_image"])
+    logits = model.logits(case[f"{name}_image"])
     assert list(logits.shape) == case[f"{name}_head_shape"].tolist()
     if name == "pup":
         check(logits[..., ::8, ::8], case["pup_head_logits_sub8"])
@@ -121,8 +121,9 @@ def test_loss_and_gradients(golden, filled):
 
 @torch.no_grad()
 def test_loss_over_labeled_pixels_only(golden, filled):
-    case, model = golden("loss_fpn_tiny"), filled("fpn", average="valid")
-    loss = model.losses(case["image"], case["label"].long())["loss"].item()
+    case, model = golden("loss_fpn_tiny"), filled("fpn")
+    labeled = LossConfig(avg_non_ignore=True)
+    loss = model.losses(case["image"], case["label"].long(), loss=labeled)["loss"].item()
     assert loss == pytest.approx(case["loss_mean_over_valid_only"].item(), abs=1e-5)
     assert loss == pytest.approx((case["loss"] / case["valid_fraction"]).item(), abs=1e-5)
 
@@ -139,7 +140,7 @@ def test_training_mode(golden, filled):
 
 def slide(model, image):
     """The mean of the windows' logits, as `test` computes it."""
-    return inference._logits(lambda x, seeds: model.predict_steps(x), image, SLIDE, [0], 0)["final"]
+    return inference.window_logits(lambda x, seeds: {"final": model(x)}, image, SLIDE, [0], 0)["final"]
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_sliding_windows(golden, filled):
     case = golden("slide")
     logits = slide(filled("fpn"), case["fpn_image"])
     check(logits, case["fpn_slide_logits"])
-    probabilities = inference._probabilities(logits, (72, 104), True)
+    probabilities = inference.to_probabilities(logits, (72, 104), True)
     check(probabilities[..., ::3, ::3], case["fpn_prob_rescaled_sub3"], 1e-5)
     assert (probabilities.argmax(1) == case["fpn_pred_rescaled"]).double().mean() > 0.999
     naive = filled("setr_naive", img_size=65)
@@ -159,8 +160,8 @@ def test_sliding_windows(golden, filled):
 def test_multi_scale_and_flip(golden, filled):
     case, model, views = golden("slide"), filled("fpn"), []
     for image in (case["fpn_image"], case["fpn_image2"]):
-        views.append(inference._probabilities(slide(model, image), (72, 104), True))
-        views.append(inference._probabilities(slide(model, image.flip(-1)), (72, 104), True).flip(-1))
+        views.append(inference.to_probabilities(slide(model, image), (72, 104), True))
+        views.append(inference.to_probabilities(slide(model, image.flip(-1)), (72, 104), True).flip(-1))
     mean = torch.stack(views).mean(0)
     check(mean[..., ::3, ::3], case["fpn_msflip_prob_sub3"], 1e-5)
     clear = case["fpn_msflip_margin"][0] > 1e-3

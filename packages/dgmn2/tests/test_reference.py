@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dgmn2_seg.configs import DGMN2
+from dgmn2_seg.configs import DGMN2Config
+from segcore.config.schema import LossConfig
 from segcore.testing.stored import check, filled, normal, write
 
 FILE = Path(__file__).with_name("reference.npz")
@@ -23,14 +24,16 @@ def compute():
     with torch.no_grad():
         for head in HEADS:
             for img_size in (49, None):
-                model = filled(DGMN2(backbone="nano", head=head, img_size=img_size).build())
+                model = filled(DGMN2Config(backbone="nano", head=head, img_size=img_size).build())
                 values[f"{head}.{img_size}.logits"] = model(images)[:, ::3, ::5, ::5]
-        for k, x in enumerate(filled(DGMN2().build()).backbone(images)):
+        for k, x in enumerate(filled(DGMN2Config().build()).backbone(images)):
             values[f"tiny.map{k}"] = x[:, ::16]
     for average in ("all", "valid"):
-        model = filled(DGMN2(backbone="nano", average=average).build())
-        model.class_weight = torch.linspace(0.5, 1.5, 19)
-        losses = model.losses(images, labels)
+        model = filled(DGMN2Config(backbone="nano").build())
+        weight = tuple(torch.linspace(0.5, 1.5, 19).tolist())
+        losses = model.losses(
+            images, labels, loss=LossConfig("cross_entropy", weight, avg_non_ignore=average == "valid")
+        )
         losses["loss"].backward()
         values |= {f"{average}.{name}": value.detach() for name, value in losses.items()}
         values[f"{average}.gradients"] = torch.stack([p.grad.double().norm() for p in model.parameters()]).float()

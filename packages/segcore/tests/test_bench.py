@@ -10,37 +10,30 @@ from torch.utils.flop_counter import FlopCounterMode
 from segcore import ops
 from segcore.cli.main import main
 from segcore.deploy import bench
-from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import Tiny
 
 CPU = torch.device("cpu")
 ONCE = {"warmup": 1, "repeats": 2}
 
 
-class ConvNet(Segmentor):
+class ConvNet(Tiny):
     """One convolution, 3 -> 5 channels, 3x3."""
 
-    num_classes, min_size = 5, 8
+    min_size = 8
 
-    def __init__(self, fail=None):
-        super().__init__()
-        self.conv, self.fail = nn.Conv2d(3, 5, 3, padding=1), fail
+    def __init__(self, fail=None, kernel=3):
+        super().__init__(5, nn.Conv2d(3, 5, kernel, padding=kernel // 2))
+        self.fail = fail
 
-    def predict_steps(self, images, steps=None, seeds=None):
+    def logits(self, images, seeds=None):
         if self.fail and len(images) > 1:
             raise self.fail
-        return {"final": self.conv(images)}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        return {name: name for name in self.state_dict()}
+        return super().logits(images, seeds)
 
 
 class Fusable(ConvNet):
     def fuse(self):
-        self.conv = nn.Conv2d(3, 5, 1)
-        return self
+        return ConvNet(kernel=1)
 
 
 def cells(model, **settings):
@@ -93,7 +86,7 @@ def test_a_model_that_can_be_fused_is_measured_both_ways():
     found = cells(model, sizes=((8, 8),), channels_last=(False, True))
     assert [(c["fused"], c["channels_last"]) for c in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert found[0]["gflops"] == pytest.approx(9 * found[2]["gflops"])
-    assert model.conv.kernel_size == (3, 3)  # the caller's model is as it was
+    assert model.answer.kernel_size == (3, 3)  # the caller's model is as it was
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import segcore
-from segcore.cli.commands import COMMANDS
-from segcore.cli.main import main
-from segcore.config import registry
+from segcore.cli.main import COMMANDS, main, offers, parse
+from segcore.config import options, registry
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
 
@@ -35,17 +35,22 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--gpus two", "--gpus two: expected None or INT"),
-        ("--train.class-weight atuo --seed 1", "--train.class-weight atuo: expected None or FLOAT … or auto"),
-        ("--train.class-weight 1 2 x", "--train.class-weight 1 2 x: expected None or FLOAT … or auto"),
-        ("--data.img-scale 3 None", "--data.img-scale 3 None: expected None or INT INT"),
-        ("--train.batch-size=3.5", "--train.batch-size 3.5: expected INT"),
-        ("--train.channels-last maybe", "--train.channels-last maybe: expected one of True, False"),
-        ("--schedule.kind poli", "--schedule.kind poli: expected one of poly, step"),
-        ("--data.crop 64", "--data.crop 64: expected 2 values"),
-        ("--work-dir", "--work-dir: expected a value"),
+        ("--gpus two", "--gpus two: expected a whole number or None"),
+        (
+            "--loss.class-weight atuo --seed 1",
+            "--loss.class-weight atuo: expected a tuple of a number, … or auto or None",
+        ),
+        ("--loss.class-weight 1 2 x", "--loss.class-weight 1 2 x: expected a tuple of a number, … or auto or None"),
+        ("--data.img-scale 3 None", "--data.img-scale 3 None: expected (a whole number, a whole number) or None"),
+        ("--train.batch-size=3.5", "--train.batch-size 3.5: expected a whole number"),
+        ("--train.channels-last maybe", "--train.channels-last maybe: expected True or False"),
+        ("--schedule.kind poli", "--schedule.kind poli: expected poly or step"),
+        ("--data.crop 64", "--data.crop 64: expected (a whole number, a whole number)"),
+        ("--work-dir", "--work-dir: expected a Path or None"),
         ("--train.bach 4", "there is no option --train.bach (did you mean --train.batch-size?); `--help` lists all"),
-        ("--lr 1", "there is no option --lr (did you mean --optimizer.lr?); `--help` lists all"),
+        ("--lr 1", "there is no option --lr: write --optimizer.lr; `--help` lists all"),
+        ("--train.batch-size 4 5", "'5' is not expected there; `--help` shows what can be given"),
+        ("--resume=yes", "--resume yes: expected no value"),
         ("--resume yes", "'yes' is not expected there; `--help` shows what can be given"),
         ("--model.num-classes 3 --train.batch-size 0", "train.batch_size is 0; it must be at least 1"),
     ],
@@ -57,9 +62,25 @@ def test_wrong_words(capsys, monkeypatch, words, expected, columns):
     assert answer(capsys, "train", CONFIG, *words.split(), status=status) == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "ours"),
+    [
+        ("--eval", "--evaluate.metrics"),
+        ("--cfg-options", "--optimizer.lr 1e-4"),
+        ("--epochs", "--schedule.iterations"),
+        ("--model", "the configuration comes first"),
+        ("--batch-size", "--train.batch-size"),
+    ],
+)
+def test_options_of_other_tools_are_answered_with_ours(capsys, option, ours):
+    assert ours in answer(capsys, "train", CONFIG, option, "x")
+    assert ours in answer(capsys, "train", option, "x", CONFIG)
+    assert parse(["train", CONFIG, "--work_dir", "x"]).work_dir == Path("x")
+
+
 def test_a_list_in_front_of_a_place_takes_its_word(capsys):
     """Lists take all words up to the next option, so the places come first; help says so, too."""
-    line = answer(capsys, "test", CONFIG, "--evaluate.steps", "1", "run", "--limit", "2")
+    line = answer(capsys, "test", CONFIG, "--evaluate.img-ratios", "1", "2", "--limit", "2")
     order = "put CHECKPOINT right after CONFIG: `segcore test CONFIG CHECKPOINT [OPTIONS]`"
     assert line == f"missing: CHECKPOINT; {order}"
     line = answer(capsys, "predict", CONFIG, "run", "photos", "--opacity", "1")
@@ -73,27 +94,67 @@ def test_a_list_in_front_of_a_place_takes_its_word(capsys):
 def test_commands_and_configurations(capsys, monkeypatch):
     assert "did you mean train?" in answer(capsys, "trian", CONFIG)
     assert "which configuration?" in answer(capsys, "configs", "--write", "my.py")
-    known = dict.fromkeys(("net_small_512x1024_160k_cityscapes", "net_large_toy"))
+    known = dict.fromkeys(("net_small_512x1024_160k_cityscapes", "net_small_toy", "other_toy"))
     monkeypatch.setattr(registry, "experiments", lambda package=None: known)
-    line = answer(capsys, "configs", "net_small", status=1)
+    line = answer(capsys, "train", "net_smal_cityscapes", status=1)
     assert line.endswith("(did you mean net_small_512x1024_160k_cityscapes?); `segcore configs` lists all")
+    line = answer(capsys, "train", "net_small", status=1)
+    assert "net_small_toy, net_small_512x1024_160k_cityscapes" in line
     assert "--batches" in answer(capsys, "bench", CONFIG, "--batches")
+
+
+def test_version_and_completion(capsys):
+    for words, expected in (
+        (["--version"], f"segcore {segcore.__version__}"),
+        (["--tyro-print-completion", "bash"], "--optimizer.lr"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(None, words)
+        assert not end.value.code
+        assert expected in capsys.readouterr().out
+
+
+def options_of(command, name):
+    parsed = parse([command, name, *["x"] * sum(item.kw_only for item in fields(COMMANDS[command]))])
+    return set(options.settings(parsed, offers(parsed)))
+
+
+@pytest.mark.parametrize("name", [*registry.experiments()][::8])
+def test_a_command_offers_what_it_reads(name):
+    """And what only stepwise models can do is offered for these only."""
+    offered = {command: options_of(command, name) for command in ("train", "predict", "export", "bench", "test")}
+    assert len(offered["predict"]) <= 45
+    for command in ("predict", "export", "bench", "test"):
+        assert not [o for o in offered[command] if o.startswith(("experiment.optimizer", "experiment.schedule"))]
+    assert "experiment.optimizer.lr" in offered["train"]
+    stepwise = {"uncertainty", "steps", "animate", "start_mask", "experiment.evaluate.early_exit_threshold"}
+    assert offered["predict"] & stepwise == (stepwise if segcore.load_experiment(name).model.stepwise else set())
+
+
+def test_an_option_of_another_command_is_refused(capsys):
+    line = answer(capsys, "predict", CONFIG, "run", "in", "out", "--optimizer.lr", "1")
+    assert line == "--optimizer.lr is not read by this command with this model; leave it out"
+
+
+def test_a_published_path_and_a_part_of_a_name_are_the_row():
+    name = [*registry.experiments()][-1]
+    assert parse(["train", f"configs/cityscapes/{name}.py"]).experiment.name.replace("-", "_") == name
 
 
 def test_every_option_has_a_line_of_help():
     """tyro's help takes it from the text below the field."""
     bare = []
     package = Path(str(segcore.__file__)).parent
-    commands = [path for path in (package / "cli").glob("*.py") if path.stem != "predict_images"]
+    commands = [path for path in (package / "cli").glob("*.py") if path.stem not in ("predict_images", "main")]
     for path in (package / "config" / "schema.py", *commands):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             for field, below in itertools.pairwise([*kind.body, None]):
                 said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-                if isinstance(field, ast.AnnAssign) and not said:
+                if isinstance(field, ast.AnnAssign) and not said and "ClassVar" not in ast.unparse(field):
                     bare.append(f"{kind.name}.{ast.unparse(field.target)}")
-    nested = {f"Experiment.{name}" for name in ("model", "data", "optimizer", "schedule", "train", "evaluate")}
-    assert set(bare) - nested - {"Command.experiment"} == set()
+    nested = {f"Experiment.{name}" for name in ("model", "data", "optimizer", "schedule", "loss", "train", "evaluate")}
+    assert set(bare) - nested - {"Command.experiment", "ShowConfig.experiment"} == set()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
@@ -102,7 +163,7 @@ def test_interrupt_during_the_imports(tmp_path, module):
     """A module of that name stands for the real one, whose import takes long."""
     (tmp_path / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "segcore", "env"]
+    command = [sys.executable, "-m", "segcore", "env", *(["--help"] if module == "tyro" else [])]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "importing\n"
     time.sleep(0.1)

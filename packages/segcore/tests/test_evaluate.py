@@ -9,18 +9,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset, Sample
 from segcore.data.labels import label_lut
 from segcore.errors import UserError
-from segcore.evaluation import evaluate as evaluate_module
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.models.segmentor import Segmentor
+from segcore.evaluation.predictor import Predictor
 from segcore.reporting.tables import summary
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed, window_seed
+from segcore.testing.tiny import Tiny, TinyStepwise
 
 DATA = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 PLAIN = EvalConfig(img_scale=None)
@@ -30,31 +29,18 @@ def draw(seed, size):
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-class Redness(Segmentor):
+class Redness(TinyStepwise):
     """Class k where red is nearest to 10 k; `noise` times the step count disturbs the red, drawn by seed."""
 
-    num_classes = 4
-
     def __init__(self, noise=0.0):
-        super().__init__()
-        self.noise = noise
-        self.batches = []
-        self.frozen, self.trained = nn.BatchNorm2d(1).eval(), nn.Dropout()
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        assert not self.training
-        assert not self.trained.training
-        self.batches.append(len(images))
-        noise = self.noise * torch.stack([draw(seed, images.shape[-2:]) for seed in seeds])[:, None]
         centers = 10 * torch.arange(4.0).view(1, 4, 1, 1)
-        counts = {str(step): step for step in steps} if steps else {"final": 1}
-        return {entry: -(images[:, :1] + count * noise - centers).abs() for entry, count in counts.items()}
+        super().__init__(4, lambda images: -(images[:, :1] - centers).abs(), noise=noise)
+        self.norm.eval()
 
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        raise NotImplementedError
+    def draw(self, features, seeds, **options):
+        assert not self.training
+        assert not self.dropout.training
+        return super().draw(features, seeds, **options)
 
 
 @pytest.fixture
@@ -73,13 +59,13 @@ def dataset(tmp_path):
 
 
 def run(model, dataset, config=PLAIN, **options):
-    return evaluate(model, dataset, config, DATA, device="cpu", **options)
+    return evaluate(Predictor(model, config, DATA), dataset, **options)
 
 
 def test_a_perfect_model(dataset):
     results = run(Redness(), dataset)
     assert results.images == 5
-    assert list(results.entries) == ["final"]
+    assert list(results.entries) == ["3"]
     assert results.final["mIoU"] == results.final["aAcc"] == 1
     np.testing.assert_array_equal(results.final["IoU"], [1, 1, 1, math.nan])
 
@@ -89,7 +75,7 @@ def test_noise_follows_the_seed_and_the_index(dataset):
     matrix = ConfusionMatrix(4)
     for i in range(len(dataset)):
         red = torch.from_numpy(dataset.image(i)[..., 0]).float()
-        red += 6.0 * draw(derive(derive(3, i), 0, 0), red.shape)
+        red += 3 * 6.0 * draw(window_seed(evaluation_seed(3, i), 0, 0), (3, *red.shape))[0]
         matrix.update((red / 10).round().clamp(0, 3).long(), dataset.label(i))
     assert results.final["aAcc"] == matrix.compute()["aAcc"] < 1
     assert torch.equal(results.final["IoU"], matrix.compute()["IoU"])
@@ -102,7 +88,7 @@ def test_batches_do_not_change_results(dataset, settings):
     model = Redness(noise=6.0)
     three = run(model, dataset, dataclasses.replace(config, batch_size=3))
     assert one.to_json() == three.to_json()
-    assert sorted(set(model.batches)) == [1, 2]  # consecutive images of one size: 2, 1, 2
+    assert sorted({len(images) for images, _ in model.calls}) == [1, 2]  # consecutive images of one size: 2, 1, 2
 
 
 def test_step_entries(dataset):
@@ -125,18 +111,19 @@ def test_an_entry_that_stops_early(dataset):
     assert results.final_step == "5", "an entry that stops early decides nothing"
     assert results.steps_taken == results.to_json()["steps_taken"] == (3 + 3 + 2 + 3 + 3) / 5
     assert "until 2.5%: denoising took 2.80 steps on average" in summary(results)
-    with pytest.raises(UserError, match="Redness is no diffusion model"):
-        run(Redness(), dataset, config)
+    with pytest.raises(UserError, match="Tiny does not denoise in steps; leave out early_exit_threshold"):
+        run(Tiny(4), dataset, config)
+    assert list(run(Tiny(4), dataset, dataclasses.replace(PLAIN, steps=(1, 5))).entries) == ["final"]
 
 
 def test_modes_come_back(dataset):
     model = Redness().train()
-    model.frozen.eval()
+    model.norm.eval()
     run(model, dataset)
-    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
+    assert (model.training, model.dropout.training, model.norm.training) == (True, True, False)
     with pytest.raises(UserError):
         run(model, dataclasses.replace(dataset, samples=(dataclasses.replace(dataset.samples[0], label=None),)))
-    assert (model.training, model.trained.training, model.frozen.training) == (True, True, False)
+    assert (model.training, model.dropout.training, model.norm.training) == (True, True, False)
 
 
 def test_limit_and_progress(dataset):
@@ -153,10 +140,10 @@ def test_limit_and_progress(dataset):
 
 def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     made, alive = [], []  # weak references to all predictions, the pictures they are of; how many are left each time
-    predict = evaluate_module.predict_classes
+    predict = Predictor.classes
 
-    def watched(model, images, *args, **options):
-        predictions = predict(model, images, *args, **options)
+    def watched(predictor, images, seeds, **options):
+        predictions = predict(predictor, images, seeds, **options)
         made.extend(weakref.ref(classes) for by_entry in predictions for classes in by_entry.values())
         made.extend(weakref.ref(image) for image in images)
         return predictions
@@ -164,7 +151,7 @@ def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     def count(done, total):
         alive.append(sum(reference() is not None for reference in made))
 
-    monkeypatch.setattr(evaluate_module, "predict_classes", watched)
+    monkeypatch.setattr(Predictor, "classes", watched)
     many = dataclasses.replace(dataset, samples=dataset.samples[:2] * 6)
     run(Redness(), many, dataclasses.replace(PLAIN, batch_size=2), on_progress=count)
     assert len(made) == 2 * 12
@@ -178,7 +165,7 @@ def test_json_is_plain(dataset):
     found = run(Redness(), dataset).to_json()
     assert found["images"] == 5
     assert found["classes"] == ["sky", "road", "car", "pole"]
-    assert found["entries"]["final"]["IoU"] == [1.0, 1.0, 1.0, None]
+    assert found["entries"]["3"]["IoU"] == [1.0, 1.0, 1.0, None]
     third = Results(("a",), {"final": {"mIoU": 1 / 3, "IoU": torch.tensor([1 / 3], dtype=torch.float64)}}, 1)
     assert third.to_json()["entries"]["final"] == {"mIoU": 1 / 3, "IoU": [1 / 3]}
 

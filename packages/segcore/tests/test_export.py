@@ -11,33 +11,21 @@ from torch import nn
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.deploy import export
 from segcore.errors import UserError
-from segcore.models.layers import resize
-from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import Tiny
 
 
-class Tiny(Segmentor):
+class Half(Tiny):
     """Two convolutions, the second at half the size."""
 
-    num_classes = 19
     size_divisor = 2
     min_size = 4
 
     def __init__(self):
-        super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 19, 1)
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        return {"final": resize(self.second(self.first(images).relu()), images.shape[-2:])}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        return {name: name for name in self.state_dict()}
+        super().__init__(19, nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 19, 1)))
 
 
-class Forgetful(Tiny):
+class Forgetful(Half):
     """What it gives to export does not stay the same."""
 
     def exportable(self, images, *, dynamic):
@@ -56,12 +44,12 @@ class Drifting(nn.Module):
         return self.model(images) + 0.01 * self.calls
 
 
-class TinyConfig(ModelConfig):
+class HalfConfig(ModelConfig):
     def build(self):
-        return Tiny()
+        return Half()
 
 
-EXP = Experiment("tiny", TinyConfig(), DataConfig("toy"))
+EXP = Experiment("tiny", HalfConfig(), DataConfig("toy"))
 
 
 def run(path, images):
@@ -81,7 +69,7 @@ def test_round_trip(tmp_path, suffix, dynamic):
     if suffix == ".onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name)
-    model, path = Tiny().eval(), tmp_path / "new" / f"tiny{suffix}"
+    model, path = Half().eval(), tmp_path / "new" / f"tiny{suffix}"
     checks = export.export(model, EXP, path, export.Settings(12, 16, dynamic=dynamic))
     assert [check.shape for check in checks] == [(1, 3, 12, 16)] + [(2, 3, 14, 18)] * dynamic
     assert all(check.difference <= 1e-5 and check.agreement == 1 for check in checks)
@@ -113,7 +101,7 @@ def test_what_answers_differently_is_not_written(tmp_path):
 )
 def test_wrong_wishes(tmp_path, name, settings, said):
     with pytest.raises(UserError) as error:
-        export.export(Tiny().eval(), EXP, tmp_path / name, settings)
+        export.export(Half().eval(), EXP, tmp_path / name, settings)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -121,4 +109,4 @@ def test_wrong_wishes(tmp_path, name, settings, said):
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript; install segcore\[export\]"):
-        export.export(Tiny().eval(), EXP, Path(tmp_path / "a.onnx"), export.Settings(12, 16))
+        export.export(Half().eval(), EXP, Path(tmp_path / "a.onnx"), export.Settings(12, 16))

@@ -12,69 +12,42 @@ from torch.nn import functional as F
 from segcore.config.schema import DataConfig, EvalConfig, multi_scale
 from segcore.errors import UserError
 from segcore.evaluation.predictor import (
+    Predictor,
     check_ensemble,
-    predict_classes,
-    predict_probabilities,
     view_sizes,
     window_boxes,
 )
-from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.seeds import window_seed
+from segcore.testing.tiny import Tiny, TinyStepwise
 
 PLAIN = EvalConfig(img_scale=None)
 RAW = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-class Stub(Segmentor):
-    """What tests of inference do not use."""
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        raise NotImplementedError
-
-
-class Pooled(Stub):
+class Pooled(Tiny):
     """The reference case's network: a convolution, means of 4x4 blocks, back up; padded to multiples of `divisor`."""
 
-    num_classes = 4
-
     def __init__(self, case, align_corners=False, divisor=1):
-        super().__init__()
+        super().__init__(4, self.pool)
         self.weight, self.bias = (torch.from_numpy(case[f"conv_{name}"]) for name in ("weight", "bias"))
-        self.align_corners, self.divisor = align_corners, divisor
-        self.inputs = []
+        self.align_corners, self.pad_to = align_corners, divisor
 
-    def predict_steps(self, images, steps=None, seeds=None):
-        self.inputs.append(images)
-        height, width = images.shape[-2:]
-        padded = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
-        x = F.avg_pool2d(F.conv2d(padded, self.weight, self.bias, padding=1), 4, ceil_mode=True)
-        x = F.interpolate(x, size=padded.shape[-2:], mode="bilinear", align_corners=self.align_corners)
-        return {"final": x[..., :height, :width]}
+    def pool(self, images):
+        return F.avg_pool2d(F.conv2d(images, self.weight, self.bias, padding=1), 4, ceil_mode=True)
 
 
-class Pixels(Stub):
+class Pixels(TinyStepwise):
     """Logits are the pixels themselves, plus noise by seed; records what it is called with."""
 
-    num_classes = 3
+    num_inference_steps = 1
 
     def __init__(self, noise=0.0):
-        super().__init__()
-        self.noise = noise
-        self.calls = []
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        self.calls.append((images, steps, seeds))
-        draws = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        logits = images / 50 + self.noise * torch.stack(draws)
-        return {str(step): logits * step for step in steps or (1,)}
+        super().__init__(3, lambda images: images / 50, noise=50 * noise)
 
 
-def predict(model, images, evaluate=PLAIN, data=RAW, seeds=None, **options):
+def predict(model, images, evaluate=PLAIN, data=RAW, seeds=None, ensemble=()):
     seeds = list(range(len(images))) if seeds is None else seeds
-    return predict_probabilities(model, images, evaluate, data, seeds, device="cpu", **options)
+    return Predictor(model, evaluate, data, tuple(ensemble)).probabilities(images, seeds)
 
 
 def random_image(height, width, seed=0):
@@ -111,7 +84,7 @@ def test_published_logits(golden, key, settings, rows):
     torch.testing.assert_close(found["final"], torch.from_numpy(case[key]).softmax(0), atol=1e-5, rtol=0)
     windows = {"slide32_24_logits": "slide32_24_windows", "slide_small_h20_logits": "slide_small_windows"}.get(key)
     if windows:
-        assert [list(x.shape[-2:]) for x in model.inputs] == case[windows].tolist()
+        assert [list(x.shape[-2:]) for x, _ in model.calls] == case[windows].tolist()
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
@@ -126,13 +99,13 @@ def test_published_multi_scale_and_flip(golden, mode):
     (found,) = predict(model, [image], evaluate, DataConfig())
     expected = torch.from_numpy(case[f"aug_{mode}_mean_probs"])
     torch.testing.assert_close(found["final"], expected, atol=1e-5, rtol=0)
-    (classes,) = predict_classes(model, [image], evaluate, DataConfig(), [0], device="cpu")
+    (classes,) = Predictor(model, evaluate, DataConfig()).classes([image], [0])
     assert classes["final"].dtype == torch.int64
     assert_same_classes(classes["final"], found["final"], case[f"aug_{mode}_pred"])
     if mode == "whole":
         for view in (0, 1):
             torch.testing.assert_close(
-                model.inputs[view][0], torch.from_numpy(case[f"aug_input_{view}"]), atol=1e-5, rtol=0
+                model.calls[view][0][0], torch.from_numpy(case[f"aug_input_{view}"]), atol=1e-5, rtol=0
             )
 
 
@@ -236,45 +209,42 @@ def test_answer_does_not_depend_on_the_other_images(evaluate):
 def test_every_view_and_window_has_its_own_seed():
     model = Pixels()
     predict(model, [random_image(16, 20)] * 2, EvalConfig(None, "slide", (16, 12), (16, 8), flip=True), seeds=[3, 4])
-    expected = [[derive(3, view, window), derive(4, view, window)] for view in (0, 1) for window in (0, 1)]
-    assert [seeds for _, _, seeds in model.calls] == expected
+    expected = [[window_seed(3, view, window), window_seed(4, view, window)] for view in (0, 1) for window in (0, 1)]
+    assert [seeds for _, seeds in model.calls] == expected
 
 
 def test_one_entry_per_step():
     (found,) = predict(Pixels(), [random_image(8, 8)], dataclasses.replace(PLAIN, steps=(1, 3, 10), flip=True))
     assert list(found) == ["1", "3", "10"]
     assert not torch.allclose(found["1"], found["10"])
-    model = Pixels()
-    predict(model, [random_image(8, 8)])
-    assert model.calls[0][1] is None
+    (found,) = predict(Pixels(), [random_image(8, 8)])
+    assert list(found) == ["1"]
 
 
-class Constant(Stub):
+class Constant(TinyStepwise):
     """The same logits everywhere."""
 
-    def __init__(self, *logits, background=False):
-        super().__init__()
-        self.num_classes, self.logits = len(logits), torch.tensor(logits)
-        self.ignore_index = 0 if background else 255
+    num_inference_steps = 1
 
-    def predict_steps(self, images, steps=None, seeds=None):
-        logits = self.logits[None, :, None, None].expand(len(images), -1, *images.shape[-2:])
-        return {str(step): logits * step for step in steps or (1,)}
+    def __init__(self, *logits, background=False):
+        self.constant = torch.tensor(logits)
+        super().__init__(len(logits), lambda images: self.constant[None, :, None, None] + 0 * images[:, :1])
+        self.ignore_index = 0 if background else 255
 
 
 def test_an_ensemble_averages_the_probabilities_of_each_entry():
     model, others = Constant(1.0, 2.0, 4.0), [Constant(0.0, 3.0, 0.0), Constant(2.0, 0.0, 1.0)]
     settings = dataclasses.replace(PLAIN, steps=(1, 2), flip=True)
-    (found,) = predict(model, [random_image(4, 6)], settings, others=others)
+    (found,) = predict(model, [random_image(4, 6)], settings, ensemble=others)
     for step in (1, 2):
-        expected = torch.stack([step * model.logits, *(other.logits for other in others)]).softmax(1).mean(0)
+        expected = torch.stack([step * model.constant, *(other.constant for other in others)]).softmax(1).mean(0)
         torch.testing.assert_close(found[str(step)], expected[:, None, None].expand(3, 4, 6))
 
 
 def test_a_member_without_background_says_it_has_none():
     model, other = Constant(1.0, 2.0, 4.0, background=True), Constant(3.0, 0.0)
-    (found,) = predict(model, [random_image(4, 6)], others=[other])
-    expected = (model.logits.softmax(0) + torch.cat([torch.zeros(1), other.logits.softmax(0)])) / 2
+    (found,) = predict(model, [random_image(4, 6)], ensemble=[other])
+    expected = (model.constant.softmax(0) + torch.cat([torch.zeros(1), other.constant.softmax(0)])) / 2
     torch.testing.assert_close(found["1"][:, 0, 0], expected)
 
 
@@ -301,40 +271,36 @@ def test_entries_accumulate():
 
 
 def test_one_class_is_thresholded():
-    class One(Pixels):
-        num_classes = 1
-
-        def predict_steps(self, images, steps=None, seeds=None):
-            return {"final": images[:, :1] - 100}
-
+    one = Tiny(1, lambda images: images[:, :1] - 100)
     image = np.array([[[90, 0, 0], [100, 0, 0], [110, 0, 0]]], np.uint8)
-    (probabilities,) = predict(One(), [image])
+    (probabilities,) = predict(one, [image])
     torch.testing.assert_close(probabilities["final"], torch.tensor([[[-10.0, 0.0, 10.0]]]).sigmoid())
-    (classes,) = predict_classes(One(), [image], PLAIN, RAW, [0], device="cpu")
+    (classes,) = Predictor(one, PLAIN, RAW).classes([image], [0])
     assert classes["final"].tolist() == [[0, 0, 1]]
 
 
 def test_equal_probabilities_give_the_first_class():
     image = np.full((2, 2, 3), 9, np.uint8)
     image[0, 0] = (0, 200, 200)
-    (classes,) = predict_classes(Pixels(), [image], PLAIN, RAW, [0], device="cpu")
+    (classes,) = Predictor(Pixels(), PLAIN, RAW).classes([image], [0])
     assert classes["1"].tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_network_precision_and_layout(channels_last):
-    class Mixed(Pixels):
-        def predict_steps(self, images, steps=None, seeds=None):
-            self.calls.append((images, torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
-            return {"final": F.conv2d(images, torch.ones(2, 3, 1, 1))}
+    calls = []
 
-    model = Mixed()
-    evaluate = EvalConfig(None, "slide", (8, 8), (6, 6))
-    (found,) = predict(model, [random_image(9, 13)], evaluate, precision="bf16", channels_last=channels_last)
+    def answer(images):
+        calls.append((images, torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return F.conv2d(images, torch.ones(2, 3, 1, 1))
+
+    model = Tiny(2, answer)
+    evaluate = EvalConfig(None, "slide", (8, 8), (6, 6), precision="bf16", channels_last=channels_last)
+    (found,) = predict(model, [random_image(9, 13)], evaluate)
     assert found["final"].dtype == torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert all(images.is_contiguous(memory_format=layout) for images, *_ in model.calls)
-    assert all(flags == [False, False] for _, *flags in model.calls)
+    assert all(images.is_contiguous(memory_format=layout) for images, *_ in calls)
+    assert all(flags == [False, False] for _, *flags in calls)
     torch.testing.assert_close(found["final"], torch.full_like(found["final"], 0.5))
 
 

@@ -111,7 +111,7 @@ def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> N
     settings = described["experiment"]
     assert settings["model"] == {"class": f"{Tiny.__module__}:Tiny", "num_classes": 3, "in_channels": 3}
     assert settings["data"]["root"] == str(tmp_path)
-    assert settings["data"]["crop"] == [512, 1024]
+    assert settings["data"]["crop"] == [512, 512]
     assert settings["seed"] == 0
     assert all(described["versions"][name] for name in ("python", "torch", "segcore"))
     assert described["git"] is None or len(described["git"].removesuffix("-dirty")) == 40
@@ -120,5 +120,5 @@ def test_description_is_plain_and_complete(exp: Experiment, tmp_path: Path) -> N
 def test_differences_name_the_setting(exp: Experiment) -> None:
     before = describe(exp)["experiment"]
     after = describe(exp.with_overrides(["train.batch_size=4", "seed=1"]))["experiment"]
-    assert sorted(differences(before, after)) == ["seed: 0 -> 1", "train.batch_size: 16 -> 4"]
+    assert sorted(differences(before, after)) == ["seed: 0 -> 1", "train.batch_size: 8 -> 4"]
     assert differences(before, before) == []

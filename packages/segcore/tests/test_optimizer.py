@@ -37,7 +37,7 @@ RULES = {
     ],
 )
 def test_one_rule_supplies_both_settings(case: str, name: str, lr: float, decay: float) -> None:
-    settings = param_settings([name], OptimizerConfig(lr=6e-5, rules=RULES[case]))
+    settings = param_settings([name], OptimizerConfig(lr=6e-5, weight_decay=0.01, rules=RULES[case]))
     assert settings[name] == pytest.approx((6e-5 * lr, 0.01 * decay), rel=1e-12)
 
 
@@ -45,7 +45,9 @@ def test_one_rule_supplies_both_settings(case: str, name: str, lr: float, decay:
 def test_settings_of_the_published_constructor(golden, case: str) -> None:
     expected = golden("eval/golden/schedules.npz")
     names = [str(name) for name in expected[f"paramwise_{case}_names"]]
-    lr, decay = zip(*param_settings(names, OptimizerConfig(lr=6e-5, rules=RULES[case])).values(), strict=True)
+    lr, decay = zip(
+        *param_settings(names, OptimizerConfig(lr=6e-5, weight_decay=0.01, rules=RULES[case])).values(), strict=True
+    )
     assert lr == pytest.approx(expected[f"paramwise_{case}_lr"], rel=1e-12)
     assert decay == pytest.approx(expected[f"paramwise_{case}_wd"], rel=1e-12)
 
@@ -62,10 +64,10 @@ class Tiny(Segmentor):
         self.bn = nn.BatchNorm2d(4)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
 
-    def predict_steps(self, images, steps=None, seeds=None):
-        return {"final": self.second(self.bn(self.first(images))) * self.scale}
+    def logits(self, images, seeds=None):
+        return self.second(self.bn(self.first(images))) * self.scale
 
-    def losses(self, images, labels, seeds=None, draws=None):
+    def losses(self, images, labels, **options):
         return {"loss": nn.functional.softplus(self(images)).mean()}
 
     def key_map(self):
@@ -88,7 +90,7 @@ def steps(model: Tiny, optimizer: torch.optim.Optimizer, count: int) -> None:
 
 def test_parameters_with_equal_settings_share_a_group() -> None:
     rules = (ParamRule("norm", lr_mult=2, decay_mult=0), ParamRule("second", decay_mult=0.5))
-    model, optimizer = tiny(OptimizerConfig(lr=0.1, rules=rules))
+    model, optimizer = tiny(OptimizerConfig(lr=0.1, weight_decay=0.01, rules=rules))
     groups = [(len(g["params"]), g["initial_lr"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     assert groups == [(2, 0.1, 0.1, 0.01), (1, 0.1, 0.1, 0.005), (2, 0.2, 0.2, 0.0)]
     trained = [p for g in optimizer.param_groups for p in g["params"]]
@@ -99,7 +101,9 @@ def test_parameters_with_equal_settings_share_a_group() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_step_is_the_textbook_one(kind: str) -> None:
     """Against a group per parameter and the unfused step, in a layout that the fused one must cope with."""
-    settings = OptimizerConfig(kind, lr=0.01, weight_decay=0.1, rules=(ParamRule("norm", lr_mult=3, decay_mult=0),))
+    settings = OptimizerConfig(
+        kind, lr=0.01, weight_decay=0.1, momentum=0.9, rules=(ParamRule("norm", lr_mult=3, decay_mult=0),)
+    )
     model, optimizer = tiny(settings, memory_format=torch.channels_last)
     twin, _ = tiny(settings)
     by_name = param_settings(twin.key_map().values(), settings)
@@ -116,12 +120,16 @@ def test_step_is_the_textbook_one(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_state_by_name_survives_another_grouping(kind: str) -> None:
-    model, optimizer = tiny(OptimizerConfig(kind, lr=0.01))
+    model, optimizer = tiny(OptimizerConfig(kind, lr=0.01, weight_decay=0.01, momentum=0.9))
     steps(model, optimizer, 2)
     saved = {name: {k: v.clone() for k, v in s.items()} for name, s in optimizer_state(model, optimizer).items()}
     assert set(saved) == {"first.weight", "first.bias", "second.weight", "bn.weight", "bn.bias"}
     # a rule that changes nothing by its multipliers but splits the parameters otherwise
-    other, regrouped = tiny(OptimizerConfig(kind, lr=0.01, rules=(ParamRule("first", decay_mult=1 + 1e-12),)))
+    other, regrouped = tiny(
+        OptimizerConfig(
+            kind, lr=0.01, weight_decay=0.01, momentum=0.9, rules=(ParamRule("first", decay_mult=1 + 1e-12),)
+        )
+    )
     assert len(regrouped.param_groups) == 2
     other.load_state_dict(model.state_dict())
     load_optimizer_state(other, regrouped, saved)

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from segcore.cli.predict_images import plan, run
+from segcore.cli import predict_images
+from segcore.cli.predict_images import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
-from segcore.models.segmentor import Segmentor
+from segcore.evaluation.predictor import Predictor
+from segcore.inference import LoadedModel
+from segcore.testing.tiny import TinyStepwise
 
 
 @pytest.fixture
@@ -72,25 +75,18 @@ def test_bytes_behind_a_jpeg_do_no_harm_but_a_cut_one_is_refused(tmp_path):
         read_image(path)
 
 
-class Asked(Segmentor):
-    """Answers 1 where red is above 100, and counts on how many steps it was asked for."""
+class Asked(TinyStepwise):
+    """Answers 1 where red is above 100, and notes which steps it was asked for."""
 
-    num_classes, min_size = 2, 4
+    min_size = 4
 
     def __init__(self):
-        super().__init__()
-        self.weight, self.asked = torch.nn.Parameter(torch.zeros(1)), []
+        super().__init__(2, lambda images: torch.cat([100 - images[:, :1], images[:, :1] - 100], 1))
+        self.asked = []
 
     def predict_steps(self, images, steps=None, seeds=None):
-        self.check_size(images)
         self.asked.append(steps)
-        return {"final": torch.cat([100 - images[:, :1], images[:, :1] - 100], 1)}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        raise NotImplementedError
+        return super().predict_steps(images, steps, seeds)
 
 
 @dataclass(frozen=True)
@@ -99,27 +95,28 @@ class AskedModel(ModelConfig):
         return Asked()
 
 
-PALETTE = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
+def run(model, exp, jobs, **options):
+    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp)), jobs, **options)
 
 
 def experiment(**data):
-    data = DataConfig(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False, **data)
+    data = DataConfig("folder", classes=("a", "b"), mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False, **data)
     return Experiment(
-        "asked", AskedModel(), data, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, steps=(1, 5))
+        "asked", AskedModel(2), data, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, steps=(1, 5))
     )
 
 
 def test_an_image_that_is_too_small_is_named_and_the_others_are_written(folder):
     cv2.imwrite(str(folder / "in" / "aa.png"), np.zeros((3, 4, 3), np.uint8))
     with pytest.raises(UserError, match=r"aa\.png: an image of 3x4 pixels is too small") as caught:
-        run(Asked().eval(), experiment(), plan(folder / "in", folder / "out"), PALETTE)
+        run(Asked(), experiment(), plan(folder / "in", folder / "out"))
     assert "\n" not in str(caught.value)
     assert read_label(folder / "out" / "below" / "b.png").shape == (4, 4)
 
 
 def test_the_model_is_asked_for_its_configured_steps(folder):
-    model = Asked().eval()
-    run(model, experiment(), plan(folder / "in", folder / "out"), PALETTE)
+    model = Asked()
+    run(model, experiment(), plan(folder / "in", folder / "out"))
     assert model.asked == [None, None]
 
 
@@ -128,6 +125,6 @@ def test_the_overlay_of_a_10_bit_image_is_as_bright_as_of_an_8_bit_one(folder):
     image[:2] = 512
     cv2.imwrite(str(folder / "deep.png"), image)
     jobs = plan(folder / "deep.png", folder / "out")
-    run(Asked().eval(), experiment(bit_depth=16), jobs, PALETTE, opacity=0)
+    run(Asked(), experiment(bit_depth=16), jobs, opacity=0)
     shown = read_image(jobs[0].overlay)
     assert (shown[0, 0, 0], shown[3, 0, 0]) == (127, 255)

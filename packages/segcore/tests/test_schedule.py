@@ -5,8 +5,10 @@ import pytest
 from segcore.config.schema import ScheduleConfig
 from segcore.training.schedule import learning_rate
 
-DDP = ScheduleConfig()
-DDPS = ScheduleConfig(kind="step", min_lr=1e-6, warmup_iterations=1000)
+DDP = ScheduleConfig(160_000, "poly", warmup_iterations=1500, warmup_ratio=1e-6, warmup="scheduled")
+DDPS = ScheduleConfig(
+    160_000, "step", step=20_000, gamma=0.5, min_lr=1e-6, warmup_iterations=1000, warmup_ratio=1e-6, warmup="scheduled"
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +21,7 @@ DDPS = ScheduleConfig(kind="step", min_lr=1e-6, warmup_iterations=1000)
         (DDPS, 1.5e-4, 500, 7.500007499999999e-05),
         (DDPS, 1.5e-4, 19_999, 1.5e-4),
         (DDPS, 1.5e-4, 20_000, 7.5e-5),
-        (ScheduleConfig(kind="step", step=10, min_lr=2.0, warmup_iterations=0), 8.0, 30, 2.0),
+        (ScheduleConfig(kind="step", step=10, gamma=0.5, min_lr=2.0, warmup_iterations=0), 8.0, 30, 2.0),
         (ScheduleConfig(iterations=10, power=2.0, min_lr=1.0, warmup_iterations=0), 5.0, 5, 2.0),
     ],
 )
@@ -31,7 +33,9 @@ def test_rates_of_the_published_schedulers(golden) -> None:
     rates = golden("eval/golden/schedules.npz")
     dgmn2 = ScheduleConfig(iterations=40_000, power=0.9, warmup_iterations=0)
     sgd = ScheduleConfig(iterations=80_000, power=0.9, min_lr=1e-4, warmup_iterations=0)
-    ddps_50k = ScheduleConfig(kind="step", step=50_000, min_lr=1e-6, warmup_iterations=1000)
+    ddps_50k = ScheduleConfig(
+        kind="step", step=50_000, gamma=0.5, min_lr=1e-6, warmup_iterations=1000, warmup_ratio=1e-6, warmup="scheduled"
+    )
     for schedule, base, iterations, expected in (
         (DDP, 6e-5, "ddp_iters", "ddp_lr"),
         (dgmn2, 1e-4, "dgmn2_iters", "dgmn2_lr"),
@@ -41,6 +45,8 @@ def test_rates_of_the_published_schedulers(golden) -> None:
     ):
         ours = [learning_rate(schedule, base, int(i)) for i in rates[iterations]]
         assert ours == pytest.approx(rates[expected], rel=1e-12), expected
-    groups = ScheduleConfig(power=0.9, min_lr=1e-6)
+    groups = ScheduleConfig(
+        160_000, power=0.9, min_lr=1e-6, warmup_iterations=1500, warmup_ratio=1e-6, warmup="scheduled"
+    )
     for i, row in zip(rates["groups_iters"], rates["groups_lr_minlr1e-6_power0.9"], strict=True):
         assert [learning_rate(groups, base, int(i)) for base in rates["groups_base"]] == pytest.approx(row, rel=1e-12)

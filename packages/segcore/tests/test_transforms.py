@@ -19,6 +19,8 @@ from segcore.data import transforms as T
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SIDE = st.integers(1, 3000)
+AUGMENT = {"ratio_range": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": 0.5, "photometric": True}
+"""The published augmentations."""
 
 
 class Draws:
@@ -288,7 +290,7 @@ def test_pad(golden):
 @pytest.mark.parametrize("seed", range(6))
 def test_pipeline_golden(golden, seed):
     cases = golden("eval/golden/train_pipeline.npz")
-    transform = T.TrainTransform(DataConfig(img_scale=(128, 64), crop=(48, 64)), ignore_index=255)
+    transform = T.TrainTransform(DataConfig(**AUGMENT, img_scale=(128, 64), crop=(48, 64)), ignore_index=255)
     image, label = transform(cases["image"], cases["label"], RandomState(seed))
     np.testing.assert_array_equal(label.numpy(), cases[f"seed{seed}_label"][0])
     levels = image.numpy().transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)
@@ -311,7 +313,7 @@ def benchmark() -> ModuleType:
 
 @pytest.mark.parametrize("scale", [(128, 64), (300, 100), None])
 def test_every_byte_is_that_of_the_plain_opencv_pipeline(benchmark, scale):
-    data = DataConfig(img_scale=scale, crop=(48, 64))
+    data = DataConfig(**AUGMENT, img_scale=scale, crop=(48, 64))
     plain, ours = benchmark.Plain(data), T.TrainTransform(data)
     image = cv2.resize(RandomState(0).randint(0, 256, (9, 17, 3)).astype(np.uint8), (160, 90))
     label = cv2.resize(RandomState(1).randint(0, 5, (3, 6)).astype(np.uint8), (160, 90), interpolation=0)
@@ -327,7 +329,7 @@ def test_pipeline_without_a_base_scale_uses_the_images_own(golden):
     cases = golden("eval/golden/resize.npz")
     for seed, (w, h) in enumerate(cases["ratio_range_none_37x53_seed0to5"].tolist()):
         size = T.rescale_size(37, 53, (w, h))
-        data = DataConfig(img_scale=None, crop=size, cat_max_ratio=1.0, flip=0.0, photometric=False)
+        data = DataConfig(img_scale=None, ratio_range=(0.5, 2.0), crop=size)
         image, _ = T.TrainTransform(data)(cases["image_random"], cases["label"], RandomState(seed))
         expected = T.normalize(T.resize_image(cases["image_random"], size), MEAN, STD)
         np.testing.assert_array_equal(image.numpy().transpose(1, 2, 0), expected)
@@ -336,7 +338,8 @@ def test_pipeline_without_a_base_scale_uses_the_images_own(golden):
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (4, np.uint8), (3, np.uint16), (13, np.uint16)])
 def test_pipeline_on_other_images(channels, dtype):
     mean, std = (1.0,) * channels, (2.0,) * channels
-    data = DataConfig(img_scale=(64, 64), crop=(80, 72), channels=channels, photometric=False, mean=mean, std=std)
+    augment = {**AUGMENT, "photometric": False}
+    data = DataConfig(img_scale=(64, 64), crop=(80, 72), channels=channels, mean=mean, std=std, **augment)
     image = RandomState(0).randint(0, np.iinfo(dtype).max, (40, 50, channels)).astype(dtype)
     label = RandomState(0).randint(0, 5, (40, 50)).astype(np.uint8)
     first, second = (T.TrainTransform(data, ignore_index=0)(image, label, RandomState(3)) for _ in range(2))

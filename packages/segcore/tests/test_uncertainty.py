@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -11,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcore.cli.predict_images import plan, run
+from segcore.cli import predict_images
+from segcore.cli.predict_images import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError
-from segcore.evaluation.predictor import predict_classes
+from segcore.evaluation.predictor import Predictor
 from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
-from segcore.models.segmentor import Segmentor
+from segcore.inference import LoadedModel
+from segcore.testing.tiny import Tiny, TinyStepwise
 
-DATA = DataConfig(mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
+DATA = DataConfig("folder", classes=("a", "b", "c"), mean=(0.0,) * 3, std=(1.0,) * 3, photometric=False)
 PATHS = {
     "whole": EvalConfig(img_scale=None),
     "slide": EvalConfig(img_scale=None, mode="slide", crop=(16, 16), stride=(10, 10)),
@@ -55,49 +58,36 @@ def test_auroc_leaves_out_ignored_pixels():
     assert area.counts.sum() == 2
 
 
-class Noisy(Segmentor):
-    """Class 1 where red is bright; a marginal that says so with a probability that falls with the blue."""
+def bright(images):
+    """Return logits (N, 3, H, W): class 1 where red is bright, else 0."""
+    found = (images[:, :1] > 100).float()
+    return torch.cat([1 - found, found, found * 0], 1) * 5
 
-    num_classes, diffusion = 3, True
+
+class Noisy(TinyStepwise):
+    """Class 1 where red is bright; mean probabilities that fall with the blue."""
 
     def __init__(self):
-        super().__init__()
-        self.weight, self.starts = torch.nn.Parameter(torch.zeros(1)), []
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        bright = (images[:, :1] > 100).float()
-        return {"3": torch.cat([1 - bright, bright, bright * 0], 1) * 5}
+        super().__init__(3, bright)
+        self.starts = []
 
     def denoising_trajectory(self, images, seeds=None):
-        final = self.predict_steps(images)["3"]
+        final = bright(images)
         return {"step 1": final.roll(1, 1), "step 2": final}
 
     def log_mean_probs(self, images, seeds=None, starts=4):
         self.starts.append(starts)
         other = images[:, 2:3] / 1000  # 0 to 0.255 for each of the two other classes
-        red = self.predict_steps(images)["3"] > 2
-        return torch.where(red, 1 - 2 * other, other).clamp(min=1e-8).log()
+        return torch.where(bright(images) > 2, 1 - 2 * other, other).clamp(min=1e-8).log()
 
     def early_exit(self, images, percent, seeds=None):
-        return self.predict_steps(images)["3"].roll(1, 1), [2] * len(images)
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        raise NotImplementedError
-
-
-class Sure(Noisy):
-    """The same without any diffusion."""
-
-    diffusion = False
-    log_mean_probs = Segmentor.log_mean_probs
-    early_exit = Segmentor.early_exit
+        return bright(images).roll(1, 1), [2] * len(images)
 
 
 @dataclasses.dataclass(frozen=True)
 class NoisyModel(ModelConfig):
+    stepwise: ClassVar[bool] = True
+
     def build(self):
         return Noisy()
 
@@ -111,10 +101,10 @@ def image():
 
 
 def uncertainty(model, evaluate, classes=None, **options):
-    arguments = {"evaluate": evaluate, "data": DATA, "seeds": [0], "device": "cpu"}
-    [entries] = predict_classes(model, [image()], **arguments)
+    predictor = Predictor(model, evaluate, DATA)
+    [entries] = predictor.classes([image()], [0])
     mask = entries["3"] if classes is None else classes
-    return predict_uncertainty(model, [image()], [mask], **arguments, **options)[0], mask
+    return predict_uncertainty(predictor, [image()], [mask], [0], **options)[0], mask
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -136,19 +126,28 @@ def photo(tmp_path):
     return tmp_path / "a.png"
 
 
-def experiment(**evaluate):
+@dataclasses.dataclass(frozen=True)
+class SureModel(ModelConfig):
+    def build(self):
+        return Tiny(3, bright)
+
+
+def experiment(kind=NoisyModel, **evaluate):
     return Experiment(
-        "noisy", NoisyModel(3), DATA, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, **evaluate)
+        "noisy", kind(3), DATA, train=TrainConfig(precision="fp32"), evaluate=EvalConfig(None, **evaluate)
     )
 
 
-PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+def run(model, exp, jobs):
+    colors = jobs[0].image.with_name("colors.txt")
+    colors.write_text("255 0 0\n0 255 0\n0 0 255\n")
+    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp), str(colors)), jobs)
 
 
 def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_path):
     plain, more = plan(photo, tmp_path / "plain"), plan(photo, tmp_path / "more", uncertainty=True, steps=True)
     for jobs in (plain, more):
-        run(Noisy().eval(), experiment(), jobs, PALETTE)
+        run(Noisy(), experiment(), jobs)
     assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == ["a.png", "a_overlay.png"]
     names = ["a.png", "a_overlay.png", "a_steps.png", "a_uncertainty.png"]
     assert sorted(p.name for p in (tmp_path / "more").iterdir()) == names
@@ -165,7 +164,7 @@ def test_predict_writes_uncertainty_and_steps_beside_the_same_mask(photo, tmp_pa
 
 
 def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_path, capsys):
-    run(Noisy().eval(), experiment(early_exit_threshold=1.0), plan(photo, tmp_path / "out"), PALETTE)
+    run(Noisy(), experiment(early_exit_threshold=1.0), plan(photo, tmp_path / "out"))
     assert read_label(tmp_path / "out" / "a.png")[0, [0, -1]].tolist() == [1, 2]
     assert "2.00 denoising steps on average" in capsys.readouterr().out
 
@@ -174,8 +173,8 @@ def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_p
 def test_other_methods_say_that_they_cannot(photo, tmp_path, what):
     early = {"early_exit_threshold": 1.0} if what == "early_exit_threshold" else {}
     files = {} if early else {what: True}
-    with pytest.raises(UserError, match="Sure is no diffusion model") as caught:
-        run(Sure().eval(), experiment(**early), plan(photo, tmp_path / "out", **files), PALETTE)
+    with pytest.raises(UserError, match="Tiny does not denoise in steps; leave out uncertainty, steps") as caught:
+        run(Tiny(3, bright), experiment(SureModel, **early), plan(photo, tmp_path / "out", **files))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -12,40 +12,32 @@ from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfi
 from segcore.data import video
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.models.segmentor import Segmentor
+from segcore.evaluation.predictor import Predictor
+from segcore.inference import LoadedModel
+from segcore.testing.tiny import Tiny
 
 av = pytest.importorskip("av")
 
 
-class Brightness(Segmentor):
-    """Class 0 where a pixel is dark, 13 where it is bright."""
-
-    num_classes = 19
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-
-    def predict_steps(self, images, steps=None, seeds=None):
-        bright = images.mean(1, keepdim=True) * self.scale
-        logits = torch.full((len(images), 19, *images.shape[-2:]), -100.0)
-        logits[:, :1], logits[:, 13:14] = -bright, bright
-        return {"final": logits}
-
-    def losses(self, images, labels, seeds=None, draws=None):
-        raise NotImplementedError
-
-    def key_map(self):
-        return {}
+def brightness(images):
+    """Return logits (N, 19, H, W): class 0 where a pixel is dark, 13 where it is bright."""
+    bright = images.mean(1, keepdim=True)
+    logits = torch.full((len(images), 19, *images.shape[-2:]), -100.0)
+    logits[:, :1], logits[:, 13:14] = -bright, bright
+    return logits
 
 
 class Config(ModelConfig):
     def build(self):
-        return Brightness()
+        return Tiny(19, brightness)
 
 
 EXP = Experiment("brightness", Config(), DataConfig("toy"), evaluate=EvalConfig(img_scale=None))
 PALETTE = palette_of(EXP.data)[1]
+
+
+def loaded():
+    return LoadedModel(EXP, Predictor.of(Tiny(19, brightness).eval(), EXP))
 
 
 def make(path, frames=6, height=50, width=64):
@@ -71,7 +63,7 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
     source = make(tmp_path / "in.mp4")
     path = video.plan(source, tmp_path / "out")
     assert path == tmp_path / "out" / "in_overlay.mp4"
-    assert predict_video.run(Brightness(), EXP, source, path, PALETTE, opacity=1.0, frames=frames) == expected
+    assert predict_video.run(loaded(), source, path, opacity=1.0, frames=frames) == expected
     images, stream = read(path)
     assert len(images) == expected
     assert stream.average_rate == 10
@@ -100,7 +92,7 @@ def test_what_is_a_video(tmp_path, monkeypatch):
 
 def refused(tmp_path, source, target="out", **options):
     with pytest.raises(UserError) as error:
-        predict_video.run(Brightness(), EXP, source, video.plan(source, tmp_path / target), PALETTE, **options)
+        predict_video.run(loaded(), source, video.plan(source, tmp_path / target), **options)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").glob("*")), "something was left behind"
     return str(error.value)
@@ -112,7 +104,7 @@ def test_bad_input(tmp_path):
     assert str(bad) in refused(tmp_path, bad)
     assert "no such video" in refused(tmp_path, tmp_path / "none.mp4")
     assert "would overwrite" in refused(tmp_path, good, "good.mp4")
-    assert "--opacity 2" in refused(tmp_path, good, opacity=2.0)
+    assert "opacity is 2" in refused(tmp_path, good, opacity=2.0)
     assert "--frames 0" in refused(tmp_path, good, frames=0)
 
 

@@ -1,4 +1,4 @@
-"""Continuous-time Gaussian diffusion over label codes: noise schedules, time pairs and one sampler step.
+"""Continuous-time Gaussian diffusion over label embeddings: noise schedules, time pairs and one sampler step.
 
 Paper: arXiv 2303.17559, section 3. Time t runs from 0 (clean) to 1 (noise); the log signal-to-noise ratio l(t) fixes
 the signal's share alpha = sqrt(sigmoid(l)) and the noise's sigma = sqrt(sigmoid(-l)).
@@ -21,10 +21,13 @@ def log_snr(t: Tensor, schedule: Schedule = "cosine") -> Tensor:
     rounding shows (l(1) = -18.907475; float64 would give -18.904310), and the time embedding sees the difference.
     """
     t = t.to("cpu", torch.float32)  # the CPU's rounding everywhere: answers must not depend on the device
-    if schedule == "cosine":
-        x = torch.cos((t + 0.0002) / 1.00025 * math.pi * 0.5)
-        return -torch.log((torch.pow(x, -2) - 1).clamp(min=1e-5))
-    return -torch.log(torch.expm1(1e-4 + 10 * (t * t)))
+    match schedule:
+        case "cosine":
+            x = torch.cos((t + 0.0002) / 1.00025 * math.pi * 0.5)
+            return -torch.log((torch.pow(x, -2) - 1).clamp(min=1e-5))
+        case "linear":
+            return -torch.log(torch.expm1(1e-4 + 10 * (t * t)))
+    raise ValueError(f"schedule is {schedule!r}; it must be cosine or linear")
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,10 +35,10 @@ def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
 
-def add_noise(codes: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
-    """Return alpha * codes + sigma * noise for maps (N, C, h, w) and log-SNRs (N,)."""
-    alpha, sigma = alpha_sigma(log_snr[:, None, None, None].to(codes.dtype))
-    return alpha * codes + sigma * noise
+def add_noise(clean: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
+    """Return alpha * clean + sigma * noise for maps (N, C, h, w) and log-SNRs (N,)."""
+    alpha, sigma = alpha_sigma(log_snr[:, None, None, None].to(clean.dtype))
+    return alpha * clean + sigma * noise
 
 
 def time_pairs(steps: int, time_difference: int = 1, start: float = 0.0) -> list[tuple[float, float]]:
@@ -62,19 +65,19 @@ def noise_at(times: Sequence[float], schedule: Schedule, like: Tensor) -> list[N
     return [Noise(level, *alpha_sigma(level)) for level in levels]
 
 
-def ddim_step(noisy: Tensor, codes: Tensor, now: Noise, after: Noise) -> Tensor:
-    """Return the map at level `after` from the map at `now` and the predicted clean codes, deterministically."""
-    noise = (noisy - now.alpha * codes) / now.sigma.clamp(min=1e-8)
-    return codes * after.alpha + noise * after.sigma
+def ddim_step(noisy: Tensor, clean: Tensor, now: Noise, after: Noise) -> Tensor:
+    """Return the map at level `after` from the map at `now` and the predicted clean map, deterministically."""
+    noise = (noisy - now.alpha * clean) / now.sigma.clamp(min=1e-8)
+    return clean * after.alpha + noise * after.sigma
 
 
-def ddpm_step(noisy: Tensor, codes: Tensor, now: Noise, after: Noise, noise: Tensor | None) -> Tensor:
+def ddpm_step(noisy: Tensor, clean: Tensor, now: Noise, after: Noise, noise: Tensor | None) -> Tensor:
     """Return a sample of the map at level `after`; `noise` is standard normal, None for the last step (time 0).
 
     `1 - c` is left as it is although it rounds to 0 at t = 1: the published weights were used with it.
     """
     c = -torch.expm1(now.log_snr - after.log_snr)
-    mean = after.alpha * (noisy * (1 - c) / now.alpha + c * codes)
+    mean = after.alpha * (noisy * (1 - c) / now.alpha + c * clean)
     if noise is None:
         return mean
     variance = after.sigma**2 * c

@@ -4,9 +4,8 @@ Source: the model zoo of the authors' repository (JiYuanFeng/DDP, folder `segmen
 stand in a part of that page that is commented out, and come without weights.
 """
 
-import re
-
 from segcore.config.schema import Published
+from segcore.models.key_map import AUXILIARY_HEAD
 
 _HUB = "https://huggingface.co/yfji/DDP-Weight/resolve/main"
 _UNLISTED = "commented out on the authors' results page; no weights offered"
@@ -45,13 +44,13 @@ PUBLISHED = dict(
 )
 
 # Our names -> published ones; the backbone's are in segcore.models.backbones.
-_RULES = (
+RULES = (
     (r"^fpn\.lateral\.(\d+)\.", r"neck.0.lateral_convs.\1."),
     (r"^fpn\.output\.(\d+)\.", r"neck.0.fpn_convs.\1."),
-    (r"^merge\.", "neck.1.down."),
+    (r"^fuse_conv\.", "neck.1.down."),
     (r"^(neck\..*)\.norm\.", r"\1.gn."),
     (r"^transform\.", "transform.conv."),
-    (r"^label_codes\.", "embedding_table."),
+    (r"^label_embedding\.", "embedding_table."),
     (r"^time_embedding\.frequencies$", "time_mlp.0.weights"),
     (r"^time_embedding\.fc1\.", "time_mlp.1."),
     (r"^time_embedding\.fc2\.", "time_mlp.3."),
@@ -63,14 +62,5 @@ _RULES = (
     (r"^(decode_head\..*)\.fc1\.", r"\1.ffns.0.layers.0.0."),
     (r"^(decode_head\..*)\.fc2\.", r"\1.ffns.0.layers.1."),
     (r"^(decode_head\..*)\.time\.", r"\1.time_mlp.1."),
-    (r"^auxiliary_head\.hidden\.conv\.", "auxiliary_head.convs.0.conv."),
-    (r"^auxiliary_head\.hidden\.norm\.", "auxiliary_head.convs.0.bn."),
-    (r"^auxiliary_head\.classifier\.", "auxiliary_head.conv_seg."),
+    *AUXILIARY_HEAD,
 )
-
-
-def official_name(name: str) -> str:
-    """Return the published name of one of our parameters outside the backbone."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name

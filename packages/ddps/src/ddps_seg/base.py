@@ -8,32 +8,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ddps_seg import backbones, heads
-from ddps_seg.configs import Base, Encoder
+from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.heads import FCNHead
-from segcore.models.layers import resize
-from segcore.models.losses import cross_entropy
+from segcore.models.key_map import AUXILIARY_HEAD, rename
+from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
-STRIDE = 16
-"""Images are padded to a multiple of it: the UNet halves a map at 1/4 of the image's size twice."""
 AUXILIARY_WEIGHT = 0.4
 
 
 class EncoderSegmentor(Segmentor):
     """What base models and DDPS have in common: backbone and condition head."""
 
-    def __init__(self, config: Encoder) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, backbone: str, drop_path: float, condition_width: int | None
+    ) -> None:
         super().__init__()
-        self.num_classes = config.num_classes
-        self.backbone = backbones.build(config.backbone, in_channels=config.in_channels, drop_path=config.drop_path)
+        self.num_classes = num_classes
+        self.backbone = backbones.build(backbone, in_channels=in_channels, drop_path=drop_path)
         self.min_size = self.backbone.min_size
         dilated = backbones.is_dilated(self.backbone)
         head, width = (heads.DeepLabHead, 512) if dilated else (heads.SegFormerHead, 256)
-        self.head = head(self.backbone.channels, config.condition_width or width)
+        self.head = head(self.backbone.channels, condition_width or width)
         for module in self.head.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -43,51 +42,59 @@ class EncoderSegmentor(Segmentor):
         self.check_size(images)
         return self.head(self.backbone(images))
 
-    def key_map(self) -> dict[str, str]:
-        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
-        return {name: backbone.get(name) or self._official_name(name) for name in self.state_dict()}
-
-    def _official_name(self, name: str) -> str:
-        """Return the published name of an entry outside the backbone."""
-        part, _, rest = name.partition(".")
-        return f"decode_head.{heads.official_name(rest)}" if part == "head" else name
-
-    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
-        return self.backbone.load_pretrained(state)
-
     def check_batch(self, images: Tensor) -> None:
         """Raise UserError when the batch norm of the pooled branch would train on one value per channel."""
         if isinstance(self.head, heads.DeepLabHead) and self.head.training and len(images) == 1:
             raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
 
+    def key_map(self) -> dict[str, str]:
+        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
+        return {name: backbone.get(name) or self.published_name(name) for name in self.state_dict()}
 
-class BaseSegmentor(EncoderSegmentor):
-    """SegFormer or DeepLabV3+. Built by `Base.build`."""
+    def published_name(self, name: str) -> str:
+        """Return the published name of an entry outside the backbone."""
+        part, _, rest = name.partition(".")
+        return f"decode_head.{rename(rest, heads.RULES)}" if part == "head" else rename(name, RULES)
 
-    def __init__(self, config: Base) -> None:
-        super().__init__(config)
-        self.config = config
-        self.dropout = nn.Dropout2d(config.dropout)
-        self.classifier = nn.Conv2d(self.head.width, config.num_classes, 1)
+    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
+        return self.backbone.load_pretrained(state)
+
+
+class BaseModel(EncoderSegmentor):
+    """SegFormer or DeepLabV3+; the arguments are the fields of `ddps_seg.configs.BaseModelConfig`."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 150,
+        in_channels: int = 3,
+        backbone: str = "mit_b2",
+        drop_path: float = 0.1,
+        condition_width: int | None = None,
+        dropout: float = 0.1,
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels, backbone, drop_path, condition_width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(self.head.width, num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         assert self.classifier.bias is not None
         nn.init.zeros_(self.classifier.bias)
-        channels = self.backbone.channels[2]
-        self.auxiliary_head = FCNHead(channels, 256, config.num_classes) if config.auxiliary else None
+        self.auxiliary_head = FCNHead(self.backbone.channels[2], 256, num_classes) if auxiliary else None
 
-    def predict_steps(
-        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the one entry "final"; `steps` and `seeds` change nothing. See `Segmentor`."""
-        return {"final": resize(self.classifier(self.encode(images)), images.shape[-2:])}
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return logits (N, K, H/4, W/4), sides rounded up; nothing is drawn."""
+        return self.classifier(self.encode(images))
 
     def losses(
         self,
         images: Tensor,
         labels: Tensor,
+        *,
         seeds: Sequence[int] | None = None,
         draws: Mapping[str, Tensor] | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; nothing is drawn. See `Segmentor`.
 
@@ -101,29 +108,10 @@ class BaseSegmentor(EncoderSegmentor):
             outputs["aux"] = self.auxiliary_head(maps[2]), AUXILIARY_WEIGHT
         losses: dict[str, Tensor] = {}
         for name, (logits, weight) in outputs.items():
-            loss, accuracy = cross_entropy(
-                logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight
-            )
-            losses |= {f"{name}.loss_ce": weight * loss, f"{name}.acc_seg": accuracy}
+            value, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
+            losses |= {f"{name}.loss_ce": weight * value, f"{name}.acc_seg": accuracy}
         losses["loss"] = sum(losses[f"{name}.loss_ce"] for name in outputs)  # type: ignore[assignment]
         return losses
 
-    def _official_name(self, name: str) -> str:
-        for ours, theirs in _NAMES.items():
-            if name.startswith(ours):
-                return theirs + name.removeprefix(ours)
-        return super()._official_name(name)
 
-
-_NAMES = {
-    "classifier.": "decode_head.conv_seg.",
-    "auxiliary_head.hidden.conv.": "auxiliary_head.convs.0.conv.",
-    "auxiliary_head.hidden.norm.": "auxiliary_head.convs.0.bn.",
-    "auxiliary_head.classifier.": "auxiliary_head.conv_seg.",
-}
-
-
-def padded(images: Tensor) -> Tensor:
-    """Return images (N, C, H, W) with zeros to the right and below, up to multiples of 16."""
-    height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+RULES = ((r"^classifier\.", "decode_head.conv_seg."), *AUXILIARY_HEAD)

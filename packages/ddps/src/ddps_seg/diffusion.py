@@ -16,13 +16,16 @@ from torch import Tensor
 Schedule = Literal["linear", "cosine"]
 Mode = Literal["q_pred", "q_posterior", "bayes"]
 CLEAN, NOISY = 0.99999, 0.000009
-"""The cumulative keep of the first and of the last noise index."""
+"""The cumulative alpha of the first and of the last noise index."""
 TINY = 1e-30
 """What stands for a probability of zero."""
 
 
-class Tables(NamedTuple):
-    """Logarithms of keep a and leak b = (1 - a) / K, float32: per step (T,), and cumulative (T + 1,), no noise last."""
+class NoiseSchedule(NamedTuple):
+    """Logarithms of alpha, the share of kept labels, and beta = (1 - alpha) / K, float32.
+
+    Per step (T,), and cumulative (T + 1,), where the last entry stands for no noise.
+    """
 
     log_at: Tensor
     log_bt: Tensor
@@ -30,21 +33,24 @@ class Tables(NamedTuple):
     log_cumprod_bt: Tensor
 
 
-def keep_and_leak(timesteps: int, num_classes: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return keep and leak per step (T,), and cumulative (T + 1,), in float32 and in this order of operations."""
+def alphas_and_betas(timesteps: int, num_classes: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return alphas and betas per step (T,), and cumulative (T + 1,), in float32 and in this order of operations."""
     i = torch.arange(timesteps, device="cpu")
-    if schedule == "linear":
-        kept = i / (timesteps - 1) * (NOISY - CLEAN) + CLEAN
-    else:
-        kept = (torch.cos((i + timesteps) * math.pi * 0.5 / timesteps) + 1) ** 2 * (CLEAN - NOISY) + NOISY
+    match schedule:
+        case "linear":
+            kept = i / (timesteps - 1) * (NOISY - CLEAN) + CLEAN
+        case "cosine":
+            kept = (torch.cos((i + timesteps) * math.pi * 0.5 / timesteps) + 1) ** 2 * (CLEAN - NOISY) + NOISY
+        case other:
+            raise ValueError(f"schedule is {other!r}; it must be linear or cosine")
     at = kept / torch.cat([torch.ones(1, device="cpu"), kept[:-1]])
     cumulative = torch.cat([kept, torch.ones(1, device="cpu")])
     return at, (1 - at) / num_classes, cumulative, (1 - cumulative) / num_classes
 
 
-def tables(timesteps: int, num_classes: int, schedule: Schedule) -> Tables:
+def make_schedule(timesteps: int, num_classes: int, schedule: Schedule) -> NoiseSchedule:
     """Return the tables of a schedule."""
-    return Tables(*(values.log() for values in keep_and_leak(timesteps, num_classes, schedule)))
+    return NoiseSchedule(*(values.log() for values in alphas_and_betas(timesteps, num_classes, schedule)))
 
 
 def step_list(timesteps: int, wanted: int | None = None) -> list[int]:
@@ -69,7 +75,7 @@ def sample(log_p: Tensor, uniforms: Tensor) -> Tensor:
     return (gumbel(uniforms) + log_p).argmax(1)
 
 
-def q_pred(labels: Tensor, index: int | Tensor, noise: Tables, uniforms: Tensor) -> Tensor:
+def q_pred(labels: Tensor, index: int | Tensor, noise: NoiseSchedule, uniforms: Tensor) -> Tensor:
     """Return labels (N, h, w) with the noise of an index, or of one index per image (N,), at once.
 
     The same draw as `sample(log_q_pred(…), uniforms)` without the (N, K, h, w) in between: among the classes that are
@@ -82,14 +88,14 @@ def q_pred(labels: Tensor, index: int | Tensor, noise: Tables, uniforms: Tensor)
     return torch.where(gumbel(own) + kept >= gumbel(most) + changed, labels, other)
 
 
-def log_q_pred(labels: Tensor, index: int | Tensor, noise: Tables, num_classes: int) -> Tensor:
+def log_q_pred(labels: Tensor, index: int | Tensor, noise: NoiseSchedule, num_classes: int) -> Tensor:
     """Return log q(x_k | x_0) (N, K, h, w) for labels (N, h, w) and an index or one per image (N,)."""
     kept, changed = _levels(index, noise, labels)
     return torch.where(_is(labels, num_classes), kept[:, None], changed[:, None])
 
 
 def log_q_posterior(
-    clean: Tensor, noisy: Tensor, index: int | Tensor, noise: Tables, num_classes: int, *, exact: bool = False
+    clean: Tensor, noisy: Tensor, index: int | Tensor, noise: NoiseSchedule, num_classes: int, *, exact: bool = False
 ) -> Tensor:
     """Return log-probabilities (N, K, h, w) of x_(k-1), not normalized, from labels x_0 and x_k (N, h, w).
 
@@ -111,7 +117,7 @@ def _is(labels: Tensor, num_classes: int) -> Tensor:
     return labels[:, None] == torch.arange(num_classes, device=labels.device)[:, None, None]
 
 
-def _levels(index: int | Tensor, noise: Tables, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _levels(index: int | Tensor, noise: NoiseSchedule, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probability of the old label and of every other one, (N or 1, 1, 1)."""
     a, b = _at(noise.log_cumprod_at, index, labels), _at(noise.log_cumprod_bt, index, labels)
     return torch.logaddexp(a, b), torch.logaddexp(a + math.log(TINY), b)

@@ -5,7 +5,6 @@ Batch norm and ReLU follow every convolution, so a condition is not negative.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from segcore.models.layers import ConvNorm, resize
 
 
-class Unit(ConvNorm):
+class ConvBNReLU(ConvNorm):
     """Convolution, batch norm and ReLU: `conv`, `norm`, `act`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, *, dilation: int = 1, groups: int = 1):
@@ -30,8 +29,8 @@ class Unit(ConvNorm):
 
 def separable(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Sequential:
     """Return a depthwise-separable 3x3 convolution: `depthwise`, `pointwise`."""
-    depthwise = Unit(in_channels, in_channels, 3, dilation=dilation, groups=in_channels)
-    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=Unit(in_channels, out_channels)))
+    depthwise = ConvBNReLU(in_channels, in_channels, 3, dilation=dilation, groups=in_channels)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=ConvBNReLU(in_channels, out_channels)))
 
 
 class SegFormerHead(nn.Module):
@@ -40,18 +39,18 @@ class SegFormerHead(nn.Module):
     def __init__(self, in_channels: Sequence[int], width: int = 256) -> None:
         super().__init__()
         self.width = width
-        self.maps = nn.ModuleList(Unit(channels, width) for channels in in_channels)
-        self.merge = Unit(4 * width, width)
+        self.maps = nn.ModuleList(ConvBNReLU(channels, width) for channels in in_channels)
+        self.fuse_conv = ConvBNReLU(4 * width, width)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return the condition (N, width, h, w) at the size of the first map."""
         # The merging 1x1 convolution is linear, and so is resizing: each map is merged at its own size.
-        weights = self.merge.conv.weight.split(self.width, 1)
+        weights = self.fuse_conv.conv.weight.split(self.width, 1)
         parts = [F.conv2d(project(x), w) for project, x, w in zip(self.maps, maps, weights, strict=True)]
         merged = parts[0]
         for part in parts[1:]:
             merged = merged + resize(part, merged.shape[-2:])
-        return self.merge.act(self.merge.norm(merged))
+        return self.fuse_conv.act(self.fuse_conv.norm(merged))
 
 
 class DeepLabHead(nn.Module):
@@ -61,10 +60,10 @@ class DeepLabHead(nn.Module):
         super().__init__()
         self.width = width
         first, *_, last = in_channels
-        self.pool = Unit(last, width)
-        self.branches = nn.ModuleList([Unit(last, width), *(separable(last, width, d) for d in (12, 24, 36))])
-        self.bottleneck = Unit(5 * width, width, 3)
-        self.low = Unit(first, 48)
+        self.pool = ConvBNReLU(last, width)
+        self.branches = nn.ModuleList([ConvBNReLU(last, width), *(separable(last, width, d) for d in (12, 24, 36))])
+        self.bottleneck = ConvBNReLU(5 * width, width, 3)
+        self.low = ConvBNReLU(first, 48)
         self.refine = nn.Sequential(separable(width + 48, width), separable(width, width))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -75,20 +74,13 @@ class DeepLabHead(nn.Module):
         return self.refine(torch.cat([resize(x, first.shape[-2:]), self.low(first)], 1))
 
 
-_RULES = (
+RULES = (
     (r"\.norm\.", ".bn."),
     (r"^maps\.", "convs."),
-    (r"^merge\.", "fusion_conv."),
+    (r"^fuse_conv\.", "fusion_conv."),
     (r"^pool\.", "image_pool.1."),
     (r"^branches\.", "aspp_modules."),
     (r"^low\.", "c1_bottleneck."),
     (r"^refine\.", "sep_bottleneck."),
     (r"\.(depth|point)wise\.", r".\1wise_conv."),
 )
-
-
-def official_name(name: str) -> str:
-    """Return the published name (without `decode_head.`) of a head's parameter."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name

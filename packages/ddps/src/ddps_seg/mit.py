@@ -7,15 +7,15 @@ part tells positions apart, so any image size will do.
 from __future__ import annotations
 
 import math
-import re
 from typing import NamedTuple
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.models.backbones import Backbone
+from segcore.models.key_map import rename
+from segcore.models.layers import DropPath
 
 
 class Variant(NamedTuple):
@@ -162,10 +162,10 @@ class MiT(Backbone):
         return maps
 
     def key_map(self) -> dict[str, str]:
-        return {name: _official(name) for name in self.state_dict()}
+        return {name: rename(name, RULES) for name in self.state_dict()}
 
 
-_RULES = (
+RULES = (
     (r"^stages\.(\d)\.patches\.", r"layers.\1.0.projection."),
     (r"^stages\.(\d)\.patch_norm\.", r"layers.\1.0.norm."),
     (r"^stages\.(\d)\.blocks\.", r"layers.\1.1."),
@@ -178,9 +178,3 @@ _RULES = (
     (r"\.ffn\.mix\.", ".ffn.layers.1."),
     (r"\.ffn\.shrink\.", ".ffn.layers.4."),
 )
-
-
-def _official(name: str) -> str:
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name

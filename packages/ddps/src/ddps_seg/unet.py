@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -172,7 +171,7 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-class Level(nn.Module):
+class UNetStage(nn.Module):
     """One resolution: two blocks, linear attention, and the convolution to the next resolution or width."""
 
     def __init__(self, in_channels: int, channels: int, time_width: int, resample: nn.Module) -> None:
@@ -183,7 +182,7 @@ class Level(nn.Module):
         self.resample = resample
 
 
-class Down(Level):
+class Down(UNetStage):
     """A level on the way down."""
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +192,7 @@ class Down(Level):
         return self.resample(second), first, second
 
 
-class Up(Level):
+class Up(UNetStage):
     """A level on the way up."""
 
     def forward(self, x: Tensor, second: Tensor, first: Tensor, time: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-_RULES = (
+RULES = (
     (r"^stem\.", "init_conv."),
     (r"^time1\.", "time_mlp.1."),
     (r"^time2\.", "time_mlp.3."),
@@ -280,10 +279,3 @@ _RULES = (
     (r"^((?:downs|ups).*)\.out\.", r"\1.fn.fn.to_out.0."),
     (r"\.out_norm\.gain$", ".fn.fn.to_out.1.g"),
 )
-
-
-def official_name(name: str) -> str:
-    """Return the published name (without `decode_head.unet.`) of a parameter."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -15,19 +15,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddrnet_seg.configs import VARIANTS, DDRNet, Variant
-from ddrnet_seg.losses import ohem_pyradd
 from ddrnet_seg.official import Source, official_name, recognize
+from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.layers import ConvNorm, fused, resize
-from segcore.models.losses import cross_entropy, ohem_cross_entropy
+from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
 STRIDE = 8
 """Of the high-resolution branch and the logits; images are padded to a multiple of it."""
 
 
-def unit(
+class Variant(NamedTuple):
+    """The sizes of a network."""
+
+    planes: int
+    """Channels of the stem, p; the high-resolution branch has 2p."""
+    blocks: tuple[int, ...]
+    """Residual blocks of layer1, layer2, each round of stage 3 (one or two) and stage 4."""
+    head: int
+    """Channels inside the heads."""
+    classifier: int
+    """Channels before the ImageNet classifier."""
+
+
+VARIANTS = {
+    "23_slim": Variant(32, (2, 2, 2, 2), 64, 1024),
+    "23": Variant(64, (2, 2, 2, 2), 128, 2048),
+    "39": Variant(64, (3, 4, 3, 3, 3), 256, 2048),
+}
+
+
+def conv_bn(
     in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, act: bool = True, bias: bool = False
 ) -> ConvNorm:
     """Return convolution, batch norm and, with `act`, ReLU."""
@@ -38,11 +57,11 @@ def unit(
 class Residual(nn.Module):
     """`body(x) + shortcut(x)`, rectified with `act`."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, *units: ConvNorm, act: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, *convs: ConvNorm, act: bool) -> None:
         super().__init__()
-        self.body = nn.Sequential(OrderedDict((f"conv{i}", x) for i, x in enumerate(units, 1)))
+        self.body = nn.Sequential(OrderedDict((f"conv{i}", x) for i, x in enumerate(convs, 1)))
         plain = stride == 1 and in_channels == out_channels
-        self.shortcut = None if plain else unit(in_channels, out_channels, 1, stride, act=False)
+        self.shortcut = None if plain else conv_bn(in_channels, out_channels, 1, stride, act=False)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,25 +70,29 @@ class Residual(nn.Module):
         return F.relu_(y) if self.act else y
 
 
-def basic(in_channels: int, width: int, stride: int = 1, *, act: bool) -> Residual:
+def basic_block(in_channels: int, width: int, stride: int = 1, *, act: bool) -> Residual:
     """Return the basic residual block: two 3x3 convolutions."""
-    units = unit(in_channels, width, 3, stride), unit(width, width, 3, act=False)
-    return Residual(in_channels, width, stride, *units, act=act)
+    convs = conv_bn(in_channels, width, 3, stride), conv_bn(width, width, 3, act=False)
+    return Residual(in_channels, width, stride, *convs, act=act)
 
 
 def bottleneck(in_channels: int, width: int, stride: int, *, act: bool) -> Residual:
     """Return the bottleneck residual block: 1x1, 3x3 and 1x1 convolutions, twice `width` channels out."""
-    units = unit(in_channels, width, 1), unit(width, width, 3, stride), unit(width, 2 * width, 1, act=False)
-    return Residual(in_channels, 2 * width, stride, *units, act=act)
+    convs = (
+        conv_bn(in_channels, width, 1),
+        conv_bn(width, width, 3, stride),
+        conv_bn(width, 2 * width, 1, act=False),
+    )
+    return Residual(in_channels, 2 * width, stride, *convs, act=act)
 
 
 def stage(in_channels: int, width: int, blocks: int, stride: int = 1) -> nn.Sequential:
     """Return basic blocks, the first with the stride; the last is not rectified."""
-    first = basic(in_channels, width, stride, act=blocks > 1)
-    return nn.Sequential(first, *(basic(width, width, act=i < blocks - 1) for i in range(1, blocks)))
+    first = basic_block(in_channels, width, stride, act=blocks > 1)
+    return nn.Sequential(first, *(basic_block(width, width, act=i < blocks - 1) for i in range(1, blocks)))
 
 
-class Exchange(nn.Module):
+class BilateralFusion(nn.Module):
     """A stage of both branches, then bilateral fusion: each branch gets what the other had before it.
 
     `down` leads from the high branch to the low one, `compress` back.
@@ -80,8 +103,8 @@ class Exchange(nn.Module):
         self.low = stage(low_in, low, blocks, stride)
         self.high = stage(high, high, blocks)
         widths = (high, *down)
-        self.down = nn.Sequential(*(unit(a, b, 3, 2, act=b != low) for a, b in zip(widths, down, strict=False)))
-        self.compress = unit(low, high, 1, act=False)
+        self.down = nn.Sequential(*(conv_bn(a, b, 3, 2, act=b != low) for a, b in zip(widths, down, strict=False)))
+        self.compress = conv_bn(low, high, 1, act=False)
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return both maps after stage and fusion, not rectified."""
@@ -106,23 +129,23 @@ class Backbone(nn.Module):
     def __init__(self, variant: Variant, in_channels: int = 3, *, classifier: bool = False) -> None:
         super().__init__()
         p, (first, second, *third, fourth) = variant.planes, variant.blocks
-        self.conv1 = nn.Sequential(unit(in_channels, p, 3, 2, bias=True), unit(p, p, 3, 2, bias=True))
+        self.conv1 = nn.Sequential(conv_bn(in_channels, p, 3, 2, bias=True), conv_bn(p, p, 3, 2, bias=True))
         self.layer1 = stage(p, p, first)
         self.layer2 = stage(p, 2 * p, second, 2)
-        self.exchanges = nn.ModuleList(
-            Exchange((4 if i else 2) * p, 4 * p, 2 * p, blocks, 1 if i else 2, [4 * p])
+        self.fusions = nn.ModuleList(
+            BilateralFusion((4 if i else 2) * p, 4 * p, 2 * p, blocks, 1 if i else 2, [4 * p])
             for i, blocks in enumerate(third)
         )
-        self.exchanges.append(Exchange(4 * p, 8 * p, 2 * p, fourth, 2, [4 * p, 8 * p]))
+        self.fusions.append(BilateralFusion(4 * p, 8 * p, 2 * p, fourth, 2, [4 * p, 8 * p]))
         self.low5 = bottleneck(8 * p, 8 * p, 1 if classifier else 2, act=classifier)
         self.high5 = bottleneck(2 * p, 2 * p, 1, act=classifier)
 
     def forward(self, images: Tensor) -> Features:
         """Return the features of images (N, C, H, W), both sides multiples of 8."""
         low = high = self.layer2(F.relu_(self.layer1(self.conv1(images))))
-        for exchange in self.exchanges:
+        for fusion in self.fusions:
             middle = high
-            low, high = exchange(low, high)
+            low, high = fusion(low, high)
         return Features(self.low5(F.relu_(low)), self.high5(F.relu_(high)), middle)
 
 
@@ -162,7 +185,7 @@ class Head(nn.Module):
     def __init__(self, in_channels: int, width: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels)
-        self.hidden = unit(in_channels, width, 3)
+        self.hidden = conv_bn(in_channels, width, 3)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,38 +193,47 @@ class Head(nn.Module):
         return self.classifier(self.hidden(F.relu_(self.norm(x))))
 
 
-class DDRNetSegmentor(Segmentor):
-    """DDRNet-23-slim, -23 and -39. Built by `DDRNet.build`. Images of any size are padded to a multiple of 8 inside."""
+class DDRNet(Segmentor):
+    """DDRNet-23-slim, -23 and -39; the arguments are the fields of `ddrnet_seg.configs.DDRNetConfig`."""
 
     auxiliary_names = ("auxiliary_head.", "seghead_extra.")
-    size_divisor = STRIDE
+    pad_to = size_divisor = STRIDE
 
-    def __init__(self, config: DDRNet) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 19,
+        in_channels: int = 3,
+        variant: str = "23_slim",
+        auxiliary: bool = True,
+        auxiliary_weight: float = 0.4,
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        self.align_corners = config.align_corners
-        variant = VARIANTS[config.variant]
-        p = variant.planes
-        self.backbone = Backbone(variant, config.in_channels)
-        self.context = DAPPM(16 * p, 128, 4 * p)
-        self.head = Head(4 * p, variant.head, config.num_classes)
-        self.auxiliary_head = Head(2 * p, variant.head, config.num_classes) if config.auxiliary else None
+        self.num_classes, self.align_corners, self.auxiliary_weight = num_classes, align_corners, auxiliary_weight
+        planes, width = VARIANTS[variant].planes, VARIANTS[variant].head
+        self.backbone = Backbone(VARIANTS[variant], in_channels)
+        self.context = DAPPM(16 * planes, 128, 4 * planes)
+        self.head = Head(4 * planes, width, num_classes)
+        self.auxiliary_head = Head(2 * planes, width, num_classes) if auxiliary else None
         initialize(self)
 
-    def predict_steps(
-        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the one entry "final"; `steps` and `seeds` change nothing. See `Segmentor`."""
-        self.check_size(images)
-        return {"final": self._full_size(self._logits(self.backbone(_padded(images))), images.shape[-2:])}
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return logits (N, K, H/8, W/8) of padded images (N, C, H, W); nothing is drawn."""
+        return self.decode(self.backbone(images))
+
+    def decode(self, features: Features) -> Tensor:
+        """Return the main logits (N, K, H/8, W/8)."""
+        return self.head(resize(self.context(features.low), features.high.shape[-2:]) + features.high)
 
     def losses(
         self,
         images: Tensor,
         labels: Tensor,
+        *,
         seeds: Sequence[int] | None = None,
         draws: Mapping[str, Tensor] | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; nothing is drawn. See `Segmentor`.
 
@@ -210,46 +242,24 @@ class DDRNetSegmentor(Segmentor):
         """
         if len(images) == 1 and isinstance(n := self.context.scales[-1].norm, nn.BatchNorm2d) and n.training:
             raise UserError("DDRNet trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
-        features = self.backbone(_padded(images))
-        logits = {"decode": (self._logits(features), 1.0)}
+        features = self.backbone(self.pad(images))
+        logits = {"decode": (self.decode(features), 1.0)}
         if self.auxiliary_head is not None:
-            logits["aux"] = self.auxiliary_head(features.middle), self.config.auxiliary_weight
+            logits["aux"] = self.auxiliary_head(features.middle), self.auxiliary_weight
         losses: dict[str, Tensor] = {}
         for name, (x, weight) in logits.items():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            loss, accuracy = self._criterion(self._full_size(x, labels.shape[-2:]), labels)
-            losses |= {f"{name}.loss_ce": weight * loss, f"{name}.acc_seg": accuracy}
+            full = self.resize_to_input(x, labels.shape[-2:])
+            value, accuracy = segmentation_loss(full, labels, loss, ignore_index=self.ignore_index)
+            losses |= {f"{name}.loss_ce": weight * value, f"{name}.acc_seg": accuracy}
         losses["loss"] = torch.stack([value for name, value in losses.items() if "loss" in name]).sum()
         return losses
 
-    def fuse(self) -> DDRNetSegmentor:
+    def fuse(self) -> DDRNet:
         """Return a copy for inference: batch norms folded into the convolutions before them, no auxiliary head."""
         copied = fused(self)
         copied.auxiliary_head = None
         return copied
-
-    def _logits(self, features: Features) -> Tensor:
-        """Return the main logits (N, K, H/8, W/8)."""
-        return self.head(resize(self.context(features.low), features.high.shape[-2:]) + features.high)
-
-    def _criterion(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the configured loss and the accuracy for logits (N, K, H, W) and labels (N, H, W)."""
-        config = self.config
-        if config.loss == "cross_entropy":
-            return cross_entropy(logits, labels, ignore_index=self.ignore_index, class_weight=self.class_weight)
-        return (ohem_pyradd if config.loss == "ohem_pyradd" else ohem_cross_entropy)(
-            logits,
-            labels,
-            ignore_index=self.ignore_index,
-            threshold=config.ohem_threshold,
-            min_kept=config.ohem_min_kept,
-            class_weight=self.class_weight,
-        )
-
-    def _full_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Return logits (N, K, H, W) at `size`, for logits of the padded image at 1/8 of its size."""
-        padded = [STRIDE * side for side in logits.shape[-2:]]
-        return resize(logits, padded, align_corners=self.align_corners)[..., : size[0], : size[1]]
 
     # Weights
 
@@ -258,7 +268,7 @@ class DDRNetSegmentor(Segmentor):
         return key_map(self)
 
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load a segmentation checkpoint of the authors, the seed project or MMSegmentation, told apart by its names.
+        """Load a segmentation checkpoint of the authors, pyradd/DDRNet-pytorch or MMSegmentation; its names tell which.
 
         See `Segmentor.load_official`, and `official.recognize` for what the four kinds look like.
         """
@@ -287,14 +297,14 @@ class DDRNetClassifier(nn.Module):
         super().__init__()
         p, width = VARIANTS[variant].planes, VARIANTS[variant].classifier
         self.backbone = Backbone(VARIANTS[variant], in_channels, classifier=True)
-        self.down5 = nn.Sequential(unit(4 * p, 8 * p, 3, 2), unit(8 * p, 16 * p, 3, 2, act=False))
-        self.last_layer = unit(16 * p, width, 1)
+        self.down5 = nn.Sequential(conv_bn(4 * p, 8 * p, 3, 2), conv_bn(8 * p, 16 * p, 3, 2, act=False))
+        self.last_layer = conv_bn(16 * p, width, 1)
         self.linear = nn.Linear(width, num_classes)
         initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes) for normalized images (N, C, H, W)."""
-        features = self.backbone(_padded(images))
+        """Return logits (N, classes) for normalized images (N, C, H, W), both sides multiples of 8."""
+        features = self.backbone(images)
         y = self.last_layer(F.relu_(features.low + self.down5(features.high)))
         return self.linear(y.mean((2, 3)))
 
@@ -313,17 +323,11 @@ def initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def key_map(model: DDRNetSegmentor | DDRNetClassifier) -> dict[str, str]:
+def key_map(model: DDRNet | DDRNetClassifier) -> dict[str, str]:
     """Return the published name of every entry of `state_dict()`."""
-    rounds = len(model.backbone.exchanges) - 1  # of stage 3
+    rounds = len(model.backbone.fusions) - 1  # of stage 3
     return {name: official_name(name, rounds) for name in model.state_dict()}
 
 
 def _report(report: LoadReport, source: Source, dropped: tuple[str, ...] = ()) -> LoadReport:
     return replace(report, source=source.kind, dropped=(*report.dropped, *source.dropped, *dropped))
-
-
-def _padded(images: Tensor) -> Tensor:
-    """Return images with zeros, the mean color, to the right and below, up to multiples of 8."""
-    below, right = (-side % STRIDE for side in images.shape[-2:])
-    return F.pad(images, (0, right, 0, below)) if below or right else images

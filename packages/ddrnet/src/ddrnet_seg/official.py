@@ -7,16 +7,15 @@ project (pyradd/DDRNet-pytorch), whose segmentation files have the authors' name
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from segcore.config.schema import Published
+from segcore.models.key_map import Rules, rename
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 _MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/ddrnet"
 
@@ -120,16 +119,10 @@ def _unit(parent: str, kind: str, pooled: bool = False) -> str:
     return f"{parent}.{2 * (kind == 'conv') + pooled}."
 
 
-def _renamed(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def official_name(name: str, rounds: int) -> str:
     """Return the authors' name of one of our parameters in a network whose stage 3 has 1 or 2 `rounds`."""
     stages = [*(["3"] if rounds == 1 else ["3_1", "3_2"]), "4"]
-    return _renamed(re.sub(r"^backbone\.exchanges\.(\d)\.", lambda m: f"stage{stages[int(m[1])]}.", name), _OURS)
+    return rename(re.sub(r"^backbone\.fusions\.(\d)\.", lambda m: f"stage{stages[int(m[1])]}.", name), _OURS)
 
 
 @dataclass(frozen=True)
@@ -159,7 +152,7 @@ def recognize(state: Mapping[str, Tensor]) -> Source:
     tensors = {own: state[name] for name, own in names.items() if not own.startswith("loss.")}
     dropped = tuple(name for name, own in names.items() if own.startswith("loss."))
     if any(name.startswith(("backbone.stem.", "stem.", "decode_head.")) for name in tensors):
-        tensors = {_renamed(name, _MMSEG_NAMES): tensor for name, tensor in tensors.items()}
+        tensors = {rename(name, _MMSEG_NAMES): tensor for name, tensor in tensors.items()}
         for convolution, norm in (("conv1.0", "conv1.1"), ("conv1.3", "conv1.4")):
             if f"{norm}.bias" in tensors:
                 tensors.setdefault(

@@ -1,20 +1,19 @@
 """The backbone: four stages of blocks whose tokens attend to nine places around themselves, which they move themselves.
 
 DGMN2 (Zhang, Chen, Arnab, Xue, Torr, arXiv 2209.09760). What looks odd in the position term is what the published
-weights were trained with: see `Position`.
+weights were trained with: see `RelativePositionBias`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
-from dgmn2_seg.configs import Variant
-from segcore.models.layers import ConvNorm, resize
+from segcore.models.layers import ConvNorm, DropPath, resize
 from segcore.ops import deform_local_attn
 
 TAPS = 9
@@ -25,7 +24,29 @@ TABLES = (56, 28, 14, 7)
 """Sides of the stages' maps in ImageNet training, at 224x224; they set the rows of the position tables."""
 
 
-class Position(nn.Module):
+class Variant(NamedTuple):
+    """The sizes of a backbone, by stage."""
+
+    depths: tuple[int, int, int, int]
+    """Blocks."""
+    widths: tuple[int, int, int, int] = (64, 128, 320, 512)
+    """Channels."""
+    heads: tuple[int, int, int, int] = (1, 2, 5, 8)
+    """Attention heads: 64 channels each in the published ones."""
+    ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
+    """Hidden channels of the MLP per channel."""
+
+
+VARIANTS = {
+    "nano": Variant((1, 1, 1, 1), (32, 64, 128, 192), (1, 2, 4, 6), (4, 4, 4, 4)),
+    "tiny": Variant((2, 2, 2, 2)),
+    "small": Variant((3, 4, 6, 3)),
+    "medium": Variant((3, 4, 18, 3)),
+    "large": Variant((3, 8, 27, 3)),
+}
+
+
+class RelativePositionBias(nn.Module):
     """Position term of the attention's logits: q times rows of two learned tables.
 
     With the tables resized to the map, `x` to W + 8 rows and `y` to H + 8, a query q(i, j) at row i and column j and
@@ -81,7 +102,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.offset = nn.Linear(width // heads, 2 * TAPS)  # shared by the heads
-        self.position = Position(side, width // heads)
+        self.position = RelativePositionBias(side, width // heads)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -102,7 +123,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         layers = {"fc1": nn.Linear(width, ratio * width), "act": nn.GELU(), "fc2": nn.Linear(ratio * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Return tokens (B, N, C) for tokens (B, N, C)."""

@@ -27,7 +27,7 @@ def resize(x: Tensor, size: Size) -> Tensor:
     return resize_(x, size, align_corners=True)
 
 
-def unit(in_channels: int, out_channels: int, *, bias: bool = False) -> ConvNorm:
+def conv_bn_relu(in_channels: int, out_channels: int, *, bias: bool = False) -> ConvNorm:
     """Return a 3x3 convolution, batch norm and ReLU."""
     return ConvNorm(in_channels, out_channels, 3, nn.BatchNorm2d, nn.ReLU(inplace=True), bias=bias)
 
@@ -39,7 +39,8 @@ class SemanticFPN(nn.Module):
         super().__init__()
         self.fpn = FPN(widths, 256, groups=None)
         self.scales = nn.ModuleList(
-            nn.Sequential(unit(256, 128), *(unit(128, 128) for _ in range(doublings - 1))) for doublings in (1, 1, 2, 3)
+            nn.Sequential(conv_bn_relu(256, 128), *(conv_bn_relu(128, 128) for _ in range(doublings - 1)))
+            for doublings in (1, 1, 2, 3)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -80,7 +81,7 @@ class SETRPUP(nn.Module):
     def __init__(self, widths: Sequence[int], num_classes: int, img_size: int | None) -> None:
         super().__init__()
         self.square = img_size is not None
-        self.convs = nn.ModuleList(unit(a, b, bias=True) for a, b in pairwise((widths[-1], 256, 256, 256)))
+        self.convs = nn.ModuleList(conv_bn_relu(a, b, bias=True) for a, b in pairwise((widths[-1], 256, 256, 256)))
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Size) -> Tensor:
@@ -102,7 +103,8 @@ class SETRMLA(nn.Module):
     def __init__(self, widths: Sequence[int], num_classes: int, img_size: int | None) -> None:
         super().__init__()
         self.img_size = img_size
-        self.branches = nn.ModuleList(nn.Sequential(unit(width, 128), unit(128, 128)) for width in widths)
+        branches = (nn.Sequential(conv_bn_relu(width, 128), conv_bn_relu(128, 128)) for width in widths)
+        self.branches = nn.ModuleList(branches)
         self.classifier = nn.Conv2d(128 * len(widths), num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Size) -> Tensor:

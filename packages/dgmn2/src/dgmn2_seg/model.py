@@ -7,73 +7,72 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dgmn2_seg.backbone import Backbone
-from dgmn2_seg.configs import DGMN2, VARIANTS
+from dgmn2_seg.backbone import VARIANTS, Backbone
 from dgmn2_seg.heads import SETRMLA, SETRPUP, SemanticFPN, SETRNaive
-from dgmn2_seg.official import official_name
-from segcore.models.layers import fused, resize
-from segcore.models.losses import cross_entropy
+from dgmn2_seg.official import RULES
+from segcore.config.schema import LossConfig
+from segcore.models.key_map import rename
+from segcore.models.layers import fused
+from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
 SETR = {"setr_naive": SETRNaive, "setr_pup": SETRPUP, "setr_mla": SETRMLA}
 
 
-class DGMN2Segmentor(Segmentor):
-    """Backbone and head, built by `DGMN2.build`. Images of any size work; nothing is padded."""
+class DGMN2(Segmentor):
+    """Backbone and head; the arguments are the fields of `dgmn2_seg.configs.DGMN2Config`. Nothing is padded."""
 
     align_corners = True
 
-    def __init__(self, config: DGMN2) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 19,
+        in_channels: int = 3,
+        backbone: str = "tiny",
+        head: str = "fpn",
+        img_size: int | None = 769,
+        dropout: float = 0.1,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.num_classes = config.num_classes
-        variant, fpn = VARIANTS[config.backbone], config.head == "fpn"
-        self.backbone = Backbone(variant, config.in_channels, dense=not fpn, drop_path=config.drop_path)
+        self.num_classes = num_classes
+        variant, fpn = VARIANTS[backbone], head == "fpn"
+        self.backbone = Backbone(variant, in_channels, dense=not fpn, drop_path=drop_path)
         self.head = (
-            SemanticFPN(variant.widths, config.num_classes, config.dropout)
+            SemanticFPN(variant.widths, num_classes, dropout)
             if fpn
-            else SETR[config.head](variant.widths, config.num_classes, config.img_size)
+            else SETR[head](variant.widths, num_classes, img_size)
         )
 
-    def predict_steps(
-        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the one entry "final"; `steps` and `seeds` change nothing. See `Segmentor`."""
-        self.check_size(images)
-        return {"final": resize(self._logits(images), images.shape[-2:], align_corners=True)}
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return logits (N, K, h, w) at the head's own size; nothing is drawn."""
+        return self.head(self.backbone(images), images.shape[-2:])
 
     def losses(
         self,
         images: Tensor,
         labels: Tensor,
+        *,
         seeds: Sequence[int] | None = None,
         draws: Mapping[str, Tensor] | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; nothing is drawn from `seeds`. See `Segmentor`."""
-        loss, accuracy = cross_entropy(
-            self._logits(images),
-            labels,
-            ignore_index=self.ignore_index,
-            align_corners=True,
-            class_weight=self.class_weight,
+        value, accuracy = segmentation_loss(
+            self.logits(images), labels, loss, ignore_index=self.ignore_index, align_corners=True
         )
-        if self.config.average == "valid":
-            loss = loss * (labels.numel() / (labels != self.ignore_index).sum().clamp(min=1))
-        return {"decode.loss_ce": loss, "decode.acc_seg": accuracy, "loss": loss}
+        return {"decode.loss_ce": value, "decode.acc_seg": accuracy, "loss": value}
 
-    def fuse(self) -> DGMN2Segmentor:
+    def fuse(self) -> DGMN2:
         """Return a copy for inference: the batch norms are folded into the convolutions before them."""
         return fused(self)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        """Return logits at the head's own size."""
-        return self.head(self.backbone(images), images.shape[-2:])
 
     # Weights
 
     def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`."""
-        return {name: official_name(name) for name in self.state_dict()}
+        return {name: rename(name, RULES) for name in self.state_dict()}
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under their published names, with or without `backbone.` in front.

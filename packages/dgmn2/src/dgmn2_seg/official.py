@@ -3,12 +3,8 @@
 Source: the model zoos of the authors' repository (fudan-zvg/DGMN2), which keep the files on Google Drive.
 """
 
-import re
-from collections.abc import Callable
-
 from segcore.config.schema import Published
-
-Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+from segcore.models.key_map import Rules
 
 
 def _drive(name: str, key: str, miou: dict[str, float], note: str = "") -> tuple[str, Published]:
@@ -53,7 +49,7 @@ PUBLISHED = dict(
 )
 
 # Our names -> published ones. Stages count from 1 there, and only the first has more than one convolution.
-_RULES: Rules = (
+RULES: Rules = (
     (r"^backbone\.stages\.0\.embed\.(\d)\.(conv|norm)\.", lambda m: f"backbone.patch_embed1.{m[2]}{int(m[1]) + 1}."),
     (r"^backbone\.stages\.(\d)\.embed\.0\.", lambda m: f"backbone.patch_embed{int(m[1]) + 1}."),
     (r"^backbone\.stages\.(\d)\.blocks\.", lambda m: f"backbone.block{int(m[1]) + 1}."),
@@ -75,10 +71,3 @@ _RULES: Rules = (
 def _mla(branch: int, unit: int, norm: bool) -> str:
     """Return the beginning of a published name in SETR-MLA: a ReLU stands between two units."""
     return f"decode_head.mlahead.head{branch + 2}.{3 * unit + norm}."
-
-
-def official_name(name: str) -> str:
-    """Return the published name of one of our parameters."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -1,4 +1,7 @@
-"""Data, training and evaluation for semantic segmentation. Importing it imports next to nothing."""
+"""Train, evaluate and use semantic segmentation models. Importing it imports no torch.
+
+`seg = segcore.load_model(config, weights)` returns a model that segments images: `seg("street.jpg")`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,22 +10,28 @@ if TYPE_CHECKING:
     from segcore.config.registry import experiments, load_experiment
     from segcore.config.schema import Experiment
     from segcore.errors import UserError
+    from segcore.inference import LoadedModel, Result, load_model
     from segcore.models.segmentor import Segmentor
 
 _MODULES = {
     "Experiment": "config.schema",
+    "LoadedModel": "inference",
+    "Result": "inference",
     "Segmentor": "models.segmentor",
     "UserError": "errors",
     "experiments": "config.registry",
     "load_experiment": "config.registry",
+    "load_model": "inference",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:  # only who asks for it pays for importing what it needs, torch for one
+    if name in _MODULES:  # imported on first use: some import torch
         return getattr(import_module(f"segcore.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'segcore' has no attribute {name!r}")
 
 
-__all__ = ["Experiment", "Segmentor", "UserError", "experiments", "load_experiment"]
+__all__ = [
+    "Experiment", "LoadedModel", "Result", "Segmentor", "UserError", "experiments", "load_experiment", "load_model"
+]  # fmt: skip
 __version__ = "0.1.0"

@@ -7,10 +7,9 @@ The environment variable TINY_FAULT, `KIND:RANK:ITERATION`, lets one process fai
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from segcore.config.schema import (
     DataConfig,
@@ -22,36 +21,28 @@ from segcore.config.schema import (
     TrainConfig,
 )
 from segcore.models.segmentor import Segmentor
+from segcore.testing.tiny import Tiny
 
 KIND, RANK, ITERATION = (os.environ.get("TINY_FAULT") or "none:0:-1").split(":")
 
 
-class Net(Segmentor):
+class Net(Tiny):
     """A convolution, a group norm and seeded noise in float64; no batch norm, whose statistics are each process's."""
 
     def __init__(self, num_classes: int, pause: float) -> None:
-        super().__init__()
-        self.num_classes, self.pause, self.calls = num_classes, pause, 0
-        self.conv, self.norm, self.head = (
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.GroupNorm(2, 8),
-            nn.Conv2d(8, num_classes, 1),
-        )
+        super().__init__(num_classes, noise=0.1, norm=partial(nn.GroupNorm, 2))
+        self.pause, self.losses_taken = pause, 0
         self.double()
 
-    def predict_steps(self, images, steps=None, seeds=None):
-        noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return {"final": self.head(self.norm(self.conv(images + 0.1 * torch.stack(noise).double())).relu())}
-
-    def losses(self, images, labels, seeds=None, draws=None):
+    def losses(self, images, labels, **options):
         time.sleep(self.pause)
-        loss = F.cross_entropy(self.predict_steps(images, seeds=seeds)["final"], labels, ignore_index=255)
-        return {"loss": loss * self.fault()}
+        losses = super().losses(images, labels, **options)
+        return {"loss": losses["loss"] * self.fault()}
 
     def fault(self) -> float:
         """Return the factor of the loss, after what TINY_FAULT asks for."""
-        self.calls += 1
-        late = self.calls - 1 - int(ITERATION)
+        self.losses_taken += 1
+        late = self.losses_taken - 1 - int(ITERATION)
         if os.environ.get("RANK", "0") != RANK or not 0 <= late < (3 if KIND == "nan3" else 1):
             return 1.0
         if KIND == "die" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
@@ -60,12 +51,9 @@ class Net(Segmentor):
             time.sleep(12)
         return float("nan") if KIND.startswith("nan") else 1.0
 
-    def key_map(self):
-        return {name: name for name in self.state_dict()}
-
 
 @dataclass(frozen=True)
-class Tiny(ModelConfig):
+class TinyModel(ModelConfig):
     num_classes: int = 3
     pause: float = 0.0
     """Seconds that a step takes at least."""
@@ -76,13 +64,23 @@ class Tiny(ModelConfig):
 
 def tiny() -> Experiment:
     """Return 20 iterations of batch 4 on a folder of images of 32x64."""
-    data = DataConfig("folder", classes=("dark", "bright", "absent"), img_scale=(64, 32), crop=(32, 32), workers=0)
+    data = DataConfig(
+        "folder",
+        classes=("dark", "bright", "absent"),
+        img_scale=(64, 32),
+        crop=(32, 32),
+        ratio_range=(0.5, 2.0),
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
+        workers=0,
+    )
     return Experiment(
         "tiny",
-        Tiny(),
+        TinyModel(),
         data,
-        OptimizerConfig("sgd", lr=0.05, clip_norm=1.0),
-        ScheduleConfig(iterations=20, warmup_iterations=2),
-        TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
-        EvalConfig(img_scale=(64, 32)),
+        OptimizerConfig("sgd", lr=0.05, weight_decay=0.01, momentum=0.9, clip_norm=1.0),
+        ScheduleConfig(iterations=20, warmup_iterations=2, warmup_ratio=1e-6, warmup="scheduled"),
+        train=TrainConfig(batch_size=4, device_batch_size=1, log_every=1, evaluate_every=20, save_every=5, timeout=60),
+        evaluate=EvalConfig(img_scale=(64, 32)),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ddp_seg.model import DDPSegmentor
+    from ddp_seg.model import DDP
 
 Backbone = Literal[
     "convnext_t",
@@ -27,56 +28,57 @@ Backbone = Literal[
 
 
 @dataclass(frozen=True)
-class DDP(ModelConfig):
+class DDPConfig(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
-    backbone: Backbone = "convnext_t"
+    stepwise: ClassVar[bool] = True
+    backbone: Backbone = setting("convnext_t", stated=True, commands=BUILD)
     """Encoder of the image, from timm."""
-    drop_path: float = 0.4
+    drop_path: float = setting(0.4, least=0, below=1, commands=())
     """Largest stochastic-depth rate of the backbone."""
-    window: int = 7
+    window: int = setting(7, least=1, commands=BUILD)
     """Swin's window size."""
-    width: int = 256
+    width: int = setting(256, least=32, commands=BUILD)
     """Channels of features, label codes and decoder; a multiple of 32 and of the heads."""
-    decoder_layers: int = 6
+    decoder_layers: int = setting(6, least=1, commands=BUILD)
     """Layers of the decoder that denoises."""
-    heads: int = 8
+    heads: int = setting(8, least=1, commands=BUILD)
     """Heads of the deformable attention."""
-    points: int = 4
+    points: int = setting(4, least=1, commands=BUILD)
     """Sampling points per head."""
-    bit_scale: float = 0.01
+    bit_scale: float = setting(0.01, above=0, commands=BUILD)
     """Label codes lie in [-bit_scale, bit_scale]; the noise has unit variance."""
-    num_inference_steps: int = 3
-    """Denoising steps at inference."""
-    randsteps: int = 1
+    num_inference_steps: int = setting(3, least=1, stated=True)
+    """Denoising steps at inference. `evaluate.steps`, where given, overrides it with a run per number."""
+    randsteps: int = setting(1, least=1)
     """Noise starts per image, averaged."""
-    time_difference: int = 1
+    time_difference: int = setting(1, least=0)
     """Asymmetric time intervals: the map goes this many steps further than the time it is labeled with."""
-    sample_range: tuple[float, float] = (0.0, 0.999)
+    sample_range: tuple[float, float] = setting((0.0, 0.999), least=0, most=1, commands=BUILD)
     """Training draws times from this range; inference runs from 1 down to its lower end."""
-    noise_schedule: Literal["cosine", "linear"] = "cosine"
+    noise_schedule: Literal["cosine", "linear"] = setting("cosine", commands=BUILD)
     """How the share of noise falls with time."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """Deterministic steps (DDIM), or steps that add noise again (DDPM)."""
     accumulation: bool = False
     """Answer with the mean probability over all steps instead of the last step's logits."""
-    self_aligned: bool = False
+    self_aligned: bool = setting(False, commands=())
     """Self-aligned denoising: train on the model's own predictions instead of the labels (fine-tuning)."""
-    auxiliary: bool = True
+    auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""
 
     def __post_init__(self) -> None:
-        if self.width % 32 or self.width % self.heads or self.width % 4:
-            raise UserError(f"model.width {self.width} must be a multiple of 32 and of model.heads {self.heads}")
-        for name in ("num_inference_steps", "randsteps", "decoder_layers", "heads", "points", "window", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        if self.width % 32 or self.width % self.heads:
+            raise UserError(f"model.width is {self.width}; it must be a multiple of 32 and of model.heads {self.heads}")
+        if self.sample_range[0] >= self.sample_range[1]:
+            raise UserError(f"model.sample_range is {self.sample_range}; give the smaller time first")
 
-    def build(self) -> DDPSegmentor:
+    def build(self) -> DDP:
         """Return the model with random weights; downloads nothing."""
-        from ddp_seg.model import DDPSegmentor
+        from ddp_seg.model import DDP
 
-        return DDPSegmentor(self)
+        return DDP(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

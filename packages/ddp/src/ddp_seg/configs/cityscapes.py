@@ -1,14 +1,14 @@
 """The published Cityscapes rows: 512x1024 crops, 16 images per iteration, whole-image testing at 1024x2048."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddp_seg.configs import DDP, Backbone
+from ddp_seg.configs import Backbone, DDPConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
     Experiment,
+    LossConfig,
     OptimizerConfig,
     ParamRule,
     ScheduleConfig,
@@ -31,29 +31,59 @@ INIT = {
 }
 
 
+DATA = DataConfig(
+    "cityscapes",
+    Path("data/cityscapes"),
+    img_scale=(2048, 1024),
+    ratio_range=(0.5, 2.0),
+    crop=(512, 1024),
+    cat_max_ratio=0.75,
+    flip=0.5,
+    photometric=True,
+)
+
+
 def recipe(backbone: Backbone, **model: Any) -> Experiment:
     """Return the 160k recipe for a backbone; `model` holds further fields of `DDP`."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_160k_cityscapes",
-        model=DDP(num_classes=19, backbone=backbone, **model),
-        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2048, 1024), crop=(512, 1024)),
-        optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, rules=DECAY_RULES),
-        schedule=ScheduleConfig(iterations=160_000, warmup_iterations=1500),
-        train=TrainConfig(batch_size=16, device_batch_size=4, init_from=INIT[backbone]),
-        evaluate=EvalConfig(img_scale=(2048, 1024)),
+        model=DDPConfig(num_classes=19, backbone=backbone, **model),
+        data=DATA,
+        optimizer=OptimizerConfig("adamw", lr=6e-5, weight_decay=0.01, betas=(0.9, 0.999), rules=DECAY_RULES),
+        schedule=ScheduleConfig(
+            160_000, "poly", power=1.0, warmup_iterations=1500, warmup_ratio=1e-6, warmup="scheduled"
+        ),
+        loss=LossConfig("cross_entropy"),
+        train=TrainConfig(
+            batch_size=16,
+            device_batch_size=4,
+            init_from=INIT[backbone],
+            evaluate_every=16_000,
+            save_every=16_000,
+        ),
+        evaluate=EvalConfig(img_scale=(2048, 1024), mode="whole"),
     )
 
 
-def aligned(start: Experiment) -> Experiment:
+def aligned(backbone: Backbone, **model: Any) -> Experiment:
     """Return the self-aligned fine-tuning of a trained row: 5k iterations at a tenth of the rate, 10 steps."""
-    assert isinstance(start.model, DDP)
-    return replace(
-        start,
-        name=start.name.replace("160k_cityscapes", "5k_cityscapes_aligned"),
-        model=replace(start.model, self_aligned=True, num_inference_steps=10),
-        optimizer=replace(start.optimizer, lr=6e-6),
-        schedule=replace(start.schedule, iterations=5_000),
-        train=replace(start.train, init_from=f"official:{start.name}", evaluate_every=500, save_every=500),
+    return Experiment(
+        name=f"ddp_{backbone}_4x4_512x1024_5k_cityscapes_aligned",
+        model=DDPConfig(num_classes=19, backbone=backbone, self_aligned=True, num_inference_steps=10, **model),
+        data=DATA,
+        optimizer=OptimizerConfig("adamw", lr=6e-6, weight_decay=0.01, betas=(0.9, 0.999), rules=DECAY_RULES),
+        schedule=ScheduleConfig(
+            5_000, "poly", power=1.0, warmup_iterations=1500, warmup_ratio=1e-6, warmup="scheduled"
+        ),
+        loss=LossConfig("cross_entropy"),
+        train=TrainConfig(
+            batch_size=16,
+            device_batch_size=4,
+            init_from=f"official:ddp_{backbone}_4x4_512x1024_160k_cityscapes",
+            evaluate_every=500,
+            save_every=500,
+        ),
+        evaluate=EvalConfig(img_scale=(2048, 1024), mode="whole"),
     )
 
 
@@ -99,9 +129,9 @@ def ddp_swin_l_4x4_512x1024_160k_cityscapes() -> Experiment:
 
 def ddp_convnext_t_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
     """ConvNeXt-T, self-aligned denoising on top of the 160k row."""
-    return aligned(ddp_convnext_t_4x4_512x1024_160k_cityscapes())
+    return aligned("convnext_t", drop_path=0.4)
 
 
 def ddp_convnext_l_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
     """ConvNeXt-L, self-aligned denoising on top of the 160k row."""
-    return aligned(ddp_convnext_l_4x4_512x1024_160k_cityscapes())
+    return aligned("convnext_l", drop_path=0.4)

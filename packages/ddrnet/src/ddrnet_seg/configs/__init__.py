@@ -1,72 +1,36 @@
-"""DDRNet's model dataclass, its variants and its configurations. Nothing here imports torch."""
+"""DDRNet's model dataclass and its configurations. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
-from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from ddrnet_seg.model import DDRNetSegmentor
-
-
-class Variant(NamedTuple):
-    """The sizes of a network."""
-
-    planes: int
-    """Channels of the stem, p; the high-resolution branch has 2p."""
-    blocks: tuple[int, ...]
-    """Residual blocks of layer1, layer2, each round of stage 3 (one or two) and stage 4."""
-    head: int
-    """Channels inside the heads."""
-    classifier: int
-    """Channels before the ImageNet classifier."""
-
-
-VARIANTS = {
-    "23_slim": Variant(32, (2, 2, 2, 2), 64, 1024),
-    "23": Variant(64, (2, 2, 2, 2), 128, 2048),
-    "39": Variant(64, (3, 4, 3, 3, 3), 256, 2048),
-}
+    from ddrnet_seg.model import DDRNet
 
 
 @dataclass(frozen=True)
-class DDRNet(ModelConfig):
+class DDRNetConfig(ModelConfig):
     """Deep dual-resolution network."""
 
-    variant: Literal["23_slim", "23", "39"] = "23_slim"
+    variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
     """Size of the network, by the authors' names."""
-    auxiliary: bool = True
+    auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: float = setting(0.4, above=0, commands=())
     """Weight of the auxiliary head's loss."""
-    loss: Literal["ohem", "ohem_pyradd", "cross_entropy"] = "ohem"
-    """On both heads: online hard example mining as in MMSegmentation, as in the seed project, or on all pixels."""
-    ohem_threshold: float = 0.9
-    """Pixels whose true class has a lower probability are hard."""
-    ohem_min_kept: int = 131_072
-    """At least so many pixels of a forward pass on one device count as hard."""
     align_corners: bool = False
-    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for the seed's."""
+    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for pyradd's."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.ohem_threshold <= 1:
-            raise UserError(f"model.ohem_threshold is {self.ohem_threshold}; it must be above 0 and at most 1")
-        if self.ohem_min_kept < 1:
-            raise UserError(f"model.ohem_min_kept is {self.ohem_min_kept}; it must be at least 1")
-        if not self.auxiliary_weight > 0:
-            raise UserError(
-                f"model.auxiliary_weight is {self.auxiliary_weight}; give more than 0, or no auxiliary head"
-            )
-
-    def build(self) -> DDRNetSegmentor:
+    def build(self) -> DDRNet:
         """Return the model with random weights; downloads nothing."""
-        from ddrnet_seg.model import DDRNetSegmentor
+        from ddrnet_seg.model import DDRNet
 
-        return DDRNetSegmentor(self)
+        return DDRNet(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

@@ -5,12 +5,19 @@ under MMSegmentation's own names its rows are here once more, with its figures a
 pyradd/DDRNet-pytorch.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ddrnet_seg.configs import DDRNet
-from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
+from ddrnet_seg.configs import DDRNetConfig
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 Variant = Literal["23_slim", "23", "39"]
 
@@ -25,40 +32,56 @@ def recipe(variant: Variant, name: str | None = None) -> Experiment:
     """Return MMSegmentation's recipe: 120k iterations of 12 images; hard examples on both heads."""
     return Experiment(
         name=name or f"ddrnet_{variant}_cityscapes",
-        model=DDRNet(variant=variant),
-        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2048, 1024), crop=(1024, 1024)),
+        model=DDRNetConfig(num_classes=19, variant=variant),
+        data=DataConfig(
+            "cityscapes",
+            Path("data/cityscapes"),
+            img_scale=(2048, 1024),
+            ratio_range=(0.5, 2.0),
+            crop=(1024, 1024),
+            cat_max_ratio=0.75,
+            flip=0.5,
+            photometric=True,
+        ),
         optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4),
-        schedule=ScheduleConfig(iterations=120_000, power=0.9, warmup_iterations=0),
+        schedule=ScheduleConfig(120_000, "poly", power=0.9, warmup_iterations=0),
+        loss=LossConfig("ohem", CLASS_WEIGHT, ohem_threshold=0.9, ohem_min_kept=131_072),
         train=TrainConfig(
             batch_size=12,
             device_batch_size=6,
             init_from=f"official:ddrnet_{variant}_imagenet",
-            class_weight=CLASS_WEIGHT,
             evaluate_every=12_000,
             save_every=12_000,
         ),
-        evaluate=EvalConfig(img_scale=(2048, 1024)),
+        evaluate=EvalConfig(img_scale=(2048, 1024), mode="whole"),
     )
 
 
 def pyradd_recipe(variant: Variant) -> Experiment:
-    """Return the seed project's recipe: 250 epochs of 595 iterations of 5 images, no auxiliary head."""
-    base = recipe(variant, f"ddrnet_{variant}_cityscapes_pyradd")
-    return replace(
-        base,
-        model=DDRNet(
-            variant=variant,
-            auxiliary=False,
-            loss="ohem_pyradd",
-            ohem_threshold=0.7,
-            ohem_min_kept=100_000,
-            align_corners=True,
+    """Return the recipe of pyradd/DDRNet-pytorch: 250 epochs of 595 iterations of 5 images, no auxiliary head."""
+    return Experiment(
+        name=f"ddrnet_{variant}_cityscapes_pyradd",
+        model=DDRNetConfig(num_classes=19, variant=variant, auxiliary=False, align_corners=True),
+        data=DataConfig(
+            "cityscapes",
+            Path("data/cityscapes"),
+            img_scale=(2080, 1040),
+            ratio_range=(0.5, 2.0),
+            crop=(1024, 1024),
+            flip=0.5,
+            blur=0.5,
         ),
-        data=replace(base.data, img_scale=(2080, 1040), cat_max_ratio=1.0, photometric=False, blur=0.5),
         optimizer=OptimizerConfig("sgd", lr=0.003, momentum=0.9, weight_decay=1e-4),
-        schedule=replace(base.schedule, iterations=250 * 595),
-        train=replace(base.train, batch_size=5, device_batch_size=5, evaluate_every=595, save_every=595),
-        evaluate=EvalConfig(img_scale=None),
+        schedule=ScheduleConfig(250 * 595, "poly", power=0.9, warmup_iterations=0),
+        loss=LossConfig("ohem_pyradd", CLASS_WEIGHT, ohem_threshold=0.7, ohem_min_kept=100_000),
+        train=TrainConfig(
+            batch_size=5,
+            device_batch_size=5,
+            init_from=f"official:ddrnet_{variant}_imagenet",
+            evaluate_every=595,
+            save_every=595,
+        ),
+        evaluate=EvalConfig(img_scale=None, mode="whole"),
     )
 
 
@@ -78,17 +101,17 @@ def ddrnet_39_cityscapes() -> Experiment:
 
 
 def ddrnet_23_slim_cityscapes_pyradd() -> Experiment:
-    """DDRNet-23-slim with the seed project's recipe."""
+    """DDRNet-23-slim with the recipe of pyradd/DDRNet-pytorch."""
     return pyradd_recipe("23_slim")
 
 
 def ddrnet_23_cityscapes_pyradd() -> Experiment:
-    """DDRNet-23 with the seed project's recipe."""
+    """DDRNet-23 with the recipe of pyradd/DDRNet-pytorch."""
     return pyradd_recipe("23")
 
 
 def ddrnet_39_cityscapes_pyradd() -> Experiment:
-    """DDRNet-39 with the seed project's recipe."""
+    """DDRNet-39 with the recipe of pyradd/DDRNet-pytorch."""
     return pyradd_recipe("39")
 
 

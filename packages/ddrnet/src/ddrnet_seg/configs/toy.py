@@ -1,35 +1,21 @@
 """A small DDRNet run on generated street scenes: what `ddrnet-seg demo` trains, on a laptop's CPU, from scratch."""
 
-from pathlib import Path
+from dataclasses import replace
 
-from ddrnet_seg.configs import DDRNet
-from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
+from ddrnet_seg.configs import DDRNetConfig
+from segcore.config import toy
+from segcore.config.schema import Experiment, LossConfig, OptimizerConfig
 
 
 def ddrnet_23_slim_toy() -> Experiment:
     """DDRNet-23-slim."""
     return Experiment(
         name="ddrnet_23_slim_toy",
-        model=DDRNet(variant="23_slim", ohem_min_kept=100_000),
-        data=DataConfig(
-            "toy",
-            Path("data/toy"),
-            img_scale=(512, 256),
-            ratio_range=(0.8, 1.25),
-            crop=(256, 512),
-            photometric=False,  # the scenes' colors vary enough, and the few iterations are better spent without
-            workers=0,
-        ),
+        model=DDRNetConfig(variant="23_slim"),
+        data=toy.DATA,
         optimizer=OptimizerConfig("adamw", lr=2e-3, weight_decay=0.01),
-        schedule=ScheduleConfig(iterations=420, power=0.9, warmup_iterations=20),
-        train=TrainConfig(
-            batch_size=4,
-            device_batch_size=4,
-            precision="bf16",
-            channels_last=True,
-            log_every=10,
-            evaluate_every=420,
-            save_every=100,
-        ),
-        evaluate=EvalConfig(img_scale=(512, 256), batch_size=2),
+        schedule=replace(toy.SCHEDULE, iterations=420, power=0.9, warmup_iterations=20),
+        loss=LossConfig("ohem", ohem_threshold=0.9, ohem_min_kept=100_000),
+        train=replace(toy.TRAIN, batch_size=4, device_batch_size=4, evaluate_every=420),
+        evaluate=toy.EVALUATE,
     )

@@ -1,73 +1,42 @@
-"""DGMN2's model dataclass, its backbones and its configurations. Nothing here imports torch."""
+"""DGMN2's model dataclass and its configurations. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from segcore.config.fields import BUILD, setting
 from segcore.config.schema import Experiment, ModelConfig
-from segcore.errors import UserError
 
 if TYPE_CHECKING:
-    from dgmn2_seg.model import DGMN2Segmentor
+    from dgmn2_seg.model import DGMN2
 
 Size = Literal["tiny", "small", "medium", "large"]
 Head = Literal["fpn", "setr_naive", "setr_pup", "setr_mla"]
 
 
-class Variant(NamedTuple):
-    """The sizes of a backbone, by stage."""
-
-    depths: tuple[int, int, int, int]
-    """Blocks."""
-    widths: tuple[int, int, int, int] = (64, 128, 320, 512)
-    """Channels."""
-    heads: tuple[int, int, int, int] = (1, 2, 5, 8)
-    """Attention heads: 64 channels each in the published ones."""
-    ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
-    """Hidden channels of the MLP per channel."""
-
-
-VARIANTS = {
-    "nano": Variant((1, 1, 1, 1), (32, 64, 128, 192), (1, 2, 4, 6), (4, 4, 4, 4)),
-    "tiny": Variant((2, 2, 2, 2)),
-    "small": Variant((3, 4, 6, 3)),
-    "medium": Variant((3, 4, 18, 3)),
-    "large": Variant((3, 8, 27, 3)),
-}
-
-
 @dataclass(frozen=True)
-class DGMN2(ModelConfig):
+class DGMN2Config(ModelConfig):
     """Dynamic graph message passing transformer."""
 
-    backbone: Literal["nano", "tiny", "small", "medium", "large"] = "tiny"
+    backbone: Literal["nano", "tiny", "small", "medium", "large"] = setting("tiny", stated=True, commands=BUILD)
     """`nano` is not a published one: a narrow one for the demo."""
-    head: Head = "fpn"
+    head: Head = setting("fpn", stated=True, commands=BUILD)
     """Semantic FPN on maps at 1/4 to 1/32, or one of SETR's on maps at 1/4 and 1/8."""
-    img_size: int | None = 769
+    img_size: int | None = setting(769, least=1)
     """SETR heads answer square maps, as published: naive and MLA of this side, PUP of 16 times its features' width.
     None: maps of the images' shape."""
-    dropout: float = 0.1
+    dropout: float = setting(0.1, least=0, below=1, commands=())
     """Probability that a channel is dropped before the classifier; `fpn` only."""
-    drop_path: float = 0.0
+    drop_path: float = setting(0.0, least=0, below=1, commands=())
     """Stochastic depth of the last block; the others' grow linearly up to it."""
-    average: Literal["all", "valid"] = "all"
-    """What the loss is divided by: the number of all pixels, ignored ones too, as published, or of the labeled."""
 
-    def __post_init__(self) -> None:
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.img_size is not None and self.img_size < 1:
-            raise UserError(f"model.img_size is {self.img_size}; give at least 1, or None for the images' own size")
-
-    def build(self) -> DGMN2Segmentor:
+    def build(self) -> DGMN2:
         """Return the model with random weights; downloads nothing."""
-        from dgmn2_seg.model import DGMN2Segmentor
+        from dgmn2_seg.model import DGMN2
 
-        return DGMN2Segmentor(self)
+        return DGMN2(**self.arguments())
 
 
 def experiments() -> dict[str, Callable[[], Experiment]]:

@@ -2,18 +2,36 @@
 
 from pathlib import Path
 
-from dgmn2_seg.configs import DGMN2, Head, Size
-from segcore.config.schema import DataConfig, EvalConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainConfig
+from dgmn2_seg.configs import DGMN2Config, Head, Size
+from segcore.config.schema import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
 def recipe(head: Head, size: Size) -> Experiment:
     """Return the 40k recipe: one learning rate and decay for all parameters, no warm-up, no stochastic depth."""
     return Experiment(
         name=f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes",
-        model=DGMN2(backbone=size, head=head),
-        data=DataConfig("cityscapes", Path("data/cityscapes"), img_scale=(2049, 1025), crop=(769, 769)),
-        optimizer=OptimizerConfig("adamw", lr=1e-4, weight_decay=1e-4),
-        schedule=ScheduleConfig(iterations=40_000, power=0.9, warmup_iterations=0),
+        model=DGMN2Config(backbone=size, head=head),
+        data=DataConfig(
+            "cityscapes",
+            Path("data/cityscapes"),
+            img_scale=(2049, 1025),
+            ratio_range=(0.5, 2.0),
+            crop=(769, 769),
+            cat_max_ratio=0.75,
+            flip=0.5,
+            photometric=True,
+        ),
+        optimizer=OptimizerConfig("adamw", lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.999)),
+        schedule=ScheduleConfig(40_000, "poly", power=0.9, warmup_iterations=0),
+        loss=LossConfig("cross_entropy", avg_non_ignore=False),
         train=TrainConfig(
             batch_size=8,
             device_batch_size=2,

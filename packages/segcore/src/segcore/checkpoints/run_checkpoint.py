@@ -1,9 +1,10 @@
-"""Checkpoints: folders `<work_dir>/checkpoints/iter_<N>/` after N finished iterations, each whole or not there at all.
+"""Checkpoints: folders `<work_dir>/checkpoints/iter_<N>/` after N finished iterations, each complete or absent.
 
-A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (what else a run needs
-to go on), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of the other three). It
-is written under a temporary name beside its place, synced to disk with the manifest last, then renamed. One that is
-saved again is first renamed out of the way: after a kill between the two renames, readers put it back.
+A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (the rest of the state
+that a run needs to continue), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of
+the other three). `save` writes it under a temporary name, syncs it to disk with the manifest last, then renames it. A
+checkpoint that is saved again is first renamed out of the way: after a kill between the two renames, readers put it
+back.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds, on the CPU."""
+    """The content of a checkpoint folder, on the CPU."""
 
     model: dict[str, Tensor]
     """The model's state dict."""
     state: dict[str, Any]
-    """What the loop saved besides: iteration, optimizer, gradient scaler, best figure."""
+    """The other state of the loop: iteration, optimizer, gradient scaler, best mIoU."""
     experiment: dict[str, Any]
-    """Settings and versions of the run, see `segcore.training.log.describe`."""
+    """Settings and versions of the run, see `segcore.config.record.describe`."""
 
 
 def folder_of(work_dir: Path, iteration: int) -> Path:
@@ -53,7 +54,7 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
     """Write a checkpoint, replacing one of the same name.
 
     `model` is a state dict; `state` is plain data and tensors. Raises UserError when it cannot be written (a full disk
-    …); earlier checkpoints are untouched then.
+    …); earlier checkpoints stay untouched.
     """
     temporary, replaced = _beside(folder)
     try:
@@ -79,7 +80,7 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder}: cannot write the checkpoint ({reason}); make room there or make it "
-            "writable, then start again: it goes on from the last one (train: with --resume)"
+            "writable, then start again with --resume: training continues from the last one"
         ) from None
 
 
@@ -105,7 +106,7 @@ def read_model_state(folder: Path) -> dict[str, Tensor]:
 
 
 def newest(work_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, None without one. Says on stderr which damaged ones it skips."""
+    """Return the newest whole checkpoint of a run, None without one. Reports on stderr which damaged ones it skips."""
     _recover(work_dir / "checkpoints")
     for _, folder in _numbered(work_dir / "checkpoints"):
         if damage := _damage(folder):
@@ -128,13 +129,13 @@ def best(work_dir: Path) -> Path | None:
 
 
 def standing(folder: Path) -> str:
-    """Return in words which checkpoint of its run this is: the best one with its mIoU, or the newest."""
+    """Return a phrase for a checkpoint of a run: "the run's best" with its mIoU, or "the run's newest"."""
     found, figure = _best(folder.parents[1])
     return f"the run's best, mIoU {100 * figure:.2f}" if found == folder else "the run's newest; none is known as best"
 
 
 def _best(work_dir: Path) -> tuple[Path | None, float]:
-    """Return what best.json says: where the best checkpoint is or was, and its mIoU (0..1)."""
+    """Return the checkpoint that best.json names, which may be gone, and its mIoU (0..1)."""
     try:
         record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
         return folder_of(work_dir, int(record["iteration"])), float(record["mIoU"])
@@ -145,7 +146,7 @@ def _best(work_dir: Path) -> tuple[Path | None, float]:
 def prune(work_dir: Path, keep: int, iteration: int) -> None:
     """Remove all but the best checkpoint and the `keep` newest up to `iteration`, the one just saved.
 
-    Later ones go, because resume has found them damaged, and so do leftovers of saves that were cut off.
+    Later ones are removed because resume has found them damaged; leftovers of interrupted saves are removed, too.
     """
     folders = _numbered(work_dir / "checkpoints")
     kept = [folder for number, folder in folders if number <= iteration][:keep]
@@ -157,7 +158,7 @@ def prune(work_dir: Path, keep: int, iteration: int) -> None:
 
 
 def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, none sharing memory with another: what safetensors can hold."""
+    """Return the tensors on the CPU, contiguous, none sharing memory with another: as safetensors needs them."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.items():
@@ -169,12 +170,12 @@ def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    """Return the temporary names of a checkpoint that is being written and of one that it is about to replace."""
+    """Return the temporary names of a checkpoint that is being written and of the one that it replaces."""
     return folder.with_name(f".{folder.name}.new.tmp"), folder.with_name(f".{folder.name}.old.tmp")
 
 
 def _recover(folder: Path) -> None:
-    """Put back the checkpoints of a folder that only have temporary names, because `save` ended between its renames."""
+    """Restore the names of checkpoints in a folder after `save` was killed between its renames."""
     for path in folder.glob(".iter_*.old.tmp"):
         place = folder / path.name.removeprefix(".").removesuffix(".old.tmp")
         for left in _beside(place):
@@ -194,7 +195,7 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, naming the file, or None when it is whole."""
+    """Return the fault of a checkpoint, naming the file, or None when it is complete."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -228,7 +229,7 @@ def _require_whole(folder: Path) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """Return which other checkpoint beside `folder` to use: the newest that is whole."""
+    """Return the remedy: the newest other checkpoint beside `folder` that is complete."""
     others = (path for _, path in _numbered(folder.parent) if path.name != folder.name and not _damage(path))
     other = next(others, None)
     return f"use {other} instead" if other else "there is no other checkpoint beside it: train again"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from segcore import files
-from segcore.cli.common import Command, device_of
+from segcore.cli.common import Command
 from segcore.errors import UsageError
 
 
@@ -33,10 +33,11 @@ class Bench(Command):
     repeats: int = 10
     """Timed passes: the median is shown, and the 10th to the 90th percentile."""
     json: Path | None = None
-    """Where the figures go at full precision besides."""
+    """Also write the figures, at full precision, to this file."""
 
     def run(self, package: str | None) -> None:
         from segcore.deploy import bench
+        from segcore.inference import find_device
 
         both = {"no": (False,), "yes": (True,), "both": (False, True)}
         if not (self.batches and self.dtypes):
@@ -47,7 +48,7 @@ class Bench(Command):
             sizes, self.batches, self.dtypes, both[self.compile], both[self.channels_last],
             self.steps, self.warmup, self.repeats,
         )  # fmt: skip
-        device, model = device_of(self.device), exp.model.build()
+        device, model = find_device(self.device), exp.model.build()
         bench.check(model, settings)
         header = {"name": exp.name, **bench.header(model, device), "steps": self.steps or None}
         print(*(f"{name}: {value}" for name, value in header.items() if value is not None), bench.COLUMNS, sep="\n")

@@ -19,7 +19,7 @@ class Check(Command):
     split: Literal["train", "val", "both"] = "both"
     """What to read."""
     json: Path | None = None
-    """Where the report goes as JSON besides."""
+    """Also write the report as JSON to this file."""
 
     def run(self, package: str | None) -> None:
         from segcore.data.check import check
@@ -32,4 +32,4 @@ class Check(Command):
             text = json.dumps({report.split: report.to_json() for report in reports}, indent=1)
             files.write(self.json, text + "\n")
         if count := sum(len(report.problems) for report in reports):
-            raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; mend them first")
+            raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; fix them first")

@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import Positional, arg
 
 from segcore import files
-from segcore.config.registry import experiments, load_experiment, program, published
+from segcore.config import model_zoo
+from segcore.config.options import Flag, nearest
+from segcore.config.record import settings_of
+from segcore.config.registry import experiments, find_experiment, program
+from segcore.config.schema import Experiment
 from segcore.config.source import source
 from segcore.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
 class Configs:
-    """List the configurations with their published figures, or show one."""
+    """List the configurations with their published figures (those with WORD in their names), or show one."""
 
-    name: Annotated[Positional[str | None], arg(metavar="CONFIG")] = None
-    """Show this configuration: a name, or file.py:function."""
+    word: str | None = dataclasses.field(default=None, kw_only=True)
+    """A part of the names to list; a whole name, file.py:function or run folder shows that configuration."""
+    json: Flag = False
+    """Print JSON."""
     write: Path | None = None
     """Write the configuration as a Python file to edit; run it as `train FILE.py`."""
 
     def run(self, package: str | None) -> None:
-        if self.name is None and self.write:
+        if self.write:
             usage = f"{program(package)} configs CONFIG --write {self.write}"
             raise UsageError(f"--write {self.write}: which configuration? write `{usage}`")
-        if self.name is None:
-            for name in experiments(package):
-                row = published(name)
-                figures = ", ".join(f"{value:.2f} {key}" for key, value in row.miou.items()) if row else ""
-                figures = f"mIoU {figures}" if figures else ""
-                weights = " (weights: official)" if row and row.url else ""
-                note = f" ({row.note})" if row and row.note else ""
-                print(f"{name:55}{figures}{weights}{note}".rstrip())
-            return
-        text = source(load_experiment(self.name, package))
-        if self.write is None:
-            print(text)
-            return
-        if self.write.exists():
+        key = (self.word or "").replace("-", "_").lower()
+        table = [row for row in model_zoo.rows(package) if key in row.name.replace("-", "_").lower()]
+        if not table:
+            near = nearest(key, experiments(package), cutoff=0.3)  # the published names are long
+            raise UserError(f"no configuration has {self.word!r} in its name{near}")
+        print(model_zoo.as_json(table) if self.json else model_zoo.as_text(table))
+
+
+@dataclass(frozen=True)
+class ShowConfig(Configs):
+    """Show the settings of a configuration that differ from the neutral defaults, with the changes of your options."""
+
+    experiment: Experiment = dataclasses.field(kw_only=True)
+
+    def run(self, package: str | None) -> None:
+        if self.json:
+            print(json.dumps(settings_of(self.experiment), indent=1))
+        elif self.write is None:
+            print(source(self.experiment), end="")
+        elif self.write.exists():
             raise UserError(f"{self.write}: exists already; choose another name or remove it")
-        files.write(self.write, text)
-        print(f"{self.write}: edit it, then `train {self.write}`")
+        else:
+            files.write(self.write, source(self.experiment, comments=True))
+            print(f"{self.write}: edit it, then `train {self.write}`")
+
+
+def prepare(words: list[str], package: str | None) -> tuple[Configs, list[str]]:
+    """Return the command that the words after `configs` begin, and its options: whole names are shown, parts filter."""
+    word = words[0] if words and not words[0].startswith("-") else None
+    whole = word and (word.replace("-", "_") in experiments(package) or ".py" in word or Path(word).is_dir())
+    if not (word and whole):
+        return Configs(), words
+    return ShowConfig(experiment=find_experiment(word, package)[0]), words[1:]

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from segcore.cli.common import Command, device_of
+from segcore.cli.common import Command
 
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Train a small model on generated street scenes and write a page with its results; goes on if interrupted."""
+    """Train a small model on generated street scenes and write a page with its results; continues if interrupted."""
 
     work_dir: Path | None = None
-    """Folder for the scenes, the run and the page; runs/demo/<configuration> if not given."""
+    """Folder for the scenes, the run and the page; by default runs/demo/<configuration>."""
 
     def run(self, package: str | None) -> None:
         from segcore.demo import run as demo
+        from segcore.inference import find_device
 
         work_dir = self.work_dir or Path("runs/demo", self.experiment.name)
-        demo.run(self.experiment, work_dir, device=device_of(self.device), package=package)
+        demo.run(self.experiment, work_dir, device=find_device(self.device), package=package)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from segcore.cli.common import Flag
+from segcore.config.options import Flag
 
 
 @dataclass(frozen=True)

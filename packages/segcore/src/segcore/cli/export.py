@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
-
-from segcore.cli.common import Checkpoint, Command, Flag, load_model
+from segcore.cli.common import Command, load
+from segcore.config.options import Flag
 
 
 @dataclass(frozen=True)
 class Export(Command):
     """Write a checkpoint as ONNX (.onnx) or as a torch.export program (.pt2), checked against the model."""
 
-    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
-    output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
+    checkpoint: str = field(kw_only=True)
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    output: Path = field(kw_only=True)
     """The file to write; its ending says which kind."""
     size: str | None = None
     """Size of the images, HEIGHTxWIDTH; evaluate.img_scale if not given."""
@@ -28,8 +25,6 @@ class Export(Command):
     """Accept any number of images of any size whose sides are multiples of what the network needs."""
 
     def run(self, package: str | None) -> None:
-        import torch
-
         from segcore.deploy import export
         from segcore.deploy.bench import parse_size
 
@@ -37,7 +32,7 @@ class Export(Command):
         size = (exp.evaluate.img_scale or exp.data.crop[::-1])[::-1]
         height, width = parse_size(self.size, "--size") if self.size else size
         settings = export.Settings(height, width, self.batch, self.dynamic)
-        model = load_model(self, self.checkpoint, torch.device("cpu"))
+        model = load(self, self.checkpoint, device="cpu").model
         for check in export.export(model, exp, self.output, settings):
             print(check)
         print(f"{self.output}: {self.output.stat().st_size / 2**20:.1f} MiB")

@@ -1,7 +1,7 @@
 """The command line of every method: `<method>-seg COMMAND …`, and `segcore COMMAND …` over all installed methods.
 
-Here words become a command of `segcore.cli`, and whatever ends one becomes a line and an exit status. Nothing
-imports torch before a command runs; what takes time to import is imported where a Ctrl-C is answered already.
+Words become a command, and exceptions become one line and an exit status. Nothing imports torch before a command runs,
+and what takes time to import is imported where a Ctrl-C is answered already.
 """
 
 from __future__ import annotations
@@ -11,32 +11,67 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from segcore.cli import configs
+from segcore.cli.bench import Bench
+from segcore.cli.check import Check
+from segcore.cli.common import Command
+from segcore.cli.configs import Configs
+from segcore.cli.demo import Demo
+from segcore.cli.env import Env
+from segcore.cli.export import Export
+from segcore.cli.predict import Predict
+from segcore.cli.test import Test
+from segcore.cli.train import Train
+from segcore.config import options
+from segcore.config.fields import Section, reads
+from segcore.config.registry import experiments, find_experiment, program
+from segcore.config.schema import Experiment
 from segcore.errors import UsageError, UserError
 
-if TYPE_CHECKING:
-    from segcore.cli.common import Parallel
-    from segcore.config.schema import Experiment
-
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train,
+    "test": Test,
+    "predict": Predict,
+    "configs": Configs,
+    "check": Check,
+    "bench": Bench,
+    "export": Export,
+    "demo": Demo,
+    "env": Env,
+}
 OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
+HELP = """usage: {prog} COMMAND …
+
+{commands}
+
+{prog} COMMAND --help lists a command's options, and COMMAND CONFIG --help those of a configuration with its values.
+CONFIG is a name (`{prog} configs` lists them) or a unique part of one, the path of a published configuration, your own
+file.py:function, or the folder of a run or checkpoint, after which CHECKPOINT is left out.
+
+{prog} --version prints the version, {prog} --tyro-print-completion bash (or zsh, fish) the shell's completion."""
 
 
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 for what the user must mend, 2 for wrong usage, 130 when interrupted."""
+    """Run the command line; exits with 0, 1 for what the user must fix, 2 for wrong usage, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
     try:
         command = parse(words, package)
         if getattr(command, "gpus", None) is not None:
-            _start(command, words, package)
+            from segcore.cli.launch import launch
+
+            launch(command, words, package)
         else:
             command.run(package)
             _leave(0)
     except UserError as error:
-        _exit(_news(f"error: {error}" if str(error) else ""), 2 if isinstance(error, UsageError) else 1)
+        _exit(_once(f"error: {error}" if str(error) else ""), 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -46,7 +81,7 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         _exit(f"error: {error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt as error:  # holds the number of the signal, if it was not a Ctrl-C
         number = error.args[0] if error.args else signal.SIGINT
-        _exit(_news("terminated" if number == signal.SIGTERM else "interrupted"), 128 + number)
+        _exit(_once("terminated" if number == signal.SIGTERM else "interrupted"), 128 + number)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
             raise
@@ -54,57 +89,90 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
 
 
 def parse(words: list[str], package: str | None = None) -> Any:
-    """Return the command that `words` describe. Raises UserError, or SystemExit after `--help`."""
-    from segcore.cli.commands import COMMANDS
-    from segcore.cli.common import Command
-    from segcore.cli.demo import Demo
-    from segcore.config import options
-    from segcore.config.registry import program
-
+    """Return the command that `words` describe. Raises UserError, or SystemExit after `--help` and the like."""
     prog = program(package)
     name, *rest = words or ["--help"]
-    if name in ("-h", "--help"):
-        lines = "\n".join(f"  {key:10}{command.__doc__}" for key, command in COMMANDS.items())
-        print(f"usage: {prog} COMMAND …\n\n{lines}\n\n{prog} COMMAND --help tells more.")
+    if name in ("-h", "--help", "--version"):
+        commands = "\n".join(f"  {key:10}{kind.__doc__}" for key, kind in COMMANDS.items())
+        print(_version(package) if name == "--version" else HELP.format(prog=prog, commands=commands))
         raise SystemExit(0)
+    if name.startswith("--tyro-"):
+        _complete(prog, words, package)
     if name not in COMMANDS:
         near = options.nearest(name, COMMANDS)
         raise UsageError(f"{prog}: there is no command {name!r}{near}; the commands are {', '.join(COMMANDS)}")
-    command: type[Any] = COMMANDS[name]
-    places = [field.name for field in dataclasses.fields(command) if field.kw_only]
-    known = {field.name for field in dataclasses.fields(command)} - {"experiment", *places}
-    prog, how = f"{prog} {name}", dict[str, Any]()
-    if issubclass(command, Command):
-        if command is Demo:
-            experiment = demo_experiment(package)
-        else:
-            experiment, rest = _configuration(prog, rest, package)
-            prog += " CONFIG"
-        known |= set(options.settings(experiment))
-        how["default"] = command(experiment=experiment, **dict.fromkeys(places, options.MISSING))
-    options.check_names(rest, known)
-    what, order = command.__doc__, ""
-    if places:
-        order = f"put {' '.join(places).upper()} right after CONFIG: `{prog} {' '.join(places).upper()} [OPTIONS]`"
-        what = f"{what} {order[0].upper()}{order[1:]}."
-    return options.read(command, rest, order, prog=prog, description=what, **how)
+    kind, prog = COMMANDS[name], f"{prog} {name}"
+    if kind is Configs:
+        return _read(*configs.prepare(rest, package), prog)
+    if not issubclass(kind, Command):
+        return _read(kind(), rest, prog)
+    if kind is Demo:
+        return _read(Demo(demo_experiment(package)), rest, prog)
+    experiment, folder, rest = _configuration(prog, rest, package)
+    run = Path("runs") / experiment.name
+    if kind is Test and folder is None and run.is_dir() and (not rest or rest[0].startswith("--")):
+        experiment, folder = find_experiment(run)
+    return _read(_blank(kind, experiment, folder), rest, f"{prog} {folder or 'CONFIG'}")
 
 
-def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, list[str]]:
-    """Return the configuration that the words after a command begin with, and the words after its name."""
-    from segcore.config.registry import experiments, load_experiment
+def _blank(kind: type[Any], experiment: Experiment, folder: Path | None = None) -> Any:
+    """Return a command whose places are not filled yet."""
+    return kind(experiment, folder, **dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only))
 
-    if words and not words[0].startswith("-"):
-        return load_experiment(words[0], package), words[1:]
+
+def _read(command: Any, words: list[str], prog: str) -> Any:
+    """Return `command` with the values that its options and places have in `words`."""
+    fields = {item.name: item for item in dataclasses.fields(command)}
+    offered = offers(command)
+    kinds = options.settings(command, offered)
+    kinds = {key.removeprefix("experiment."): kind for key, kind in kinds.items()}
+    places = [key for key in fields if fields[key].kw_only and key in kinds]
+    order = f"put {' '.join(places).upper()} right after CONFIG: `{prog} {' '.join(places).upper()} [OPTIONS]`"
     if {"-h", "--help"} & set(words):
-        return next(iter(experiments(package).values()))(), words  # any: the help then shows this one's values
+        import tyro
+
+        what = f"{command.__doc__} {order[0].upper()}{order[1:]}." if places else command.__doc__
+        tyro.cli(options.form(command, offered), prog=prog, description=what, args=["--help"])
+    known = {key: kind for key, kind in kinds.items() if key not in places}
+    free, given = options.split(words, known, {key.removeprefix("experiment.") for key in options.settings(command)})
+    if len(free) > len(places):
+        raise UsageError(f"{free[len(places)]!r} is not expected there; `--help` shows what can be given")
+    required = [key for key in places if fields[key].default is dataclasses.MISSING]
+    if missing := [key for key in required if key in places[len(free) :]]:
+        raise UsageError(f"missing: {', '.join(missing).upper()}; {order}")
+    given |= {key: [word] for key, word in zip(places, free, strict=False)}
+    values = {key if key in fields else f"experiment.{key}": v for key, v in options.read(given, kinds).items()}
+    return options.change(command, values)
+
+
+def offers(command: Any) -> options.Offered:
+    """Return whether a command offers a field: it reads it, and the model can do what it is for."""
+    name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
+    experiment = getattr(command, "experiment", None)
+    stepwise = experiment is not None and experiment.model.stepwise
+    hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
+
+    def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
+        read = not issubclass(owner, Section) or reads(name, owner, item)
+        return read and (stepwise or not item.metadata.get("stepwise")) and item.name not in hidden
+
+    return offered
+
+
+def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, Path | None, list[str]]:
+    """Return the configuration that the words begin with, its folder if it is that of a run, and the other words."""
+    if words and not words[0].startswith("-"):
+        return *find_experiment(words[0], package), words[1:]
+    if {"-h", "--help"} & set(words):
+        return next(iter(experiments(package).values()))(), None, words  # any: the help then shows this one's values
+    option = words[0].partition("=")[0].removeprefix("--").replace("-", "_") if words else ""
+    if option in options.OF_OTHER_TOOLS:
+        raise options.unknown(option, ())
     raise UserError(f"{prog} needs a configuration first: `{prog} CONFIG …`; `{prog.split()[0]} configs` lists them")
 
 
 def demo_experiment(package: str | None) -> Experiment:
     """Return the configuration that `demo` runs: the first of the method that trains on the toy set."""
-    from segcore.config.registry import experiments
-
     for build in experiments(package).values():
         experiment = build()
         if experiment.data.dataset == "toy":
@@ -112,44 +180,27 @@ def demo_experiment(package: str | None) -> Experiment:
     raise UserError("no installed method has a configuration for the toy set")
 
 
-def _start(command: Parallel, words: list[str], package: str | None) -> None:
-    """Start the processes of `--gpus N` as torchrun does, with the same words, and wait for them."""
-    import logging
+def _version(package: str | None) -> str:
+    from segcore.environment import versions
 
-    import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args
-    from torch.distributed.run import run as torchrun
-
-    count = command.gpus or 0
-    if "RANK" in os.environ:
-        raise UserError(f"--gpus {count}: torchrun has started this process already; leave --gpus out")
-    if count < 1:
-        raise UserError(f"--gpus {count}: give at least 1")
-    if command.device != "cpu" and count > torch.cuda.device_count():
-        raise UserError(
-            f"--gpus {count}: torch sees {torch.cuda.device_count()} here; give fewer, or --device cpu for processes "
-            "on the CPU"
-        )
-    at = next(i for i, word in enumerate(words) if word.split("=")[0] == "--gpus")
-    own = words[:at] + words[at + (1 if "=" in words[at] else 2) :]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.disable(logging.ERROR)  # torchrun's own words: the processes say what is wrong
-    try:
-        torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))
-    except ChildFailedError as error:
-        ends = {number: -failure.exitcode for number, failure in error.failures.items()}
-        for number, by in ends.items():
-            if by > 0 and by != signal.SIGTERM:  # it could not say it itself; SIGTERM is torchrun's, for the others
-                print(f"process {number} was ended by signal {by} ({signal.Signals(by).name})", file=sys.stderr)
-        raise SystemExit(-min(ends.values()) if min(ends.values()) < 0 else 128 + max(ends.values())) from None
-    except SignalException as error:
-        raise SystemExit(128 + error.sigval) from None
+    names = [program(package), "segcore", "torch"] if package else ["segcore", "torch"]
+    return ", ".join(f"{name} {versions()[name]}" for name in names)
 
 
-def _news(text: str) -> str:
-    """Return the text, or nothing where another of several processes says it."""
+def _complete(prog: str, words: list[str], package: str | None) -> None:
+    """Print the completion script of a shell for commands and options, and exit."""
+    import tyro
+
+    example = next(iter(experiments(package).values()))()
+    commands = [_blank(kind, example) if issubclass(kind, Command) else kind() for kind in COMMANDS.values()]
+    forms: dict[str, Any] = {
+        name: options.form(command, offers(command)) for name, command in zip(COMMANDS, commands, strict=True)
+    }
+    tyro.extras.subcommand_cli_from_dict(forms, prog=prog, args=words)
+
+
+def _once(text: str) -> str:
+    """Return the text, or nothing where another of several processes prints it."""
     from_torchrun = "segcore.distributed" in sys.modules and "RANK" in os.environ
     return text if not from_torchrun or sys.modules["segcore.distributed"].first_to_print(text) else ""
 

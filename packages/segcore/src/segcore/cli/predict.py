@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
-
-from segcore.cli.common import Checkpoint, Command, Flag, device_of, load_model, load_others, with_early_exit
+from segcore.cli.common import STEPWISE, Command, load
+from segcore.config.options import Flag
 from segcore.errors import UserError
 
 
@@ -17,38 +14,36 @@ from segcore.errors import UserError
 class Predict(Command):
     """Segment an image, every image of a folder, a video or a camera: class-index PNGs and color overlays."""
 
-    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
-    input: Annotated[Positional[Path], arg(metavar="INPUT")] = dataclasses.field(kw_only=True)
+    checkpoint: str = field(kw_only=True)
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    input: Path = field(kw_only=True)
     """An image file, a folder of images (subfolders too, which the output repeats), a video, or a camera's number."""
-    output: Annotated[Positional[Path], arg(metavar="OUTPUT")] = dataclasses.field(kw_only=True)
+    output: Path = field(kw_only=True)
     """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file (.mp4)."""
     palette: str = "auto"
     """Colors: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
     """Share of the colors in the overlay, 0 to 1."""
-    uncertainty: Flag = False
-    """Diffusion only: also write NAME_uncertainty.png, gray; value / 255 is the probability of another class."""
-    steps: Flag = False
-    """Diffusion only: also write NAME_steps.png, a strip of the map after every denoising step."""
-    animate: Flag = False
-    """Diffusion only: also write NAME_animation.gif, the same maps one after the other."""
-    start_mask: Path | None = None
+    uncertainty: Flag = field(default=False, metadata=STEPWISE)
+    """Also write NAME_uncertainty.png, gray; value / 255 is the probability of another class."""
+    steps: Flag = field(default=False, metadata=STEPWISE)
+    """Also write NAME_steps.png, a strip of the map after every denoising step."""
+    animate: Flag = field(default=False, metadata=STEPWISE)
+    """Also write NAME_animation.gif, the same maps one after the other."""
+    start_mask: Path | None = field(default=None, metadata=STEPWISE)
     """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
-    For a folder of images a folder of masks under the results' names."""
-    early_exit_threshold: float | None = None
-    """Diffusion only: end an image's denoising once a step changes fewer than this percentage of its pixels."""
-    ensemble: tuple[str, str] | None = None
-    """Configuration and checkpoint of a second model, whose class probabilities are averaged in; for images."""
+    For a folder of images, a folder of masks under the results' names."""
+    ensemble: tuple[str, ...] = ()
+    """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     frames: int | None = None
-    """Videos and cameras only: stop after so many frames. Ctrl-C also ends a camera's recording."""
+    """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 
     def run(self, package: str | None) -> None:
-        from segcore.cli import predict_images as predict
-        from segcore.cli import predict_video
+        from segcore.cli import predict_images, predict_video
         from segcore.data import video
 
-        exp = with_early_exit(self.experiment, self.early_exit_threshold)
+        if not 0 <= self.opacity <= 1:
+            raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
         moving = video.is_video(self.input)
         if moving and (self.uncertainty or self.steps or self.animate or self.start_mask or self.ensemble):
             raise UserError(
@@ -58,15 +53,13 @@ class Predict(Command):
         if moving:
             path = video.plan(self.input, self.output)
         else:
-            jobs = predict.plan(
+            jobs = predict_images.plan(
                 self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
                 start=self.start_mask,
             )  # fmt: skip
-        classes, palette = predict.classes_and_palette(exp.data, self.palette)
-        others = load_others(self, self.ensemble, device_of(self.device))
-        model = load_model(self, self.checkpoint, device_of(self.device))
-        predict.check_classes(model, classes)
+        seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
+        _ = seg.palette  # a palette that does not fit is refused before anything is written
         if moving:
-            predict_video.run(model, exp, self.input, path, palette, opacity=self.opacity, frames=self.frames)
+            predict_video.run(seg, self.input, path, opacity=self.opacity, frames=self.frames)
         else:
-            predict.run(model, exp, jobs, palette, opacity=self.opacity, others=others)
+            predict_images.run(seg, jobs, opacity=self.opacity)

@@ -1,39 +1,21 @@
-"""`predict`: a user's own images in; class-index PNGs and overlays out, of diffusion models uncertainty and steps."""
+"""`predict` on images: class-index PNGs and overlays out, of stepwise models uncertainty and steps."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 
-from segcore.config.schema import DataConfig, Experiment
 from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
-from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.evaluation.predictor import check_ensemble, early_exit_threshold, predict_classes
-from segcore.evaluation.uncertainty import predict_uncertainty
-from segcore.models.segmentor import Segmentor
+from segcore.inference import LoadedModel, Result
 from segcore.progress import progress
-from segcore.reporting.figures import (
-    JPEG,
-    colorize,
-    gray,
-    overlay,
-    step_title,
-    strip,
-    to_uint8_rgb,
-    write_animation,
-    write_class_png,
-    write_image,
-)
+from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
 
 
 class Job(NamedTuple):
@@ -106,197 +88,75 @@ def plan(
     return jobs
 
 
-def classes_and_palette(data: DataConfig, palette: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return class names and (K, 3) uint8 RGB colors.
-
-    `palette`: "auto" takes the dataset's own colors, a dataset's name that one's, anything else is a text file with
-    one line `r g b` per class. Raises UserError when it does not have a color for every class.
-    """
-    classes, colors = palette_of(data)
-    if palette in ("cityscapes", "ade20k"):
-        colors = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
-    elif palette != "auto":
-        try:
-            lines = Path(palette).read_text(encoding="utf-8").splitlines()
-            rows = np.array([[int(v) for v in line.replace(",", " ").split()] for line in lines if line.strip()])
-            colors = rows.astype(np.uint8)
-            valid = rows.ndim == 2 and rows.shape[1] == 3 and (colors == rows).all()
-        except (OSError, ValueError):
-            valid = False
-        if not valid:
-            raise UserError(
-                f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line"
-            )
-    if len(colors) < len(classes):
-        raise UserError(
-            f"--palette {palette} has {len(colors)} colors for {len(classes)} classes; add the missing ones"
-        )
-    return classes, colors[: len(classes)]
-
-
-def check_classes(model: Segmentor, classes: Sequence[str]) -> None:
-    """Raise UserError when the model does not have the dataset's number of classes."""
-    if model.num_classes != len(classes):
-        raise UserError(
-            f"the model has {model.num_classes} classes but data.dataset {len(classes)}; "
-            "set data.dataset and data.classes to what the model was trained on"
-        )
-
-
-def run(
-    model: Segmentor, exp: Experiment, jobs: Sequence[Job], palette: np.ndarray,
-    *, opacity: float = 0.5, others: Sequence[Segmentor] = (),
-) -> None:  # fmt: skip
+def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
-    The mask holds class indices, of which a class `background` is none: it becomes 255. The mask is the same whatever
-    is written beside it. From a job's `start`, a mask of that kind, only DDPS can start. `others` are averaged into the
-    answer, see `check_ensemble`. The noise follows from `exp.seed` alone, so an image's answer does not depend on the
-    other files. Images that cannot be read are left out; then a UserError at the end names them.
+    The mask is the same whatever is written beside it. Images that cannot be read are left out; then a UserError at the
+    end names them.
     """
-    if not 0 <= opacity <= 1:
-        raise UserError(f"--opacity {opacity} is not between 0 and 1")
-    early = exp.evaluate.early_exit_threshold is not None
-    if not model.diffusion and (early or any(j.uncertainty or j.steps or j.animation or j.start for j in jobs)):
-        raise model.no_diffusion()
-    check_ensemble(model, others)
-    if (others or early or exp.evaluate.ensemble_steps) and any(job.start for job in jobs):
-        raise UserError(
-            "a run from a mask goes to its end and is not averaged: with --start-mask leave out --ensemble, "
-            "--early-exit-threshold and evaluate.ensemble_steps"
-        )
-    device = next(model.parameters()).device
     failures: list[str] = []
-    taken: list[int] = []
+    used: list[float] = []
     with progress("predicting") as advance:
         for done, job in enumerate(jobs):
             try:
-                image = read_image(job.image, exp.data.channels, exp.data.bit_depth)
+                image = read_image(job.image, seg.experiment.data.channels, seg.experiment.data.bit_depth)
             except UserError as error:
                 failures.append(str(error))
                 continue
-            maps: dict[str, np.ndarray] = {}
             try:
-                if job.start:
-                    maps = steps_from(model, exp, image, start_map(job.start, image, exp.data), device)
-                elif job.steps or job.animation:
-                    maps = image_steps(model, exp, image, device)
-                classes = (
-                    list(maps.values())[-1] if job.start else predict_image(model, exp, image, device, taken, others)
-                )
+                result, maps = _answer(seg, job, image)
+                uncertainty = seg.uncertainty(result) if job.uncertainty else None
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
-            job.mask.parent.mkdir(parents=True, exist_ok=True)
-            bare, colors = (_bare(classes), palette[1:]) if exp.data.add_background_class else (classes, palette)
-            write_class_png(job.mask, bare, colors)
-            write_image(job.overlay, overlay(to_uint8_rgb(image), bare, colors, opacity))
-            if job.uncertainty:
-                write_image(job.uncertainty, gray(image_uncertainty(model, exp, image, classes, device)))
-            panels = step_panels(to_uint8_rgb(image), {**maps, "answer": classes}, palette) if maps else {}
-            if job.steps:
-                write_image(job.steps, strip(list(panels.values()), list(panels)))
-            if job.animation:
-                write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
+            _write(job, result, maps, uncertainty, opacity)
+            used += [result.steps_used] if result.steps_used else []
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
     if len(jobs) > 1:
         print(f"{written} of {len(jobs)} images written below {os.path.commonpath([job.mask.parent for job in jobs])}")
     elif written:
         print(*jobs[0].written, sep="\n")
-    if taken:
-        print(f"{sum(taken) / len(taken):.2f} denoising steps on average")
+    if used:
+        print(f"{sum(used) / len(used):.2f} denoising steps on average")
     if failures:
         more = f" (and {len(failures) - 1} more images)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}")
 
 
-def predict_image(
-    model: Segmentor,
-    exp: Experiment,
-    image: np.ndarray,
-    device: torch.device,
-    taken: list[int] | None = None,
-    others: Sequence[Segmentor] = (),
-) -> np.ndarray:
-    """Return the classes (H, W) of an image (H, W, C) in the units of its file: the model's configured answer.
-
-    With `evaluate.ensemble_steps` it is the mean over `evaluate.steps`. With `evaluate.early_exit_threshold` denoising
-    ends early, and the numbers of steps are appended to `taken`.
-    """
-    accumulated = {"steps": exp.evaluate.steps, "ensemble_steps": True} if exp.evaluate.ensemble_steps else {}
-    percent = exp.evaluate.early_exit_threshold
-    network = None if percent is None else partial(early_exit_threshold, model, percent, [] if taken is None else taken)
-    entries = _predict(predict_classes, model, exp, image, device, settings=accumulated, network=network, others=others)
-    return list(entries.values())[-1].cpu().numpy()
+def _answer(seg: LoadedModel, job: Job, image: np.ndarray) -> tuple[Result, dict[str, np.ndarray]]:
+    """Return the result of an image and, where its job shows them, the classes after every denoising step by title."""
+    if job.start:
+        maps = seg.refine(image, start_map(job.start, image, seg.experiment.data.add_background_class))
+        return seg.result(image, list(maps.values())[-1]), maps
+    return seg(image), seg.steps(image) if job.steps or job.animation else {}
 
 
-def image_uncertainty(
-    model: Segmentor, exp: Experiment, image: np.ndarray, classes: np.ndarray, device: torch.device
-) -> np.ndarray:
-    """Return, per pixel, the probability (H, W) in 0..1 of another class than that of `classes` (H, W).
-
-    See `segcore.evaluation.uncertainty`; only diffusion models can tell, others raise UserError.
-    """
-    return _predict(predict_uncertainty, model, exp, image, device, classes=[torch.from_numpy(classes)]).cpu().numpy()
-
-
-def image_steps(model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device) -> dict[str, np.ndarray]:
-    """Return the classes (H, W) after every denoising step, from the first noise start; empty without such steps."""
-    entries = _predict(predict_classes, model, exp, image, device, network=model.denoising_trajectory)
-    return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
-
-
-def steps_from(
-    model: Segmentor, exp: Experiment, image: np.ndarray, start: np.ndarray, device: torch.device
-) -> dict[str, np.ndarray]:
-    """Return `start` and the classes (H, W) after every denoising step from there, on the whole image in one view.
-
-    `start` holds classes (H, W). Raises UserError when the model has no such start, or with windows or several views.
-    """
-    settings = exp.evaluate
-    if settings.mode != "whole" or len(settings.img_ratios) > 1 or settings.flip:
-        raise UserError(
-            "--start-mask takes whole images in one view; set evaluate.mode to whole, no ratios and no flip"
-        )
-    masks = torch.from_numpy(start)[None]
-    entries = _predict(
-        predict_classes, model, exp, image, device,
-        network=lambda images, seeds: model.refine_mask(images, masks, seeds),
-    )  # fmt: skip
-    return {"start": start, **{step: classes.cpu().numpy() for step, classes in entries.items()}}
+def _write(
+    job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None, opacity: float
+) -> None:
+    result.write(job.mask, job.overlay, opacity=opacity)
+    if job.uncertainty and uncertainty is not None:
+        write_image(job.uncertainty, to_gray(uncertainty))
+    if not (job.steps or job.animation):
+        return
+    image, answer = to_uint8_rgb(result.image), result.classes
+    panels = step_panels(image, {**maps, "answer": answer}, result.loaded.palette)
+    if job.steps:
+        write_image(job.steps, hstack_panels(list(panels.values()), list(panels)))
+    if job.animation:
+        write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
 
 
-def start_map(path: Path, image: np.ndarray, data: DataConfig) -> np.ndarray:
-    """Return the start classes (H, W) int64 of an image from a file.
+def start_map(path: Path, image: np.ndarray, background: bool) -> np.ndarray:
+    """Return the start classes (H, W) int64 of an image from a file; with `background`, its 255 is that class.
 
     Raises UserError when the file cannot be read or has another size than the image.
     """
     found = read_label(path).astype(np.int64)
     if found.shape != image.shape[:2]:
         raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
-    return np.where(found == 255, 0, found + 1) if data.add_background_class else found
-
-
-def _bare(classes: np.ndarray) -> np.ndarray:
-    """Return classes (H, W) without the class `background` in front, which becomes 255."""
-    return np.where(classes == 0, 255, classes - 1)
-
-
-def _predict(
-    predict: Callable[..., list[Any]], model: Segmentor, exp: Experiment, image: np.ndarray, device: torch.device,
-    settings: Mapping[str, Any] | None = None, **options: Any,
-) -> Any:  # fmt: skip
-    """Return what a function of `segcore.evaluation` predicts for one image with the settings of `exp`, as configured.
-
-    The steps that `test` reports, and their accumulation, are left out unless `settings` has them.
-    """
-    evaluate = replace(exp.evaluate, **{"steps": (), "ensemble_steps": False, **(settings or {})})
-    [answer] = predict(
-        model, [image], evaluate=evaluate, data=exp.data, seeds=[exp.seed],
-        device=device, precision=exp.train.precision, channels_last=exp.train.channels_last, **options,
-    )  # fmt: skip
-    return answer
+    return np.where(found == 255, 0, found + 1) if background else found
 
 
 def step_panels(

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from segcore.cli.common import (
-    Checkpoint,
-    Flag,
-    Parallel,
-    complete_toy_set,
-    device_of,
-    is_row,
-    load_model,
-    load_others,
-    with_early_exit,
-)
+from segcore.cli.common import Parallel, complete_toy_set, is_row, load
+from segcore.config.options import Flag
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
 
@@ -25,18 +15,17 @@ from segcore.config.schema import multi_scale
 class Test(Parallel):
     """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
 
-    checkpoint: Checkpoint = dataclasses.field(kw_only=True)
-    """A work folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    checkpoint: str = field(kw_only=True)
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights.
+    Without one, the run in runs/<configuration> is tested, with its own settings."""
     multi_scale: Flag = False
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
-    """Evaluate the first images only."""
-    early_exit_threshold: float | None = None
-    """Report a further entry: end an image's denoising once a step changes fewer than this percentage of its pixels."""
-    ensemble: tuple[str, str] | None = None
-    """Configuration and checkpoint of a second model, whose class probabilities are averaged in."""
+    """Evaluate only the first images."""
+    ensemble: tuple[str, ...] = ()
+    """Average in a second model's class probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     json: Path | None = None
-    """Where the figures go at full precision; runs/<configuration>.test.json if not given."""
+    """File for the figures at full precision; by default runs/<configuration>.test.json."""
 
     def run_in_process(self) -> None:
         from segcore import distributed
@@ -46,24 +35,24 @@ class Test(Parallel):
         from segcore.reporting import tables as report
 
         complete_toy_set(self.experiment)
-        exp = with_early_exit(self.experiment, self.early_exit_threshold)
-        settings = multi_scale(exp.evaluate) if self.multi_scale else exp.evaluate
-        device = device_of(self.device)
-        others = load_others(self, self.ensemble, device)
-        model = load_model(self, self.checkpoint, device)
+        exp = self.experiment
+        seg = load(self, self.checkpoint, self.ensemble)
+        predictor, metrics = seg.predictor, exp.evaluate.metrics
+        if self.multi_scale:
+            predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))
         dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "val"))
         with progress("evaluating") as advance:
             results = evaluate(
-                model, dataset, settings, exp.data, device=device, seed=exp.seed, workers=exp.data.workers,
-                precision=exp.train.precision, channels_last=exp.train.channels_last,
-                on_progress=advance, limit=self.limit, others=others,
-            )  # fmt: skip
+                predictor, dataset, seed=exp.seed, workers=exp.data.workers, on_progress=advance, limit=self.limit
+            )
         if distributed.rank():
             return
-        print(report.per_class(results, settings.metrics), report.summary(results, settings.metrics), sep="\n\n")
+        print(report.per_class(results, metrics), report.summary(results, metrics), sep="\n\n")
         row = published(exp.name)
         if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
         path = self.json or Path("runs") / f"{exp.name}.test.json"
-        report.write_json(path, results, {"name": exp.name, "checkpoint": self.checkpoint, "seed": exp.seed})
+        report.write_json(
+            path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
+        )
         print(f"\n{path}")

@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from segcore.cli.common import Flag, Parallel, complete_toy_set, device_of
+from segcore.cli.common import Parallel, complete_toy_set
+from segcore.config.options import Flag
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,13 @@ class Train(Parallel):
     """Train a configuration and evaluate it."""
 
     work_dir: Path | None = None
-    """Folder for checkpoints, log and results; runs/<configuration> if not given."""
+    """Folder for checkpoints, log and results; by default runs/<configuration>, or the run that CONFIG is."""
     resume: Flag = False
-    """Go on from the newest valid checkpoint in the folder, if there is one."""
+    """Continue from the newest valid checkpoint in the folder, if there is one."""
 
     def run_in_process(self) -> None:
         from segcore import distributed
+        from segcore.inference import find_device
         from segcore.training.loop import train
 
         complete_toy_set(self.experiment)
@@ -32,4 +34,4 @@ class Train(Parallel):
             restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.elastic_run_id()
         )
         resume = self.resume or own
-        train(self.experiment, work_dir, device=device_of(self.device), resume=resume, offline=self.offline)
+        train(self.experiment, work_dir, device=find_device(self.device), resume=resume, offline=self.offline)

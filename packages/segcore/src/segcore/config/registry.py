@@ -1,18 +1,25 @@
-"""Finding a configuration: by name, or in a Python file."""
+"""Find a configuration: by name, in a Python file, or in the folder of a run."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import cast
 
 from segcore.config.options import nearest
-from segcore.config.schema import Experiment, Published
+from segcore.config.record import VersionError, from_plain
+from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.errors import UserError
+
+FROM_FILE = "segcore_config_"
+"""How the module name of an imported configuration file begins."""
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
@@ -37,19 +44,97 @@ def published(name: str) -> Published | None:
     return None
 
 
-def load_experiment(name: str, package: str | None = None) -> Experiment:
-    """Return the configuration of that name, or the one that `file.py:function` builds.
+def load_experiment(config: str | Path, package: str | None = None) -> Experiment:
+    """Return the configuration that `config` names.
 
-    `name` may be spelled with `-` or `_`. Raises ValueError naming the nearest configuration when there is none.
+    It is a name, spelled with `-` or `_`, or a part that only one name has; the path of a published configuration, as
+    the papers' READMEs write it (`configs/cityscapes/NAME.py`); `file.py:function`, a file of your own, which is
+    imported; or the folder of a run or checkpoint, whose experiment.json is read and nothing imported for it. `package`
+    is the import package of the method whose names count, None for all. Raises ValueError naming the nearest
+    configuration when there is none.
     """
-    if ".py" in name:
-        return _from_file(name)
-    known = experiments(package)
-    if _key(name) not in known:
-        where = "" if known else " (no method package is installed)"
-        near = nearest(_key(name), known, cutoff=0.3)  # the published names are long
-        raise UserError(f"there is no configuration {name!r}{where}{near}; `{program(package)} configs` lists all")
-    return known[_key(name)]()
+    return find_experiment(config, package)[0]
+
+
+def find_experiment(config: str | Path, package: str | None = None) -> tuple[Experiment, Path | None]:
+    """Return what `load_experiment` does, and the folder if `config` is that of a run or checkpoint."""
+    known, name, path = experiments(package), str(config), Path(config).expanduser()
+    stem, is_file, function = name.rpartition(".py")
+    if _key(name) in known:
+        return known[_key(name)](), None
+    if path.is_dir():
+        return read_experiment(path), path
+    if is_file and (Path(f"{stem}.py").is_file() or _key(Path(stem).name) not in known):
+        return _from_file(f"{stem}.py", function.removeprefix(":")), None
+    key = _key(Path(stem).name if is_file else name)
+    matches = [key] if key in known else [row for row in known if key in row]
+    if len(matches) != 1:
+        raise _unknown(name, matches, known, package)
+    return known[matches[0]](), None
+
+
+def _unknown(name: str, matches: list[str], known: Iterable[str], package: str | None) -> UserError:
+    lists = f"`{program(package)} configs` lists all"
+    if matches:
+        some = ", ".join(sorted(matches, key=len)[:4])
+        return UserError(f"{len(matches)} configurations have {name!r} in their names: {some} …; {lists}")
+    if "/" in name or os.sep in name:
+        return UserError(f"{name}: no such run, checkpoint or configuration file; {lists}")
+    where = "" if known else " (no method package is installed)"
+    near = nearest(_key(name), known, cutoff=0.3)  # the published names are long
+    return UserError(f"there is no configuration {name!r}{where}{near}; {lists}")
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """Return the experiment of a run's or checkpoint's folder from its experiment.json, as data.
+
+    Nothing is imported for it: the model's class must be one of an installed method. Raises UserError when the file is
+    missing, damaged or of another version, or the model was defined in a user's own file.
+    """
+    path = folder / "experiment.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["experiment"]
+        name, model = str(stored["name"]), dict(stored["model"])
+        kind = str(model.pop("class"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no run or checkpoint (it has no experiment.json); give one, or a name") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); name the configuration instead") from None
+    module, _, title = kind.partition(":")
+    if module.startswith(FROM_FILE):
+        file = f"{module.removeprefix(FROM_FILE)}.py"
+        raise UserError(
+            f"{path}: its model {title} is defined in a file of yours, which is not imported unless you name it: "
+            f"write `{file}:{name} {folder}` instead of {folder}, with the path of {file}"
+        )
+    known = _model_configs()
+    if kind not in known:
+        raise UserError(f"{path}: its model {kind} is of no installed method; install it, or name a configuration")
+    try:
+        if Path(name).name != name:  # files are named by it
+            raise VersionError(f"name is {name!r}")
+        typed = from_plain(known[kind], model, "model")
+        return cast(Experiment, from_plain(Experiment, {**stored, "model": typed}))
+    except VersionError as error:
+        raise UserError(
+            f"{path}: {error}, as in no run of this version; train again, or name a configuration"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _model_configs() -> dict[str, type[ModelConfig]]:
+    """Return the model dataclasses of the installed methods by `module:name`."""
+    experiments()  # imports their configurations
+    packages = {point.value for point in entry_points(group="segcore.methods")}
+    found: dict[str, type[ModelConfig]] = {}
+    left: list[type[ModelConfig]] = ModelConfig.__subclasses__()
+    while left:
+        kind = left.pop()
+        left += kind.__subclasses__()
+        if kind.__module__.partition(".")[0] in packages:
+            found[f"{kind.__module__}:{kind.__qualname__}"] = kind
+    return found
 
 
 def program(package: str | None) -> str:
@@ -57,13 +142,13 @@ def program(package: str | None) -> str:
     return f"{package.removesuffix('_seg')}-seg" if package else "segcore"
 
 
-def _from_file(spec: str) -> Experiment:
-    stem, _, function = spec.rpartition(".py")
-    path, function = f"{stem}.py", function.removeprefix(":")
+def _from_file(path: str, function: str) -> Experiment:
+    """Return what a function of a user's file builds; the file is imported."""
+    spec = f"{path}:{function}" if function else path
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
     # Of a name that hides no installed module, and registered because dataclasses look their annotations up there.
-    module_spec = importlib.util.spec_from_file_location(f"segcore_config_{Path(path).stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{FROM_FILE}{Path(path).stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)

@@ -1,207 +1,300 @@
-"""The typed description of a run: frozen dataclasses of plain data. Nothing here imports torch."""
+"""The typed description of a run: frozen dataclasses of plain data. Nothing here imports torch.
+
+Defaults are neutral: nothing is augmented, decayed, warmed up, clipped or averaged unless a configuration says so.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from segcore.config.fields import INPUT, Section, setting
 from segcore.config.options import override
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_CLASSES = ("test", "predict", "export", "check")
+"""Commands that need to know what the classes are."""
+_SPLIT = ("test", "check")
+"""Commands that open the validation images."""
+
 
 @dataclass(frozen=True)
-class ModelConfig(ABC):
+class ModelConfig(Section, ABC):
     """What every method's model dataclass has. Each method adds its own fields and `build`."""
 
-    num_classes: int = 19
+    section: ClassVar[str] = "model"
+    stepwise: ClassVar[bool] = False
+    """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
+
+    num_classes: int = setting(19, least=1, stated=True, commands=INPUT)
     """Number of classes K; labels are 0..K-1."""
-    in_channels: int = 3
+    in_channels: int = setting(3, least=1, commands=INPUT)
     """Channels of the images; must equal `data.channels`."""
 
     @abstractmethod
     def build(self) -> Segmentor:
         """Return the model with random weights; downloads nothing."""
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields by name: the keyword arguments of the model."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Where the images are and what training does to them."""
 
-    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = "toy"
+    section: ClassVar[str] = "data"
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = setting("folder", commands=_CLASSES)
     """Layout of the files. `toy` generates street scenes in the Cityscapes layout when the folder is not there yet."""
-    root: Path = Path("data/toy")
+    root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
-    train_images: str = "images/train/*"
+    train_images: str = setting("images/train/*", commands=("check",))
     """`folder` only: glob of the training images, relative to the root."""
-    train_masks: str = "masks/train/*"
+    train_masks: str = setting("masks/train/*", commands=("check",))
     """`folder` only: glob of the training masks, paired with the images by file stem."""
-    val_images: str = "images/val/*"
+    val_images: str = setting("images/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation images."""
-    val_masks: str = "masks/val/*"
+    val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = setting((), commands=_CLASSES)
     """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
-    add_background_class: bool = False
+    add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
-    channels: int = 3
+    channels: int = setting(3, least=1, commands=INPUT)
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
-    bit_depth: Literal[8, 16] = 8
+    bit_depth: Literal[8, 16] = setting(8, commands=INPUT)
     """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
-    img_scale: tuple[int, int] | None = (2048, 1024)
+    img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
-    ratio_range: tuple[float, float] = (0.5, 2.0)
+    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
     """The ratio is drawn uniformly from this range."""
-    crop: tuple[int, int] = (512, 1024)
+    crop: tuple[int, int] = setting((512, 512), least=1, stated=True)
     """Training crop (height, width)."""
-    cat_max_ratio: float = 0.75
+    cat_max_ratio: float = setting(1.0, above=0, most=1)
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
-    flip: float = 0.5
+    flip: float = setting(0.0, least=0, most=1)
     """Probability of the horizontal flip."""
-    photometric: bool = True
-    """Photometric distortion (brightness, contrast, saturation, hue); 8-bit RGB only."""
-    blur: float = 0.0
+    photometric: bool = setting(False, commands=INPUT)
+    """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
+    blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
-    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
-    """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits)."""
-    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
+    """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits); the default is ImageNet's."""
+    std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
-    workers: int = 4
-    """Processes per device that read and transform images; 0: none beside the main one. Samples do not depend on it."""
-    on_error: Literal["stop", "skip"] = "stop"
+    workers: int = setting(4, least=0, commands=("test",))
+    """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it."""
+    on_error: Literal["stop", "skip"] = setting("stop", commands=("test",))
     """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.ratio_range
+        if low > high:
+            raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise UserError(
+                f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values "
+                f"for {self.channels} channels; give one value per channel"
+            )
+        if self.photometric and (self.channels != 3 or self.bit_depth != 8):
+            raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
+        if self.bit_depth == 16 and self.mean == DataConfig.mean:
+            raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
 
 
 @dataclass(frozen=True)
-class ParamRule:
+class ParamRule(Section):
     """Optimizer settings of every parameter whose published name contains `key`.
 
     The longest key that matches wins, equal lengths in alphabetical order; then no other rule applies.
     """
 
+    section: ClassVar[str] = "optimizer.rules"
+    commands: ClassVar[tuple[str, ...]] = ()
+
     key: str
     """Part of the parameter names that the rule is for."""
-    lr_mult: float = 1.0
+    lr_mult: float = setting(1.0, least=0)
     """Factor of the learning rate."""
-    decay_mult: float = 1.0
+    decay_mult: float = setting(1.0, least=0)
     """Factor of the weight decay."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """The optimizer."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
+    section: ClassVar[str] = "optimizer"
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    kind: Literal["adamw", "sgd"] = setting("adamw", stated=True)
     """AdamW, or SGD with momentum."""
-    lr: float = 6e-5
+    lr: float = setting(1e-3, least=0, stated=True)
     """Base learning rate at the stated global batch."""
-    weight_decay: float = 0.01
+    weight_decay: float = setting(0.0, least=0, stated=True)
     """Weight decay: decoupled with AdamW, added to the gradients with SGD."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), least=0, below=1)
     """AdamW only."""
-    momentum: float = 0.9
+    momentum: float = setting(0.0, least=0, below=1)
     """SGD only."""
-    clip_norm: float | None = None
+    clip_norm: float | None = setting(None, above=0)
     """Clip the gradients' total L2 norm to this; None: no clipping."""
     rules: tuple[ParamRule, ...] = ()
     """Per-parameter multipliers, matched against published parameter names."""
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
 
-    iterations: int = 160_000
+    section: ClassVar[str] = "schedule"
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    iterations: int = setting(10_000, least=1, stated=True)
     """Optimizer steps of the whole run."""
-    kind: Literal["poly", "step"] = "poly"
+    kind: Literal["poly", "step"] = setting("poly", stated=True)
     """How the learning rate falls after the warm-up."""
-    power: float = 1.0
-    """poly only: lr = (base - min) * (1 - i / iterations) ^ power + min."""
-    step: int = 20_000
+    power: float = setting(1.0, least=0)
+    """poly only: lr = (base - min) * (1 - i / iterations) ^ power + min. 1: linear decay; 0: a constant rate."""
+    step: int = setting(10_000, least=1)
     """step only: multiply by gamma after every `step` iterations."""
-    gamma: float = 0.5
+    gamma: float = setting(0.1, above=0)
     """step only: the factor."""
-    min_lr: float = 0.0
+    min_lr: float = setting(0.0, least=0)
     """Lowest learning rate: where poly ends, and what step never goes below."""
-    warmup_iterations: int = 1500
+    warmup_iterations: int = setting(0, least=0, stated=True)
     """Iterations of the warm-up; 0: none."""
-    warmup_ratio: float = 1e-6
+    warmup_ratio: float = setting(0.1, least=0, most=1)
     """The warm-up starts at this fraction of the rate that it leads to."""
-    warmup: Literal["scheduled", "linear", "constant"] = "scheduled"
+    warmup: Literal["scheduled", "linear", "constant"] = "linear"
     """scheduled: linearly to the schedule's rate, which decays from iteration 0, as in MMSegmentation; linear: to the
     base rate, then decay; constant: at the fraction of the base rate, then decay."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The training loop."""
+class LossConfig(Section):
+    """The loss on the pixels of every head."""
 
-    batch_size: int = 16
-    """Images per optimizer step, over all devices."""
-    device_batch_size: int = 4
-    """Images per forward pass on one device; gradients are accumulated up to `batch`. Lower it when memory is short."""
-    init_from: str | None = None
-    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
-    class_weight: tuple[float, ...] | Literal["auto"] | None = None
+    section: ClassVar[str] = "loss"
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    kind: Literal["cross_entropy", "ohem", "ohem_pyradd"] = setting("cross_entropy", stated=True)
+    """Cross entropy on all pixels, or on hard ones (online hard example mining): ohem as in MMSegmentation,
+    ohem_pyradd as in pyradd/DDRNet-pytorch."""
+    class_weight: tuple[float, ...] | Literal["auto"] | None = setting(None, above=0)
     """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
     of the training labels' pixels), scaled so that the loss keeps its size."""
+    ohem_threshold: float = setting(0.9, above=0, most=1)
+    """ohem and ohem_pyradd: pixels whose true class has a lower probability are hard."""
+    ohem_min_kept: int = setting(131_072, least=1)
+    """ohem and ohem_pyradd: at least this many pixels of a forward pass on one device count as hard."""
+    avg_non_ignore: bool = False
+    """cross_entropy: divide by the number of labeled pixels; False: by that of all pixels, as published."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """The training loop."""
+
+    section: ClassVar[str] = "train"
+    commands: ClassVar[tuple[str, ...]] = ()
+
+    batch_size: int = setting(8, least=1, stated=True)
+    """Images per optimizer step, over all devices."""
+    device_batch_size: int = setting(8, least=1, stated=True)
+    """Images per forward pass on one device; gradients are accumulated up to `batch_size`. Lower it when memory is
+    short."""
+    init_from: str | None = None
+    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
+    precision: Precision = "fp32"
+    """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
     compile: bool = False
     """Compile the training step with torch.compile: minutes at the start, then faster, on a GPU above all."""
-    ema: float | None = None
+    ema: float | None = setting(None, least=0, below=1)
     """Decay, 0..1, of an average of the weights over the iterations: what is evaluated and saved then. None: off."""
-    ema_every: int = 1
+    ema_every: int = setting(1, least=1)
     """Iterations between two updates of that average."""
-    timeout: float = 600.0
-    """Seconds after which a process of several that the others wait for ends the run."""
-    log_every: int = 50
+    timeout: float = setting(600.0, above=0)
+    """Timeout in seconds of distributed communication; the run ends if a process does not respond in time."""
+    log_every: int = setting(50, least=1)
     """Iterations between lines of the log."""
-    evaluate_every: int = 16_000
+    evaluate_every: int = setting(1000, least=0)
     """Iterations between evaluations on the validation set; 0: never."""
-    save_every: int = 16_000
+    save_every: int = setting(1000, least=1)
     """Iterations between checkpoints; the last iteration is always saved."""
-    keep_last: int = 2
-    """Newest checkpoints to keep, besides the best one."""
+    keep_last: int = setting(2, least=1)
+    """Newest checkpoints to keep; the best one is kept as well."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_batch_size < self.batch_size and self.batch_size % self.device_batch_size:
+            raise UserError(
+                f"train.batch_size {self.batch_size} does not divide into passes of train.device_batch_size "
+                f"{self.device_batch_size}"
+            )
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Inference on whole images and the metrics."""
 
-    img_scale: tuple[int, int] | None = (2048, 1024)
+    section: ClassVar[str] = "evaluate"
+    commands: ClassVar[tuple[str, ...]] = ("test", "predict")
+
+    img_scale: tuple[int, int] | None = setting(None, least=1)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""
-    mode: Literal["whole", "slide"] = "whole"
+    mode: Literal["whole", "slide"] = setting("whole", stated=True)
     """The whole image in one pass, or windows that overlap, which needs less memory."""
-    crop: tuple[int, int] = (512, 1024)
+    crop: tuple[int, int] = setting((512, 512), least=1)
     """slide only: window (height, width)."""
-    stride: tuple[int, int] = (341, 683)
-    """slide only: window stride (vertical, horizontal)."""
-    img_ratios: tuple[float, ...] = (1.0,)
+    stride: tuple[int, int] = setting((341, 341), least=1)
+    """slide only: window stride (vertical, horizontal), at most the window."""
+    img_ratios: tuple[float, ...] = setting((1.0,), above=0, nonempty=True)
     """Scales of multi-scale testing; probabilities are averaged."""
     flip: bool = False
     """Add the horizontally flipped view of every scale."""
-    batch_size: int = 1
+    batch_size: int = setting(1, least=1, commands=("test",))
     """Images per forward pass, where sizes are equal."""
-    steps: tuple[int, ...] = ()
-    """What to report of the sampling, one column each: DDP's numbers of steps, DDPS's timesteps. Empty: the configured
-    answer. Methods without steps ignore it."""
-    early_exit_threshold: float | None = None
+    precision: Precision | None = None
+    """Precision of the forward pass (autocast); None: as trained, `train.precision`."""
+    channels_last: bool | None = None
+    """Memory layout of images and convolutions; None: as trained, `train.channels_last`."""
+    steps: tuple[int, ...] = setting((), least=0, stepwise=True)
+    """What to report of the sampling, one column each. DDP: numbers of denoising steps, a run of its own each, in place
+    of `model.num_inference_steps`. DDPS: timesteps of the one run that `model.num_inference_steps` configures. Empty:
+    the configured answer. Models without steps ignore it."""
+    early_exit_threshold: float | None = setting(None, above=0, most=100, stepwise=True)
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
-    ensemble_steps: bool = False
+    ensemble_steps: bool = setting(False, stepwise=True)
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
-    metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = ("mIoU",)
+    metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = setting(("mIoU",), commands=("test",))
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "slide" and (self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]):
+            raise UserError(
+                f"evaluate.stride is {self.stride}; it must be at most evaluate.crop {self.crop}, or gaps are left"
+            )
+        if self.ensemble_steps and self.early_exit_threshold is not None:
+            raise UserError(
+                "evaluate.ensemble_steps adds up the entries of evaluate.steps; leave out early_exit_threshold"
+            )
 
 
 def multi_scale(evaluate: EvalConfig) -> EvalConfig:
@@ -210,59 +303,34 @@ def multi_scale(evaluate: EvalConfig) -> EvalConfig:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Section):
     """One run: the model, the data, the recipe. Published rows are functions that return one."""
 
-    name: str
+    commands: ClassVar[tuple[str, ...]] = INPUT
+
+    name: str = field(metadata={"commands": ()})
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
-    seed: int = 0
+    seed: int = setting(0, commands=("test", "predict"))
     """Every random draw of the run follows from it."""
 
     def __post_init__(self) -> None:
-        data, train = self.data, self.train
-        for wanted, holds, names in _BOUNDS:
-            for name in names:
-                given = operator.attrgetter(name)(self)
-                for value in given if isinstance(given, tuple) else (given,):
-                    if not (value is None or isinstance(value, str) or holds(value)):
-                        raise UserError(f"{name} is {value}; it must be {wanted}")
-        if not self.evaluate.img_ratios:
-            raise UserError("evaluate.img_ratios is empty; give at least one, such as 1")
-        if data.ratio_range[0] > data.ratio_range[1]:
-            low, high = data.ratio_range
-            raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
-        if self.model.in_channels != data.channels:
+        super().__post_init__()
+        classes, weights = self.model.num_classes, self.loss.class_weight
+        if self.model.in_channels != self.data.channels:
             raise UserError(
-                f"model.in_channels is {self.model.in_channels} but data.channels is {data.channels}; set both alike"
+                f"model.in_channels is {self.model.in_channels} but data.channels is {self.data.channels}; "
+                "set both alike"
             )
-        if not len(data.mean) == len(data.std) == data.channels:
+        if isinstance(weights, tuple) and len(weights) != classes:
             raise UserError(
-                f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values "
-                f"for {data.channels} channels; give one value per channel"
-            )
-        if data.photometric and (data.channels != 3 or data.bit_depth != 8):
-            raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
-        if data.bit_depth == 16 and data.mean == DataConfig.mean:
-            raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
-        if train.device_batch_size < train.batch_size and train.batch_size % train.device_batch_size:
-            raise UserError(
-                f"train.batch_size {train.batch_size} does not divide into passes of train.device_batch_size "
-                f"{train.device_batch_size}"
-            )
-        if isinstance(train.class_weight, tuple) and len(train.class_weight) != self.model.num_classes:
-            raise UserError(
-                f"train.class_weight has {len(train.class_weight)} values for {self.model.num_classes} classes; "
-                "give one per class, or auto"
-            )
-        if self.evaluate.ensemble_steps and self.evaluate.early_exit_threshold is not None:
-            raise UserError(
-                "evaluate.ensemble_steps adds up the entries of evaluate.steps; leave out early_exit_threshold"
+                f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, or auto"
             )
 
     def with_overrides(self, overrides: Sequence[str]) -> Experiment:
@@ -272,38 +340,6 @@ class Experiment:
         """
         changed: Experiment = override(self, overrides)
         return changed
-
-
-_COUNTS = (
-    *("model.num_classes", "data.channels", "data.img_scale", "data.crop", "schedule.iterations", "schedule.step"),
-    *(
-        "train.batch_size",
-        "train.device_batch_size",
-        "train.ema_every",
-        "train.log_every",
-        "train.save_every",
-        "train.keep_last",
-    ),
-    *("evaluate.img_scale", "evaluate.crop", "evaluate.stride", "evaluate.batch_size"),
-)
-_BOUNDS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("at least 1", lambda v: v >= 1, _COUNTS),
-    (
-        "at least 0",
-        lambda v: v >= 0,
-        ("data.workers", "schedule.warmup_iterations", "train.evaluate_every", "evaluate.steps"),
-    ),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, ("data.flip", "data.blur")),
-    ("above 0 and at most 100", lambda v: 0 < v <= 100, ("evaluate.early_exit_threshold",)),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, ("train.ema",)),
-    ("finite", math.isfinite, ("data.mean",)),
-    (
-        "above 0 and finite",
-        lambda v: 0 < v < math.inf,
-        ("data.std", "data.ratio_range", "train.class_weight", "train.timeout", "evaluate.img_ratios"),
-    ),
-)
-"""What a value must be, the test of it, and its settings: every value of each, where one is given."""
 
 
 @dataclass(frozen=True)
@@ -320,3 +356,10 @@ class Published:
     """Local name of the weights file; None: the last part of the URL."""
     page: str | None = None
     """Where to find the weights by hand, when the file's own address is not known."""
+    log: str | None = None
+    """Address of the training log; None: the authors offer none."""
+
+    @property
+    def weights(self) -> str:
+        """How the weights are offered, in a word: `official`, a folder to choose from by hand, or nothing."""
+        return "official" if self.url else "a folder" if self.page else ""

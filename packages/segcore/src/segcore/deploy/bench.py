@@ -1,7 +1,7 @@
 """How fast a model answers and how much memory that takes, over sizes, batches, precisions and memory layouts.
 
-Timed is `predict_steps` without gradients on random images, with random weights: the figures say nothing about quality
-and do not depend on it. A setting is one cell of the table, a plain dict:
+Timed is the configured answer, without gradients, on random images with random weights: the figures say nothing about
+quality and do not depend on it. A setting is one cell of the table, a plain dict:
 
     height, width   of the images in pixels
     batch           images per forward pass
@@ -19,7 +19,6 @@ pass, after the heap's free pages have been handed back, so that the libraries' 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import itertools
@@ -37,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segcore import environment
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import predict_entries
 from segcore.ops import flops  # noqa: F401  (the counter then knows our operators)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,15 +100,13 @@ def header(model: nn.Module, device: torch.device) -> dict[str, Any]:
 def measure(model: Segmentor, channels: int, settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield the cells one by one for images with `channels` channels.
 
-    A model with a method `fuse` is measured before and after it. The model itself is moved, but otherwise left alone.
+    A model that `fuse` makes another of is measured before and after it. The model itself is moved, otherwise left
+    alone.
     """
     check(model, settings)
     model = model.eval().to(device)
-    variants: list[tuple[bool, Segmentor]] = [(False, model)]
-    if hasattr(model, "fuse"):
-        fused_model: Any = copy.deepcopy(model)
-        result = fused_model.fuse()  # a new model, or the same one changed
-        variants.append((True, result if isinstance(result, Segmentor) else fused_model))
+    fused_model = model.fuse()
+    variants = [(False, model)] if fused_model is model else [(False, model), (True, fused_model)]
     for fused, variant in variants:
         for height, width in settings.sizes:
             gflops: float | None = None
@@ -139,7 +137,7 @@ def forward_of(model: Segmentor, steps: Sequence[int], dtype: str, compiled: boo
 
     def forward(images: Tensor) -> object:
         with torch.no_grad(), torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-            return model.predict_steps(images, steps or None)
+            return predict_entries(model, images, steps)
 
     if compiled:
         torch.compiler.reset()  # else many sizes in one process end in the eager form

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from segcore import distributed
-from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset
 from segcore.data.loader import eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
-from segcore.evaluation.predictor import Precision, check_ensemble, early_exit_threshold, predict_classes
+from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
+from segcore.seeds import evaluation_seed
 
 Sample = tuple[int, np.ndarray, np.ndarray | None]
 OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
@@ -45,7 +45,7 @@ class Results:
     configured: str = ""
     """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
     by: str = ""
-    """What the entries' names count, `Segmentor.step_unit`."""
+    """What the entries' names count, `StepwiseSegmentor.step_unit`; "" without steps."""
     steps_taken: float | None = None
     """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
 
@@ -89,111 +89,129 @@ def check_fit(model: Segmentor, dataset: Dataset) -> None:
 
 
 def evaluate(
-    model: Segmentor,
+    predictor: Predictor,
     dataset: Dataset,
-    evaluate: EvalConfig,
-    data: DataConfig,
     *,
-    device: torch.device | str,
     seed: int = 0,
     workers: int = 0,
-    precision: Precision = "fp32",
-    channels_last: bool = False,
+    limit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_prediction: OnPrediction | None = None,
-    limit: int | None = None,
-    others: Sequence[Segmentor] = (),
 ) -> Results:
     """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
 
-    The model is on `device`; it is put into evaluation mode meanwhile. The noise of an image follows from (seed, its
-    index), so neither `evaluate.batch_size` nor `workers` nor the number of processes changes the results: of several
-    processes each takes every n-th image, and all return the same. Nothing of a prediction is kept.
+    The model is put into evaluation mode meanwhile. The noise of an image follows from (seed, its index), so neither
+    `evaluate.batch_size` nor `workers` nor the number of processes changes the results: each of several processes takes
+    every n-th image, and all return the same. No prediction is kept.
 
     `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), as if all
-    processes were as far as this one. Of the images of this process, `on_prediction(index, image, label, entries)` is
-    called with the classes (H, W) by entry. `others` are in evaluation mode and averaged in, see `check_ensemble`.
+    processes were as far as this one. For each image of this process, `on_prediction(index, image, label, entries)` is
+    called with the classes (H, W) by entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
     """
+    model, settings = predictor.model, predictor.evaluate
     check_fit(model, dataset)
-    model.check_steps(evaluate.steps)
-    check_ensemble(model, others)
+    if isinstance(model, StepwiseSegmentor):
+        model.check_steps(settings.steps)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
-    empty = partial(ConfusionMatrix, model.num_classes, model.ignore_index, device)
-    matrices: dict[str, ConfusionMatrix] = defaultdict(empty)
-    banded = "mBIoU" in evaluate.metrics
-    bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, model.num_classes, model.ignore_index, device))
-    taken: list[int] = []
+    counts = _Counts(model, predictor.device, boundaries="mBIoU" in settings.metrics)
+    steps_used: list[int] = []
+    network = _network(predictor, steps_used)
     own = range(distributed.rank(), total, distributed.world_size())
     done, skipped = 0, list[tuple[int, str]]()
     failed: UserError | Stopped | None = None
-
-    def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        entries = model.predict_steps(images, evaluate.steps or None, seeds)
-        if evaluate.early_exit_threshold is not None:
-            entries |= early_exit_threshold(model, evaluate.early_exit_threshold, taken, images, seeds)
-        return entries
-
-    def readable() -> Iterator[Sample]:
-        for index, sample in zip(own, eval_samples(dataset, workers, own), strict=False):
-            if not isinstance(sample, UserError):
-                yield sample
-            elif data.on_error == "stop":
-                raise sample
-            else:
-                skipped.append((index, str(sample)))
-
     try:
         with evaluation_mode(model):
-            for batch in _equal_sized(readable(), evaluate.batch_size):
-                predictions = predict_classes(
-                    model,
-                    [image for _, image, _ in batch],
-                    evaluate,
-                    data,
-                    [derive(seed, index) for index, _, _ in batch],
-                    device=device,
-                    precision=precision,
-                    channels_last=channels_last,
-                    network=network,
-                    others=others,
-                )
-                for (index, image, label), by_entry in zip(batch, predictions, strict=True):
+            samples = _readable(dataset, own, workers, skipped if predictor.data.on_error == "skip" else None)
+            for batch in _equal_sized(samples, settings.batch_size):
+                seeds = [evaluation_seed(seed, index) for index, _, _ in batch]
+                predictions = predictor.classes([image for _, image, _ in batch], seeds, network=network)
+                for (index, image, label), entries in zip(batch, predictions, strict=True):
                     if label is None:
                         raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
-                    for entry, classes in by_entry.items():
-                        matrices[entry].update(classes, label)
-                        if banded:
-                            bands[entry].update(classes, label)
+                    counts.add(entries, label)
                     if on_prediction:
-                        on_prediction(index, image, label, by_entry)
+                        on_prediction(index, image, label, entries)
                 done += len(batch)
                 if on_progress:
                     on_progress(min(distributed.world_size() * (done + len(skipped)), total), total)
     except (UserError, Stopped) as error:
         failed = error
-    images, steps, runs = distributed.sync_status(failed, done, sum(taken), len(taken))
+    images, steps, runs = distributed.sync_status(failed, done, sum(steps_used), len(steps_used))
     missed = tuple(text for _, text in sorted(distributed.all_gather_object(skipped)))
     if not images:
         raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
-    for entry in dict.fromkeys(distributed.all_gather_object(list(matrices))):  # a process without images has none
-        distributed.all_reduce_sum(matrices[entry].matrix)
-        if banded:
-            distributed.all_reduce_sum(bands[entry].counts)
+    counts.sum_over_processes()
     return Results(
         tuple(dataset.classes),
-        {e: matrix.compute() | (bands[e].compute() if banded else {}) for e, matrix in matrices.items()},
+        counts.metrics(),
         images,
-        {entry: matrix.matrix.cpu() for entry, matrix in matrices.items()},
+        {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()},
         missed,
-        model.default_step,
-        model.step_unit,
+        *((model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")),
         steps / runs if runs else None,
     )
+
+
+def _network(predictor: Predictor, steps_used: list[int]) -> Network:
+    """Return the model's answers by entry, with `evaluate.early_exit_threshold` the one that ends early as well."""
+    model, settings = predictor.model, predictor.evaluate
+    percent = settings.early_exit_threshold
+    if percent is None:
+        return lambda images, seeds: predict_entries(model, images, settings.steps, seeds)
+    stepwise = require_stepwise(model, "early_exit_threshold")
+
+    def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+        entries = predict_entries(model, images, settings.steps, seeds)
+        return entries | early_exit_entry(stepwise, percent, steps_used, images, seeds)
+
+    return network
+
+
+class _Counts:
+    """The counts behind the metrics of every step entry."""
+
+    def __init__(self, model: Segmentor, device: torch.device, *, boundaries: bool) -> None:
+        arguments = model.num_classes, model.ignore_index, device
+        self.boundaries = boundaries
+        self.matrices: dict[str, ConfusionMatrix] = defaultdict(partial(ConfusionMatrix, *arguments))
+        self.bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, *arguments))
+
+    def add(self, entries: Mapping[str, Tensor], label: np.ndarray) -> None:
+        """Count the classes (H, W) that each entry has for an image with this label (H, W)."""
+        for entry, classes in entries.items():
+            self.matrices[entry].update(classes, label)
+            if self.boundaries:
+                self.bands[entry].update(classes, label)
+
+    def sum_over_processes(self) -> None:
+        """Add up the counts of all processes; one without images has no entries yet."""
+        for entry in dict.fromkeys(distributed.all_gather_object(list(self.matrices))):
+            distributed.all_reduce_sum(self.matrices[entry].matrix)
+            if self.boundaries:
+                distributed.all_reduce_sum(self.bands[entry].counts)
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Return the metrics by entry."""
+        bands = {entry: band.compute() for entry, band in self.bands.items()}
+        return {entry: matrix.compute() | bands.get(entry, {}) for entry, matrix in self.matrices.items()}
+
+
+def _readable(
+    dataset: Dataset, indices: Sequence[int], workers: int, skipped: list[tuple[int, str]] | None
+) -> Iterator[Sample]:
+    """Yield the samples that can be read; the others are noted in `skipped`, or with None raised as UserError."""
+    for index, sample in zip(indices, eval_samples(dataset, workers, indices), strict=False):
+        if not isinstance(sample, UserError):
+            yield sample
+        elif skipped is None:
+            raise sample
+        else:
+            skipped.append((index, str(sample)))
 
 
 @contextmanager

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.config.schema import DataConfig, EvalConfig
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, Precision
 from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries
+from segcore.seeds import window_seed
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
 """Normalized images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the context in which a forward pass has the precision that the configuration names."""
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    half = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]  # of fp32: not enabled
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
@@ -64,51 +64,27 @@ def window_boxes(
     return [(y1, x1, y2, x2) for y1, y2 in spans(height, crop[0], stride[0]) for x1, x2 in columns]
 
 
-def early_exit_threshold(
-    model: Segmentor, percent: float, taken: list[int], images: Tensor, seeds: list[int]
+def early_exit_entry(
+    model: StepwiseSegmentor, percent: float, steps_used: list[int], images: Tensor, seeds: list[int]
 ) -> dict[str, Tensor]:
-    """Return the entry `until P%`: denoising that ends early, see `Segmentor.early_exit`.
+    """Return the entry `until P%`: denoising that ends early, see `StepwiseSegmentor.early_exit`.
 
-    The number of steps that each image took is appended to `taken`. With the first three arguments given it is a
+    The number of steps of each image is appended to `steps_used`. With the first three arguments bound it is a
     `Network`.
     """
     logits, counts = model.early_exit(images, percent, seeds)
-    taken.extend(counts)
+    steps_used.extend(counts)
     return {f"until {percent:g}%": logits}
 
 
-def predict_classes(
-    model: Segmentor,
-    images: Sequence[np.ndarray],
-    evaluate: EvalConfig,
-    data: DataConfig,
-    seeds: Sequence[int],
-    *,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    channels_last: bool = False,
-    network: Network | None = None,
-    others: Sequence[Segmentor] = (),
-) -> list[dict[str, Tensor]]:
-    """Return, per image and step entry, the classes (H, W) int64 of highest probability at the image's own size.
+def check_ensemble(model: Segmentor, ensemble: Sequence[Segmentor]) -> None:
+    """Raise UserError when the probabilities of `ensemble` cannot be averaged with those of `model`.
 
-    Arguments as for `predict_probabilities`. A model with one class answers 1 where its probability exceeds 0.5, or 0.
-    """
-    probabilities = predict_probabilities(
-        model, images, evaluate, data, seeds,
-        device=device, precision=precision, channels_last=channels_last, network=network, others=others,
-    )  # fmt: skip
-    return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in probabilities]
-
-
-def check_ensemble(model: Segmentor, others: Sequence[Segmentor]) -> None:
-    """Raise UserError when the probabilities of `others` cannot be averaged with those of `model`.
-
-    They have the same classes, or lack the class background that `model` has in front and ignores; its probability
-    then counts as 0, as published for DDPS and its base model.
+    Its models have the same classes, or lack the class background that `model` has in front and ignores; its
+    probability then counts as 0, as published for DDPS and its base model.
     """
     expected = {model.num_classes, model.num_classes - (model.ignore_index == 0)}
-    for other in others:
+    for other in ensemble:
         if other.num_classes not in expected or 1 in (other.num_classes, model.num_classes):
             raise UserError(
                 f"the model has {model.num_classes} classes but the one of --ensemble {other.num_classes}; "
@@ -116,101 +92,151 @@ def check_ensemble(model: Segmentor, others: Sequence[Segmentor]) -> None:
             )
 
 
-@torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
-def predict_probabilities(
-    model: Segmentor,
-    images: Sequence[np.ndarray],
-    evaluate: EvalConfig,
-    data: DataConfig,
-    seeds: Sequence[int],
-    *,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    channels_last: bool = False,
-    network: Network | None = None,
-    others: Sequence[Segmentor] = (),
-) -> list[dict[str, Tensor]]:
-    """Return, per image and step entry, probabilities (K, H, W) float32 in 0..1 at the image's own size, on `device`.
+@dataclass(frozen=True)
+class Predictor:
+    """A model and everything that its answer to an image depends on besides the seed.
 
-    The model is on `device` and in evaluation mode. Images are (H, W, C) uint8 or uint16, RGB; those of one size go
-    through the network together. `seeds` holds one integer per image; each view and window draws from its own, derived
-    from it, so the answer does not depend on the other images. `precision` is that of the network (autocast);
-    everything after it is float32.
-
-    `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`. `others` are
-    models whose configured answers are averaged into every entry, see `check_ensemble`; all models weigh alike.
+    Images are (H, W, C) uint8 or uint16, RGB. All models are in evaluation mode and on the device of the first one's
+    parameters. Raises UserError about models that cannot be averaged, see `check_ensemble`.
     """
-    device = torch.device(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    answer = network or (lambda batch, seeds: model.predict_steps(batch, evaluate.steps or None, seeds))
 
-    def run(answer: Network, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        with autocast(device, precision):
-            return answer(batch.to(device).contiguous(memory_format=layout), seeds)
+    model: Segmentor
+    evaluate: EvalConfig
+    """Views, windows, steps, precision (None: fp32) and memory layout (None: contiguous)."""
+    data: DataConfig
+    """Mean and standard deviation of the normalization."""
+    ensemble: tuple[Segmentor, ...] = ()
+    """Models whose configured answers are averaged into every entry; all weigh alike."""
 
-    def final(other: Segmentor, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        return {"final": other(batch, seeds)}
+    def __post_init__(self) -> None:
+        check_ensemble(self.model, self.ensemble)
 
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, image in enumerate(images):
-        groups[image.shape].append(i)
-    results: list[dict[str, Tensor]] = [{} for _ in images]
-    for members in groups.values():
-        equal = [images[i] for i in members]
-        own = [seeds[i] for i in members]
-        mean = _mean_over_views(partial(run, answer), equal, evaluate, data, own, model.align_corners)
-        for other in others:
-            network = partial(run, partial(final, other))
-            theirs = _mean_over_views(network, equal, evaluate, data, own, other.align_corners)["final"]
+    @classmethod
+    def of(cls, model: Segmentor, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
+        """Return the predictor of an experiment; precision and memory layout are those of the training by default."""
+        precision, channels_last = exp.evaluate.precision, exp.evaluate.channels_last
+        evaluate = replace(
+            exp.evaluate,
+            precision=exp.train.precision if precision is None else precision,
+            channels_last=exp.train.channels_last if channels_last is None else channels_last,
+        )
+        return cls(model, evaluate, exp.data, tuple(ensemble))
+
+    def using(self, **settings: Any) -> Predictor:
+        """Return a predictor with other settings of `evaluate`, such as `steps=()`."""
+        return replace(self, evaluate=replace(self.evaluate, **settings))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        tensor = next(self.model.parameters(), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def classes(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return, per image and step entry, the classes (H, W) int64 of highest probability at the image's own size.
+
+        A model with one class answers 1 where its probability exceeds 0.5, else 0. Arguments as for `probabilities`.
+        """
+        found = self.probabilities(images, seeds, network=network)
+        return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in found]
+
+    @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
+    def probabilities(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return, per image and step entry, probabilities (K, H, W) float32 in 0..1 at the image's own size.
+
+        Images of one size go through the network together. `seeds` holds one integer per image; each view and window
+        draws from its own, derived from it, so the answer does not depend on the other images. Only the network runs in
+        the configured precision (autocast); everything after it is float32.
+
+        `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`.
+        """
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[image.shape].append(i)
+        results: list[dict[str, Tensor]] = [{} for _ in images]
+        for members in groups.values():
+            mean = self._ensemble_mean([images[i] for i in members], [seeds[i] for i in members], network)
+            for row, i in enumerate(members):
+                results[i] = {entry: probabilities[row] for entry, probabilities in mean.items()}
+        return results
+
+    def _ensemble_mean(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
+    ) -> dict[str, Tensor]:
+        """Return, per step entry, the probabilities (N, K, H, W) of N images of one size, averaged over the models."""
+        model = self.model
+        network = network or partial(_answers, model, self.evaluate.steps)
+        mean = self._mean_over_views(network, images, seeds, model.align_corners)
+        for other in self.ensemble:
+            theirs = self._mean_over_views(partial(_final, other), images, seeds, other.align_corners)["final"]
             if other.num_classes < model.num_classes:  # it does not know the background
                 theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
             for probabilities in mean.values():
                 probabilities.add_(theirs)
-        for number, (before, entry) in enumerate(pairwise(mean if evaluate.ensemble_steps else ()), 1):
-            mean[entry].add_(mean[before], alpha=number).div_(number + 1)
+        if self.evaluate.ensemble_steps:
+            average_entries(mean)
         for probabilities in mean.values():
-            probabilities.div_(1 + len(others))
-        for row, i in enumerate(members):
-            results[i] = {entry: probabilities[row] for entry, probabilities in mean.items()}
-    return results
+            probabilities.div_(1 + len(self.ensemble))
+        return mean
+
+    def _mean_over_views(
+        self, network: Network, images: Sequence[np.ndarray], seeds: Sequence[int], align_corners: bool
+    ) -> dict[str, Tensor]:
+        """Return, per step entry, the mean of the views' probabilities (N, K, H, W) for N images of one size."""
+        height, width = images[0].shape[:2]
+        views = view_sizes(height, width, self.evaluate)
+        layout = torch.channels_last if self.evaluate.channels_last else torch.contiguous_format
+        device = self.device
+
+        def run(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+            with autocast(device, self.evaluate.precision or "fp32"):
+                return network(batch.to(device).contiguous(memory_format=layout), seeds)
+
+        total: dict[str, Tensor] = {}
+        for view, (h, w, flip) in enumerate(views):
+            if not flip:  # its mirror image comes next and starts from the same pixels
+                arrays = [normalize(resize_image(x, (h, w)), self.data.mean, self.data.std) for x in images]
+                batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            logits = window_logits(run, batch.flip(-1) if flip else batch, self.evaluate, seeds, view)
+            for entry, x in logits.items():
+                p = to_probabilities(x, (height, width), align_corners)
+                p = p.flip(-1) if flip else p
+                total[entry] = total[entry].add_(p) if entry in total else p
+        return {entry: p.div_(len(views)) for entry, p in total.items()}
 
 
-def _mean_over_views(
-    network: Network,
-    images: Sequence[np.ndarray],
-    evaluate: EvalConfig,
-    data: DataConfig,
-    seeds: Sequence[int],
-    align_corners: bool,
-) -> dict[str, Tensor]:
-    """Return, per step entry, the mean of the views' probabilities (N, K, H, W) for N images of one size."""
-    height, width = images[0].shape[:2]
-    views = view_sizes(height, width, evaluate)
-    total: dict[str, Tensor] = {}
-    for view, (h, w, flip) in enumerate(views):
-        if not flip:  # its mirror image comes next and starts from the same pixels
-            arrays = [normalize(resize_image(image, (h, w)), data.mean, data.std) for image in images]
-            batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        logits = _logits(network, batch.flip(-1) if flip else batch, evaluate, seeds, view)
-        for entry, x in logits.items():
-            p = _probabilities(x, (height, width), align_corners)
-            p = p.flip(-1) if flip else p
-            total[entry] = total[entry].add_(p) if entry in total else p
-    return {entry: p.div_(len(views)) for entry, p in total.items()}
+def _answers(model: Segmentor, steps: Sequence[int], batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    return predict_entries(model, batch, steps, seeds)
 
 
-def _logits(
+def _final(model: Segmentor, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+    return {"final": model(batch, seeds)}
+
+
+def window_logits(
     network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
 ) -> dict[str, Tensor]:
     """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
-    if evaluate.mode == "whole":
-        return network(batch, [derive(seed, view, 0) for seed in seeds])
+    match evaluate.mode:
+        case "whole":
+            return network(batch, [window_seed(seed, view, 0) for seed in seeds])
+        case "slide":
+            return _mean_over_windows(network, batch, evaluate, seeds, view)
+
+
+def _mean_over_windows(
+    network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
+) -> dict[str, Tensor]:
     height, width = batch.shape[-2:]
     total: dict[str, Tensor] = {}
     count = torch.zeros(height, width)
     for window, (y1, x1, y2, x2) in enumerate(window_boxes(height, width, evaluate.crop, evaluate.stride)):
         count[y1:y2, x1:x2] += 1
-        part = network(batch[..., y1:y2, x1:x2], [derive(seed, view, window) for seed in seeds])
+        part = network(batch[..., y1:y2, x1:x2], [window_seed(seed, view, window) for seed in seeds])
         for entry, logits in part.items():
             if entry not in total:
                 total[entry] = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
@@ -218,7 +244,7 @@ def _logits(
     return {entry: logits.div_(count.to(logits.device)) for entry, logits in total.items()}
 
 
-def _probabilities(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def to_probabilities(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Return class probabilities float32 at `size`; the softmax comes after the resize, as published."""
     logits = resize(logits.float(), size, align_corners=align_corners)
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)

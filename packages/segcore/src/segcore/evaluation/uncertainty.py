@@ -1,94 +1,46 @@
-"""How sure a diffusion model is of a mask, per pixel, and how well that separates wrong from right pixels."""
+"""How sure a model that denoises is of a mask, per pixel, and how well that separates wrong from right pixels."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.config.schema import DataConfig, EvalConfig
-from segcore.data.dataset import Dataset
-from segcore.errors import UserError
-from segcore.evaluation.predictor import Precision, predict_classes, predict_probabilities
-from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.evaluation.predictor import Predictor
+from segcore.models.stepwise import require_stepwise
 
 STARTS = 4
 """Noise starts per image."""
 
 
 def predict_uncertainty(
-    model: Segmentor,
+    predictor: Predictor,
     images: Sequence[np.ndarray],
     classes: Sequence[Tensor],
-    evaluate: EvalConfig,
-    data: DataConfig,
     seeds: Sequence[int],
     *,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    channels_last: bool = False,
     starts: int = STARTS,
 ) -> list[Tensor]:
     """Return, per image, the probability (H, W) float32 in 0..1 that a pixel is not of the class that `classes` says.
 
     This is 1 - p(class of the mask), where p is the mean softmax over `starts` noise starts, their denoising steps and
-    the views and windows of `evaluate`: least confidence (Hendrycks and Gimpel, arXiv 1610.02136) of an ensemble
-    (Lakshminarayanan et al., arXiv 1612.01474) whose members are samples of the diffusion. Other than the predictive
+    the views and windows of the predictor: least confidence (Hendrycks and Gimpel, arXiv 1610.02136) of an ensemble
+    (Lakshminarayanan et al., arXiv 1612.01474) whose members are samples of the diffusion. Unlike the predictive
     entropy it has a unit: of pixels at 0.3, a calibrated model gets 30 % wrong.
 
-    `classes` holds masks (H, W) int64; the other arguments are those of `predict_probabilities`. Raises UserError when
-    the method draws no noise.
+    `classes` holds masks (H, W) int64; images and seeds are those of `Predictor.probabilities`. Raises UserError when
+    the model does not denoise.
     """
-    marginal = predict_probabilities(
-        model, images, evaluate, data, seeds, device=device, precision=precision, channels_last=channels_last,
-        network=lambda batch, seeds: {"marginal": model.log_mean_probs(batch, seeds, starts)},
-    )  # fmt: skip
+    model = require_stepwise(predictor.model, "--uncertainty")
+    mean = predictor.probabilities(
+        images, seeds, network=lambda batch, seeds: {"mean": model.log_mean_probs(batch, seeds, starts)}
+    )
     return [
-        1 - by_entry["marginal"].gather(0, mask[None].to(by_entry["marginal"].device))[0]
-        for by_entry, mask in zip(marginal, classes, strict=True)
+        1 - by_entry["mean"].gather(0, mask[None].to(by_entry["mean"].device))[0]
+        for by_entry, mask in zip(mean, classes, strict=True)
     ]
-
-
-def evaluate_uncertainty(
-    model: Segmentor,
-    dataset: Dataset,
-    evaluate: EvalConfig,
-    data: DataConfig,
-    *,
-    device: torch.device | str,
-    seed: int = 0,
-    precision: Precision = "fp32",
-    channels_last: bool = False,
-    starts: int = STARTS,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Return the AUROC with which the uncertainty tells the wrong from the right pixels of a labeled data set.
-
-    Every image is predicted as `segcore.evaluation.evaluate` does with the same seed: the configured answer. The model
-    is on `device` and in evaluation mode. Raises UserError when the method draws no noise.
-    """
-    area = AUROC(model.ignore_index)
-    settings = dataclasses.replace(evaluate, steps=())
-    for index in range(len(dataset)):
-        image, label = dataset.pair(index)
-        if label is None:
-            raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
-        arguments: dict[str, Any] = {
-            "evaluate": settings, "data": data, "seeds": [derive(seed, index)],
-            "device": device, "precision": precision, "channels_last": channels_last,
-        }  # fmt: skip
-        [entries] = predict_classes(model, [image], **arguments)
-        mask = entries[list(entries)[-1]]
-        [uncertainty] = predict_uncertainty(model, [image], [mask], starts=starts, **arguments)
-        area.update(uncertainty.cpu(), mask.cpu(), torch.from_numpy(label))
-        if on_progress:
-            on_progress(index + 1, len(dataset))
-    return area.compute()
 
 
 class AUROC:

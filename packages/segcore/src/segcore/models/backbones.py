@@ -7,7 +7,6 @@ stored.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.errors import UserError
+from segcore.models.key_map import Rules, rename
 from segcore.models.segmentor import RECOMPUTABLE, LoadReport
 
 # Families and sizes as the published configurations name them.
@@ -139,7 +139,7 @@ class ConvNeXt(Backbone):
         return maps
 
     def key_map(self) -> dict[str, str]:
-        rules = (
+        rules: Rules = (
             (r"^net\.stem\.", "downsample_layers.0."),
             (r"^net\.stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
             (r"^net\.stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
@@ -147,7 +147,7 @@ class ConvNeXt(Backbone):
             (r"\.mlp\.fc([12])\.", r".pointwise_conv\1."),
             (r"^norms\.", "norm"),
         )
-        return {name: _rename(name, rules) for name in self.state_dict()}
+        return {name: rename(name, rules) for name in self.state_dict()}
 
     def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # The classifier's norm is the one of the last stage's output.
@@ -190,7 +190,7 @@ class Swin(Backbone):
         return maps
 
     def key_map(self) -> dict[str, str]:
-        rules = (
+        rules: Rules = (
             (r"^net\.patch_embed\.proj\.", "patch_embed.projection."),
             # timm has the merging at the start of the next stage, the published system at the end of the one before.
             (r"^net\.layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
@@ -201,7 +201,7 @@ class Swin(Backbone):
             (r"^net\.", ""),
             (r"^norms\.", "norm"),
         )
-        return {name: _rename(name, rules) for name in self.state_dict()}
+        return {name: rename(name, rules) for name in self.state_dict()}
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         if ".downsample." not in name:
@@ -267,9 +267,3 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.net(images)
-
-
-def _rename(name: str, rules: tuple[tuple[str, Any], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -1,4 +1,7 @@
-"""The contract between a method and everything else: training, evaluation, prediction and export see only this."""
+"""The contract between a method and everything else: training, evaluation, prediction and export see only this.
+
+`segcore.models.stepwise` extends it for methods that denoise in steps.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from segcore.config.schema import LossConfig
 from segcore.errors import UserError
+from segcore.models.layers import resize as resize_bilinear
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,18 @@ class LoadReport:
 
 
 class Segmentor(nn.Module, ABC):
-    """A segmentation model.
+    """A segmentation model; one that denoises in steps is a `StepwiseSegmentor`.
+
+    A method writes `logits`, `losses` and, if it has published weights, `key_map`.
 
     Attributes:
         num_classes: number of classes K.
         ignore_index: label value that takes no part in loss and metric.
-        align_corners: convention of the second resize, from the network's input size to the original image's.
+        align_corners: convention of the resizes from the network's resolution to that of the input and of the image.
         min_size: shortest image side in pixels; smaller images raise ValueError.
+        pad_to: images are padded with zeros, the mean color, to the right and below, to multiples of it.
         size_divisor: an export for any size takes images whose sides are multiples of it.
-        auxiliary_names: how the names of an auxiliary head begin, here and in published checkpoints.
-        step_unit: what the numbers are that entries of `predict_steps` are named by: the "steps" taken, or the
-            "timestep" that was reached; "" without such entries.
-        diffusion: whether inference denoises from random noise; if not, `denoising_trajectory` is empty and
-            `log_mean_probs` and `early_exit` raise UserError.
-        class_weight: (K,) float32, what `losses` weighs the cross entropy of each class with; None: all alike. The
-            training loop sets it from `train.class_weight`; it is no part of the state dict.
+        auxiliary_names: prefixes of an auxiliary head's names, here and in published checkpoints.
 
     Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An
     image's answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
@@ -60,83 +63,65 @@ class Segmentor(nn.Module, ABC):
     ignore_index: int = 255
     align_corners: bool = False
     min_size: int = 1
+    pad_to: int = 1
     size_divisor: int = 32
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
-    step_unit: str = ""
-    diffusion: bool = False
-    class_weight: Tensor | None = None
 
     @abstractmethod
-    def predict_steps(
-        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
-        """Return logits (N, K, H, W) per step entry for normalized images (N, C, H, W), at the images' size.
-
-        With `steps` None the last entry is the configured answer. Methods without sampling steps have one entry,
-        "final".
-        """
-
-    @property
-    def default_step(self) -> str:
-        """The entry of `predict_steps` that is the configured answer."""
-        return "final"
-
-    def check_steps(self, steps: Sequence[int]) -> None:
-        """Raise UserError unless the model can answer the steps of `evaluate.steps`; empty means as configured."""
-
-    def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return logits (N, K, H, W) after every denoising step of the configured run; none without such steps."""
-        return {}
-
-    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
-        """Return log class probabilities (N, K, H, W): of the mean over `starts` draws of the noise and the steps."""
-        raise self.no_diffusion()
-
-    def early_exit(
-        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[int]]:
-        """Return logits (N, K, H, W) and, per image, how many denoising steps were taken for them.
-
-        The configured run, but an image is done after the step that changes fewer than `percent` % of its pixels.
-        """
-        raise self.no_diffusion()
-
-    def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the logits (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64."""
-        raise UserError(f"{type(self).__name__} does not denoise label maps; leave out --start-mask")
-
-    def no_diffusion(self) -> UserError:
-        """Return the error for what only a diffusion model can do."""
-        name = type(self).__name__
-        return UserError(f"{name} is no diffusion model; leave out --uncertainty, --steps and early_exit_threshold")
-
-    def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
-        """Return what `export` writes: a module that maps images of this shape, or with `dynamic` of any, to logits.
-
-        A method that draws noise fixes it as for seed 0 and raises UserError where that needs a fixed shape.
-        """
-        return self
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return logits (N, K, h, w) at the network's own resolution, for images (N, C, H, W) that are padded."""
 
     @abstractmethod
     def losses(
         self,
         images: Tensor,
         labels: Tensor,
+        *,
         seeds: Sequence[int] | None = None,
         draws: Mapping[str, Tensor] | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
         """Return scalars by name for images (N, C, H, W) and labels (N, H, W) int64; "loss" is the one to step on.
 
-        `draws` hands in every random tensor of the step under the method's names, instead of drawing from `seeds`.
+        `draws` holds every random tensor of the step under the method's names, instead of drawing from `seeds`.
+        `loss` says which loss is taken; its class weights are numbers. Raises UserError about one that the method does
+        not train with.
         """
 
-    @abstractmethod
+    def forward(self, images: Tensor, seeds: Sequence[int] | None = None, *, resize: bool = True) -> Tensor:
+        """Return logits (N, K, H, W) for normalized images (N, C, H, W), at the images' size.
+
+        With `resize` False they are (N, K, h, w) at the network's own resolution, of the padded images.
+        """
+        self.check_size(images)
+        logits = self.logits(self.pad(images), seeds)
+        return self.resize_to_input(logits, images.shape[-2:]) if resize else logits
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Return images (N, C, H, W) padded to multiples of `pad_to`."""
+        below, right = (-side % self.pad_to for side in images.shape[-2:])
+        return F.pad(images, (0, right, 0, below)) if below or right else images
+
+    def resize_to_input(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Return logits (N, K, H, W) at the input's size (height, width), for logits at the network's resolution.
+
+        `forward` and whatever else answers at the input's size goes through here.
+        """
+        padded = [side + -side % self.pad_to for side in size]
+        full = resize_bilinear(logits, padded, align_corners=self.align_corners)
+        return full[..., : size[0], : size[1]] if self.pad_to > 1 else full
+
+    def fuse(self) -> Segmentor:
+        """Return a copy for inference that answers alike and faster; a model without such a form returns itself."""
+        return self
+
+    def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
+        """Return what `export` writes: a module that maps images of this shape, or with `dynamic` of any, to logits."""
+        return self
+
     def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`. Optimizer rules are matched against these."""
-
-    def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Return logits (N, K, H, W) for normalized images (N, C, H, W), at the images' size."""
-        return list(self.predict_steps(images, seeds=seeds).values())[-1]
+        return {name: name for name in self.state_dict()}
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         """Return a published tensor in this model's layout; `name` is the published name."""
@@ -158,7 +143,7 @@ class Segmentor(nn.Module, ABC):
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load the backbone alone, from a timm state dict or from official names `backbone.*`.
 
-        A method that starts from ImageNet weights overrides this; the default raises ValueError.
+        Optional: the default raises ValueError.
         """
         raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
 

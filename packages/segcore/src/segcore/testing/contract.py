@@ -1,21 +1,29 @@
-"""What the rest of segcore expects of a `Segmentor`, as functions that raise AssertionError.
+"""What the rest of segcore expects of a `Segmentor` and a `StepwiseSegmentor`, as functions that raise AssertionError.
 
-A method's `tests/test_contract.py` calls each with a small model built from its own dataclass.
+A method's `tests/test_contract.py` calls them with small models built from its own dataclass.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from segcore.cli.commands import COMMANDS
+from segcore.cli.main import COMMANDS
 from segcore.config.registry import experiments, load_experiment
+from segcore.config.schema import LossConfig, ModelConfig
 from segcore.data.layouts import palette_of
+from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
+from segcore.testing.host_reads import HostReads
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
 
@@ -44,14 +52,22 @@ def refusal(call: Callable[[], object]) -> str:
 
 @torch.no_grad()
 def check_forward(model: Segmentor) -> None:
-    """Batches of 1 and 3, odd sizes, finite logits at the input's size; too small images are refused."""
+    """Batches of 1 and 3, odd sizes, finite logits at the input's size; too small images are refused.
+
+    The logits are those at the network's own resolution, brought to the input's size. `fuse` answers alike.
+    """
     model.eval()
     for count in (1, 3):
         assert model(images(count)).shape == (count, model.num_classes, 64, 96)
+    fused = model.fuse()
     for height, width in ODD_SIZES:
-        logits = model(images(1, height, width))
+        batch = images(1, height, width)
+        logits, own = model(batch), model(batch, resize=False)
         assert logits.shape == (1, model.num_classes, height, width)
+        assert own.shape[:2] == logits.shape[:2]
+        assert torch.equal(model.resize_to_input(own, (height, width)), logits)
         assert logits.isfinite().all()
+        torch.testing.assert_close(fused(batch), logits, atol=1e-4, rtol=1e-4)
     if model.min_size > 1:
         assert str(model.min_size) in refusal(lambda: model(images(1, model.min_size - 1, 64)))
 
@@ -70,51 +86,73 @@ def check_seeds(model: Segmentor, atol: float = 1e-4) -> None:
 
 
 @torch.no_grad()
-def check_steps(model: Segmentor, steps: tuple[int, ...]) -> None:
-    """Entries are logits at the input's size; the configured answer is the last; traces have one entry per step."""
-    model.eval()
+def check_plain(model: Segmentor) -> None:
+    """A model without steps has nothing of a stepwise one, and one entry."""
+    assert not isinstance(model, StepwiseSegmentor)
+    assert not hasattr(model, "predict_steps")
     batch = images(2)
-    entries = model.predict_steps(batch, seeds=[1, 2])
-    assert list(entries) == [model.default_step]
-    assert torch.equal(list(entries.values())[-1], model(batch, seeds=[1, 2]))
-    asked = model.predict_steps(batch, steps=steps or None, seeds=[1, 2])
-    assert list(asked) == ([str(s) for s in steps] or ["final"])
-    for logits in (*asked.values(), *model.denoising_trajectory(batch, seeds=[1, 2]).values()):
-        assert logits.shape == (2, model.num_classes, 64, 96)
+    entries = predict_entries(model.eval(), batch, (1, 2), [1, 2])
+    assert list(entries) == ["final"]
+    assert torch.equal(entries["final"], model(batch, seeds=[1, 2]))
+    assert "leave out --steps" in refusal(lambda: require_stepwise(model, "--steps"))
 
 
 @torch.no_grad()
-def check_diffusion(model: Segmentor) -> None:
-    """Traces end with the configured answer, the marginal holds log-probabilities, a run may end early or not."""
+def check_steps(model: StepwiseSegmentor, steps: tuple[int, ...]) -> None:
+    """Entries are answers at the input's size; the configured one is the last; trajectories have one per step."""
     model.eval()
     batch, seeds = images(2), [1, 2]
-    answer, trace = model(batch, seeds=seeds), model.denoising_trajectory(batch, seeds=seeds)
-    assert model.diffusion
-    assert len(trace) > 1
-    torch.testing.assert_close(list(trace.values())[-1], answer, atol=1e-4, rtol=1e-4)
-    marginal = model.log_mean_probs(batch, seeds, starts=2)
-    assert marginal.shape == answer.shape
-    assert marginal.isfinite().all()
-    assert marginal.max() < 1e-5, "no log-probabilities"
-    assert not torch.equal(marginal, model.log_mean_probs(batch, [7, 8], starts=2)), "the noise plays no part"
-    steps = list(trace.values())
+    answer = model(batch, seeds=seeds)
+    entries = model.predict_steps(batch, seeds=seeds)
+    assert list(entries) == [model.default_step]
+    assert torch.equal(list(entries.values())[-1], answer)
+    asked = model.predict_steps(batch, steps=steps, seeds=seeds)
+    assert list(asked) == [str(step) for step in steps]
+    assert predict_entries(model, batch, steps, seeds).keys() == asked.keys()
+    shown = model.denoising_trajectory(batch, seeds=seeds)
+    assert len(shown) == min(len(model.step_keys), 20)
+    torch.testing.assert_close(list(shown.values())[-1], answer, atol=1e-4, rtol=1e-4)
+    for logits in (*asked.values(), *shown.values()):
+        assert logits.shape == (2, model.num_classes, 64, 96)
+    assert "leave out --dynamic" in refusal(lambda: model.exportable(batch, dynamic=True))
+    fixed = model.exportable(batch, dynamic=False)
+    torch.testing.assert_close(fixed(batch), model(batch), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def check_denoising(model: StepwiseSegmentor) -> None:
+    """Mean probabilities are log-probabilities that depend on the noise; a run may end early or not."""
+    model.eval()
+    batch, seeds = images(2), [1, 2]
+    steps = list(model.denoising_trajectory(batch, seeds=seeds).values())
+    assert len(steps) > 1
+    mean = model.log_mean_probs(batch, seeds, starts=2)
+    assert mean.shape == steps[-1].shape
+    assert mean.isfinite().all()
+    assert mean.max() < 1e-5, "no log-probabilities"
+    assert not torch.equal(mean, model.log_mean_probs(batch, [7, 8], starts=2)), "the noise plays no part"
     for percent in (1e-9, 50.0, 100.0):
-        found, taken = model.early_exit(batch, percent, seeds)
-        for row, count in enumerate(taken):
+        found, steps_used = model.early_exit(batch, percent, seeds)
+        for row, count in enumerate(steps_used):
             assert 1 < count <= len(steps)
             torch.testing.assert_close(found[row], steps[count - 1][row], atol=1e-4, rtol=1e-4)
 
 
 def check_backward(model: Segmentor) -> None:
-    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each."""
+    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each.
+
+    Nothing on the way makes the host wait for the device.
+    """
     model.train()
     for count, half in ((2, False), (3, True)):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with HostReads() as reads, torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = model.losses(images(count), labels(model, count), seeds=list(range(count)))
         parts = [value for name, value in losses.items() if "loss" in name and name != "loss"]
         torch.testing.assert_close(losses["loss"], torch.stack(parts).sum())
-        losses["loss"].backward()
+        with reads:
+            losses["loss"].backward()
+        assert reads.found == [], "these wait for the device"
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} got no gradient"
             assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
@@ -139,15 +177,31 @@ def check_all_ignored(model: Segmentor) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def check_class_weight(model: Segmentor) -> None:
-    """The losses heed `class_weight`, and it is no part of the state dict."""
+def check_losses(model: Segmentor, kinds: Sequence[str] = tuple(LOSSES)) -> None:
+    """The losses heed `loss.kind` and `loss.class_weight`, which leaves no trace in the model; others are refused."""
     model.eval()
     names, batch, target = set(model.state_dict()), images(2), labels(model, 2)
-    weight = torch.linspace(0.5, 2, model.num_classes)
-    before = model.losses(batch, target, seeds=[3, 4])["loss"]
-    model.class_weight = weight
-    assert not torch.equal(model.losses(batch, target, seeds=[3, 4])["loss"], before)
+
+    def loss(**settings: Any) -> Tensor:
+        return model.losses(batch, target, seeds=[3, 4], loss=LossConfig(**settings))["loss"]
+
+    weight = tuple(torch.linspace(0.5, 2, model.num_classes).tolist())
+    for kind in LOSSES:
+        if kind in kinds:
+            plain, weighted = (loss(kind=kind, ohem_min_kept=1, class_weight=w) for w in (None, weight))
+            assert not torch.equal(plain, weighted)
+        else:
+            assert f"loss.kind is {kind}" in refusal(partial(loss, kind=kind))
+    assert torch.equal(loss(), model.losses(batch, target, seeds=[3, 4])["loss"])
+    assert loss(avg_non_ignore=True) > loss(), "ignored pixels count"
     assert set(model.state_dict()) == names
+
+
+def check_arguments(config: type[ModelConfig], model: type[Segmentor]) -> None:
+    """The model takes the fields of its dataclass as keyword arguments, with the same defaults."""
+    expected = {item.name: item.default for item in dataclasses.fields(config)}
+    found = {name: item.default for name, item in inspect.signature(model).parameters.items()}
+    assert found == expected
 
 
 def check_state_dict(build: Callable[[], Segmentor]) -> None:

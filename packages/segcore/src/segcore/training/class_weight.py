@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from segcore.config.schema import Experiment
+from segcore.config.schema import Experiment, LossConfig
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
@@ -19,15 +18,14 @@ from segcore.files import write
 HISTOGRAM = "label_histogram.json"
 
 
-def class_weights(exp: Experiment, dataset: Dataset, work_dir: Path) -> Tensor | None:
-    """Return the (K,) float32 weights that `train.class_weight` asks for, on the CPU; None when it asks for none.
+def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfig:
+    """Return `exp.loss` with a number per class where its `class_weight` is "auto".
 
     "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
     resumed run has the same weights without reading them again. Raises UserError about a label that cannot be used.
     """
-    given = exp.train.class_weight
-    if given != "auto":
-        return None if given is None else torch.tensor(given, dtype=torch.float32)
+    if exp.loss.class_weight != "auto":
+        return exp.loss
     path, key = work_dir / HISTOGRAM, _key(dataset)
     pixels = _read(path, key)
     if pixels is None:
@@ -38,7 +36,7 @@ def class_weights(exp: Experiment, dataset: Dataset, work_dir: Path) -> Tensor |
         found[dataset.ignore_index] = 0
         pixels = found[: len(dataset.classes)].tolist()
         write(path, json.dumps({"dataset": key, "classes": dataset.classes, "pixels": pixels}, indent=1) + "\n")
-    return torch.from_numpy(balanced(np.array(pixels))).float()
+    return replace(exp.loss, class_weight=tuple(balanced(np.array(pixels)).tolist()))
 
 
 def balanced(pixels: np.ndarray) -> np.ndarray:

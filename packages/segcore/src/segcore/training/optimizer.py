@@ -37,7 +37,8 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
 
     Parameters with equal settings share a group, which the fused kernels like; the outcome for each is the same as in a
     group of its own. A group carries `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
-    rule for its first name. Frozen parameters are left out.
+    rule for its first name. Frozen parameters are left out. The fused kernels skip a step, on the device, where the
+    optimizer's attribute `found_inf` is 1.
     """
     official = model.key_map()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -48,10 +49,15 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
     param_groups = [
         {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-    if optimizer.kind == "adamw":
-        return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=fused)
-    return torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+    match optimizer.kind:
+        case "adamw":
+            return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=True)
+        case "sgd":
+            sgd = torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=True)
+            if optimizer.momentum:
+                for parameter in parameters.values():  # torch's are uninitialized if step 1 is skipped
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:

@@ -11,12 +11,13 @@ def learning_rate(schedule: ScheduleConfig, base: float, iteration: int) -> floa
     warmup, total = schedule.warmup_iterations, schedule.iterations
     factor, floor = 1.0, 0.0
     if iteration < warmup:
-        ramp = 0.0 if schedule.warmup == "constant" else iteration / warmup
+        ramp = {"scheduled": iteration / warmup, "linear": iteration / warmup, "constant": 0.0}[schedule.warmup]
         factor = 1 - (1 - ramp) * (1 - schedule.warmup_ratio)
-    if schedule.warmup != "scheduled":
+    if schedule.warmup in ("linear", "constant"):
         iteration, total, floor = max(iteration - warmup, 0), max(total - warmup, 1), schedule.min_lr
-    if schedule.kind == "poly":
-        rate = (base - schedule.min_lr) * (1 - iteration / total) ** schedule.power + schedule.min_lr
-    else:
-        rate = max(base * schedule.gamma ** (iteration // schedule.step), schedule.min_lr)
+    match schedule.kind:
+        case "poly":
+            rate = (base - schedule.min_lr) * (1 - iteration / total) ** schedule.power + schedule.min_lr
+        case "step":
+            rate = max(base * schedule.gamma ** (iteration // schedule.step), schedule.min_lr)
     return factor * (rate - floor) + floor

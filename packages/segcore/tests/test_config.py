@@ -45,6 +45,8 @@ class Tiny(ModelConfig):
 EXPERIMENT = Experiment(
     name="tiny",
     model=Tiny(),
+    data=DataConfig("toy", Path("data/toy"), photometric=True),
+    train=TrainConfig(batch_size=16, device_batch_size=4),
     optimizer=OptimizerConfig(rules=(ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))),
 )
 
@@ -76,8 +78,8 @@ def value_at(node, path):
         ("optimizer.rules.1.lr_mult=2.5", 2.5),
         ("train.device-batch-size=2", 2),
         ("train.init_from=official:a=b", "official:a=b"),
-        ("train.class_weight=auto", "auto"),
-        (f"train.class_weight={'0.5 ' * 19}", (0.5,) * 19),
+        ("loss.class_weight=auto", "auto"),
+        (f"loss.class_weight={'0.5 ' * 19}", (0.5,) * 19),
         ("name=--odd", "--odd"),
         ("name=", ""),
     ],
@@ -93,7 +95,7 @@ def test_override_changes_one_setting(override, value):
 def test_overrides_apply_together_and_leave_the_original():
     changed = EXPERIMENT.with_overrides(["data.crop=64 128", "seed=7", "schedule.iterations=10"])
     assert (changed.data.crop, changed.seed, changed.schedule.iterations) == ((64, 128), 7, 10)
-    assert EXPERIMENT.data.crop == DataConfig().crop
+    assert EXPERIMENT.data.crop == (512, 512)
     assert EXPERIMENT.with_overrides([]) == EXPERIMENT
 
 
@@ -144,8 +146,8 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
         ("data.ratio_range=2 0.5", "data.ratio_range is 2.0 to 0.5; give the smaller ratio first"),
         ("data.std=1 inf 1", "data.std is inf; it must be above 0 and finite"),
         ("data.mean=1 nan 1", "data.mean is nan; it must be finite"),
-        ("train.class_weight=1 2 3", "train.class_weight has 3 values for 19 classes"),
-        (f"train.class_weight=0 {'1 ' * 18}", "train.class_weight is 0.0; it must be above 0"),
+        ("loss.class_weight=1 2 3", "loss.class_weight has 3 values for 19 classes"),
+        (f"loss.class_weight=0 {'1 ' * 18}", "loss.class_weight is 0.0; it must be above 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(override, text):
@@ -169,11 +171,12 @@ counts = st.integers(1, 10**9)
 sizes = st.tuples(counts, counts)
 reals = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(1e-6, 1e6)
+shares = st.floats(0, 1, exclude_max=True)
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",))).filter(
     lambda word: word != "None"
 )
 class_names = st.lists(st.from_regex(r"[a-z][a-z '\"-]*", fullmatch=True), max_size=4).map(tuple)
-rules = st.tuples(*[st.builds(ParamRule, words, reals, reals)] * 2)
+rules = st.tuples(*[st.builds(ParamRule, words, positive, positive)] * 2)
 channels = st.integers(1, 5)
 
 
@@ -197,6 +200,7 @@ def experiments(draw):
     train = st.builds(
         TrainConfig,
         batch_size=st.just(passes * 4),
+        device_batch_size=st.just(4),
         init_from=st.none() | words,
         precision=st.sampled_from(["fp32", "bf16"]),
     )
@@ -214,10 +218,10 @@ def experiments(draw):
         ),
         data=draw(data),
         optimizer=draw(
-            st.builds(OptimizerConfig, betas=st.tuples(reals, reals), clip_norm=st.none() | reals, rules=rules)
+            st.builds(OptimizerConfig, betas=st.tuples(shares, shares), clip_norm=st.none() | positive, rules=rules)
         ),
         schedule=draw(
-            st.builds(ScheduleConfig, iterations=counts, kind=st.sampled_from(["poly", "step"]), power=reals)
+            st.builds(ScheduleConfig, iterations=counts, kind=st.sampled_from(["poly", "step"]), power=positive)
         ),
         train=draw(train),
         evaluate=draw(
@@ -294,8 +298,8 @@ def test_configurations_are_found_by_name_with_either_dash():
 
 @pytest.mark.usefixtures("two_methods")
 def test_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match=r"no configuration 'alpha-net-smal'.*did you mean alpha_net_small\?"):
-        load_experiment("alpha-net-smal")
+    with pytest.raises(UserError, match=r"no configuration 'alpha-net-smol'.*did you mean alpha_net_small\?"):
+        load_experiment("alpha-net-smol")
     with pytest.raises(UserError, match=r"did you mean beta_net_small\?"):
         load_experiment("alpha_net_small", package="beta_net")
     with pytest.raises(UserError, match="no configuration 'x'; `segcore configs` lists all"):

@@ -1,0 +1,207 @@
+"""A trained model from Python: the README's block, every kind of image, and what a run's folder says."""
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segcore
+from ddrnet_seg.configs import DDRNet
+from segcore.checkpoints import run_checkpoint
+from segcore.cli.main import COMMANDS, main
+from segcore.config.record import describe
+from segcore.data.images import read_image, read_label
+
+README = Path(__file__).parents[3] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "street.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a checkpoint: the toy model at the images' own size, with other classes."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    changes = ["evaluate.img_scale=None", "data.dataset=folder", "data.classes=road sky 'a car'", "model.num_classes=3"]
+    exp = segcore.load_experiment("ddrnet_23_slim_toy").with_overrides(changes)
+    torch.manual_seed(0)
+    checkpoint = run_checkpoint.folder_of(folder, 1)
+    run_checkpoint.save(checkpoint, exp.model.build().state_dict(), {}, describe(exp))
+    shutil.copy(checkpoint / "experiment.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seg(run):
+    return segcore.load_model(run, device="cpu")
+
+
+def test_the_block_of_the_readme(official, photo, tmp_path, monkeypatch, capsys):
+    """With a filled checkpoint under the official name, so that nothing is downloaded."""
+    (code,) = re.findall(r"```python\n(import segcore\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    torch.save(official("ddrnet_23_slim"), tmp_path / "DDRNet23s_cityscapes.pth")
+    shutil.copy(photo, tmp_path)
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "(70, 90)" in capsys.readouterr().out
+    assert read_label("results/street.png").shape == (70, 90)
+    assert read_image("results/street_overlay.png").shape == (70, 90, 3)
+    assert read_image("overlay.png").shape[0] > 70, "no legend"
+
+
+def test_every_kind_of_image_has_the_same_answer(seg, photo):
+    image = read_image(photo)
+    kinds = [photo, str(photo), Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)]
+    results = seg(kinds)
+    assert [result.name for result in results] == ["street", "street", "image_2", "image_3", "image_4"]
+    for result in results:
+        assert np.array_equal(result.classes, seg(photo).classes)
+    first = results[0]
+    assert (first.classes.dtype, first.classes.shape) == (np.uint8, (70, 90))
+    assert (first.probabilities.dtype, first.probabilities.shape) == (np.float32, (3, 70, 90))
+    assert np.array_equal(first.probabilities.argmax(0), first.classes)
+    assert np.array_equal(first.confidence, first.probabilities.max(0))
+    assert seg.class_names == ("road", "sky", "a car")
+    assert seg.palette.shape == (3, 3)
+    assert seg.experiment.evaluate.img_scale is None
+    assert not seg.model.training
+    assert first.overlay().size == (90, 70)
+
+
+def test_the_command_line_writes_the_same(seg, run, photo, tmp_path):
+    main("ddrnet_seg", ["predict", str(run), str(photo), str(tmp_path / "cli"), "--device=cpu"])
+    for path in seg(photo).save(tmp_path / "python"):
+        assert path.read_bytes() == (tmp_path / "cli" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4)), np.zeros((70, 90, 4), np.uint8), torch.zeros(70, 90, 3, dtype=torch.uint8), "none.png"]
+)
+def test_what_is_no_image_is_refused(seg, image):
+    with pytest.raises(ValueError, match=r"give an array \(H, W, 3\)|none\.png") as caught:
+        seg(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_and_devices_that_are_missing(run):
+    with pytest.raises(ValueError, match=r"which weights\? give `official` .* run folder"):
+        segcore.load_model("ddrnet_23_slim_cityscapes")
+    with pytest.raises(ValueError, match="device nonsense is not available"):
+        segcore.load_model(run, device="nonsense")
+    with pytest.raises(ValueError, match=r"give .*iter_1 as the configuration, or .*add .*--model.num-classes 3"):
+        segcore.load_model("ddrnet_23_slim_toy", run)
+
+
+def test_a_checkpoint_folder_is_enough_and_options_apply_on_top(run, photo, tmp_path, monkeypatch, capsys):
+    checkpoint = run_checkpoint.folder_of(run, 1)
+    assert segcore.load_model(checkpoint).experiment.model == DDRNet(num_classes=3, **toy_settings())
+    words = ["predict", str(checkpoint), str(photo), str(tmp_path / "out"), "--device=cpu"]
+    main("ddrnet_seg", [*words, "--evaluate.img-scale", "180", "140"])
+    assert read_label(tmp_path / "out" / "street.png").shape == (70, 90)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main("ddrnet_seg", ["test", "ddrnet_23_slim_toy"])
+    assert "missing: CHECKPOINT" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "runs" / "ddrnet_23_slim_toy")
+    with pytest.raises(SystemExit):
+        main("ddrnet_seg", ["test", "ddrnet_23_slim_toy", "--device=cpu"])
+    assert "model.num_classes" not in (said := capsys.readouterr().err)
+    assert "no such folder; set data.root" in said, "the run's own data set was not asked for"
+
+
+def toy_settings():
+    model = segcore.load_experiment("ddrnet_23_slim_toy").model
+    return {name: value for name, value in vars(model).items() if name != "num_classes"}
+
+
+HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit('imported')\n"
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"model": "segcore_config_my:Net"},
+        {"model": "my:Net"},
+        {"model": "os:system"},
+        {"model": "segcore.config.registry:load_experiment"},
+        {"model": "ddrnet_seg.model:DDRNetSegmentor"},
+        {"dataset": "my.py:data"},
+        {"name": "my.py:mine"},
+        {"name": "../../my"},
+        {"dataset": 3},
+        {"extra": 1},
+        {},
+    ],
+    ids=str,
+)
+def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, capsys):
+    """A run's folder with a file of code beside it: every command and Python read it, and import nothing of it."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for place in (folder, tmp_path):
+        (place / "my.py").write_text(HOSTILE.format(marker=str(tmp_path / "imported")))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    path = Path("experiment.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    settings = record["experiment"]
+    settings["model"]["class"] = stored.get("model", settings["model"]["class"])
+    settings["data"]["dataset"] = stored.get("dataset", settings["data"]["dataset"])
+    settings["name"] = stored.get("name", settings["name"])
+    settings |= {"extra": 1} if "extra" in stored else {}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    weights = run_checkpoint.read_model_state(run_checkpoint.folder_of(run, 1))
+    run_checkpoint.save(run_checkpoint.folder_of(folder, 1), weights, {}, record)
+    more = {"predict": [str(photo), str(tmp_path / "out")], "export": [str(tmp_path / "model.pt2"), "--size=64x64"]}
+    more |= {"bench": ["--sizes=64x64", "--repeats=1", "--warmup=1"], "train": ["--work-dir", str(tmp_path / "work")]}
+    refused = bool(stored) and stored != {"name": "my.py:mine"}
+    for command in sorted(set(COMMANDS) - {"demo", "env"}):
+        for source in (Path(), run_checkpoint.folder_of(folder, 1)):
+            with suppress(SystemExit):
+                main("ddrnet_seg", [command, str(source), *more.get(command, [])])
+                assert not refused
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert len(said) == 1 if refused else len(said) <= 1
+            assert not refused or "experiment.json: " in said[0]
+    if refused:
+        with pytest.raises(ValueError, match=r"experiment\.json: "):
+            segcore.load_model(folder, device="cpu")
+    else:
+        segcore.load_model(folder, device="cpu")(photo)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_model_of_a_users_file_says_which_file_to_name(run, tmp_path):
+    (tmp_path / "my.py").write_text(
+        "from dataclasses import dataclass, replace\nfrom ddrnet_seg.configs import DDRNet\nimport segcore\n\n"
+        "@dataclass(frozen=True)\nclass Mine(DDRNet):\n    pass\n\n"
+        f"def mine():\n    exp = segcore.load_experiment({str(run)!r})\n"
+        "    return replace(exp, name='mine', model=Mine(**vars(exp.model)))\n"
+    )
+    exp = segcore.load_experiment(f"{tmp_path / 'my.py'}:mine")
+    checkpoint = run_checkpoint.folder_of(tmp_path / "run", 1)
+    run_checkpoint.save(checkpoint, exp.model.build().state_dict(), {}, describe(exp))
+    with pytest.raises(ValueError, match=r"model Mine is defined in .* `my\.py:mine ") as caught:
+        segcore.load_model(checkpoint)
+    assert "\n" not in str(caught.value)
+    assert segcore.load_model(f"{tmp_path / 'my.py'}:mine", checkpoint).experiment.name == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"experiment": 3}', '{"experiment": {"name": "x"}}', "\udcff"])
+def test_a_damaged_record_is_one_line(run, tmp_path, text):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "experiment.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"experiment\.json: cannot be read .*; name the configuration") as caught:
+        segcore.load_model(tmp_path / "run")
+    assert "\n" not in str(caught.value)

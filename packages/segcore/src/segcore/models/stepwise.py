@@ -1,0 +1,308 @@
+"""Segmentation models that denoise in steps: everything that follows from a method's one generator of steps.
+
+A method writes `encode`, `draw`, `denoising_steps` and `step_keys`. Chosen steps, the trajectory, mean probabilities
+over several starts, early exit, refinement of a given mask and export with fixed noise are derived from these here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from segcore.errors import UserError
+from segcore.models.segmentor import Segmentor
+from segcore.seeds import start_seed
+
+SHOWN = 20
+"""Largest number of steps of a trajectory: each is held for all classes, at the size of the image."""
+
+
+class Step(NamedTuple):
+    """One denoising step of N images with R noise starts each, image-major."""
+
+    key: str
+    """The number of steps taken so far, or the timestep; see `StepwiseSegmentor.step_unit`."""
+    logits: Tensor
+    """(N*R, K, h, w) at the network's own resolution."""
+    noisy: Tensor
+    """The noisy map that the step started from, (N*R, …)."""
+
+
+Steps = Generator[Step, Tensor | None, None]
+"""The steps of a run. `send` may answer one with a bool mask (N,) of the images that go on; the others leave it."""
+Answers = Generator[tuple[str, Tensor], Tensor | None, None]
+"""Likewise, the answers (N, K, h, w) by key."""
+
+
+class StepwiseSegmentor(Segmentor):
+    """A segmentation model that denoises a map in steps, given features of the image.
+
+    Attributes:
+        step_unit: what the keys of the steps count: "steps", the number taken so far, or "timestep".
+        run_per_entry: whether an entry of `predict_steps` is a run of its own with that number of steps, from the same
+            noise; otherwise the entries are collected from the configured run.
+        accumulation: whether an answer is the mean probability over the steps so far instead of a step's logits.
+    """
+
+    step_unit: str
+    run_per_entry: bool = False
+    accumulation: bool = False
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what every step is given of normalized images (N, C, H, W): features (N, D, h, w); run once."""
+
+    @abstractmethod
+    def draw(
+        self, features: Tensor, seeds: Sequence[int] | None, *, steps: int | None = None, run: int = 0
+    ) -> tuple[Tensor, Iterable[Tensor]]:
+        """Return the random draws of a run: the map (N*R, …) that it starts from, and those of each further step.
+
+        Image by image from its own seed, see `generators`; `run` counts the runs of one seed. `steps` is their number,
+        by default as configured.
+        """
+
+    @abstractmethod
+    def denoising_steps(
+        self, features: Tensor, start: Tensor, noise: Iterable[Tensor] | None = None, *, steps: int | None = None
+    ) -> Steps:
+        """Yield the steps of a run from the map `start`; `noise` holds the draws of each step after the first.
+
+        Without `noise` they come from torch's generator. `steps` is their number, by default as configured.
+        """
+
+    @property
+    @abstractmethod
+    def step_keys(self) -> Sequence[int]:
+        """The keys of the configured run in its order."""
+
+    @property
+    def default_step(self) -> str:
+        """The key of the configured answer."""
+        return str(self.step_keys[-1])
+
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Raise UserError unless the model can answer the steps of `evaluate.steps`; empty means as configured."""
+        if self.run_per_entry:
+            if steps and min(steps) < 1:
+                raise UserError(f"evaluate.steps has {min(steps)}; {type(self).__name__} takes at least 1 step")
+        elif wrong := [step for step in steps if step not in self.step_keys]:
+            known = f"{self.step_unit}s {', '.join(map(str, self.step_keys))}"
+            raise UserError(f"evaluate.steps has {wrong[0]}, but the run evaluates the {known}; name some of these")
+
+    # Inference
+
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Return the configured answer (N, K, h, w); with `accumulation` it is a probability map, as published."""
+        return last(self.answers(*self._run(images, seeds)))
+
+    def predict_steps(
+        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the answers (N, K, H, W) by key: those of `steps` and, of a run they are collected from, the last.
+
+        The last entry is the configured answer when `steps` is None. Raises UserError about steps that no run has.
+        """
+        self.check_steps(steps or ())
+        if self.run_per_entry:
+            counts = steps or (len(self.step_keys),)
+            features = self._features(images)
+            start, noise = self.draw(features, seeds, steps=max(counts))
+            runs = (self.denoising_steps(features, start, noise, steps=count) for count in counts)
+            found = {str(count): last(self.answers(run, len(images))) for count, run in zip(counts, runs, strict=True)}
+        else:
+            wanted = {self.default_step, *map(str, steps or ())}
+            found = {key: answer for key, answer in self.answers(*self._run(images, seeds)) if key in wanted}
+        return {key: self.resize_to_input(answer, images.shape[-2:]) for key, answer in found.items()}
+
+    def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the answers (N, K, H, W) after every step of the configured run, at most 20, evenly spread."""
+        return self._shown(images, *self._run(images, seeds))
+
+    def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the answers (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64.
+
+        Raises UserError about a method or labels that no run can start from.
+        """
+        start, features = self.start_from(masks, images), self._features(images)
+        _, noise = self.draw(features, seeds)
+        return self._shown(images, self.denoising_steps(features, start, noise), len(images))
+
+    def start_from(self, masks: Tensor, images: Tensor) -> Tensor:
+        """Return the map that a run from label maps (N, H', W') of these images starts from."""
+        raise UserError(f"{type(self).__name__} starts from noise, not from a mask; leave out --start-mask")
+
+    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+        """Return log class probabilities (N, K, H, W): of the mean over `starts` configured runs and their steps.
+
+        The first of several steps is left out, as it sees nothing but noise in place of a map. The runs follow each
+        other, so memory does not grow with their number.
+        """
+        features = self._features(images)
+        total, count = torch.zeros((), device=features.device), 0
+        for run in range(starts):
+            steps = self.denoising_steps(features, *self.draw(features, seeds, run=run))
+            for number, step in enumerate(steps):
+                if number or len(self.step_keys) == 1:
+                    total, count = total + _mean_over_starts(_probabilities(step.logits), len(images)), count + 1
+        return self.resize_to_input((total / count).clamp(min=1e-8).log(), images.shape[-2:])
+
+    def early_exit(
+        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Return answers (N, K, H, W) of the configured run and, per image, the number of steps taken for them.
+
+        An image leaves the run with the answer of the first step that changes the classes of fewer than `percent` % of
+        its h * w pixels at the network's resolution, at the last step otherwise.
+        """
+        answers, length = self.answers(*self._run(images, seeds)), len(self.step_keys)
+        left = list(range(len(images)))  # the images that are still in the run
+        found: dict[int, tuple[Tensor, int]] = {}
+        before: Tensor | None = None
+        _, answer = next(answers)
+        for count in range(1, length + 1):
+            classes = answer.argmax(1).flatten(1)
+            done = torch.full((len(left),), count == length)
+            if before is not None:
+                done |= ((classes != before).sum(1) < percent / 100 * classes.shape[1]).cpu()
+            found |= {image: (answer[row], count) for row, image in enumerate(left) if done[row]}
+            left = [image for row, image in enumerate(left) if not done[row]]
+            if not left:
+                break
+            going = ~done.to(classes.device)
+            before = classes[going]
+            _, answer = answers.send(going)
+        logits, counts = zip(*(found[image] for image in range(len(images))), strict=True)
+        return self.resize_to_input(torch.stack(logits), images.shape[-2:]), list(counts)
+
+    def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
+        """Return the configured run with the noise of seed 0 as a constant; see `Segmentor`.
+
+        Raises UserError where any size is asked for.
+        """
+        if dynamic:
+            name = type(self).__name__
+            raise UserError(f"{name}'s noise has the size of the image, so it is exported for one; leave out --dynamic")
+        return FixedNoise(self, images)
+
+    def answers(self, steps: Steps, images: int, accumulate: bool | None = None) -> Answers:
+        """Yield the answers of a run of `images` images: the mean over their noise starts of a step's logits.
+
+        With `accumulate`, by default as configured, of the mean probability over the steps so far.
+        """
+        accumulate = self.accumulation if accumulate is None else accumulate
+        total, count, step = torch.zeros(()), 1, next(steps, None)
+        while step is not None:
+            answer = step.logits
+            if accumulate:
+                total = total + _probabilities(answer)
+                answer = total / count
+            going = yield step.key, _mean_over_starts(answer, images)
+            if going is None:
+                step = next(steps, None)
+            else:
+                if accumulate:
+                    total = total[going.repeat_interleave(len(total) // images)]
+                images = int(going.sum())
+                step = _send(steps, going)
+            count += 1
+
+    def _features(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        return self.encode(self.pad(images))
+
+    def _run(self, images: Tensor, seeds: Sequence[int] | None) -> tuple[Steps, int]:
+        """Return the configured run and its number of images."""
+        features = self._features(images)
+        return self.denoising_steps(features, *self.draw(features, seeds)), len(images)
+
+    def _shown(self, images: Tensor, steps: Steps, count: int) -> dict[str, Tensor]:
+        """Return the answers at the images' size by step, of more than `SHOWN` evenly spread ones."""
+        keys, unit = self.step_keys, self.step_unit.removesuffix("s")
+        if len(keys) > SHOWN:
+            keys = [keys[round(i * (len(keys) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+        wanted, size = set(map(str, keys)), images.shape[-2:]
+        answers = self.answers(steps, count)
+        return {f"{unit} {key}": self.resize_to_input(x, size) for key, x in answers if key in wanted}
+
+
+class FixedNoise(nn.Module):
+    """A stepwise model whose random draws are constants, those of seed 0, for images of the shape of `images`."""
+
+    start: Tensor
+    noise: Tensor
+
+    def __init__(self, model: StepwiseSegmentor, images: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            start, noise = model.draw(model.encode(model.pad(images[:1])), None)
+        further = list(noise)
+        self.register_buffer("start", start)
+        self.register_buffer("noise", torch.stack(further) if further else torch.empty(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, K, H, W) for images (N, C, H, W)."""
+        model, count = self.model, len(images)
+        start, *noise = (x.repeat(count, *[1] * (x.ndim - 1)) for x in (self.start, *self.noise.unbind()))
+        steps = model.denoising_steps(model.encode(model.pad(images)), start, noise)
+        return model.resize_to_input(last(model.answers(steps, count)), images.shape[-2:])
+
+
+def predict_entries(
+    model: Segmentor, images: Tensor, steps: Sequence[int] = (), seeds: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Return the logits (N, K, H, W) of any model by entry: the steps of a stepwise one, "final" of another."""
+    if isinstance(model, StepwiseSegmentor):
+        return model.predict_steps(images, steps or None, seeds)
+    return {"final": model(images, seeds)}
+
+
+def require_stepwise(model: Segmentor, options: str) -> StepwiseSegmentor:
+    """Return `model` if it denoises in steps; otherwise raise UserError that names the options to leave out."""
+    if isinstance(model, StepwiseSegmentor):
+        return model
+    raise UserError(f"{type(model).__name__} does not denoise in steps; leave out {options}")
+
+
+def average_entries(entries: Mapping[str, Tensor]) -> None:
+    """Replace the probabilities of every entry, in place, by the mean of its own and those of the entries before."""
+    for number, (before, entry) in enumerate(pairwise(entries), 1):
+        entries[entry].add_(entries[before], alpha=number).div_(number + 1)
+
+
+def generators(seeds: Sequence[int] | None, images: int, run: int = 0) -> Iterator[torch.Generator]:
+    """Yield a CPU generator per image, from its seed and, after the first run of it, the number of the run."""
+    if seeds is not None and len(seeds) != images:
+        raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
+    for seed in seeds or [0] * images:
+        yield torch.Generator().manual_seed(start_seed(seed, run))
+
+
+def last(answers: Answers) -> Tensor:
+    """Return the last answer of a run; none of the others is kept."""
+    [(_, answer)] = deque(answers, maxlen=1)
+    return answer
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """Return the softmax in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+
+def _mean_over_starts(maps: Tensor, images: int) -> Tensor:
+    """Return (N, …), the means of the noise starts, for maps (N*R, …) of N images."""
+    return maps if len(maps) == images else maps.unflatten(0, (images, -1)).mean(1)
+
+
+def _send(steps: Steps, going: Tensor) -> Step | None:
+    try:
+        return steps.send(going)
+    except StopIteration:
+        return None
