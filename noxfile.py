@@ -97,7 +97,7 @@ def wheels(session: nox.Session, device: str) -> None:
         session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", *group("test"))
         session.install("--no-deps", "--force-reinstall", str(wheel))
         ours = (f"packages/segcore/tests/test_{name}.py" for name in ("deform_ops", "ms_deform_attn"))
-        session.run("pytest", "packages/cuda-ops", *ours, *session.posargs)
+        session.run("pytest", *PARALLEL, "packages/cuda-ops", *ours, *session.posargs)
 
 
 @nox.session

@@ -23,12 +23,12 @@ with contextlib.suppress(ImportError):  # the tests for GPUs run without hypothe
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let slow tests run for fifteen minutes; `timeout` in pyproject.toml holds for the others."""
+    """Let slow tests run for twenty minutes; `timeout` in pyproject.toml holds for the others."""
     if not config.pluginmanager.hasplugin("timeout"):  # the tests for GPUs run without it, too
         return
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 @pytest.fixture(scope="session")

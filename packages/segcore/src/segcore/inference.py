@@ -261,8 +261,10 @@ class Result:
         """Probability (H, W) float32 in 0..1 of the class in `classes`; computed from `probabilities`."""
         if len(self.probabilities) == 1:
             p = self.probabilities[0]
-            return np.where(self.classes == 1, p, 1 - p)
-        return np.take_along_axis(self.probabilities, self.classes[None].astype(np.int64), 0)[0]
+            found: np.ndarray = np.where(self.classes == 1, p, 1 - p)
+        else:
+            found = np.take_along_axis(self.probabilities, self.classes[None].astype(np.int64), 0)[0]
+        return found
 
     @property
     def mask(self) -> np.ndarray:
