@@ -99,7 +99,7 @@ def test_weights_and_devices_that_are_missing(run):
         segcore.load_model("ddrnet_23_slim_cityscapes")
     with pytest.raises(ValueError, match="device nonsense is not available"):
         segcore.load_model(run, device="nonsense")
-    with pytest.raises(ValueError, match=r"iter_1: was trained with .*--model.num-classes 3.*; give this folder in place"):
+    with pytest.raises(ValueError, match=r"iter_1: was trained with .*num-classes 3.*; give this folder in place"):
         segcore.load_model("ddrnet_23_slim_toy", run)
 
 
