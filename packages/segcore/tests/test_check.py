@@ -190,7 +190,7 @@ def test_command_lists_all_and_fails_with_their_number(data: DataConfig, tmp_pat
         main("ddp_seg", words)
     out, err = capsys.readouterr()
     assert end.value.code == 1
-    assert err.splitlines()[-1] == f"error: {data.root}: 2 problems, each listed above; mend them first"
+    assert err.splitlines()[-1] == f"error: {data.root}: 2 problems, each listed above; fix them first"
     assert out.count("the file is empty") == 2
     found = json.loads((tmp_path / "report.json").read_text())
     assert [len(found[split]["problems"]) for split in ("train", "val")] == [1, 1]

@@ -21,10 +21,13 @@ def log_snr(t: Tensor, schedule: Schedule = "cosine") -> Tensor:
     rounding shows (l(1) = -18.907475; float64 would give -18.904310), and the time embedding sees the difference.
     """
     t = t.to("cpu", torch.float32)  # the CPU's rounding everywhere: answers must not depend on the device
-    if schedule == "cosine":
-        x = torch.cos((t + 0.0002) / 1.00025 * math.pi * 0.5)
-        return -torch.log((torch.pow(x, -2) - 1).clamp(min=1e-5))
-    return -torch.log(torch.expm1(1e-4 + 10 * (t * t)))
+    match schedule:
+        case "cosine":
+            x = torch.cos((t + 0.0002) / 1.00025 * math.pi * 0.5)
+            return -torch.log((torch.pow(x, -2) - 1).clamp(min=1e-5))
+        case "linear":
+            return -torch.log(torch.expm1(1e-4 + 10 * (t * t)))
+    raise ValueError(f"schedule is {schedule!r}; it must be cosine or linear")
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ class DDP(StepwiseSegmentor):
         R is `randsteps`. Always float32 or wider, also where autocast made the features narrower: noise levels must not
         be rounded.
         """
-        count = (steps or self.num_inference_steps) if self.sampler == "ddpm" else 1
+        count = {"ddim": 1, "ddpm": steps or self.num_inference_steps}[self.sampler]
         shape, dtype = (self.randsteps, *features.shape[1:]), torch.promote_types(features.dtype, torch.float32)
         drawn = [
             [torch.randn(shape, generator=generator) for _ in range(count)]
@@ -166,11 +166,14 @@ class DDP(StepwiseSegmentor):
                 kept = going.repeat_interleave(starts)
                 image_part, noisy, logits, rows = image_part[kept], noisy[kept], logits[kept], rows[kept]
             clean = self.embed_labels(logits.argmax(1)).to(noisy.dtype)
-            if (sampler or self.sampler) == "ddim":
-                noisy = ddim_step(noisy, clean, now, after)
-            else:
-                z = None if next_time == 0 else torch.randn_like(noisy) if draws is None else next(draws)[rows]
-                noisy = ddpm_step(noisy, clean, now, after, z)
+            match sampler or self.sampler:
+                case "ddim":
+                    noisy = ddim_step(noisy, clean, now, after)
+                case "ddpm":
+                    z = None if next_time == 0 else torch.randn_like(noisy) if draws is None else next(draws)[rows]
+                    noisy = ddpm_step(noisy, clean, now, after, z)
+                case other:
+                    raise ValueError(f"sampler is {other!r}; it must be ddim or ddpm")
 
     def denoise(
         self,

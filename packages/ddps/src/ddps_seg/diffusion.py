@@ -36,10 +36,13 @@ class NoiseSchedule(NamedTuple):
 def alphas_and_betas(timesteps: int, num_classes: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return alphas and betas per step (T,), and cumulative (T + 1,), in float32 and in this order of operations."""
     i = torch.arange(timesteps, device="cpu")
-    if schedule == "linear":
-        kept = i / (timesteps - 1) * (NOISY - CLEAN) + CLEAN
-    else:
-        kept = (torch.cos((i + timesteps) * math.pi * 0.5 / timesteps) + 1) ** 2 * (CLEAN - NOISY) + NOISY
+    match schedule:
+        case "linear":
+            kept = i / (timesteps - 1) * (NOISY - CLEAN) + CLEAN
+        case "cosine":
+            kept = (torch.cos((i + timesteps) * math.pi * 0.5 / timesteps) + 1) ** 2 * (CLEAN - NOISY) + NOISY
+        case other:
+            raise ValueError(f"schedule is {other!r}; it must be linear or cosine")
     at = kept / torch.cat([torch.ones(1, device="cpu"), kept[:-1]])
     cumulative = torch.cat([kept, torch.ones(1, device="cpu")])
     return at, (1 - at) / num_classes, cumulative, (1 - cumulative) / num_classes

@@ -81,9 +81,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             schedule = make_schedule(num_train_timesteps, num_classes, noise_schedule)
             for name, table in zip(NoiseSchedule._fields, schedule, strict=True):
                 self.register_buffer(name, table)
-        if freeze != "none":
-            for part in (self.backbone, self.head):
-                part.requires_grad_(False)
+        trains = {"published": False, "eval": False, "none": True}[freeze]
+        for part in (self.backbone, self.head):
+            part.requires_grad_(trains)
         self.label_embedding.requires_grad_(train_labels)
 
     def train(self, mode: bool = True) -> DDPS:
@@ -177,7 +177,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         index = self.num_train_timesteps - 1 - timestep
         if mode == "q_pred":
             return q_pred(clean, index, self.schedule, uniform)
-        exact = mode == "bayes"
+        exact = {"q_posterior": False, "bayes": True}[mode]
         return sample(log_q_posterior(clean, noisy, index, self.schedule, self.num_classes, exact=exact), uniform)
 
     def denoise_steps(
