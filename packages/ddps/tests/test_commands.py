@@ -160,7 +160,8 @@ def test_export(tmp_path, capsys, suffix):
     weights, path = tmp_path / "weights.pth", tmp_path / f"model{suffix}"
     exp = segcore.load_experiment(PRIOR).with_overrides([word.removeprefix("--") for word in NARROW])
     torch.save(exp.model.build().state_dict(), weights)
-    words = ["export", PRIOR, str(weights), str(path), "--size=64x96", *NARROW, "--device=cpu"]
+    main("ddps_seg", ["configs", PRIOR, *NARROW, "--write", str(tmp_path / "narrow.py")])
+    words = ["export", str(tmp_path / "narrow.py"), str(weights), str(path), "--size=64x96"]
     main("ddps_seg", words)
     assert "1x3x64x96: logits within" in capsys.readouterr().out
     assert path.exists()
@@ -175,7 +176,8 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
     training = ["train", PRIOR, *small, *ITERATIONS, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
     assert "has 7, but" in refused(capsys, *training), "at once, not at the first evaluation"
     assert not (tmp_path / "never").exists()
-    assert f"name the configuration {BASE}" in refused(capsys, "test", PRIOR, base, f"--data.root={toy}", CPU)
+    line = refused(capsys, "test", PRIOR, base, f"--data.root={toy}", CPU)
+    assert f"was trained with {BASE}; give this folder" in line
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
     predict = ["predict", run, tmp_path / "a.png", tmp_path / "out", CPU]

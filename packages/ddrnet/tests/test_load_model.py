@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import segcore
-from ddrnet_seg.configs import DDRNet
+from ddrnet_seg.configs import DDRNetConfig
 from segcore.checkpoints import run_checkpoint
 from segcore.cli.main import COMMANDS, main
 from segcore.config.record import describe
@@ -99,13 +99,13 @@ def test_weights_and_devices_that_are_missing(run):
         segcore.load_model("ddrnet_23_slim_cityscapes")
     with pytest.raises(ValueError, match="device nonsense is not available"):
         segcore.load_model(run, device="nonsense")
-    with pytest.raises(ValueError, match=r"give .*iter_1 as the configuration, or .*add .*--model.num-classes 3"):
+    with pytest.raises(ValueError, match=r"iter_1: was trained with .*num-classes 3.*; give this folder in place"):
         segcore.load_model("ddrnet_23_slim_toy", run)
 
 
 def test_a_checkpoint_folder_is_enough_and_options_apply_on_top(run, photo, tmp_path, monkeypatch, capsys):
     checkpoint = run_checkpoint.folder_of(run, 1)
-    assert segcore.load_model(checkpoint).experiment.model == DDRNet(num_classes=3, **toy_settings())
+    assert segcore.load_model(checkpoint).experiment.model == DDRNetConfig(num_classes=3, **toy_settings())
     words = ["predict", str(checkpoint), str(photo), str(tmp_path / "out"), "--device=cpu"]
     main("ddrnet_seg", [*words, "--evaluate.img-scale", "180", "140"])
     assert read_label(tmp_path / "out" / "street.png").shape == (70, 90)
@@ -135,7 +135,7 @@ HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit(
         {"model": "my:Net"},
         {"model": "os:system"},
         {"model": "segcore.config.registry:load_experiment"},
-        {"model": "ddrnet_seg.model:DDRNetSegmentor"},
+        {"model": "ddrnet_seg.model:DDRNet"},
         {"dataset": "my.py:data"},
         {"name": "my.py:mine"},
         {"name": "../../my"},
@@ -184,8 +184,8 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
 
 def test_a_model_of_a_users_file_says_which_file_to_name(run, tmp_path):
     (tmp_path / "my.py").write_text(
-        "from dataclasses import dataclass, replace\nfrom ddrnet_seg.configs import DDRNet\nimport segcore\n\n"
-        "@dataclass(frozen=True)\nclass Mine(DDRNet):\n    pass\n\n"
+        "from dataclasses import dataclass, replace\nfrom ddrnet_seg.configs import DDRNetConfig\nimport segcore\n\n"
+        "@dataclass(frozen=True)\nclass Mine(DDRNetConfig):\n    pass\n\n"
         f"def mine():\n    exp = segcore.load_experiment({str(run)!r})\n"
         "    return replace(exp, name='mine', model=Mine(**vars(exp.model)))\n"
     )

@@ -95,7 +95,8 @@ def test_export(head, suffix, dynamic, tmp_path, capsys):
     weights, path = tmp_path / "weights.pth", tmp_path / f"model{suffix}"
     exp = segcore.load_experiment(CONFIG).with_overrides([f"model.head={head}"])
     torch.save(exp.model.build().state_dict(), weights)
-    words = ["export", CONFIG, str(weights), str(path), "--size=64x96", f"--model.head={head}"]
+    main("dgmn2_seg", ["configs", CONFIG, f"--model.head={head}", "--write", str(tmp_path / "my.py")])
+    words = ["export", str(tmp_path / "my.py"), str(weights), str(path), "--size=64x96"]
     main("dgmn2_seg", [*words, *(["--dynamic"] if dynamic else [])])
     text = capsys.readouterr().out
     assert "1x3x64x96: logits within" in text
@@ -111,9 +112,8 @@ def test_wrong_wishes(run, tmp_path, capsys, monkeypatch):
     assert "1EpgGGDzRzwMslW07ML93fO0VgIKbqFWr" in line
     line = refused(capsys, "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
     assert "dgmn2_tiny_imagenet.pth" in line or "data/cityscapes" in line
-    line = refused(capsys, "test", CONFIG, run, "--model.head=fpn", "--device=cpu")
-    assert "was trained with other settings; give " in line
-    assert line.endswith("as the configuration, or add --model.head setr_mla")
+    line = refused(capsys, "test", "fpn_dgmn2_tiny_4x2_769x769_40k_cityscapes", run, "--device=cpu")
+    assert f"was trained with {CONFIG} --model.backbone nano --model.head setr_mla" in line
 
 
 def test_bench_shows_the_fused_model(capsys):

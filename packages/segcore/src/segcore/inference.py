@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from segcore import distributed
+from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.record import ConfigDiff
@@ -72,9 +73,9 @@ def load_model(
         loaded = load_weights(model, path)
     except UserError:
         if differs.remedy:
-            raise UserError(
-                f"{path}: was trained with other settings; give {path} as the configuration, or {differs.remedy}"
-            ) from None
+            read_state(path)  # raises if the file is damaged, which no other setting helps
+            then = " ".join(filter(None, (differs.name, differs.options)))
+            raise UserError(f"{path}: was trained with {then}; give this folder in place of {exp.name}") from None
         raise
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []

@@ -29,21 +29,15 @@ Offered = Callable[[type, "dataclasses.Field[Any]"], bool]
 OF_OTHER_TOOLS = {
     "eval": "metrics are chosen by --evaluate.metrics mIoU",
     "cfg_options": "every setting is an option of its own: --SECTION.FIELD VALUE, such as --optimizer.lr 1e-4",
-    "options": "every setting is an option of its own: --SECTION.FIELD VALUE, such as --optimizer.lr 1e-4",
     "epochs": "training is counted in iterations: --schedule.iterations N",
-    "max_iters": "write --schedule.iterations N",
     "model": "the configuration comes first, without an option: COMMAND CONFIG",
     "config": "the configuration comes first, without an option: COMMAND CONFIG",
     "checkpoint": "the checkpoint follows CONFIG, without an option: COMMAND CONFIG CHECKPOINT",
     "lr": "write --optimizer.lr",
-    "learning_rate": "write --optimizer.lr",
     "batch_size": "write --train.batch-size (all devices together) or --evaluate.batch-size",
     "resume_from": "write --resume; the run's folder is --work-dir",
     "load_from": "write --train.init-from",
     "launcher": "write --gpus N, or start with torchrun",
-    "out": "write --json FILE",
-    "show_dir": "`predict` writes the images",
-    "amp": "write --train.precision bf16",
 }
 """What to write instead of an option that other tools have."""
 

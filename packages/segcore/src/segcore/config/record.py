@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import platform
 import shlex
 import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 from segcore.config.schema import Experiment
 from segcore.environment import git_hash, versions
@@ -33,11 +32,10 @@ class VersionError(ValueError):
 
 
 def from_plain(kind: Any, value: Any, name: str = "") -> Any:
-    """Return the value of an annotation that `settings_of` turned into plain data; the inverse, and strict.
+    """Return what `settings_of` turned into plain data, by its annotation; the dataclasses check the values themselves.
 
-    Raises VersionError naming the setting that is missing, unknown or of another type.
+    Raises VersionError naming a setting that is missing or unknown.
     """
-    origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints, prefix = get_type_hints(kind), f"{name}." if name else ""
         names = [item.name for item in dataclasses.fields(kind)]
@@ -45,26 +43,15 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
             if (key in names) != (key in value):
                 raise VersionError(f"{prefix}{key} is {'missing' if key in names else 'unknown'}")
         return cast(Any, kind)(**{key: from_plain(hints[key], value[key], prefix + key) for key in names})
-    if origin in (Union, types.UnionType):
-        for option in args:
-            with contextlib.suppress(VersionError):
-                return from_plain(option, value, name)
-    elif origin is Annotated:
-        return from_plain(args[0], value, name)
-    elif origin is tuple and isinstance(value, list):
-        wanted = args[:1] * len(value) if Ellipsis in args else args
-        if len(wanted) == len(value):
-            return tuple(from_plain(part, item, name) for part, item in zip(wanted, value, strict=True))
-    elif origin is Literal:
-        if value in args and type(value) is type(args[args.index(value)]):
-            return value
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif isinstance(kind, type) and (type(value) is kind or (name == "model" and isinstance(value, kind))):
-        return value
-    raise VersionError(f"{name} is {value!r:.60}")
+    for option in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
+        if isinstance(value, list) and get_origin(option) is tuple:
+            parts = get_args(option)
+            parts = parts[:1] * len(value) if Ellipsis in parts else parts
+            if len(parts) == len(value):
+                return tuple(from_plain(part, item, name) for part, item in zip(parts, value, strict=True))
+        if isinstance(value, str) and option is Path:
+            return Path(value)
+    return value
 
 
 class ConfigDiff(NamedTuple):
