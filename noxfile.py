@@ -25,6 +25,8 @@ EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
 COMPILED = ["-e", "packages/cuda-ops"] if COMPILER else []
+GPU_BUNDLE = Path(".gpu_bundle")
+"""What `scripts/make_gpu_bundle.sh` prepares for machines without a network."""
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
@@ -114,11 +116,21 @@ def gpu_tests(session: nox.Session) -> None:
     seen = session.run(python, "-c", "import torch; print(torch.cuda.is_available())", silent=True, external=True)
     if not str(seen).strip().endswith("True"):
         session.error("gpu_tests needs a CUDA device, and torch sees none on this machine")
-    if session.venv_backend == "none":  # nothing can be downloaded: take the packages from the source tree
-        kernels = Path(session.create_tmp(), "kernels").resolve()
-        shutil.rmtree(kernels, ignore_errors=True)
-        install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(kernels))
-        session.run(python, *install, "packages/cuda-ops", env=build_for("cuda"), external=True)
-        sources = [*(str(Path(package, "src").resolve()) for package in PACKAGES), str(kernels)]
+    if session.venv_backend == "none":  # nothing can be downloaded: what is missing there comes from the bundle
+        wheels = sorted(map(str, GPU_BUNDLE.glob("wheels/*-none-any.whl")))
+        if not wheels:
+            session.error(f"no wheels in {GPU_BUNDLE}: scripts/make_gpu_bundle.sh makes them where there is a network")
+        site = Path(session.create_tmp(), "site").resolve()
+        shutil.rmtree(site, ignore_errors=True)
+        install = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade", "--target", str(site))
+        session.run(*install, *wheels, external=True)
+        session.run(*install, "--no-build-isolation", "packages/cuda-ops", env=build_for("cuda"), external=True)
+        sources = [*(str(Path(package, "src").resolve()) for package in PACKAGES), str(site)]
         env = {"PYTHONPATH": os.pathsep.join(filter(None, [*sources, os.environ.get("PYTHONPATH")]))}
     session.run(python, "-m", "pytest", "-m", "gpu", *session.posargs, env=env, external=True)
+
+
+@nox.session(venv_backend="none")
+def gpu_check(session: nox.Session) -> None:
+    """Check a GPU within eight minutes, without a network, in the environment that nox itself is in."""
+    session.run("scripts/gpu_check.sh", *session.posargs, env={"PYTHON": sys.executable}, external=True)

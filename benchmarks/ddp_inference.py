@@ -19,7 +19,7 @@ from ddp_plain import predict
 from torch import Tensor
 
 import segcore
-from ddp_seg.model import DDPSegmentor
+from ddp_seg.model import DDP
 from segcore.deploy import bench
 from segcore.environment import environment
 
@@ -36,9 +36,9 @@ def build_forms(images: Tensor, steps: int, with_compile: bool) -> dict[str, For
             torch.nn.init.normal_(parameter, std=0.02)  # zero at the start: all pixels would look alike
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    noise = model.draw_noise(torch.empty(1, 256, images.shape[2] // 4, images.shape[3] // 4), None, steps)[0]
+    noise = model.draw(torch.empty(1, 256, images.shape[2] // 4, images.shape[3] // 4), None)[0]
 
-    def ours(network: DDPSegmentor, dtype: str) -> Form:
+    def ours(network: DDP, dtype: str) -> Form:
         x = images.to(memory_format=torch.channels_last) if network is last else images
         forward = bench.forward_of(network, (steps,), dtype, False, images.device)
         return lambda: forward(x)[str(steps)]

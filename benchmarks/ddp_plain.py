@@ -25,7 +25,7 @@ def predict(w: Weights, images: Tensor, noise: Tensor, steps: int) -> Tensor:
         level, next_level = log_snr(now), log_snr(after)
         x = F.conv2d(torch.cat([features, noisy], 1), w["transform.weight"], w["transform.bias"])
         logits = decode(w, x, time_embedding(w, level[None]))
-        predicted = (torch.sigmoid(F.embedding(logits.argmax(1), w["label_codes.weight"])) * 2 - 1) * BIT_SCALE
+        predicted = (torch.sigmoid(F.embedding(logits.argmax(1), w["label_embedding.weight"])) * 2 - 1) * BIT_SCALE
         codes = predicted.permute(0, 3, 1, 2)
         noise_part = (noisy - level.sigmoid().sqrt() * codes) / (-level).sigmoid().sqrt().clamp(min=1e-8)
         noisy = codes * next_level.sigmoid().sqrt() + noise_part * (-next_level).sigmoid().sqrt()
@@ -68,7 +68,7 @@ def merge(w: Weights, maps: list[Tensor]) -> Tensor:
     """Return the image features (N, 256, H/4, W/4)."""
     size = maps[0].shape[-2:]
     resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps]
-    return conv_norm(w, "merge", torch.cat(resized, 1))
+    return conv_norm(w, "fuse_conv", torch.cat(resized, 1))
 
 
 def decode(w: Weights, x: Tensor, time: Tensor) -> Tensor:

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddrnet_seg.configs import DDRNet
-from ddrnet_seg.model import DDRNetSegmentor
+from ddrnet_seg.model import DDRNet
 from segcore.environment import environment
 
 
-def build(variant: str) -> DDRNetSegmentor:
+def build(variant: str) -> DDRNet:
     """Return a model in evaluation mode."""
     torch.manual_seed(0)
-    model = DDRNet(variant=variant).build().eval()
+    model = DDRNet(variant=variant).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 4:
@@ -33,11 +32,12 @@ def build(variant: str) -> DDRNetSegmentor:
     return model
 
 
-def forms(model: DDRNetSegmentor, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+def forms(variant: str, images: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return what to time, the plain form first."""
     last = torch.channels_last
+    model = build(variant)
     turned, fused = images.to(memory_format=last), model.fuse()
-    fused_last, plain_last = model.fuse().to(memory_format=last), build(model.config.variant).to(memory_format=last)
+    fused_last, plain_last = model.fuse().to(memory_format=last), build(variant).to(memory_format=last)
 
     def bf16() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
     images = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0))
-    runs = forms(build(options.variant), images)
+    runs = forms(options.variant, images)
     with FlopCounterMode(display=False) as counter:
         answers = {"plain": runs["plain"]()}
     answers |= {name: run().float() for name, run in runs.items() if name != "plain"}

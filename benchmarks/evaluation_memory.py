@@ -15,8 +15,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +40,11 @@ class Pointwise(Segmentor):
         super().__init__()
         self.head = nn.Conv2d(3, self.num_classes, 1)
 
-    def predict_steps(
-        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
-        return {"final": self.head(images)}
+    def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        return self.head(images)
 
-    def losses(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        seeds: Sequence[int] | None = None,
-        draws: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, **options: Any) -> dict[str, Tensor]:
         raise NotImplementedError("it is only evaluated")
-
-    def key_map(self) -> dict[str, str]:
-        return {name: name for name in self.state_dict()}
 
 
 def peak(root: Path, images: int) -> float:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ddp_seg.configs.toy import ddp_resnet18_toy
-from ddp_seg.model import DDPSegmentor
+from ddp_seg.model import DDP
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.data.layouts import open_dataset
 from segcore.data.transforms import normalize
 from segcore.evaluation.predictor import autocast
 from segcore.evaluation.uncertainty import AUROC, STARTS
 from segcore.models.layers import resize
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed, window_seed
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -63,18 +63,19 @@ def main() -> None:
     exp = ddp_resnet18_toy()
     dataset = open_dataset(dataclasses.replace(exp.data, root=options.run / "scenes"), "val")
     model = exp.model.build().eval()
-    assert isinstance(model, DDPSegmentor)
+    assert isinstance(model, DDP)
     folder = checkpoint.newest(options.run / "run")
     assert folder is not None, "no checkpoint"
     model.load_checkpoint(checkpoint.read_model_state(folder))
     areas: dict[str, AUROC] = defaultdict(AUROC)
     for index in range(min(options.images, len(dataset))):
         image = torch.from_numpy(normalize(dataset.image(index), exp.data.mean, exp.data.std)).permute(2, 0, 1)[None]
-        seeds = [derive(derive(exp.seed, index), 0, 0)]
+        seeds = [window_seed(evaluation_seed(exp.seed, index), 0, 0)]
         with autocast(torch.device("cpu"), exp.train.precision):
             features = model.encode(image)
-            noise, _ = model.draw_noise(features, seeds, 3, STARTS)
-            steps = [resize(step.logits.float(), image.shape[-2:]).softmax(1) for step in model.trace(features, noise)]
+            starts = torch.cat([model.draw(features, seeds, run=run)[0] for run in range(STARTS)])
+            run = model.denoising_steps(features, starts)
+            steps = [resize(step.logits.float(), image.shape[-2:]).softmax(1) for step in run]
         p = torch.stack(steps, 1)
         mask, label = p[0, -1].argmax(0), torch.from_numpy(dataset.label(index).astype(np.int64))
         for name, score in candidates(p, mask).items():

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def test_compiles_within_limits(tmp_path, architecture):
     assert len(registers) == 4 * 2 * 6  # dtypes, vectors or not, kernels
     assert all(frame == ("0", "0", "0") for frame in frames), built.stderr
     assert max(registers) <= REGISTERS
+
+
+@pytest.mark.slow
+def test_architectures_of_an_older_build_folder_are_not_kept(tmp_path):
+    """CUDAARCHS names those of this build, whatever the folder was built for before; without it all are built."""
+    compiler, cmake = os.environ.get("CUDACXX") or shutil.which("nvcc"), shutil.which("cmake")
+    if not (compiler and cmake):
+        pytest.skip("no CUDA compiler, or no CMake")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    options = {"pybind11_DIR": pybind11.get_cmake_dir(), "CMAKE_CUDA_COMPILER": compiler, "SEG_CUDA": "ON"}
+    options |= {"Python_EXECUTABLE": sys.executable, "CMAKE_EXPORT_COMPILE_COMMANDS": "ON"}
+    command = [cmake, "-S", PACKAGE, "-B", tmp_path, *(f"-D{name}={value}" for name, value in options.items())]
+    clean = {name: value for name, value in os.environ.items() if name != "CUDAARCHS"}
+    for chosen, expected in [("", {"80", "89", "90"}), ("90", {"90"}), ("", {"80", "89", "90"}), ("80", {"80"})]:
+        done = subprocess.run(command, env={**clean, "CUDAARCHS": chosen}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"arch=compute_(\d+)", (tmp_path / "compile_commands.json").read_text())
+        assert set(found) == expected
 
 
 @pytest.mark.slow  # as building it is

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,19 @@ from segcore.ops import registry  # noqa: E402
 
 OPS = ["ms_deform_attn", "deform_unfold", "deform_conv2d", "deform_local_attn"]
 SETS = ["baseline", "avx2"]
+INPUTS = {
+    "ms_deform_attn": ["value", "spatial_shapes", "sampling_locations", "attention_weights"],
+    "deform_unfold": ["input", "offset", "mask"],
+    "deform_conv2d": ["input", "offset", "weight", "mask"],
+    "deform_local_attn": ["query", "key", "value", "offset", "bias"],
+}
+STORED = {
+    "ms_deform_attn": ["msda_l1", "msda_l1_ddp", "msda_l3"],
+    "deform_unfold": ["unfold", "unfold_mask_groups"],
+    "deform_conv2d": ["dcn_v1", "dcn_v2", "dcn_v2_groups", "dcn_v2_rect", "dcn_v2_1x1", "dcn_v2_zero_offset"],
+    "deform_local_attn": ["dla_h1", "dla_h3"],
+}
+"""Files of reference/ops/golden by operator, and the inputs in them in the operator's order."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +145,32 @@ def test_gradients_of_another_shape_are_refused(op):
         getattr(torch.ops.segcore, f"{op}_backward")(out[:1], *inputs)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in STORED.items() for name in names])
+def test_stored_numbers(reference, op, name, device):
+    """The published operators' answers, without the detour over the plain kernels."""
+    with np.load(reference / "ops" / "golden" / f"{name}.npz") as arrays:
+        stored = {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
+    inputs: list[Any] = [stored.get(key) for key in INPUTS[op]]
+    if op == "ms_deform_attn":
+        inputs[1] = inputs[1].flatten().tolist()
+    elif op == "deform_local_attn":
+        inputs += [[int(stored["height"]), int(stored["width"]), 3, 3], float(stored["scale"])]
+    else:
+        inputs.append([int(n) for key in ("kernel", "stride", "padding", "dilation") for n in stored[key]])
+    if device == "cuda":
+        inputs = on_device(inputs)
+    out = getattr(torch.ops.segcore, op)(*inputs)
+    grads = getattr(torch.ops.segcore, f"{op}_backward")(stored["grad_output"].to(device), *inputs)
+    if op == "deform_conv2d":
+        out = out + stored["bias"].view(-1, 1, 1).to(device)
+    keys = ["output", *(f"grad_{key}" for key in INPUTS[op] if key != "spatial_shapes")]
+    for key, answer in zip(keys, [out, *grads], strict=True):
+        if key in stored:  # not where an input is absent, nor where all offsets lie exactly on a border
+            expected = stored[key]
+            torch.testing.assert_close(answer.cpu(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_agrees_with_torchvision():
     """In all but the slope exactly at -1, which no coordinate here is."""
     vision = pytest.importorskip("torchvision.ops")
@@ -189,8 +229,11 @@ def test_a_convolution_in_chunks_of_places(groups):
 
 
 def on_device(inputs: list[Any]) -> list[Any]:
+    """Return inputs on the GPU, where fresh memory holds NaN from here on: an element left unwritten shows."""
     assert not ops.kernels()["ms_deform_attn"]["cuda"].startswith("plain"), ops.kernels()["ms_deform_attn"]["cuda"]
-    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in inputs]
+    moved = [t.cuda() if isinstance(t, torch.Tensor) else t for t in inputs]
+    [torch.full((2**17,), torch.nan, dtype=torch.float64, device="cuda") for _ in range(16)]  # the allocator keeps them
+    return moved
 
 
 @pytest.mark.gpu
@@ -200,7 +243,10 @@ def on_device(inputs: list[Any]) -> list[Any]:
 def test_cuda_equals_the_plain_kernels_on_the_cpu(op, d, dtype):
     inputs = make(op, d, dtype=dtype)
     answers = [t.cpu() for t in run(op, on_device(inputs))]
-    assert_near(answers, run(op, inputs, plain=True), {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+    if op == "deform_conv2d" and dtype == torch.bfloat16:
+        tolerance = 2e-2  # columns, product and partial sums are rounded: 0.8e-2 before cuBLAS splits its sums
+    assert_near(answers, run(op, inputs, plain=True), tolerance)
 
 
 @pytest.mark.gpu

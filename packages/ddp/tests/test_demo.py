@@ -1,13 +1,25 @@
-"""The demo on a handful of small scenes: what it writes, and that it goes on where it was."""
+"""The demo on a handful of small scenes: its page, whose images are those that were scored, and continuing it."""
 
+import base64
+import io
 import json
 import re
+import shutil
+import subprocess
 
+import cv2
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from segcore.checkpoints.run_checkpoint import newest
 from segcore.cli.main import main
+from segcore.config.schema import DataConfig
+from segcore.data.layouts import open_dataset
 from segcore.demo.toy import generate
+from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.uncertainty import AUROC
 
 SMALL = [
     "--device=cpu", "--model.width=32", "--model.decoder-layers=1", "--schedule.iterations=3", "--train.save-every=1",
@@ -29,7 +41,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     assert re.search(r"linear classifier on color and position \(quadratic terms\): \d+\.\d%; ratio \d+\.\d\d", page)
     assert "Training loss" in page
     assert page.count("<figcaption>step 1</figcaption>") == 2, "one strip per image"
-    for caption in ("input", "truth", "step 3", "prediction", "uncertainty", "wrong pixels"):
+    for caption in ("image", "ground truth", "step 3", "prediction", "uncertainty", "wrong pixels"):
         assert f"<figcaption>{caption}</figcaption>" in page
     for entry in ("1 step", "3 steps", "10 steps", "road", "bicycle"):
         assert entry in page
@@ -37,12 +49,71 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     sources = re.findall(r'(?:src|href)="([^"]{0,20})', page)
     assert sources
     assert all(source.startswith("data:image/png;base64,"[:20]) for source in sources)
-    assert len(list(folder.glob("picture_*.png"))) == 2
+    assert len(list(folder.glob("panels_*.png"))) == 2
     figures = json.loads((folder / "figures.json").read_text())
     assert f"mIoU at 3 steps: {figures['mIoU']:.1%}; " in page
     assert 0 <= figures["uncertainty_AUROC"] <= 1
     assert f"AUROC of {figures['uncertainty_AUROC']:.3f}" in page
-    assert "from 0 (black) to 1 (yellow)" in page
+    assert "the probability of another class than the predicted one" in page
+
+
+@pytest.fixture(scope="module")
+def shown(folder):
+    """The panels on the page by caption, a list of images (H, W, 3) each."""
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    found: dict[str, list[np.ndarray]] = {}
+    for data, caption in re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)"><figcaption>', page):
+        found.setdefault(caption, []).append(np.array(Image.open(io.BytesIO(base64.b64decode(data)))))
+    return found
+
+
+def index_of(image, colors):
+    """Return (H, W): which of `colors` (K, 3) each pixel has, 255 where it has none."""
+    equal = (image[:, :, None] == np.asarray(colors)).all(-1)
+    return np.where(equal.any(-1), equal.argmax(-1), 255)
+
+
+def test_the_images_on_the_page_are_those_that_were_scored(folder, shown):
+    """All validation images are shown, so the page's own panels must give the page's own figures."""
+    val = open_dataset(DataConfig("toy", folder / "scenes"), "val")
+    figures = json.loads((folder / "figures.json").read_text())
+    run = json.loads((folder / "run" / "results.json").read_text())
+    matrix, area = ConfusionMatrix(19), AUROC()
+    inferno = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_INFERNO)[:, 0, ::-1]
+    for i in range(len(val)):
+        image, label = val.pair(i)
+        np.testing.assert_array_equal(shown["image"][i], image)
+        np.testing.assert_array_equal(index_of(shown["ground truth"][i], val.palette), label)
+        prediction = index_of(shown["prediction"][i], val.palette)
+        matrix.update(prediction, label)
+        wrong = index_of(shown["wrong pixels"][i], inferno[[0, 255]])
+        np.testing.assert_array_equal(wrong, (prediction != label) & (label != 255))
+        uncertainty = index_of(shown["uncertainty"][i], inferno) / 255
+        area.update(torch.from_numpy(uncertainty), torch.from_numpy(prediction), torch.from_numpy(label))
+        final_step = index_of(shown["step 3"][i], val.palette)
+        assert (final_step == prediction).mean() > 0.999, "bf16 rounds differently in batches of another size"
+    assert matrix.compute()["mIoU"] == figures["mIoU"] == run["entries"]["3"]["mIoU"]
+    assert matrix.compute()["aAcc"] == run["entries"]["3"]["aAcc"]
+    assert area.compute() == pytest.approx(figures["uncertainty_AUROC"], abs=5e-3)  # the page has 256 levels
+
+
+def test_a_browser_shows_every_image_and_a_narrow_window_needs_no_scrolling(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on the path")
+    found = (
+        "images: [...document.images].map(image => image.complete && image.naturalWidth > 0), "
+        "width: innerWidth, content: document.documentElement.scrollWidth"
+    )
+    script = f"<script>onload = () => document.body.replaceChildren(JSON.stringify({{{found}}}))</script>"
+    page = tmp_path / "page.html"
+    page.write_text((folder / "index.html").read_text(encoding="utf-8") + script, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser, *options, "--window-size=500,900", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    answer = json.loads(re.search(r'\{"images.*?\}', done.stdout)[0])
+    assert answer["images"] == [True] * (2 * 8 + 1)
+    assert answer["content"] <= answer["width"]
 
 
 def test_started_again_it_goes_on(folder, capsys):

@@ -11,7 +11,7 @@ from ddps_seg.configs.base_models import rows as stock_rows
 from ddps_seg.configs.published import rows
 from ddps_seg.official import ROWS
 from segcore.checkpoints.foreign import read_state
-from segcore.checkpoints.load import initialize, load_weights, resolve
+from segcore.checkpoints.load import find_weights, load_init, load_weights
 from segcore.config.registry import published
 from segcore.config.schema import OptimizerConfig
 from segcore.errors import UserError
@@ -68,7 +68,7 @@ def test_every_stage_starts_from_the_one_before(name):
 
 def test_a_row_whose_file_is_not_known_says_where_to_look():
     with pytest.raises(UserError, match=r"DDPS-all/tree/main/segformer_b2_multistep; download"):
-        resolve("official", "ddps_segformer_mit_b2_ade20k151_multistep")
+        find_weights("official", "ddps_segformer_mit_b2_ade20k151_multistep")
 
 
 def save(model, path, official, **extra):
@@ -99,17 +99,17 @@ def test_stages_load_what_the_one_before_has(chain, tmp_path, official):
     base, single, multi = chain
     tables = [t.clone() for t in multi.schedule]
     before = single.classifier.weight.clone()
-    line = initialize(single, str(save(base, tmp_path / "base.pth", official)))
+    line = load_init(single, str(save(base, tmp_path / "base.pth", official)))
     assert ": base model: loaded" in line
     assert "dropped" in line
     assert same(single, base, "backbone.", "head.")
     assert torch.equal(single.classifier.weight, before)
-    line = initialize(multi, str(save(single, tmp_path / "single.pth", official)))
+    line = load_init(multi, str(save(single, tmp_path / "single.pth", official)))
     assert ": single-step variant: loaded" in line
     assert same(multi, single, "backbone.", "head.", "unet.", "label_embedding.", "classifier.")
     assert all(torch.equal(a, b) for a, b in zip(multi.schedule, tables, strict=True))
     other = DDPSConfig(**PRIOR).build()
-    assert "loaded" in initialize(other, str(save(multi, tmp_path / "multi.pth", official)))
+    assert "loaded" in load_init(other, str(save(multi, tmp_path / "multi.pth", official)))
     assert same(other, multi, "")
 
 

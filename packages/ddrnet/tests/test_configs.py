@@ -9,7 +9,7 @@ import segcore
 from ddrnet_seg.configs import DDRNetConfig, experiments
 from ddrnet_seg.configs.cityscapes import CLASS_WEIGHT
 from ddrnet_seg.official import PUBLISHED, recognize
-from segcore.checkpoints.load import initialize, load_weights
+from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.testing.contract import refusal
 
@@ -147,7 +147,7 @@ def test_imagenet_weights_fill_the_backbone(official, manifest, tmp_path, prefix
     torch.save({f"{prefix}{k}": v for k, v in state.items()}, tmp_path / "DDRNet23s_imagenet.pth")
     model = DDRNetConfig().build()
     head = model.head.classifier.weight.clone()
-    line = initialize(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
+    line = load_init(model, str(tmp_path / "DDRNet23s_imagenet.pth"))
     shared = [k for k in state if not k.startswith(("down5.", "last_layer.", "linear."))]
     assert f"backbone only: ImageNet weights: loaded {len(shared)} tensors" in line
     assert "dropped 17 of down5, last_layer, linear" in line

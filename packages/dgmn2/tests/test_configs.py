@@ -10,7 +10,7 @@ import segcore
 from dgmn2_seg.backbone import VARIANTS
 from dgmn2_seg.configs import DGMN2Config, cityscapes, experiments
 from dgmn2_seg.official import PUBLISHED
-from segcore.checkpoints.load import initialize, load_weights
+from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
 from segcore.testing.contract import refusal
@@ -108,7 +108,7 @@ def test_imagenet_weights_fill_the_backbone(imagenet, tmp_path, wrap, head):
     torch.save(content, tmp_path / "file.pth")
     model = DGMN2Config(backbone="nano", head=head).build()
     classifier = model.head.classifier.weight.clone()
-    line = initialize(model, str(tmp_path / "file.pth"))
+    line = load_init(model, str(tmp_path / "file.pth"))
     assert f"backbone only: ImageNet weights: loaded {len(imagenet) - 2} tensors" in line
     assert "dropped 2 of head" in line
     ours = {model.key_map()[n]: t for n, t in model.state_dict().items()}

@@ -1,6 +1,11 @@
-"""Where golden numbers of all kinds and the few real images are. Tests that need them skip without, saying so."""
+"""Where golden numbers of all kinds and the few real images are. Tests that need them skip without, saying so.
 
+Also a server of weights within this machine.
+"""
+
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +42,70 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"no compiled kernels: {ops.kernels()['ms_deform_attn']['cpu']}")
     yield request.param
     ops.load()
+
+
+class Weights(BaseHTTPRequestHandler):
+    """Serves `server.files` as a plain host and as the Hugging Face hub do, and misbehaves under other paths."""
+
+    def do_GET(self) -> None:
+        server, path = self.server, self.path
+        server.seen.append((path, self.headers.get("Range")))
+        body = server.files["/w.pth"]
+        if path in server.files:
+            self.answer(server.files[path])
+        elif path == "/page.pth":
+            self.answer(b"<html>", {"Content-Type": "text/html; charset=utf-8"})
+        elif path == "/untyped_page.pth":
+            self.answer(b"<!DOCTYPE html><html>Sign in</html>")
+        elif path == "/moved.pth":
+            self.answer(b"", {"Location": "/w.pth"}, status=302)
+        elif path == "/unsafe.pth":
+            self.answer(b"", {"Location": "http://example.invalid/w.pth"}, status=302)
+        elif path == "/restart.pth":  # whole from the second time on
+            self.answer(body, send=None if len(server.seen) > 1 else 1000)
+        elif path == "/busy.pth":
+            self.answer(body) if len(server.seen) > 2 else self.answer(b"", status=503)
+        elif path == "/broken.pth":
+            self.answer(body, send=len(body) // 2)
+        else:
+            self.send_error(404)
+
+    def do_HEAD(self) -> None:
+        self.answer(self.server.files[self.path], send=0) if self.path in self.server.files else self.send_error(404)
+
+    def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, send: int | None = None):
+        """Send the head and the first `send` bytes of the body; the hub's answers also name a commit and an ETag."""
+        self.send_response(status)
+        hub = {"ETag": '"v1"', "X-Repo-Commit": "0" * 40}
+        for name, value in {"Content-Length": str(len(body)), **hub, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:send])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A server at `server.url` with the files `server.files` (path -> content); `server.seen` lists (path, Range)."""
+    from segcore.checkpoints import hub
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Weights)
+    server.url, server.seen = f"http://127.0.0.1:{server.server_port}", []
+    server.files = {"/w.pth": bytes(range(256)) * 4096}  # 1 MiB
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of downloaded weights."""
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path / "weights"))
+    return tmp_path / "weights"

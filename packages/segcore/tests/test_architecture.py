@@ -119,6 +119,21 @@ def test_configuration_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_training_imports_neither_timm_nor_torchvision_nor_tensorboard():
+    """They take seconds, and DDRNet and DGMN2 need none of them."""
+    code = (
+        "import sys\n"
+        "import segcore.training.loop\n"
+        "for name in sys.argv[1:]:\n"
+        "    __import__(name)\n"
+        "found = {'timm', 'torchvision', 'tensorboard', 'torch.utils.tensorboard', 'onnx'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    models = [f"{name}.model" for name in METHODS if name in ("ddrnet_seg", "dgmn2_seg")]
+    done = subprocess.run([sys.executable, "-c", code, *models], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", sorted(set(PACKAGES) - {"seg_cuda_ops"}))
 def test_wheel_is_pure_and_complete(package, tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
@@ -129,7 +144,8 @@ def test_wheel_is_pure_and_complete(package, tmp_path):
         names = set(archive.namelist())
         (license,) = [archive.read(name) for name in names if name.endswith("/LICENSE")]
     assert f"{package}/py.typed" in names
-    assert {path.relative_to(PACKAGES[package].parent).as_posix() for path in modules(package)} <= names
+    files = [path for path in PACKAGES[package].rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {path.relative_to(PACKAGES[package].parent).as_posix() for path in files} <= names
     assert license == (ROOT / "LICENSE").read_bytes()
 
 

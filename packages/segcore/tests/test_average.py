@@ -37,3 +37,16 @@ def test_the_trained_weights_come_back(model: nn.Module) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with averaged(model, None):
         assert torch.equal(model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_skipped_step_leaves_the_average_alone(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    average, expected = start_ema(model), start_ema(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    update_ema(average, model, 0.75, torch.tensor(True))
+    assert all(torch.equal(value, expected[name]) for name, value in average.items())
+    update_ema(average, model, 0.75, torch.tensor(False))
+    update_ema(expected, model, 0.75)
+    assert all(torch.equal(value, expected[name]) for name, value in average.items())

@@ -209,7 +209,7 @@ def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):
         toy, "generate", lambda root, progress: calls.append(root) or write_cityscapes(root, split="val")
     )
     for _ in range(2):
-        toy.complete(tmp_path / "toy")
+        toy.generate_missing(tmp_path / "toy")
         dataset = open_dataset(DataConfig("toy", tmp_path / "toy"), "val")
     assert calls == [tmp_path / "toy"]
     assert (len(dataset), dataset.classes) == (2, cityscapes.CLASSES)

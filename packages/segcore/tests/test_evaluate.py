@@ -18,7 +18,7 @@ from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import Predictor
 from segcore.reporting.tables import summary
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed, window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
 
 DATA = DataConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -75,7 +75,7 @@ def test_noise_follows_the_seed_and_the_index(dataset):
     matrix = ConfusionMatrix(4)
     for i in range(len(dataset)):
         red = torch.from_numpy(dataset.image(i)[..., 0]).float()
-        red += 3 * 6.0 * draw(derive(derive(3, i), 0, 0), (3, *red.shape))[0]
+        red += 3 * 6.0 * draw(window_seed(evaluation_seed(3, i), 0, 0), (3, *red.shape))[0]
         matrix.update((red / 10).round().clamp(0, 3).long(), dataset.label(i))
     assert results.final["aAcc"] == matrix.compute()["aAcc"] < 1
     assert torch.equal(results.final["IoU"], matrix.compute()["IoU"])

@@ -130,7 +130,7 @@ def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: i
         reached = int(newest.name.removeprefix("iter_"))
     assert 0 < reached < ITERATIONS
     text = Training(root, work_dir, *options, processes=processes).end()
-    assert f"going on from iteration {reached}" in text
+    assert f"resuming from iteration {reached}" in text
     assert_equal(weights(work_dir), weights(tmp_path / "unbroken"))
 
 
@@ -148,7 +148,7 @@ def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
     saved = checkpoint.newest(tmp_path / "run")
     assert saved is not None, text
     assert (saved / "manifest.json").stat().st_mtime - told < 10
-    assert f"stopped after iteration {saved.name.removeprefix('iter_')}; it goes on from there" in text
+    assert f"stopped after iteration {saved.name.removeprefix('iter_')}" in text
     end = time.monotonic() + 20
     while training.processes() and time.monotonic() < end:  # data workers look for their parent every few seconds
         time.sleep(0.2)
@@ -161,5 +161,5 @@ def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
 def test_torchrun_restarts_after_a_process_died(root: Path, tmp_path: Path) -> None:
     training = Training(root, tmp_path, processes=2, torchrun=("--max-restarts=2",), fault="die:1:70")
     text = training.end()  # two passes per step, so in the 36th
-    assert "iter_35: going on from iteration 35" in text
+    assert "iter_35: resuming from iteration 35" in text
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, ITERATIONS)

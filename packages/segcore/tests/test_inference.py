@@ -17,7 +17,7 @@ from segcore.evaluation.predictor import (
     view_sizes,
     window_boxes,
 )
-from segcore.seeds import derive
+from segcore.seeds import window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
 
 PLAIN = EvalConfig(img_scale=None)
@@ -209,7 +209,7 @@ def test_answer_does_not_depend_on_the_other_images(evaluate):
 def test_every_view_and_window_has_its_own_seed():
     model = Pixels()
     predict(model, [random_image(16, 20)] * 2, EvalConfig(None, "slide", (16, 12), (16, 8), flip=True), seeds=[3, 4])
-    expected = [[derive(3, view, window), derive(4, view, window)] for view in (0, 1) for window in (0, 1)]
+    expected = [[window_seed(3, view, window), window_seed(4, view, window)] for view in (0, 1) for window in (0, 1)]
     assert [seeds for _, seeds in model.calls] == expected
 
 

@@ -22,7 +22,7 @@ from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
-from segcore.seeds import derive
+from segcore.seeds import augmentation_seed, noise_seed
 
 LENGTH = 7
 
@@ -87,7 +87,7 @@ def test_epochs_and_seeds_differ():
 def test_batches_have_the_stated_parts_and_seeds(data):
     found = list(batches(data, start=2, stop=4))
     assert [b.iteration for b in found] == [2, 2, 3, 3]
-    assert found[1].seeds == [derive(5, 2, 2), derive(5, 2, 3)]
+    assert found[1].seeds == [noise_seed(5, 2, 2), noise_seed(5, 2, 3)]
     assert found[0].images.shape == (2, 3, 24, 32)
     assert (found[0].images.dtype, found[0].labels.dtype) == (torch.float32, torch.int64)
     assert found[0].labels.shape == (2, 24, 32)
@@ -97,7 +97,7 @@ def test_a_sample_is_its_file_transformed_with_its_own_draws(data):
     dataset, transform = open_dataset(data, "train"), TrainTransform(data)
     part = next(iter(batches(data, start=3, stop=4)))
     index = sample_index(5, 3, 1, 4, LENGTH)
-    image, label = transform(*dataset.pair(index), np.random.RandomState(derive(5, 3, 1)))
+    image, label = transform(*dataset.pair(index), np.random.RandomState(augmentation_seed(5, 3, 1)))
     assert torch.equal(part.images[1], image)
     assert torch.equal(part.labels[1], label)
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import (
     DataConfig,
@@ -26,13 +27,18 @@ from segcore.config.schema import (
     TrainConfig,
 )
 from segcore.data.layouts import open_dataset
+from segcore.data.loader import Batch
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.predictor import Predictor
 from segcore.models.segmentor import Segmentor
+from segcore.testing.host_reads import HostReads
 from segcore.testing.tiny import Tiny
 from segcore.training import loop
-from segcore.training.loop import Meter, train
+from segcore.training.guard import HostCopy
+from segcore.training.logger import Logger, MetricLogger
+from segcore.training.loop import train, train_step
+from segcore.training.setup import init_state
 
 FAULT: dict[str, Callable[[], float]] = {}
 """What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""
@@ -186,18 +192,16 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     finished = {"interrupted": 3, "killed": 2, "in evaluation": 4}[cut]
     assert checkpoint.newest(tmp_path / "b") == checkpoint.folder_of(tmp_path / "b", finished)
     if cut != "killed":
-        assert (
-            f"stopped after iteration {finished}; it goes on from there (train: with --resume)"
-            in capsys.readouterr().out
-        )
+        assert f"stopped after iteration {finished}; continue with `train --resume`" in capsys.readouterr().out
     FAULT.clear()
     resumed = train(exp, tmp_path / "b", resume=True)
     assert resumed is not None
     assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
     assert resumed.to_json() == unbroken.to_json()
     assert json.loads((tmp_path / "b/best.json").read_text()) == json.loads((tmp_path / "a/best.json").read_text())
-    for mode, keys in (("train", ("iteration", "lr", "loss", "loss_ce", "grad_norm")), ("val", ("iteration", "mIoU"))):
-        a, b = ([[record.get(key) for key in keys] for record in log(tmp_path / run, mode)] for run in "ab")
+    keys = {"train": ("iteration", "lr", "loss", "decode.loss_ce", "grad_norm"), "val": ("iteration", "mIoU")}
+    for mode, names in keys.items():
+        a, b = ([[record.get(key) for key in names] for record in log(tmp_path / run, mode)] for run in "ab")
         assert a == b
 
 
@@ -258,7 +262,7 @@ def test_a_resumed_run_knows_of_an_evaluation_that_was_no_better(exp: Experiment
 
 
 def test_out_of_memory_in_the_optimizer_saves_nothing(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: exhaust())
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: exhaust())
     with pytest.raises(UserError, match=r"lower train\.device_batch_size"):
         train(exp, tmp_path)
     assert checkpoint.newest(tmp_path) is None
@@ -374,7 +378,7 @@ def test_resume_skips_a_damaged_checkpoint(exp: Experiment, tmp_path: Path, caps
     train(exp, tmp_path, resume=True)
     shown = capsys.readouterr()
     assert f"{path}: has " in shown.err
-    assert "iter_4: going on from iteration 4" in shown.out
+    assert "iter_4: resuming from iteration 4" in shown.out
     assert_equal(before, state(tmp_path))
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
@@ -384,7 +388,7 @@ def test_resume_skips_a_damaged_checkpoint(exp: Experiment, tmp_path: Path, caps
 
 def test_resume_says_which_settings_changed(exp: Experiment, tmp_path: Path, capsys) -> None:
     train(exp, tmp_path)
-    with pytest.raises(UserError, match=r"iter_6: lies beyond schedule.iterations 5"):
+    with pytest.raises(UserError, match=r"iter_6: is beyond schedule.iterations 5"):
         train(replace(exp, schedule=replace(exp.schedule, iterations=5)), tmp_path, resume=True)
     other = replace(exp, model=TinyModel(4), data=replace(exp.data, classes=("a", "b", "c", "d")))
     with pytest.raises(UserError, match=r"iter_6: 2 tensors do not fit the model \(first: head.bias\)"):
@@ -421,13 +425,12 @@ def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Pat
     train(exp, tmp_path)
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = events.Tags()["scalars"]
-    wanted = ("loss", "loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
+    wanted = ("loss", "decode.loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
     assert {f"train/{name}" for name in wanted} | {"val/mIoU", "IoU final/dark", "IoU final/bright"} <= set(names)
     logged = [record["loss"] for record in log(tmp_path, "train")]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
     assert [event.step for event in events.Images("predictions")] == [2, 4, 6]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "loss.svg",
         *(f"predictions_{iteration}.png" for iteration in (2, 4, 6)),
     }
 
@@ -457,11 +460,11 @@ def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: P
 def test_memory_is_that_of_the_device_of_the_run(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**20 * torch.device(device).index)
-    meter = Meter()
-    meter.add({"loss": torch.tensor(2.0)})
-    meter.seconds = 1.0
-    assert "memory_mb" not in meter.read(4, torch.device("cpu"))
-    assert meter.read(4, torch.device("cuda:3"))["memory_mb"] == 3
+    metrics = MetricLogger()
+    metrics.add(["loss"], torch.tensor([2.0]), torch.tensor(False))
+    metrics.seconds = 1.0
+    assert "memory_mb" not in metrics.read(4, torch.device("cpu"))
+    assert metrics.read(4, torch.device("cuda:3"))["memory_mb"] == 3
 
 
 def test_weights_follow_from_the_seed(exp: Experiment, tmp_path: Path) -> None:
@@ -488,3 +491,123 @@ def test_start_weights_come_from_a_file_once(exp: Experiment, tmp_path: Path, ca
     assert "start.safetensors: loaded" in capsys.readouterr().out
     (tmp_path / "start.safetensors").unlink()
     train(exp, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_bad_step_changes_nothing(exp: Experiment, kind: str, precision: str) -> None:
+    """Also as the first one, before the optimizer has any state; the steps after it are as if it had not been."""
+    exp = replace(exp, optimizer=OptimizerConfig(kind, lr=0.01, clip_norm=1.0))
+    exp = replace(exp, train=replace(exp.train, precision=precision, ema=0.9))
+    labels = torch.randint(3, (2, 16, 16), generator=torch.Generator().manual_seed(1))
+    good = [
+        Batch(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(i)), labels, [1, 2], i) for i in (0, 1)
+    ]
+    bad = Batch(torch.full((2, 3, 16, 16), float("nan")), labels, [1, 2], 0)
+    first, second = init_state(exp, torch.device("cpu")), init_state(exp, torch.device("cpu"))
+    second.scaler = torch.amp.GradScaler(
+        "cpu", enabled=precision == "fp16", init_scale=2.0**15
+    )  # as a bad step leaves it
+    for run, steps in ((first, [bad, good[0], bad, good[1]]), (second, good)):
+        metrics = MetricLogger()
+        run.model.train()
+        for batch in steps:
+            run.iteration = batch.iteration
+            train_step(exp, run, [batch], metrics)
+            if batch is bad and run.iteration == 0 and precision == "fp16":
+                run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**15})
+        assert HostCopy(run.failures).read() == 0
+        found = metrics.read(2, torch.device("cpu"))
+        assert found.get("skipped", 0) == len(steps) - 2
+        assert found["loss"] < 10
+    for (name, value), other in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+        if name in first.average:
+            assert torch.equal(first.average[name], second.average[name]), name
+    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        mine, theirs = first.optimizer.state[p], second.optimizer.state[q]
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_host_reads_nothing_between_two_log_lines(exp: Experiment, tmp_path: Path, monkeypatch, precision) -> None:
+    """Nor where a step is skipped. What is counted would wait for a GPU."""
+    settings = replace(exp.train, precision=precision, ema=0.9, log_every=5, evaluate_every=0, save_every=20)
+    exp = replace(exp, train=settings, schedule=replace(exp.schedule, iterations=10))
+    reads, counts = HostReads(), []
+    for name in ("tolist", "cpu"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, f=original: (reads.found.append(f.__name__), f(x))[1])
+    monkeypatch.setattr(loop, "next_micro_batches", silent(reads, loop.next_micro_batches))
+    advance = Logger.advance
+    monkeypatch.setattr(Logger, "advance", lambda *args: (counts.append(len(reads.found)), advance(*args))[1])
+    FAULT["losses"] = at_call(8, lambda: float("nan"))
+    with reads:
+        train(exp, tmp_path)
+    assert len(counts) == 10
+    assert len(set(counts[:5])) == len(set(counts[5:])) == 1, reads.found
+    assert counts[5] > counts[4], "a log line does read"
+
+
+def silent(reads: HostReads, function):
+    """Reading images and counting errors happens on the CPU: leave out what it reads."""
+
+    def wrapped(*args):
+        found = list(reads.found)
+        micro_batches, agree = function(*args)
+        reads.found[:] = found
+
+        def agreed():
+            found = list(reads.found)
+            sums = agree()
+            reads.found[:] = found
+            return sums
+
+        return micro_batches, agreed
+
+    return wrapped
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    """CUDA's own count: a step that synchronizes raises."""
+
+    def strict(function):
+        def wrapped(*args):
+            torch.cuda.set_sync_debug_mode("error" if args[1].iteration else "default")  # the first one sets up
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return wrapped
+
+    monkeypatch.setattr(loop, "train_step", strict(loop.train_step))
+    monkeypatch.setattr(Net, "losses", quiet_losses)
+    exp = replace(exp, train=replace(exp.train, log_every=6, evaluate_every=0, ema=0.9, precision="bf16"))
+    train(exp, tmp_path, device="cuda")
+    assert log(tmp_path, "train")[-1]["loss"] < 10
+    assert state(tmp_path)["iteration"] == 6
+
+
+def quiet_losses(self, images, labels, **options):
+    """A loss without noise from the CPU."""
+    hidden = self.norm(self.conv(images)).relu()
+    return {"loss": nn.functional.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)}
+
+
+def test_ranks_agree_on_a_step_during_the_one_before(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    """What they tell each other has a whole step to arrive."""
+    events, start, step = [], distributed.start_sync_status, loop.train_step
+
+    def started(*args: Any) -> Callable[[], list[int]]:
+        number, finish = sum(event.startswith("tell") for event in events), start(*args)
+        events.append(f"tell {number}")
+        return lambda: (events.append(f"wait {number}"), finish())[1]
+
+    monkeypatch.setattr(distributed, "start_sync_status", started)
+    monkeypatch.setattr(loop, "train_step", lambda *args: (step(*args), events.append(f"step {args[1].iteration}"))[0])
+    train(replace(exp, train=replace(exp.train, evaluate_every=0)), tmp_path)
+    assert events[:6] == ["tell 0", "wait 0", "tell 1", "step 0", "wait 1", "tell 2"]
+    assert events[-3:] == ["step 4", "wait 5", "step 5"]

@@ -9,6 +9,7 @@ import torch
 from segcore.errors import UserError
 from segcore.models.backbones import build_backbone, shifted_window_mask
 from segcore.models.heads import FPN, FCNHead
+from segcore.models.layers import DropPath
 from segcore.models.losses import cross_entropy
 
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -125,3 +126,21 @@ def test_cross_entropy_resizes_the_logits_and_computes_in_float32():
     assert loss.dtype == torch.float32
     loss.backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2000, 3), (2000, 2, 3, 4)])
+def test_drop_path_is_that_of_torchvision_and_timm(shape):
+    """The same draws, by sample; what is kept is scaled, so that the mean stays."""
+    torchvision = pytest.importorskip("torchvision")
+    x, found = torch.ones(shape), []
+    for layer in (DropPath(0.25), torchvision.ops.StochasticDepth(0.25, "row"), timm.layers.DropPath(0.25)):
+        torch.manual_seed(0)
+        found.append(layer.train()(x))
+        assert layer.eval()(x) is x
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    rows = found[0].flatten(1)
+    assert ((rows == 0).all(1) | (rows == 1 / 0.75).all(1)).all()
+    assert rows.mean() == pytest.approx(1, abs=0.05)
+    assert not DropPath(1.0)(x).any()
+    assert DropPath(0.0)(x) is x

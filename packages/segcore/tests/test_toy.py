@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from segcore.config.schema import DataConfig
 from segcore.data.images import read_label
 from segcore.data.layouts import cityscapes
 from segcore.demo import toy
@@ -26,7 +27,7 @@ def scenes(tmp_path_factory):
     """30 training and 12 validation scenes at half the default size, as (images, labels) per split."""
     root = tmp_path_factory.mktemp("toy")
     toy.generate(root, train=30, val=12, height=128, width=256)
-    splits = {split: cityscapes.open_split(root, split) for split in toy.SPLITS}
+    splits = {split: cityscapes.open_split(DataConfig("cityscapes", root), split) for split in toy.SPLITS}
     return {
         split: ([data.image(i) for i in range(len(data))], [data.label(i) for i in range(len(data))])
         for split, data in splits.items()
@@ -42,7 +43,7 @@ def test_layout_is_that_of_cityscapes(tmp_path):
         kinds = ("labelIds", "labelTrainIds")
         expected |= {f"leftImg8bit/{stem}_leftImg8bit.png", *(f"gtFine/{stem}_gtFine_{kind}.png" for kind in kinds)}
     assert names == expected
-    data = cityscapes.open_split(tmp_path, "train")
+    data = cityscapes.open_split(DataConfig("cityscapes", tmp_path), "train")
     assert len(data) == 2
     assert data.image(0).shape == (32, 64, 3)
     assert data.label(0).shape == (32, 64)
@@ -110,18 +111,18 @@ def test_a_set_is_completed_by_its_own_parameters(tmp_path, capsys, monkeypatch)
     before = contents(tmp_path / "own")
     gone = next((tmp_path / "own").glob("gtFine/val/*/*_labelIds.png"))
     gone.unlink()
-    assert toy.lost(tmp_path / "own") == toy.lost(tmp_path / "own", ["val"]) == [gone]
-    assert toy.lost(tmp_path / "own", ["train"]) == []
-    toy.complete(tmp_path / "own")
-    assert capsys.readouterr().err.startswith(f"{tmp_path / 'own'}: 1 of its files missing; generating")
+    assert toy.missing_files(tmp_path / "own") == toy.missing_files(tmp_path / "own", ["val"]) == [gone]
+    assert toy.missing_files(tmp_path / "own", ["train"]) == []
+    toy.generate_missing(tmp_path / "own")
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'own'}: 1 of its files are missing; generating")
     assert contents(tmp_path / "own") == before
-    toy.complete(tmp_path / "own")
+    toy.generate_missing(tmp_path / "own")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(toy, "generate", lambda root, progress: (root / "begun").mkdir(parents=True))
-    toy.complete(tmp_path / "new")
-    assert capsys.readouterr().err == f"{tmp_path / 'new'}: not there; generating 250 street scenes\n"
+    toy.generate_missing(tmp_path / "new")
+    assert capsys.readouterr().err == f"{tmp_path / 'new'}: missing; generating 250 street scenes\n"
     with pytest.raises(UserError, match=r"new: holds no toy set; name another folder in data\.root"):
-        toy.complete(tmp_path / "new")
+        toy.generate_missing(tmp_path / "new")
 
 
 def test_nothing_there_is_not_complete(tmp_path):

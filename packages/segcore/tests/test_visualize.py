@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segcore.errors import UserError
-from segcore.reporting import figures as visualize
+from segcore.reporting import figures
+from segcore.reporting.figures import hstack_panels
 
 PALETTE = np.array([(200, 0, 10), (0, 255, 0), (3, 2, 1)], np.uint8)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -23,27 +24,27 @@ def test_overlay_truncates_as_published():
     image = np.full((1, 3, 3), 101, np.uint8)
     classes = np.array([[0, 1, 255]])
     # 101 * 0.5 + 200 * 0.5 = 150.5, 101 * 0.5 + 0 = 50.5, 101 * 0.5 + 10 * 0.5 = 55.5, …: cut off, not rounded
-    assert visualize.overlay(image, classes, PALETTE).tolist() == [[[150, 50, 55], [50, 178, 50], [50, 50, 50]]]
+    assert figures.overlay(image, classes, PALETTE).tolist() == [[[150, 50, 55], [50, 178, 50], [50, 50, 50]]]
     # 101 * 0.7 = 70.7 and + 200 * 0.3 = 130.7
-    assert visualize.overlay(image, classes, PALETTE, 0.3)[0, 0].tolist() == [130, 70, 73]
-    np.testing.assert_array_equal(visualize.overlay(image, classes, PALETTE, 0), image)
-    np.testing.assert_array_equal(visualize.overlay(image, classes, PALETTE, 1), visualize.colorize(classes, PALETTE))
+    assert figures.overlay(image, classes, PALETTE, 0.3)[0, 0].tolist() == [130, 70, 73]
+    np.testing.assert_array_equal(figures.overlay(image, classes, PALETTE, 0), image)
+    np.testing.assert_array_equal(figures.overlay(image, classes, PALETTE, 1), figures.colorize(classes, PALETTE))
 
 
 def test_overlay_refuses_what_does_not_fit():
     image = np.zeros((2, 3, 3), np.uint8)
     with pytest.raises(UserError, match="do not cover an image"):
-        visualize.overlay(image, np.zeros((3, 2), int), PALETTE)
+        figures.overlay(image, np.zeros((3, 2), int), PALETTE)
     with pytest.raises(UserError, match=r"opacity is 1\.5"):
-        visualize.overlay(image, np.zeros((2, 3), int), PALETTE, 1.5)
+        figures.overlay(image, np.zeros((2, 3), int), PALETTE, 1.5)
 
 
 def test_colorize_paints_the_ignored_black():
     classes = np.array([[0, 1, 2], [255, 3, -1]], np.int64)
     expected = [[[200, 0, 10], [0, 255, 0], [3, 2, 1]], [[0, 0, 0]] * 3]
-    assert visualize.colorize(classes, PALETTE).tolist() == expected
-    assert visualize.colorize(classes, PALETTE, ignore_index=0)[0, 0].tolist() == [0, 0, 0]
-    assert visualize.colorize(classes[:1].astype(np.uint8), PALETTE.tolist()).tolist() == expected[:1]
+    assert figures.colorize(classes, PALETTE).tolist() == expected
+    assert figures.colorize(classes, PALETTE, ignore_index=0)[0, 0].tolist() == [0, 0, 0]
+    assert figures.colorize(classes[:1].astype(np.uint8), PALETTE.tolist()).tolist() == expected[:1]
 
 
 @pytest.mark.parametrize("palette", [None, PALETTE])
@@ -51,7 +52,7 @@ def test_class_png_holds_the_indices(tmp_path, palette):
     classes = np.random.RandomState(0).randint(0, 256, (7, 5))
     classes[0, :3] = 0, 1, 2
     path = tmp_path / "new" / "mask.png"
-    visualize.write_class_png(path, classes, palette)
+    figures.write_class_png(path, classes, palette)
     with Image.open(path) as picture:
         assert picture.mode == ("L" if palette is None else "P")
         np.testing.assert_array_equal(np.array(picture), classes)
@@ -63,25 +64,25 @@ def test_class_png_refuses_what_does_not_fit_into_8_bits(tmp_path):
     path = tmp_path / "mask.png"
     for wrong in (256, -1):
         with pytest.raises(UserError, match=r"mask\.png: classes .* do not fit"):
-            visualize.write_class_png(path, np.array([[0, wrong]]))
+            figures.write_class_png(path, np.array([[0, wrong]]))
     with pytest.raises(UserError, match=r"mask\.png: 257 colors do not fit"):
-        visualize.write_class_png(path, np.array([[0]]), np.zeros((257, 3), np.uint8))
+        figures.write_class_png(path, np.array([[0]]), np.zeros((257, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_images_are_written_and_embedded_unchanged(tmp_path):
     image = np.random.RandomState(1).randint(0, 256, (6, 9, 3), np.uint8)
-    visualize.write_image(tmp_path / "a" / "b.png", image)
+    figures.write_image(tmp_path / "a" / "b.png", image)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.png"]
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a" / "b.png")), image)
-    kind, _, data = visualize.png_data_uri(image).partition(",")
+    kind, _, data = figures.png_data_uri(image).partition(",")
     assert kind == "data:image/png;base64"
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(base64.b64decode(data)))), image)
 
 
 def test_strip_puts_captioned_images_side_by_side():
     a, b = np.full((30, 40, 3), 10, np.uint8), np.full((60, 20, 3), 99, np.uint8)
-    picture = visualize.strip([a, b], ["left", ""], gap=6)
+    picture = hstack_panels([a, b], ["left", ""], gap=6)
     head = picture.shape[0] - 30
     assert picture.shape == (head + 30, 40 + 6 + 10, 3)
     assert (picture[head:, :40] == 10).all()
@@ -90,12 +91,15 @@ def test_strip_puts_captioned_images_side_by_side():
     assert picture[:head, :40].min() < 100, "the caption is black on white"
     assert (picture[:head, 46:] == 255).all()
     with pytest.raises(ValueError, match="zip"):
-        visualize.strip([a, b], ["one"])
+        hstack_panels([a, b], ["one"])
 
 
 def test_a_caption_is_never_cut_off():
     panels = [np.zeros((20, 30, 3), np.uint8), np.zeros((20, 200, 3), np.uint8)]
-    short, long = visualize.strip(panels, ["a", "b"]), visualize.strip(panels, ["3 steps: 12.5% changed", "b"])
+    short, long = (
+        hstack_panels(panels, ["a", "b"]),
+        hstack_panels(panels, ["3 steps: 12.5% changed", "b"]),
+    )
     assert short.shape[1] == 30 + 6 + 200
     assert long.shape[1] > 150 + 6 + 200
     gap = long[:22, 150 : long.shape[1] - 206]
@@ -109,29 +113,32 @@ def test_a_caption_is_never_cut_off():
      ("final", "steps", "final"), ("until 4%", "steps", "until 4%")],
 )  # fmt: skip
 def test_entry_titles(entry, by, title):
-    assert visualize.step_title(entry, by) == title
+    assert figures.step_title(entry, by) == title
 
 
 def test_iterations_are_marked_by_integers():
     marks = re.findall(
-        r'text-anchor="middle">([^<]*)</text>', visualize.curve_svg([1, 2, 3], [0.5, 0.1, 0.2], "t", "x", "y")
+        r'text-anchor="middle">([^<]*)</text>', figures.curve_svg([1, 2, 3], [0.5, 0.1, 0.2], "t", "x", "y")
     )
     assert marks == ["1", "2", "3", "x", "y"]
-    assert ">1.5<" in visualize.curve_svg([1.0, 2.0, 3.0], [0.5, 0.1, 0.2], "t", "x", "y")
+    assert ">1.5<" in figures.curve_svg([1.0, 2.0, 3.0], [0.5, 0.1, 0.2], "t", "x", "y")
 
 
 def test_legend_shows_every_color_and_name():
-    table = visualize.legend(["road", "sky", "car"], PALETTE, columns=2, cell=80)
+    table = figures.legend(["road", "sky", "car"], PALETTE, columns=2, cell=80)
     assert table.shape[1] == 160
     for color in PALETTE:
         assert (table == color).all(-1).any()
     half = table.shape[0] // 2
     assert (table[half:, 80:] == 255).all(), "the fourth cell is empty"
     assert (table[:half, 110:].min(-1) < 100).any(), "the second name is written"
+    wide = figures.legend(["a long name of a class", "car"], PALETTE[:2], columns=2)
+    half = wide.shape[1] // 2
+    assert (wide[:, half - 9 : half] == 255).all(), "the longest name is not cut off"
 
 
 def draw(*args):
-    return ElementTree.fromstring(visualize.curve_svg(*args))
+    return ElementTree.fromstring(figures.curve_svg(*args))
 
 
 def curves(root):
@@ -165,7 +172,7 @@ def test_curve_of_almost_nothing(ys):
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(3, 10))
 def test_ticks_are_few_ordered_and_cover_the_values(values, count):
     low, high = min(values), max(values)
-    ticks = visualize._ticks(values, count)
+    ticks = figures._ticks(values, count)
     slack = (ticks[-1] - ticks[0]) * 1e-6
     assert ticks == sorted(set(ticks))
     assert 2 <= len(ticks) <= count + 2

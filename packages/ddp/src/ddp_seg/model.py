@@ -20,7 +20,7 @@ from segcore.config.schema import LossConfig
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.key_map import rename
-from segcore.models.layers import ConvNorm, pass_without_grad, resize
+from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators, last
@@ -221,15 +221,15 @@ class DDP(StepwiseSegmentor):
         """
         features = self.encode(images)
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw_training(features, seeds)
-        noise = noise.to(features.device)
+        noise = to_device(noise, features.device)
         if self.self_aligned:
             with pass_without_grad():  # the model's own answer from pure noise takes the place of the labels
-                first = log_snr(torch.ones(1), self.noise_schedule).to(noise.device)
+                first = to_device(log_snr(torch.ones(1), self.noise_schedule), noise.device)
                 targets = self.decode(features, noise, first).argmax(1)
         else:
             targets = F.interpolate(labels[:, None].float(), features.shape[-2:], mode="nearest")[:, 0].long()
             targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
-        level = log_snr(times, self.noise_schedule).to(noise.device)
+        level = to_device(log_snr(times, self.noise_schedule), noise.device)
         logits = self.decode(features, add_noise(self.embed_labels(targets), noise, level), level)
         criterion = partial(segmentation_loss, loss=loss, ignore_index=self.ignore_index)
         total, accuracy = criterion(logits, labels)

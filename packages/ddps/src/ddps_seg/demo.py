@@ -1,61 +1,60 @@
-"""What the mask prior does to the base model's maps, measured for `ddps-seg demo`."""
+"""Compare the mask prior with its base model, for `ddps-seg demo`."""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
 from ddps_seg.model import DDPS
-from segcore.checkpoints.load import load_weights, resolve
+from segcore.checkpoints.load import find_weights, load_weights
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Network, Predictor
+from segcore.evaluation.predictor import Predictor
 from segcore.progress import progress
-from segcore.seeds import derive
+from segcore.seeds import corruption_seed, evaluation_seed, start_seed
 
 SEEDS = 3
 IMAGES = 10
-"""Of the validation set, the first ones: six runs of each are measured."""
+"""The first images of the validation set; each takes 1 + SEEDS runs of the prior."""
 BLOCKS = 12
-"""Rectangles that a corrupted map gets, each up to a quarter of its sides, of a random class."""
+"""Rectangles of random classes in a corrupted map, each up to a quarter of its height and width."""
 
 
-def measure(model: DDPS, exp: Experiment, base: Experiment, base_dir: Path) -> tuple[dict[str, Any], list[str]]:
+def compare(
+    predictor: Predictor, exp: Experiment, base: Experiment, base_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
     """Return figures and sentences on the validation set: the base model, the prior, and the prior on corrupted maps.
 
-    `model` is on its device and in evaluation mode. Corrupted maps are the base model's with rectangles of random
-    classes, and the prior's run starts from one instead of from a random map; means over three seeds.
+    A corrupted map is the base model's prediction with rectangles of random classes. The prior refines it: its run
+    starts from the corrupted map instead of a random one. Figures on these are means over SEEDS seeds.
     """
-    device = next(model.parameters()).device
-    first = base.model.build().eval()
-    load_weights(first, resolve(str(base_dir), base.name))
-    first.to(device)
-    prior = Predictor.of(model, exp).using(steps=())
-    alone = dataclasses.replace(prior, model=first, data=dataclasses.replace(exp.data, add_background_class=False))
+    prior, base_model = predictor.using(steps=()), base_predictor(predictor, base, base_dir)
+    model = cast(DDPS, predictor.model)
     dataset = open_dataset(exp.data, "val")
     total = min(IMAGES, len(dataset))
-    count = model.num_classes
     names = "base", "prior", *(f"{kind} {seed}" for seed in range(SEEDS) for kind in ("corrupted", "refined"))
-    matrices = {name: ConfusionMatrix(count, model.ignore_index) for name in names}
+    matrices = {name: ConfusionMatrix(model.num_classes, model.ignore_index) for name in names}
     changed = []
-    with progress("holding the prior against its base model") as advance:
+    with progress("comparing the prior with its base model") as advance:
         for index in range(total):
-            image, label = dataset.image(index), dataset.label(index)
-            own = derive(exp.seed, index)
-            basic = _answer(alone, image, own) + 1  # background comes first
-            found = {"base": basic, "prior": _answer(prior, image, own)}
+            image, label, own = dataset.image(index), dataset.label(index), evaluation_seed(exp.seed, index)
+            found = {"base": last_classes(base_model, image, own) + 1, "prior": last_classes(prior, image, own)}
             for seed in range(SEEDS):
-                found[f"corrupted {seed}"] = start = corrupt(basic, count, derive(seed, index))
-                found[f"refined {seed}"] = _answer(prior, image, derive(seed, index), partial(_refine, model, start))
+                start = corrupt(found["base"], model.num_classes, corruption_seed(seed, index))
+                refine = refinement_of(model, start)
+                found |= {
+                    f"corrupted {seed}": start,
+                    f"refined {seed}": last_classes(prior, image, start_seed(own, seed), refine),
+                }
             for name, classes in found.items():
                 matrices[name].update(classes, label)
-            changed.append((basic != found["prior"]).float().mean().item())
+            changed.append((found["base"] != found["prior"]).float().mean().item())
             advance(index + 1, total)
     miou = {name: float(matrix.compute()["mIoU"]) for name, matrix in matrices.items()}
     figures = {"base_mIoU": miou["base"], "prior_mIoU": miou["prior"], "changed": float(np.mean(changed))}
@@ -63,23 +62,34 @@ def measure(model: DDPS, exp: Experiment, base: Experiment, base_dir: Path) -> t
     return figures, [
         f"On {total} images the base model alone has mIoU {figures['base_mIoU']:.1%}, the prior "
         f"{figures['prior_mIoU']:.1%}; it changes {figures['changed']:.1%} of the pixels",
-        f"Started from the base model's maps with {BLOCKS} rectangles of random classes, mIoU "
-        f"{figures['corrupted']:.1%}, the prior's last step has {figures['refined']:.1%} (mean over {SEEDS} seeds)",
+        f"The base model's maps with {BLOCKS} rectangles of random classes have mIoU {figures['corrupted']:.1%}; the "
+        f"prior refines them to {figures['refined']:.1%} (mean over {SEEDS} seeds)",
     ]
 
 
-def _answer(predictor: Predictor, image: np.ndarray, seed: int, network: Network | None = None) -> Tensor:
-    """Return the classes (H, W) of the last entry."""
-    [entries] = predictor.classes([image], [seed], network=network)
-    return list(entries.values())[-1].cpu()
+def base_predictor(predictor: Predictor, base: Experiment, base_dir: Path) -> Predictor:
+    """Return a predictor like that of the prior with the base model, whose classes lack the background in front."""
+    model = base.model.build().eval()
+    load_weights(model, find_weights(str(base_dir), base.name))
+    data = dataclasses.replace(predictor.data, add_background_class=False)
+    return dataclasses.replace(predictor.using(steps=()), model=model.to(predictor.device), data=data)
 
 
-def _refine(model: DDPS, start: Tensor, images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    return model.refine_mask(images, start[None], seeds)
+def last_classes(
+    predictor: Predictor, image: np.ndarray, seed: int, network: Callable[..., dict[str, Tensor]] | None = None
+) -> Tensor:
+    """Return the classes (H, W) int64 of the last step, on the CPU."""
+    [steps] = predictor.classes([image], [seed], network=network)
+    return list(steps.values())[-1].cpu()
+
+
+def refinement_of(model: DDPS, start: Tensor) -> Callable[[Tensor, list[int]], dict[str, Tensor]]:
+    """Return a network whose run starts from the label map `start` (H, W)."""
+    return lambda images, seeds: model.refine_mask(images, start[None], seeds)
 
 
 def corrupt(classes: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Return a label map (H, W) with rectangles of random classes, background left out."""
+    """Return a label map (H, W) with rectangles of random classes, never the background."""
     rng, (height, width) = np.random.RandomState(seed), classes.shape
     result = classes.clone()
     for _ in range(BLOCKS):

@@ -10,12 +10,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.models.backbones import Backbone
 from segcore.models.key_map import rename
+from segcore.models.layers import DropPath
 
 
 class Variant(NamedTuple):

@@ -21,7 +21,7 @@ from ddps_seg.diffusion import Mode, NoiseSchedule, Schedule, log_q_posterior, m
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.key_map import rename
-from segcore.models.layers import pass_without_grad
+from segcore.models.layers import pass_without_grad, to_device
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators
@@ -264,7 +264,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.freeze == "none"):
             condition = self._features(images)
         draws = self.draw_training(condition, seeds) if draws is None else draws
-        draws = {name: value.to(condition.device) for name, value in draws.items()}
+        drawn, draws = draws, {name: to_device(value, condition.device) for name, value in draws.items()}
         if self.condition_dropout:
             kept = draws["condition"] >= self.condition_dropout
             condition = condition * kept[:, None, None, None]
@@ -272,7 +272,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             mask, timesteps = draws["masks"], torch.zeros(len(images), dtype=torch.long, device=condition.device)
         else:
             timesteps = draws["timesteps"]
-            first = self._first_prediction(condition, labels, timesteps, draws["masks"])
+            first = self._first_prediction(condition, labels, drawn["timesteps"], draws["masks"])
             mask = q_pred(first, self.num_train_timesteps - 1 - timesteps, self.schedule, draws["uniforms"])
         logits = self.resize_to_input(self.denoise(condition, mask, timesteps), images.shape[-2:])
         total, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
@@ -280,13 +280,16 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
 
     @pass_without_grad()
     def _first_prediction(self, condition: Tensor, labels: Tensor, timesteps: Tensor, masks: Tensor) -> Tensor:
-        """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map."""
+        """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map.
+
+        `timesteps` (N,) are on the CPU, so that the host knows without asking the device which images need the answer.
+        """
         size = [4 * side for side in condition.shape[-2:]]
         full = F.pad(labels, (0, size[1] - labels.shape[2], 0, size[0] - labels.shape[1]), value=self.ignore_index)
         first = F.interpolate(full[:, None].float(), condition.shape[-2:], mode="nearest")[:, 0].long()
-        later = timesteps != 0
-        if later.any():
-            start = torch.zeros_like(timesteps[later])
+        if images := [i for i, timestep in enumerate(timesteps.tolist()) if timestep]:
+            later = to_device(torch.tensor(images), condition.device)
+            start = torch.zeros_like(later)
             first[later] = self.denoise(condition[later], masks[later], start).argmax(1)
         return first
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
-from segcore.models.layers import ConvNorm, resize
+from segcore.models.layers import ConvNorm, DropPath, resize
 from segcore.ops import deform_local_attn
 
 TAPS = 9
@@ -124,7 +123,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         layers = {"fc1": nn.Linear(width, ratio * width), "act": nn.GELU(), "fc2": nn.Linear(ratio * width, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Return tokens (B, N, C) for tokens (B, N, C)."""

@@ -1,7 +1,7 @@
-"""Several processes that train or evaluate together: one per GPU over NCCL, or on the CPU over gloo.
+"""Several processes, called ranks, that train or evaluate together: one per GPU over NCCL, or on the CPU over gloo.
 
-torchrun starts them and says by environment variables which one each is. A process alone needs none of this: every
-function here then does the obvious thing at once.
+torchrun starts them and sets environment variables that number them. With a single process every function here returns
+at once: the sum is the value itself, and the main process is this one.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None
 _entered = 0
-"""How often this process has begun to communicate; the store has it of every process, to tell who is behind."""
+"""How often this rank has begun to communicate. The store holds the count of every rank, which shows who is behind."""
 
 
 class PeerError(UserError):
-    """Another process failed and says why; this one only ends."""
+    """Another rank failed and prints the reason; this one only exits."""
 
     agreed = True
 
 
 class LostError(UserError):
-    """Another process did not answer."""
+    """Another rank did not respond."""
 
 
 def rank() -> int:
-    """Return the number of this process, 0 .. world_size() - 1; the first one writes files and talks."""
+    """Return the number of this process, 0 .. world_size() - 1; rank 0, the main process, writes files and prints."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """Return how many processes work together."""
+    """Return the number of processes that work together."""
     return dist.get_world_size() if _together() else 1
 
 
 def elastic_run_id() -> str | None:
-    """Return torchrun's name of this start, the same after its restarts; None without torchrun."""
+    """Return torchrun's run id, which stays the same when it restarts the processes; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[None]:
-    """Join the other processes for a `with` block where torchrun has started this one; otherwise do nothing.
+    """Join the other ranks for a `with` block if torchrun has started this process; otherwise do nothing.
 
-    A process that the others wait for longer than `timeout` seconds ends the run, see `collective`.
+    The run ends when the others wait for a rank for longer than `timeout` seconds, see `collective`.
     """
     global _store, _entered
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -67,10 +67,10 @@ def process_group(timeout: float) -> Iterator[None]:
     cuda = torch.cuda.is_available()
     try:
         found, own, count = next(iter(dist.rendezvous("env://", timeout=limit)))
-        # torchrun may keep one store for all its restarts: the addresses of processes that have ended are in it, too.
+        # torchrun may keep one store for all its restarts; it then also holds addresses of processes that have ended.
         _entered = 0
         _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
-        # Tensors on the CPU always travel over gloo: what they hold is needed on the host, without waiting for a GPU.
+        # CPU tensors always travel over gloo: their values are needed on the host, without waiting for a GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=_store, rank=own, world_size=count, timeout=limit)
     except (ValueError, RuntimeError) as error:
@@ -78,16 +78,16 @@ def process_group(timeout: float) -> Iterator[None]:
         raise UserError(f"cannot join the other processes ({reason}); start with --gpus N, or with torchrun") from None
     yield
     with collective():
-        dist.barrier()  # nobody leaves while another one still needs it
-    dist.destroy_process_group()  # not after an error: it could wait for processes that no longer answer
+        dist.barrier()  # no rank leaves while another one still needs it
+    dist.destroy_process_group()  # not after an error: it could wait for ranks that no longer respond
     _store = None
 
 
 def hard_exit(status: int) -> None:
-    """End this process now if it has ever joined others; otherwise return.
+    """Exit at once, without Python's clean-up, if this process has ever joined others; otherwise return.
 
-    gloo's threads outlive their group (torch 2.10 to 2.15), and one that still lets go of a Python object aborts an
-    interpreter that is coming to its end.
+    gloo's threads outlive their group (torch 2.10 to 2.15). One that releases a Python object while the interpreter
+    shuts down aborts the process.
     """
     if _entered:
         sys.stdout.flush()
@@ -111,7 +111,7 @@ def local_device() -> torch.device:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """Let the first process call `function`; return its (picklable) result, or raise its UserError, in all of them."""
+    """Call `function` on rank 0; return its (picklable) result, or raise its UserError, on all ranks."""
     if world_size() == 1:
         return function()
     answer, error = None, None
@@ -132,7 +132,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def main_process_first(function: Callable[[], T]) -> T:
-    """Let the first process call `function` before the others do, who then find what it downloaded or generated."""
+    """Call `function` on rank 0, then on the others, which find what rank 0 downloaded or generated."""
     if world_size() == 1:
         return function()
     found: list[T] = []
@@ -147,28 +147,45 @@ def main_process_first(function: Callable[[], T]) -> T:
 
 
 def sync_status(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
-    """Return the sum of each count over all processes, or raise `error`, which ends all of them.
+    """Return the sum of each count over all ranks; or raise `error`, which ends all of them.
 
-    Where another process has it, PeerError or Stopped is raised.
+    The other ranks raise PeerError, or Stopped if `error` is that.
+    """
+    return start_sync_status(error, *counts)()
+
+
+def start_sync_status(error: UserError | Stopped | None = None, *counts: int) -> Callable[[], list[int]]:
+    """Begin to tell the other ranks, and return a function that ends it; together they are `sync_status`.
+
+    This rank can do something else in between, also communicate.
     """
     ctrl_c = isinstance(error, Stopped) and signal.SIGINT in error.args
-    flags = [isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts]
-    try:
-        failed, stopped, interrupted, *sums = all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).tolist()
-    except LostError as lost:
-        raise LostError(f"{error} (besides, {lost})") if isinstance(error, UserError) else lost from None
-    if isinstance(error, UserError):
-        error.agreed = True
-        raise error
-    if failed:
-        raise PeerError
-    if stopped:
-        raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)  # the same in all, so that they say the same
-    return sums
+    flags = torch.tensor([isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts], dtype=torch.int64)
+    with collective():
+        work = dist.all_reduce(flags, async_op=True) if world_size() > 1 else None
+
+    def finish() -> list[int]:
+        try:
+            with collective(counted=False):
+                if work is not None:
+                    work.wait()
+        except LostError as lost:
+            raise LostError(f"{error} (also, {lost})") if isinstance(error, UserError) else lost from None
+        failed, stopped, interrupted, *sums = flags.tolist()
+        if isinstance(error, UserError):
+            error.agreed = True
+            raise error
+        if failed:
+            raise PeerError
+        if stopped:
+            raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)  # the same on all ranks
+        return sums
+
+    return finish
 
 
 def all_gather_object(items: list[T]) -> list[T]:
-    """Return the (picklable) items of all processes, one process after the other."""
+    """Return the (picklable) items of all ranks, in the order of the ranks."""
     if world_size() == 1:
         return items
     parts: list[list[T]] = [[] for _ in range(world_size())]
@@ -178,7 +195,7 @@ def all_gather_object(items: list[T]) -> list[T]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes, computed in place."""
+    """Return the sum of a tensor over all ranks, computed in place."""
     if world_size() > 1:
         with collective():
             dist.all_reduce(tensor)
@@ -186,7 +203,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensors: list[Tensor]) -> None:
-    """Overwrite tensors with those of the first process."""
+    """Overwrite tensors with those of rank 0."""
     if world_size() > 1:
         with collective():
             for tensor in tensors:
@@ -194,35 +211,37 @@ def broadcast(tensors: list[Tensor]) -> None:
 
 
 def first_to_print(text: str) -> bool:
-    """Return whether no other process has said this already, so that one error of all of them is one line."""
+    """Return whether no other rank has printed `text` yet, so that an error of all ranks is one line."""
     try:
-        return _store is None or _store.add(f"said {text}", 1) == 1
+        return _store is None or _store.add(f"printed {text}", 1) == 1
     except RuntimeError:
         return True
 
 
 def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a module whose gradients are averaged over the processes in the backward pass; itself when alone.
+    """Return a module whose gradients are averaged over the ranks in the backward pass; itself with a single process.
 
-    Running statistics of batch norm are those of the first process (on CUDA, with SyncBatchNorm, they are all equal).
+    Running statistics of batch norm are those of rank 0 (on CUDA, with SyncBatchNorm, they are equal on all ranks).
     """
     if world_size() == 1:
         return module
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
+def no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which gradients of a module from `in_parallel`, if `active`, stay those of this rank."""
+    return module.no_sync() if active and world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
+
+
 @contextlib.contextmanager
 def collective(counted: bool = True) -> Iterator[None]:
-    """Turn the failure of communication in a `with` block into a LostError that names the missing processes.
+    """Turn a failure of communication in a `with` block into a LostError that names the missing ranks.
 
-    `counted` is False for a block that does other things before it communicates.
+    `counted` is False for a block that does other things before it communicates; it calls `announce` when it begins to.
     """
-    global _entered
     try:
-        if counted and world_size() > 1:
-            assert _store is not None
-            _entered += 1
-            _store.set(f"entered {rank()}", str(_entered))
+        if counted:
+            announce()
         yield
     except RuntimeError as error:
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
@@ -231,9 +250,18 @@ def collective(counted: bool = True) -> Iterator[None]:
         if not names:
             raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
         raise LostError(
-            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not answer: "
-            "ended, or busy for longer than train.timeout; see what it printed, then go on with --resume"
+            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond: "
+            "ended, or busy for longer than train.timeout; see its output, then continue with --resume"
         ) from None
+
+
+def announce() -> None:
+    """Tell the other ranks that this one has come to its next communication, which they may wait for."""
+    global _entered
+    if world_size() > 1:
+        assert _store is not None
+        _entered += 1
+        _store.set(f"entered {rank()}", str(_entered))
 
 
 def _together() -> bool:
@@ -241,7 +269,7 @@ def _together() -> bool:
 
 
 def _missing() -> list[int]:
-    """Return the processes that have not come as far as this one."""
+    """Return the ranks that have not come as far as this one."""
     assert _store is not None
     try:
         keys = [f"entered {other}" for other in range(world_size())]

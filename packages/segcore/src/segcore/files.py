@@ -29,13 +29,13 @@ def write(path: Path | str, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = "free space or choose another folder") -> Iterator[None]:
     """Turn an OSError into a UserError naming `path`: of a full disk, Python itself does not say which file."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from None
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.checkpoints.foreign import read_state
-from segcore.checkpoints.load import load_weights, resolve
+from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
@@ -62,7 +62,7 @@ def load_model(
             "`weights`, or the folder of a run or checkpoint instead of the name"
         )
     target = find_device(device)
-    path = distributed.main_process_first(lambda: resolve(str(weights), exp.name, offline=offline))
+    path = distributed.main_process_first(lambda: find_weights(str(weights), exp.name, offline=offline))
     for other in ensemble:
         data = other.experiment.data
         if (data.mean, data.std, data.channels) != (exp.data.mean, exp.data.std, exp.data.channels):

@@ -56,13 +56,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         return read_model_state(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file (looked at {path.absolute()}); {ACCEPTED}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if text := re.match(rb"\s*<(!doctype|html|\?xml)|version https://git-lfs", head, re.IGNORECASE):
-        kind = "a web page" if text[1] else "a Git LFS pointer"
+    if kind := not_weights(path):
         raise UserError(f"{path}: this is {kind}, not weights; delete it and download the file itself")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for key in WRAPPERS:
@@ -80,6 +74,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
     names = {name: str(name).removeprefix("module.") for name in state}
     return {names[name]: tensor for name, tensor in state.items() if not names[name].startswith("ema_")}
+
+
+def not_weights(path: Path) -> str:
+    """Return "a web page" or "a Git LFS pointer" for a file that begins like one, else ""."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    text = re.match(rb"\s*<(!doctype|html|\?xml)|version https://git-lfs", head, re.IGNORECASE)
+    return "" if text is None else "a web page" if text[1] else "a Git LFS pointer"
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -1,40 +1,37 @@
-"""Find published weights and download them."""
+"""Find published weights and download them: from the Hugging Face hub, from Google Drive, and from other hosts."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import os
+import re
 import sys
-import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
+import tempfile
 from pathlib import Path, PurePosixPath
-from typing import IO
-from urllib.parse import urlsplit
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
 from segcore import files
-from segcore.checkpoints.foreign import read_state
+from segcore.checkpoints.foreign import not_weights, read_state
 from segcore.config.registry import published
 from segcore.errors import UserError
+from segcore.progress import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTEMPTS = 4
 PAUSE = 2.0
-"""Seconds between two attempts to go on with a broken download."""
+"""Seconds before the second attempt; each further pause is twice as long."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
+HUB = "https://huggingface.co"
+"""Replaced by the mirror `$HF_ENDPOINT` where that is set."""
 
 
 def official_file(name: str, *, offline: bool = False) -> Path:
     """Return the local file of a published row's weights, downloading it where it is absent.
 
-    Raises ValueError when the row is not a published one, its authors offer no weights, or they cannot be fetched.
+    Raises ValueError when the row is not a published one, its authors offer no weights, or they cannot be downloaded.
     """
     row = published(name)
     if row is None:
@@ -57,10 +54,13 @@ def weights_dir() -> Path:
 def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: str | None = None) -> Path:
     """Return the file of `url` in `weights_dir()`, downloading it if it is not there.
 
-    `name` is the local file name, by default the URL's last part; `sha256` (hexadecimal) is what the content must hash
-    to. The file appears whole or not at all; a broken download goes on where it stopped, if the server can do that.
-    Raises ValueError naming the URL and where to put the file when it is absent and cannot be fetched.
+    `name` is the local file name, by default the URL's last part; `sha256` (hexadecimal) is the expected hash. The file
+    is downloaded into a temporary folder, checked and then renamed, so it appears whole or not at all. Addresses are
+    https, or plain http within this machine.
+    Raises ValueError naming the URL and where to put the file when it is absent and cannot be downloaded.
     """
+    if url.startswith(f"{HUB}/"):
+        url = os.environ.get("HF_ENDPOINT", HUB).rstrip("/") + url.removeprefix(HUB)
     target = weights_dir() / (name or PurePosixPath(urlsplit(url).path).name)
     if target.is_file():
         if sha256 and files.sha256(target) != sha256:
@@ -68,107 +68,100 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
         return target
     by_hand = f"download {url} and put the file at {target}"
     if offline:
-        raise UserError(f"no network: {by_hand}")
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")  # processes may fetch the same file at once
-    with _writable(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as file, _progress(target.name) as show:
-                _download(url, file, by_hand, show)
-                file.flush()
-                os.fsync(file.fileno())
-            if sha256 and files.sha256(part) != sha256:
-                raise UserError(f"{url}: the SHA-256 of what came is not {sha256}; try again, or {by_hand}")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    return target
-
-
-def _download(url: str, file: IO[bytes], by_hand: str, show: Callable[[int, int | None], None]) -> None:
-    """Write the body of `url` into `file`, going on after breaks; raises UserError that ends with `by_hand`."""
-    etag = None
-    for attempt in range(1, ATTEMPTS + 1):
-        _check_safe(url, by_hand)
-        start = file.tell() if etag else 0
-        headers = {"User-Agent": "segcore"} | ({"Range": f"bytes={start}-", "If-Range": etag} if etag and start else {})
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-                _check_safe(response.url, by_hand)  # after redirects
-                if response.headers.get_content_type() == "text/html":
-                    raise UserError(f"{url}: the answer is a web page, not weights (a login or a proxy?); {by_hand}")
-                etag = response.headers.get("ETag", "W/")
-                etag = None if etag.startswith("W/") else etag  # a weak one does not promise the same bytes
-                goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-                start = start if response.status == 206 and goes_on else 0
-                file.seek(start)
-                file.truncate()
-                length = response.headers.get("Content-Length")
-                total = None if length is None else start + int(length)
-                while chunk := response.read(1 << 20):
-                    with _writable(Path(file.name)):  # a full disk is no broken connection
-                        file.write(chunk)
-                    show(file.tell(), total)
-                if total in (None, file.tell()):
-                    return
-                raise ConnectionError(f"{file.tell()} of {total} bytes came")
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{url}: the server answers {error.code} {error.reason}; {by_hand}") from None
-        except urllib.error.URLError as error:
-            raise UserError(f"no network ({error.reason}): {by_hand}") from None
-        except (http.client.HTTPException, OSError) as error:
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"{url}: the connection broke {attempt} times ({error}); try again, or {by_hand}"
-                ) from None
-            time.sleep(PAUSE)
-
-
-def _check_safe(url: str, by_hand: str) -> None:
-    """Refuse anything but https, except plain http within this machine."""
+        raise UserError(f"{target}: missing, and downloads are switched off; {by_hand}")
     parts = urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {("http", "127.0.0.1"), ("http", "localhost")}:
         raise UserError(f"{url}: not an https address; {by_hand}")
+    with files.writing(target, "free space or set SEGCORE_WEIGHTS to another folder"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: several processes may download the same file at once.
+        with tempfile.TemporaryDirectory(".part", f".{target.name}.", target.parent, ignore_cleanup_errors=True) as own:
+            part = _download(url, Path(own), by_hand)
+            if kind := not_weights(part):
+                raise UserError(f"{url}: the answer is {kind}, not weights (a login or a proxy?); {by_hand}")
+            if sha256 and files.sha256(part) != sha256:
+                raise UserError(f"{url}: the SHA-256 of the download is not {sha256}; try again, or {by_hand}")
+            files.sync(part)
+            part.replace(target)
+    return target
 
 
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield `show(done, total)` in bytes: a bar on a terminal, elsewhere a line per tenth (or 100 MB); on stderr."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    shown = -1
-
-    def show(done: int, total: int | None) -> None:
-        nonlocal shown
-        now = 10 * done // total if total else done // 100_000_000
-        if now != shown:
-            shown = now
-            of = f" of {total / 1e6:.1f}" if total else ""
-            print(f"downloading {name}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
-
-    yield show
-
-
-@contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def _download(url: str, folder: Path, by_hand: str) -> Path:
+    """Return the downloaded file below `folder`; raises UserError that ends with `by_hand`."""
+    hub_file = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", url)
     try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); set SEGCORE_WEIGHTS to another folder"
-        ) from None
+        if hub_file and hub_file[1] == os.environ.get("HF_ENDPOINT", HUB).rstrip("/"):
+            return _from_hugging_face(folder, *hub_file.groups())
+        if urlsplit(url).hostname == "drive.google.com":
+            return _from_google_drive(url, folder, by_hand)
+        return _from_host(url, folder, by_hand)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own exceptions, and other ones in other versions
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise  # from the disk
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{url}: cannot be downloaded ({reason}); {by_hand}") from None
+
+
+def _from_hugging_face(folder: Path, endpoint: str, repo: str, revision: str, filename: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo, filename, revision=revision, local_dir=folder, endpoint=endpoint))
+
+
+def _from_google_drive(url: str, folder: Path, by_hand: str) -> Path:
+    try:
+        import gdown
+    except ImportError:
+        raise UserError(f"{url}: Google Drive needs gdown; pip install 'segcore[drive]', or {by_hand}") from None
+    part = folder / "download"
+    if gdown.download(id=parse_qs(urlsplit(url).query)["id"][0], output=str(part)) is None:
+        raise UserError(f"{url}: Google Drive does not give the file; {by_hand}")
+    return part
+
+
+def _from_host(url: str, folder: Path, by_hand: str) -> Path:
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+
+    part, name = folder / "download", PurePosixPath(urlsplit(url).path).name
+    retry = Retry(
+        ATTEMPTS - 1, connect=0, backoff_factor=PAUSE, status_forcelist=(429, 500, 502, 503, 504),
+        respect_retry_after_header=False, raise_on_status=False,
+    )  # fmt: skip
+    with requests.Session() as session:
+        session.adapters.clear()  # a redirect to plain http elsewhere finds none
+        for prefix in ("https://", "{0.scheme}://{0.netloc}/".format(urlsplit(url))):
+            session.mount(prefix, HTTPAdapter(max_retries=retry))
+        session.headers.update({"User-Agent": "segcore", "Accept-Encoding": "identity"})
+        for _ in range(ATTEMPTS):  # urllib3 does not retry once the body has begun
+            with session.get(url, stream=True, timeout=TIMEOUT) as answer:
+                if not answer.ok:
+                    raise UserError(f"{url}: the server answers {answer.status_code} {answer.reason}; {by_hand}")
+                if answer.headers.get("Content-Type", "").startswith("text/html"):
+                    raise UserError(f"{url}: the answer is a web page, not weights (a login or a proxy?); {by_hand}")
+                total, done = int(answer.headers.get("Content-Length", 0)), 0
+                with part.open("wb") as file, progress(f"downloading {name} (kB)") as advance:
+                    try:
+                        for chunk in answer.iter_content(1 << 16):
+                            done += file.write(chunk)
+                            advance(done // 1000, total // 1000)
+                        if done == total or not total:
+                            return part
+                    except requests.RequestException:
+                        continue
+    raise UserError(
+        f"{url}: the connection broke {ATTEMPTS} times ({done} of {total} bytes came); try again, or {by_hand}"
+    )
 
 
 def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
     """Return the state dict of a timm model with its pretrained weights, under the names of the installed timm.
 
-    The file is `<tag>.safetensors` in `weights_dir()`, downloaded where absent from timm's collection on the
-    Hugging Face hub (or the mirror `$HF_ENDPOINT`).
+    The file is `<tag>.safetensors` in `weights_dir()`, downloaded where absent from timm's collection on the hub.
     """
     import timm
 
@@ -179,8 +172,8 @@ def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
     if cfg is None or not cfg.hf_hub_id:
         raise UserError(f"train.init_from {tag}: timm offers no weights for it; give another tag or a file")
     tag = f"{cfg.architecture}.{cfg.tag}"
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    path = fetch(f"{hub}/{cfg.hf_hub_id}/resolve/main/model.safetensors", offline=offline, name=f"{tag}.safetensors")
+    url = f"{HUB}/{cfg.hf_hub_id}/resolve/main/model.safetensors"
+    path = fetch(url, offline=offline, name=f"{tag}.safetensors")
     state = read_state(path)
     try:
         # timm renames the tensors of older files and checks them against the architecture

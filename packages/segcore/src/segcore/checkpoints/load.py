@@ -16,27 +16,27 @@ from segcore.models.segmentor import LoadReport, Segmentor
 
 
 def load_weights(model: Segmentor, path: Path) -> LoadReport:
-    """Load a checkpoint of the whole model and report what was used.
+    """Load a checkpoint of the whole model and report what was loaded.
 
-    Our own checkpoints and published ones are told apart by their names. Strict: raises ValueError, and changes
+    The names of the tensors tell our own checkpoints from published ones. Strict: raises ValueError, and changes
     nothing, unless every tensor is used and every parameter is set (see `Segmentor.load_official`).
     """
     return _load(model, read_state(path), path)
 
 
-def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
-    """Load the start weights `train.init_from` and return a line that reports it.
+def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
+    """Load the start weights that `train.init_from` names and return a line that reports what was loaded.
 
-    `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file that has nothing of the
-    model outside its backbone (timm names, or `backbone.*` as OpenMMLab's ImageNet files have) goes to
-    `model.load_pretrained`. Raises ValueError when there is no such thing, it cannot be had offline, or does not fit.
+    `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file with weights of the
+    backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to `model.load_pretrained`.
+    Raises ValueError when the weights are not found, cannot be downloaded, or do not fit the model.
     """
     import timm  # takes seconds, and only start weights need it
 
     if ":" not in init and not Path(init).expanduser().exists() and timm.is_model(init):
         state, source = timm_state(init, offline=offline), init
     else:
-        path = resolve(init, "", offline=offline)
+        path = find_weights(init, "", offline=offline)
         state, source = read_state(path), str(path)
     if model.is_full_checkpoint(state):
         return f"{source}: {_load(model, state, source)}"
@@ -45,11 +45,12 @@ def initialize(model: Segmentor, init: str, *, offline: bool = False) -> str:
     return f"{source}: {part}: {report}"
 
 
-def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:
+def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:
     """Return the file or checkpoint folder that `checkpoint` names, downloading it if it is a published one.
 
-    `official` is the published file of `experiment_name`, `official:CONFIG` that of another row; an existing file or
-    checkpoint folder is itself; a work_dir gives its best, else its newest checkpoint. Raises ValueError otherwise.
+    `official` is the published file of `experiment_name`, `official:CONFIG` that of another row. The path of a file or
+    of a checkpoint folder is returned as it is; a work_dir gives its best, else its newest checkpoint. Raises
+    ValueError when there is none of these.
     """
     if checkpoint == "official" or checkpoint.startswith("official:"):
         return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
@@ -68,7 +69,7 @@ def resolve(checkpoint: str, experiment_name: str, *, offline: bool = False) -> 
 
 @contextlib.contextmanager
 def _naming(source: object) -> Iterator[None]:
-    """Put the file in front of what a model says about its tensors."""
+    """Put the source in front of a model's messages about its tensors."""
     try:
         yield
     except UserError as error:

@@ -80,7 +80,7 @@ def complete_toy_set(exp: Experiment) -> None:
         from segcore import distributed
         from segcore.demo import toy
 
-        distributed.main_process_first(lambda: toy.complete(exp.data.root))
+        distributed.main_process_first(lambda: toy.generate_missing(exp.data.root))
 
 
 def is_row(exp: Experiment) -> bool:

@@ -15,7 +15,7 @@ from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
 from segcore.errors import UserError
 from segcore.inference import LoadedModel, Result
 from segcore.progress import progress
-from segcore.reporting.figures import JPEG, colorize, gray, strip, to_uint8_rgb, write_animation, write_image
+from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
 
 
 class Job(NamedTuple):
@@ -137,15 +137,15 @@ def _write(
 ) -> None:
     result.write(job.mask, job.overlay, opacity=opacity)
     if job.uncertainty and uncertainty is not None:
-        write_image(job.uncertainty, gray(uncertainty))
+        write_image(job.uncertainty, to_gray(uncertainty))
     if not (job.steps or job.animation):
         return
     image, answer = to_uint8_rgb(result.image), result.classes
     panels = step_panels(image, {**maps, "answer": answer}, result.loaded.palette)
     if job.steps:
-        write_image(job.steps, strip(list(panels.values()), list(panels)))
+        write_image(job.steps, hstack_panels(list(panels.values()), list(panels)))
     if job.animation:
-        write_animation(job.animation, [strip([panel], [name]) for name, panel in panels.items()])
+        write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
 
 
 def start_map(path: Path, image: np.ndarray, background: bool) -> np.ndarray:

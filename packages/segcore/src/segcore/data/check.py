@@ -1,4 +1,4 @@
-"""Examination of a data set before hours are spent on it: every file is read, and every problem gets its line.
+"""Check a data set before a long training run: read every file and report every problem in a line.
 
 Files are read in threads: decoding, nearly all of the work, releases the interpreter's lock in both OpenCV and Pillow.
 """
@@ -27,18 +27,18 @@ T = TypeVar("T")
 
 @dataclass
 class Report:
-    """What a split holds.
+    """The content of a split and its problems.
 
     Attributes:
         split: train or val.
-        samples, labels: images with what they need, and those of them that have a label file.
-        sizes: (height, width) of the readable images -> their number.
+        samples, labels: number of usable images, and of those with a label file.
+        sizes: (height, width) -> number of readable images.
         classes: K names.
         pixels: label pixels per class.
         present: images per class that hold at least one pixel of it.
         ignored: label pixels that are ignored.
-        problems: a line about every file that training or evaluation would stop at, naming file, value and remedy.
-        notes: what is worth a look and stops nothing.
+        problems: a line about every file that would stop training or evaluation, naming file, value and remedy.
+        notes: remarks that stop nothing.
     """
 
     split: str
@@ -76,8 +76,8 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one sample holds: the image's (H, W) and the pixels per label value, (256,), where they could be read."""
+class SampleCheck:
+    """One sample: the image's (H, W) and the pixels per train id (256,), each None if it cannot be read."""
 
     size: tuple[int, int] | None
     pixels: np.ndarray | None
@@ -85,35 +85,35 @@ class Finding:
 
 
 def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Report:
-    """Read every file of a split and return what it holds and all that is wrong with it; shows a progress bar.
+    """Read every file of a split and return its content and all its problems; shows a progress bar.
 
-    `num_classes` is the number that the model has, None to leave that comparison out. Raises nothing about the files.
+    `num_classes` is that of the model, None to skip the comparison. Raises nothing about the files.
     """
     try:
         dataset = find_files(data, split)
     except UserError as error:  # no folder, no images …: there is nothing to read
         return Report(split, problems=[str(error)])
     count, has_label = len(dataset.classes), sum(sample.label is not None for sample in dataset.samples)
-    report = Report(split, len(dataset), has_label, classes=dataset.classes, problems=list(dataset.unpaired))
+    report = Report(split, len(dataset), has_label, classes=dataset.classes, problems=list(dataset.missing))
     if num_classes not in (None, count):
         report.problems.append(
             f"{data.root}: holds {count} classes but model.num_classes is {num_classes}; set one to the other"
         )
     pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    for finding in _each(lambda index: examine(dataset, index), len(dataset), f"reading {split}"):
-        report.problems += finding.problems
-        if finding.size:
-            report.sizes[finding.size] += 1
-        if finding.pixels is not None:
-            pixels += finding.pixels
-            present += finding.pixels > 0
+    for sample in _each(lambda index: check_sample(dataset, index), len(dataset), f"reading {split}"):
+        report.problems += sample.problems
+        if sample.size:
+            report.sizes[sample.size] += 1
+        if sample.pixels is not None:
+            pixels += sample.pixels
+            present += sample.pixels > 0
     report.ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
     report.pixels, report.present = pixels[:count].tolist(), present[:count].tolist()
     if dataset.ignore_index < count:
         report.present[dataset.ignore_index] = 0
-    if dataset.spare:
-        more = f" (and {len(dataset.spare) - 1} more)" if len(dataset.spare) > 1 else ""
-        report.notes.append(f"{dataset.spare[0]}: a label without an image{more}")
+    if dataset.unmatched_labels:
+        more = f" (and {len(dataset.unmatched_labels) - 1} more)" if len(dataset.unmatched_labels) > 1 else ""
+        report.notes.append(f"{dataset.unmatched_labels[0]}: a label without an image{more}")
     if not has_label:
         report.notes.append(f"{data.root}: no labels, so nothing can be evaluated here")
     elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
@@ -122,21 +122,21 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
     return report
 
 
-def examine(dataset: Dataset, index: int) -> Finding:
-    """Read a sample's image and label whole; nothing is raised about them, problems are lines of the answer."""
+def check_sample(dataset: Dataset, index: int) -> SampleCheck:
+    """Read a sample's image and label completely; raises nothing about the files but returns their problems."""
     sample, problems = dataset.samples[index], list[str]()
-    image = _noting(problems, lambda: dataset.image(index))
-    label = _noting(problems, lambda: _label(dataset, index)) if sample.label else None
+    image = _collect(problems, lambda: dataset.image(index))
+    label = _collect(problems, lambda: _label(dataset, index)) if sample.label else None
     if image is not None and label is not None:
-        _noting(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
+        _collect(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
     pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
-    return Finding(None if image is None else image.shape[:2], pixels, tuple(problems))
+    return SampleCheck(None if image is None else image.shape[:2], pixels, tuple(problems))
 
 
 def check_headers(dataset: Dataset) -> list[str]:
-    """Return a line about every file of the data set that is missing or no image, or whose label has another size.
+    """Return a line about every file that is missing or no image, and about every label of another size than its image.
 
-    Only the beginning of each file is read: a look before training. Damage further inside is left to `check`.
+    Reads only the beginning of each file, as a quick check before training; `check` finds damage further inside.
     """
     return [
         line
@@ -146,12 +146,12 @@ def check_headers(dataset: Dataset) -> list[str]:
 
 
 def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Return the pixels per train id (256,) int64 of all labels that can be read, and a line about each other one."""
+    """Return the pixels per train id (256,) int64 of all readable labels, and a line about each unreadable one."""
     total, problems = np.zeros(256, np.int64), list[str]()
 
     def count(index: int) -> tuple[np.ndarray | None, list[str]]:
         lines = list[str]()
-        label = _noting(lines, lambda: _label(dataset, index))
+        label = _collect(lines, lambda: _label(dataset, index))
         return None if label is None else np.bincount(label.ravel(), minlength=256), lines
 
     for pixels, lines in _each(count, len(dataset), "counting label pixels"):
@@ -177,9 +177,9 @@ def _headers(dataset: Dataset, index: int) -> list[str]:
     try:
         image, label = _header_size(sample.image), _header_size(sample.label or sample.image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return list(examine(dataset, index).problems)  # of a kind that only OpenCV or NumPy reads, or really bad
-    if sorted(image) != sorted(label):  # an orientation mark in the image may turn it
-        _noting(problems, lambda: check_sizes(sample, image, label))
+        return list(check_sample(dataset, index).problems)  # only OpenCV or NumPy reads it, or it is damaged
+    if sorted(image) != sorted(label):  # the EXIF orientation may turn the image
+        _collect(problems, lambda: check_sizes(sample, image, label))
     return problems
 
 
@@ -188,8 +188,8 @@ def _header_size(path: Path) -> tuple[int, int]:
         return file.height, file.width
 
 
-def _noting(problems: list[str], read: Callable[[], T]) -> T | None:
-    """Return what `read` returns, or None after adding what its UserError says to `problems`."""
+def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
+    """Return the result of `read`, or None after adding the message of its UserError to `problems`."""
     try:
         return read()
     except UserError as error:

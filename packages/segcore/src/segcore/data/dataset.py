@@ -1,4 +1,4 @@
-"""What a dataset is here: image and label files in a fixed order, and the table from label values to train ids.
+"""A data set: image and label files in a fixed order, and the table from label values to train ids.
 
 Nothing here imports torch, and everything pickles, so that worker processes start with it.
 """
@@ -36,8 +36,8 @@ class Dataset:
         image_root: folder that `name` is relative to.
         table: (256,) uint8, value in the label file -> train id; see `label_lut`.
         channels, bit_depth: what the image files must hold.
-        unpaired: a line about every image without a label, which is then no sample; `open_dataset` refuses these.
-        spare: label files that belong to no image.
+        missing: a line about every label that an image lacks (it is then no sample); `open_dataset` refuses these.
+        unmatched_labels: label files that belong to no image.
     """
 
     classes: tuple[str, ...]
@@ -48,8 +48,8 @@ class Dataset:
     table: np.ndarray
     channels: int = 3
     bit_depth: int = 8
-    unpaired: tuple[str, ...] = ()
-    spare: tuple[Path, ...] = ()
+    missing: tuple[str, ...] = ()
+    unmatched_labels: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

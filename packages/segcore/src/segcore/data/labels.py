@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ IGNORE = 255
 FORBIDDEN = 254  # what a label table holds for values that may not occur
 
 
-def behind_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+def add_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the class names and colors with a black class `background` in front."""
     return ("background", *classes), np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
@@ -27,11 +28,10 @@ def label_lut(values: Mapping[int, int] | int) -> np.ndarray:
     return table
 
 
-def parse_classes(text: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return names and (K, 3) uint8 RGB colors of a text such as `road 804080; sidewalk f423e8`."""
-    names, colors = zip(*(entry.strip().rsplit(" ", 1) for entry in text.split(";")), strict=True)
-    palette = np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
-    return tuple(" ".join(name.split()) for name in names), palette
+def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return names and (K, 3) uint8 RGB colors of a file with a line per class, such as `804080 road`."""
+    colors, names = zip(*(line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()), strict=True)
+    return names, np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
 
 
 def ranges(values: np.ndarray) -> str:

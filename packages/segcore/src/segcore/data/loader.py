@@ -30,7 +30,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
-from segcore.seeds import derive
+from segcore.seeds import augmentation_seed, noise_seed, order_seed
 
 Transform = Callable[[np.ndarray, np.ndarray, RandomState], tuple[Tensor, Tensor]]
 OnError = Literal["stop", "skip"]
@@ -43,7 +43,7 @@ class Batch:
     Attributes:
         images: (n, C, H, W) float32, normalized.
         labels: (n, H, W) int64 train ids.
-        seeds: one integer per image, for the model's noise.
+        seeds: one integer per image, for the model's noise; its augmentation is drawn from another.
         iteration: the optimizer step that it belongs to.
         skipped: what was wrong with each sample that another one was taken for.
     """
@@ -70,7 +70,7 @@ def sample_index(seed: int, iteration: int, position: int, batch: int, length: i
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    return RandomState(derive(seed, epoch)).permutation(length)
+    return RandomState(order_seed(seed, epoch)).permutation(length)
 
 
 def train_batches(
@@ -119,14 +119,15 @@ def _load_batch(
     dataset: Dataset, transform: Transform, batch: int, micro: int, seed: int, on_error: OnError, key: tuple[int, int]
 ) -> Batch:
     iteration, first = key
-    seeds = [derive(seed, iteration, position) for position in range(first, first + micro)]
+    positions = range(first, first + micro)
     samples, skipped = [], list[str]()
-    for position, own_seed in enumerate(seeds, first):
+    for position in positions:
         index = sample_index(seed, iteration, position, batch, len(dataset))
         image, label, errors = _readable(dataset, index, on_error)
         skipped += errors
-        samples.append(transform(image, label, RandomState(own_seed)))
+        samples.append(transform(image, label, RandomState(augmentation_seed(seed, iteration, position))))
     images, labels = zip(*samples, strict=True)
+    seeds = [noise_seed(seed, iteration, position) for position in positions]
     return Batch(torch.stack(images), torch.stack(labels), seeds, iteration, tuple(skipped))
 
 

@@ -1,105 +1,128 @@
-"""`demo`: generate street scenes, train a small model on them, evaluate it, and show it all on one page."""
+"""`demo`: generate street scenes, train a small model on them, evaluate it, and show the results on one page."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.checkpoints import run_checkpoint
 from segcore.config.registry import load_experiment
 from segcore.config.schema import Experiment
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
-from segcore.data.transforms import normalize
 from segcore.demo import toy
 from segcore.demo.baseline import fit_linear
-from segcore.errors import UserError
-from segcore.evaluation.evaluate import Results
+from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Predictor, autocast
-from segcore.evaluation.uncertainty import evaluate_uncertainty, predict_uncertainty
+from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.uncertainty import AUROC, predict_uncertainty
 from segcore.files import write, writing
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.progress import progress
-from segcore.reporting import tables as report
-from segcore.reporting.figures import colorize, heat, step_title, strip, write_image
+from segcore.reporting import tables
+from segcore.reporting.figures import colorize, colormap, hstack_panels, step_title, write_image
 from segcore.reporting.page import render
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 from segcore.training.loop import train
 
 SHOWN = 4
-"""Validation images on the page."""
+"""Validation images on the page, spread evenly."""
 JUDGED = 20
-"""Validation images on which the uncertainty is judged: each takes several more runs of the model."""
+"""Validation images whose uncertainty is judged, the first ones: each takes several more runs of the model."""
+
+
+@dataclasses.dataclass
+class Answer:
+    """A validation image and what the evaluation counted for it."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8."""
+    label: np.ndarray
+    """(H, W) uint8."""
+    classes: Mapping[str, Tensor]
+    """Step entry -> (H, W) int64 on the CPU."""
+    seed: int
+    uncertainty: Tensor | None = None
+    """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None without diffusion."""
 
 
 def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
-    """Do all of it below `work_dir` and return the page. What is there already is kept: an interrupted demo goes on.
+    """Run the demo in `work_dir` and return its page. Finished parts are kept, so an interrupted demo continues.
 
-    An experiment that starts from another one's run has that trained first; then `<package>.demo.measure`, of the
-    method's import package, adds figures and sentences of its own.
+    An experiment that starts from the run of a base model has that trained first; `<package>.demo.compare`, of the
+    method's import package, then adds figures and sentences about the two.
     """
     with writing(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
-    exp = prepare(exp, work_dir / "scenes")
-    first = first_stage(exp)
-    if first is not None:
-        base_dir = work_dir / "base"
+    toy.generate_missing(work_dir / "scenes")
+    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=work_dir / "scenes"))
+    base, base_dir = base_experiment(exp), work_dir / "base"
+    if base is not None:
         if not (base_dir / "results.json").exists():
-            print(f"the first stage, {first.name}:")
-            train(first, base_dir, device=device, resume=True)
+            print(f"training the base model, {base.name}:")
+            train(base, base_dir, device=device, resume=True)
         exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init_from=str(base_dir)))
-        print(f"the second stage, {exp.name}:")
-    results = train(exp, work_dir / "run", device=device, resume=True)
-    if results is None:
-        raise UserError("train.evaluate_every is 0; the demo needs an evaluation, so give it any other value")
+        print(f"training on top of it, {exp.name}:")
+    train(exp, work_dir / "run", device=device, resume=True)
+    predictor = Predictor.of(trained_model(exp, work_dir / "run").to(device), exp)
+    val_set = open_dataset(exp.data, "val")
     print("fitting the linear baseline …")
-    baseline = linear_baseline(open_dataset(exp.data, "train"), open_dataset(exp.data, "val"))
-    model = exp.model.build()
-    folder = checkpoint.newest(work_dir / "run")
-    assert folder is not None
-    model.load_checkpoint(checkpoint.read_model_state(folder))
-    judged, notes = judge_uncertainty(model.eval().to(device), exp)
-    shown = pictures(model, exp)
-    for i, maps in enumerate(shown, 1):
-        write_image(work_dir / f"picture_{i}.png", strip(list(maps.values()), list(maps)))
+    baseline = linear_baseline(open_dataset(exp.data, "train"), val_set)
+
+    results, answers = evaluate_and_keep(predictor, val_set, exp.seed)
+    step = results.final_step
     figures = {"mIoU": results.final["mIoU"], "linear_mIoU": baseline, "iterations": exp.schedule.iterations}
-    figures |= judged
-    if first is not None:
-        added, own = importlib.import_module(f"{package}.demo").measure(model, exp, first, base_dir)
-        figures |= {"by_step": {entry: m["mIoU"] for entry, m in results.entries.items()}, **added}
-        notes += own
+    notes = [comparison(results, baseline)]
+    if isinstance(predictor.model, StepwiseSegmentor):
+        judged = [answers[index] for index in sorted(answers) if index < JUDGED]
+        figures["uncertainty_AUROC"] = area = auroc(judged, step, val_set.ignore_index)
+        notes.append(
+            f"On {len(judged)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
+            "(0.5 is chance, 1 perfect)"
+        )
+    if base is not None:
+        more, sentences = importlib.import_module(f"{package}.demo").compare(predictor, exp, base, base_dir)
+        figures |= {"by_step": {step: metrics["mIoU"] for step, metrics in results.entries.items()}, **more}
+        notes += sentences
+    shown = [panels(predictor, val_set, answers[index], step) for index in shown_indices(len(val_set))]
+
+    for i, maps in enumerate(shown, 1):
+        write_image(work_dir / f"panels_{i}.png", hstack_panels(list(maps.values()), list(maps)))
     write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     page = work_dir / "index.html"
-    notes.insert(0, comparison(results, baseline))
     write(page, render(exp, results, baseline, notes, shown, work_dir / "run" / "log.jsonl"))
-    print("", report.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
+    print("", tables.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
     return page
 
 
-def prepare(exp: Experiment, scenes: Path) -> Experiment:
-    """Generate the scenes if they are not there, and return the experiment on them."""
-    toy.complete(scenes)
-    return dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=scenes))
-
-
-def first_stage(exp: Experiment) -> Experiment | None:
+def base_experiment(exp: Experiment) -> Experiment | None:
     """Return the experiment whose run `exp` starts from (`train.init_from`: `runs/NAME`), on the same data; or None."""
     folder, _, name = (exp.train.init_from or "").partition("/")
     if folder != "runs":
         return None
-    first = load_experiment(name)
-    return dataclasses.replace(first, data=dataclasses.replace(first.data, root=exp.data.root))
+    base = load_experiment(name)
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, root=exp.data.root))
+
+
+def trained_model(exp: Experiment, work_dir: Path) -> Segmentor:
+    """Return the model of a run's newest checkpoint, in evaluation mode on the CPU."""
+    folder = run_checkpoint.newest(work_dir)
+    assert folder is not None
+    model = exp.model.build()
+    model.load_checkpoint(run_checkpoint.read_model_state(folder))
+    return model.eval()
 
 
 def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
-    """Return the validation mIoU, a fraction, of a linear classifier on color and position."""
+    """Return the validation mIoU, 0..1, of a linear classifier on color and position."""
     pairs = [train_set.pair(i) for i in range(len(train_set))]
     labels = [label for _, label in pairs if label is not None]
     classes = len(train_set.classes)
@@ -110,8 +133,38 @@ def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
     return float(matrix.compute()["mIoU"])
 
 
+def shown_indices(count: int) -> list[int]:
+    """Return which of `count` validation images the page shows."""
+    return [int(i) for i in np.linspace(0, count - 1, min(SHOWN, count))]
+
+
+def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tuple[Results, dict[int, Answer]]:
+    """Evaluate on the whole validation set; also return, by index, the answers that are shown or judged.
+
+    Their uncertainty is that of the classes that were counted, from the same seeds, views and precision.
+    """
+    wanted, answers = {*shown_indices(len(val_set)), *range(JUDGED)}, dict[int, Answer]()
+
+    def keep(index: int, image: np.ndarray, label: np.ndarray, classes: Mapping[str, Tensor]) -> None:
+        if index in wanted:
+            answers[index] = Answer(
+                image, label, {k: x.cpu() for k, x in classes.items()}, evaluation_seed(seed, index)
+            )
+
+    with progress("evaluating") as advance:
+        results = evaluate(predictor, val_set, seed=seed, on_progress=advance, on_prediction=keep)
+    if isinstance(predictor.model, StepwiseSegmentor):
+        with progress("estimating the uncertainty") as advance:
+            for done, answer in enumerate(answers.values(), 1):
+                classes = answer.classes[results.final_step]
+                [uncertainty] = predict_uncertainty(predictor, [answer.image], [classes], [answer.seed])
+                answer.uncertainty = uncertainty.cpu()
+                advance(done, len(answers))
+    return results, answers
+
+
 def comparison(results: Results, baseline: float) -> str:
-    """Return one line that holds the model against the linear classifier."""
+    """Return a sentence that compares the model with the linear classifier."""
     name, miou = results.final_step, results.final["mIoU"]
     steps = f" at {step_title(name, results.by)}" if name.isdigit() else ""
     return (
@@ -120,47 +173,31 @@ def comparison(results: Results, baseline: float) -> str:
     )
 
 
-def judge_uncertainty(model: Segmentor, exp: Experiment) -> tuple[dict[str, float], list[str]]:
-    """Return a figure and a sentence on the model's uncertainty; nothing for a model without denoising."""
-    if not isinstance(model, StepwiseSegmentor):
-        return {}, []
-    dataset = open_dataset(exp.data, "val")
-    dataset = dataclasses.replace(dataset, samples=dataset.samples[:JUDGED])
-    with progress("judging the uncertainty") as advance:
-        area = evaluate_uncertainty(Predictor.of(model, exp), dataset, seed=exp.seed, on_progress=advance)
-    return {"uncertainty_AUROC": area}, [
-        f"On {len(dataset)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
-        "(0.5 is chance, 1 perfect)"
-    ]
+def auroc(answers: list[Answer], step: str, ignore_index: int) -> float:
+    """Return how well the uncertainty separates wrong from right pixels, 0..1."""
+    area = AUROC(ignore_index)
+    for answer in answers:
+        assert answer.uncertainty is not None
+        area.update(answer.uncertainty, answer.classes[step], torch.from_numpy(answer.label))
+    return area.compute()
 
 
-@torch.no_grad()
-def pictures(model: Segmentor, exp: Experiment) -> list[dict[str, np.ndarray]]:
-    """Return, for some validation images, the panels by caption: input, truth, every denoising step, prediction.
+def panels(predictor: Predictor, val_set: Dataset, answer: Answer, step: str) -> dict[str, np.ndarray]:
+    """Return the panels (H, W, 3) uint8 of an image by caption: image, ground truth, denoising steps, prediction.
 
-    A diffusion model's last panels are the uncertainty of the prediction and, to compare, where it is wrong.
+    With an uncertainty, its map and that of the wrong pixels follow.
     """
-    dataset = open_dataset(exp.data, "val")
-    device = next(model.parameters()).device
-    shown = []
-    for index in np.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).astype(int).tolist():
-        image, label = dataset.image(index), dataset.label(index)
-        batch = torch.from_numpy(normalize(image, exp.data.mean, exp.data.std)).permute(2, 0, 1)[None].to(device)
-        seeds = [derive(exp.seed, index)]
-        with autocast(device, exp.train.precision):
-            steps = model.denoising_trajectory(batch, seeds) if isinstance(model, StepwiseSegmentor) else {}
-            answer = model(batch, seeds=seeds)
-        truth = colorize(label, dataset.palette, dataset.ignore_index)
-        maps = {"input": image, "truth": truth}
-        for caption, logits in {**steps, "prediction": answer}.items():
-            classes = logits[0].argmax(0).cpu()
-            maps[step_title(caption, getattr(model, "step_unit", ""))] = colorize(
-                classes.numpy(), dataset.palette, dataset.ignore_index
-            )
-        if isinstance(model, StepwiseSegmentor):
-            whole = Predictor.of(model, exp).using(img_scale=None, mode="whole", img_ratios=(1.0,), flip=False)
-            [unsure] = predict_uncertainty(whole, [image], [classes], seeds)
-            maps["uncertainty"] = heat(unsure.cpu().numpy())
-            maps["wrong pixels"] = heat((classes.numpy() != label) & (label != dataset.ignore_index))
-        shown.append(maps)
-    return shown
+    model, label, prediction = predictor.model, answer.label, answer.classes[step].numpy()
+    maps = {"ground truth": label}
+    if isinstance(model, StepwiseSegmentor):
+        [steps] = predictor.classes(
+            [answer.image], [answer.seed], network=lambda images, seeds: model.denoising_trajectory(images, seeds)
+        )
+        maps |= {step_title(key, model.step_unit): classes.cpu().numpy() for key, classes in steps.items()}
+    maps["prediction"] = prediction
+    found = {"image": answer.image}
+    found |= {key: colorize(classes, val_set.palette, val_set.ignore_index) for key, classes in maps.items()}
+    if answer.uncertainty is not None:
+        found["uncertainty"] = colormap(answer.uncertainty.numpy())
+        found["wrong pixels"] = colormap((prediction != label) & (label != val_set.ignore_index))
+    return found

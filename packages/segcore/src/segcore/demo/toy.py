@@ -1,7 +1,7 @@
-"""Generated street scenes in the Cityscapes layout: what the demo and the tests train on when there is no dataset.
+"""Generate street scenes in the Cityscapes layout: a data set for the demo and the tests.
 
 17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colors vary more
-between scenes than between classes, so that a class is told by shape, texture and place. `segcore.demo.street` draws.
+between scenes than between classes, so that shape, texture and place tell the class. `segcore.demo.street` draws them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import cv2
 import numpy as np
 
 from segcore.data.layouts.cityscapes import RAW_IDS
-from segcore.data.layouts.toy import MARKER, SPLITS, files_of, is_complete, items_of, lost, read_marker
+from segcore.data.layouts.toy import MARKER, SPLITS, files_of, is_complete, items_of, missing_files, read_marker
 from segcore.demo.street import draw_scene
 from segcore.errors import UserError
 from segcore.files import write
 from segcore.progress import progress as show_progress
-from segcore.seeds import derive
+from segcore.seeds import scene_seed
 
 TRAIN, VAL = 200, 50
 VERSION = 1
-"""Changes whenever the same seed gives other pictures."""
+"""Changes whenever the same seed gives other images."""
 TO_RAW = np.ones(256, np.uint8)
-"""Train id -> raw id. All that is ignored here is raw 1, "ego vehicle"."""
+"""Train id -> raw id. Every ignored pixel is raw 1, "ego vehicle"."""
 TO_RAW[: len(RAW_IDS)] = RAW_IDS
 
 
@@ -42,9 +42,9 @@ def generate(
 ) -> None:
     """Write `train` + `val` images of height x width pixels, with labels in both Cityscapes forms, under `root`.
 
-    The files depend on the parameters only, image i of a split on (seed, split, i) and the size: a smaller set is the
-    beginning of a larger one. Every file is written whole and the marker `toy.json` says `complete` last; the next call
-    continues an interrupted one. `progress(done, total)` is called after every image. Nothing is ever deleted.
+    Image i of a split depends only on (seed, split, i) and the size, so a smaller set is the beginning of a larger one.
+    Every file is written whole, and the marker `toy.json` says `complete` last: the next call continues an interrupted
+    one. `progress(done, total)` is called after every image. Nothing is ever deleted.
 
     Raises UserError when a parameter is too small, or when `root` holds a toy set with other parameters.
     """
@@ -61,7 +61,7 @@ def generate(
         image_file, raw_file, label_file = files = files_of(root, split, index)
         if not all(file.is_file() for file in files):
             # RandomState and not default_rng: NumPy promises that its stream never changes.
-            rng = np.random.RandomState(derive(seed, SPLITS.index(split), index))
+            rng = np.random.RandomState(scene_seed(seed, SPLITS.index(split), index))
             image, label = draw_scene(rng, height, width)
             for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
                 write(file, cv2.imencode(".png", array)[1].tobytes())
@@ -70,20 +70,20 @@ def generate(
     write(marker, json.dumps(parameters | {"complete": True}))
 
 
-def complete(root: Path) -> None:
-    """Generate the set below `root`, or what the one there lacks by its own parameters; says so on standard error.
+def generate_missing(root: Path) -> None:
+    """Generate the set below `root`, or the files that an existing one lacks, and report that on standard error.
 
-    Raises UserError when `root` holds something else.
+    An existing set keeps its own parameters. Raises UserError when `root` holds something else.
     """
     if is_complete(root):
         return
     marker = read_marker(root / MARKER)
     parameters = {name: marker[name] for name in ("train", "val", "height", "width", "seed") if name in marker}
     if parameters:
-        print(f"{root}: {len(lost(root))} of its files missing; generating these again", file=sys.stderr)
+        print(f"{root}: {len(missing_files(root))} of its files are missing; generating them again", file=sys.stderr)
     elif root.is_dir() and any(root.iterdir()):
         raise UserError(f"{root}: holds no toy set; name another folder in data.root, or its layout in data.dataset")
     else:
-        print(f"{root}: not there; generating {TRAIN + VAL} street scenes", file=sys.stderr)
+        print(f"{root}: missing; generating {TRAIN + VAL} street scenes", file=sys.stderr)
     with show_progress("generating street scenes") as advance:
         generate(root, **parameters, progress=advance)

@@ -22,9 +22,9 @@ from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
-from segcore.seeds import derive
+from segcore.seeds import evaluation_seed
 
-Sample = tuple[int, np.ndarray, np.ndarray | None]
+Sample = tuple[int, np.ndarray, np.ndarray]
 OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
 
 
@@ -128,11 +128,9 @@ def evaluate(
         with evaluation_mode(model):
             samples = _readable(dataset, own, workers, skipped if predictor.data.on_error == "skip" else None)
             for batch in _equal_sized(samples, settings.batch_size):
-                seeds = [derive(seed, index) for index, _, _ in batch]
+                seeds = [evaluation_seed(seed, index) for index, *_ in batch]
                 predictions = predictor.classes([image for _, image, _ in batch], seeds, network=network)
                 for (index, image, label), entries in zip(batch, predictions, strict=True):
-                    if label is None:
-                        raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
                     counts.add(entries, label)
                     if on_prediction:
                         on_prediction(index, image, label, entries)
@@ -146,15 +144,10 @@ def evaluate(
     if not images:
         raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
     counts.sum_over_processes()
-    return Results(
-        tuple(dataset.classes),
-        counts.metrics(),
-        images,
-        {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()},
-        missed,
-        *((model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")),
-        steps / runs if runs else None,
-    )
+    confusion = {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()}
+    named = (model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")
+    used = steps / runs if runs else None
+    return Results(tuple(dataset.classes), counts.metrics(), images, confusion, missed, *named, used)
 
 
 def _network(predictor: Predictor, steps_used: list[int]) -> Network:
@@ -207,7 +200,10 @@ def _readable(
     """Yield the samples that can be read; the others are noted in `skipped`, or with None raised as UserError."""
     for index, sample in zip(indices, eval_samples(dataset, workers, indices), strict=False):
         if not isinstance(sample, UserError):
-            yield sample
+            _, image, label = sample
+            if label is None:
+                raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
+            yield index, image, label
         elif skipped is None:
             raise sample
         else:

@@ -22,7 +22,7 @@ from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries
-from segcore.seeds import derive
+from segcore.seeds import window_seed
 
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
 """Normalized images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
@@ -223,7 +223,7 @@ def window_logits(
     """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
     match evaluate.mode:
         case "whole":
-            return network(batch, [derive(seed, view, 0) for seed in seeds])
+            return network(batch, [window_seed(seed, view, 0) for seed in seeds])
         case "slide":
             return _mean_over_windows(network, batch, evaluate, seeds, view)
 
@@ -236,7 +236,7 @@ def _mean_over_windows(
     count = torch.zeros(height, width)
     for window, (y1, x1, y2, x2) in enumerate(window_boxes(height, width, evaluate.crop, evaluate.stride)):
         count[y1:y2, x1:x2] += 1
-        part = network(batch[..., y1:y2, x1:x2], [derive(seed, view, window) for seed in seeds])
+        part = network(batch[..., y1:y2, x1:x2], [window_seed(seed, view, window) for seed in seeds])
         for entry, logits in part.items():
             if entry not in total:
                 total[entry] = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)

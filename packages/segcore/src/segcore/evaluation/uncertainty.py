@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.data.dataset import Dataset
-from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.models.stepwise import require_stepwise
-from segcore.seeds import derive
 
 STARTS = 4
 """Noise starts per image."""
@@ -44,35 +41,6 @@ def predict_uncertainty(
         1 - by_entry["mean"].gather(0, mask[None].to(by_entry["mean"].device))[0]
         for by_entry, mask in zip(mean, classes, strict=True)
     ]
-
-
-def evaluate_uncertainty(
-    predictor: Predictor,
-    dataset: Dataset,
-    *,
-    seed: int = 0,
-    starts: int = STARTS,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Return the AUROC with which the uncertainty tells the wrong from the right pixels of a labeled data set.
-
-    Every image is predicted as `segcore.evaluation.evaluate` does with the same seed: the configured answer. The model
-    is in evaluation mode. Raises UserError when the model does not denoise.
-    """
-    area = AUROC(predictor.model.ignore_index)
-    predictor = predictor.using(steps=())
-    for index in range(len(dataset)):
-        image, label = dataset.pair(index)
-        if label is None:
-            raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
-        seeds = [derive(seed, index)]
-        [entries] = predictor.classes([image], seeds)
-        mask = entries[list(entries)[-1]]
-        [uncertainty] = predict_uncertainty(predictor, [image], [mask], seeds, starts=starts)
-        area.update(uncertainty.cpu(), mask.cpu(), torch.from_numpy(label))
-        if on_progress:
-            on_progress(index + 1, len(dataset))
-    return area.compute()
 
 
 class AUROC:

@@ -33,6 +33,27 @@ def pass_without_grad() -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`; from the CPU to a GPU without waiting for what that still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a sample (N, ...) is 0 at this rate, the others are scaled."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate) if self.rate < 1 else kept)
+
+
 class ConvNorm(nn.Sequential):
     """Convolution padded by half its kernel, a norm and perhaps an activation: `conv`, `norm`, `act`."""
 

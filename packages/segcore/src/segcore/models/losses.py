@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -77,15 +78,28 @@ def ohem_cross_entropy(
     `min_kept` pixels or fewer the most confident one is left out unless it is below the threshold, as published.
     Otherwise as `cross_entropy`.
     """
-    losses, weights, accuracy = pixel_losses(
+    losses, weights, valid, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
     )
     probabilities = (-losses.detach()).exp()
-    hard = probabilities < threshold
-    if len(losses) and hard.sum() <= min_kept:
-        limit = probabilities.kthvalue(min(min_kept, len(losses) - 1) + 1).values.clamp(min=threshold)
-        hard = probabilities < limit
-    return (losses * weights)[hard].sum() / hard.sum().clamp(min=1), accuracy
+    hard = valid & (probabilities < _ohem_limit(probabilities, valid, threshold, min_kept))
+    return (losses * weights).where(hard, 0).sum() / hard.sum().clamp(min=1), accuracy
+
+
+def _ohem_limit(probabilities: Tensor, valid: Tensor, threshold: float, min_kept: int) -> Tensor:
+    """Return the probability below which a pixel is hard: a scalar, at least `threshold`.
+
+    It is that of valid pixel number min(min_kept, n - 1) + 1 of n in ascending order. n stays on the device: ignored
+    pixels count as infinite, so that they come last, and the greatest valid probability is taken where n is smaller.
+    """
+    limit = smallest(probabilities, valid, min_kept + 1)
+    greatest = probabilities.masked_fill(~valid, -math.inf).max()
+    return torch.where(valid.sum() > min_kept, limit, greatest).clamp(min=threshold)
+
+
+def smallest(values: Tensor, valid: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest of the valid values, a scalar; infinity, or the greatest, where there are fewer."""
+    return values.masked_fill(~valid, math.inf).flatten().kthvalue(min(k, values.numel())).values
 
 
 def ohem_pyradd(
@@ -105,16 +119,13 @@ def ohem_pyradd(
     entropies divided by the sum of the weights. It is 0, where the original has NaN, for a batch without any labeled
     pixel. Otherwise as `ohem_cross_entropy`.
     """
-    losses, weights, accuracy = pixel_losses(
+    losses, weights, valid, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
     )
-    if len(losses) >= min_kept:
-        probabilities = (-losses.detach()).exp()
-        hard = probabilities <= probabilities.kthvalue(min_kept).values.clamp(min=threshold)
-        losses, weights = losses[hard], weights[hard]
-    if not len(losses):
-        return losses.sum(), accuracy
-    return (losses * weights).sum() / weights.sum(), accuracy
+    probabilities = (-losses.detach()).exp()
+    hard = valid & (probabilities <= smallest(probabilities, valid, min_kept).clamp(min=threshold))
+    total = (losses * weights).where(hard, 0).sum()
+    return total / weights.where(hard, 0).sum().where(valid.any(), 1), accuracy
 
 
 def _mined(function: Callable[..., Any], loss: LossConfig) -> Callable[..., Any]:
@@ -136,17 +147,18 @@ def pixel_losses(
     ignore_index: int,
     align_corners: bool = False,
     class_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return cross entropy (n,) and class weight (n,) of every non-ignored pixel, and the accuracy.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return cross entropy, class weight and validity (N, H, W) of every pixel, and the accuracy.
 
-    Arguments and accuracy as for `cross_entropy`. The cross entropy is not weighted yet; without `class_weight` the
-    weights are 1.
+    Arguments and accuracy as for `cross_entropy`. The cross entropy is not weighted yet, and 0 where a pixel is
+    ignored; without `class_weight` the weights are 1. Ignored pixels stay in the tensors: picking the others by a mask
+    would have to wait for the device to count them.
     """
     logits = _resized(logits, labels, align_corners)
     valid = labels != ignore_index
-    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")[valid]
-    weights = torch.ones_like(losses) if class_weight is None else class_weight.to(logits)[labels[valid]]
-    return losses, weights, _accuracy(logits, labels, ignore_index)
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    weights = torch.ones_like(losses) if class_weight is None else class_weight.to(logits)[labels.where(valid, 0)]
+    return losses, weights, valid, _accuracy(logits, labels, ignore_index)
 
 
 def _resized(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:

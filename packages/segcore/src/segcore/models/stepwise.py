@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import derive
+from segcore.seeds import start_seed
 
 SHOWN = 20
 """Largest number of steps of a trajectory: each is held for all classes, at the size of the image."""
@@ -282,7 +282,7 @@ def generators(seeds: Sequence[int] | None, images: int, run: int = 0) -> Iterat
     if seeds is not None and len(seeds) != images:
         raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
     for seed in seeds or [0] * images:
-        yield torch.Generator().manual_seed(derive(seed, run) if run else seed)
+        yield torch.Generator().manual_seed(start_seed(seed, run))
 
 
 def last(answers: Answers) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of classes and of runs: overlays, class-index PNGs, labeled strips, legends and curves.
+"""Figures of classes and runs: overlays, class-index PNGs, captioned panels, legends and curves.
 
 Images are (H, W, 3) uint8 RGB; a palette is (K, 3), RGB 0..255 in the order of the classes.
 """
@@ -28,20 +28,20 @@ FONT = ImageFont.load_default(FONT_SIZE)
 
 
 def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
-    """Return the colors of classes (H, W) as an image; `ignore_index` and what has no color is black."""
+    """Return the colors of classes (H, W) as an image; `ignore_index` and values without a color are black."""
     palette = np.asarray(palette, np.uint8)
     known = (classes >= 0) & (classes < len(palette)) & (classes != ignore_index)
     return np.where(known[..., None], palette[np.where(known, classes, 0)], np.uint8(0))
 
 
-def gray(values: np.ndarray) -> np.ndarray:
+def to_gray(values: np.ndarray) -> np.ndarray:
     """Return values (H, W) in 0..1 as an 8-bit gray image (H, W): 0 is black, 1 white, linear in between."""
     return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
-def heat(values: np.ndarray) -> np.ndarray:
+def colormap(values: np.ndarray) -> np.ndarray:
     """Return values (H, W) in 0..1 as an image from black over purple and orange to light yellow (inferno)."""
-    return np.ascontiguousarray(cv2.applyColorMap(gray(values), cv2.COLORMAP_INFERNO)[..., ::-1])
+    return np.ascontiguousarray(cv2.applyColorMap(to_gray(values), cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
 def overlay(
@@ -77,7 +77,7 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
             raise UserError(
                 f"{path}: {len(palette)} colors do not fit into a PNG, which holds 256; write without a palette"
             )
-        # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those that have no color.
+        # All 256 entries: with fewer, Pillow packs the indices into fewer bits and loses those without a color.
         picture.putpalette(np.asarray(palette, np.uint8).tobytes().ljust(3 * 256, b"\0"))
     write(path, _encoded(picture))
 
@@ -85,7 +85,7 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
 def write_image(path: Path | str, image: np.ndarray) -> None:
     """Write an image, color or gray (H, W) uint8, whole or not at all; the folder is made.
 
-    As JPEG where the path ends so, else as PNG.
+    The format is JPEG for .jpg and .jpeg, else PNG.
     """
     kind = "JPEG" if Path(path).suffix.lower() in JPEG else "PNG"
     write(path, _encoded(Image.fromarray(image), kind))
@@ -109,13 +109,13 @@ def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: flo
 
 
 def png_data_uri(image: np.ndarray) -> str:
-    """Return an image as a `data:` address, for a page that needs no other file."""
+    """Return an image as a `data:` URL, for a self-contained page."""
     return "data:image/png;base64," + base64.b64encode(_encoded(Image.fromarray(image))).decode()
 
 
 def _encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
     data = io.BytesIO()
-    picture.save(data, format=kind, quality=95)  # of no meaning to a PNG
+    picture.save(data, format=kind, quality=95)  # PNG ignores it
     return data.getvalue()
 
 
@@ -127,10 +127,10 @@ def to_uint8_rgb(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:
+def hstack_panels(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -> np.ndarray:
     """Return the images side by side on white, each below its caption, all scaled to the height of the first.
 
-    A column is as wide as its caption at least.
+    A column is at least as wide as its caption.
     """
     height = images[0].shape[0]
     columns = []
@@ -145,14 +145,15 @@ def strip(images: Sequence[np.ndarray], captions: Sequence[str], gap: int = 6) -
 
 
 def _widened(image: np.ndarray, width: int) -> np.ndarray:
-    """Return the image with white at its right."""
+    """Return the image padded with white on the right."""
     return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
 
 
-def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int = 130) -> np.ndarray:
-    """Return a table of colors and class names, `columns` cells of `cell` pixels wide."""
+def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int | None = None) -> np.ndarray:
+    """Return a table of colors and class names with cells `cell` pixels wide; None: as wide as the longest name."""
     rows = -(-len(classes) // columns)
     line = _text_line("", 1).shape[0]
+    cell = cell or line + 12 + math.ceil(max(map(FONT.getlength, classes), default=0))
     table = np.full((rows * line, columns * cell, 3), 255, np.uint8)
     for i, (name, color) in enumerate(zip(classes, palette, strict=True)):
         y, x = i // columns * line, i % columns * cell
@@ -162,7 +163,7 @@ def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: 
 
 
 def _text_line(text: str, width: int) -> np.ndarray:
-    """Return a line of black text on white, cut off at `width` pixels."""
+    """Return a line of black text on white, cropped to `width` pixels."""
     line = Image.new("RGB", (width, FONT_SIZE + 8), "white")
     ImageDraw.Draw(line).text((3, 2), text, "black", FONT)
     return np.array(line)
@@ -176,10 +177,10 @@ def curve_svg(
     ylabel: str,
     size: tuple[int, int] = (640, 300),
 ) -> str:
-    """Return a line chart as one SVG element of size (width, height) that needs nothing else.
+    """Return a line chart as one self-contained SVG element of size (width, height).
 
     `ys` is one series over `xs`, or several by name, which the chart then shows. A value that is not finite is a gap.
-    Where all `xs` are integers, so are the marks below them.
+    If all `xs` are integers, the tick marks on the x axis are integers, too.
     """
     series = dict(ys) if isinstance(ys, Mapping) else {"": ys}
     (width, height), (left, right, top, bottom) = size, (58, 16, 34, 44)

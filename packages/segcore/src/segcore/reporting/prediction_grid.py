@@ -1,4 +1,4 @@
-"""The pictures of a run: some validation images with truth and prediction, at every evaluation."""
+"""Some validation images with ground truth and prediction, drawn at every evaluation of a run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.reporting.figures import colorize, step_title, strip, to_uint8_rgb
+from segcore.reporting.figures import colorize, hstack_panels, step_title, to_uint8_rgb
 
 ROWS = 4
 HEIGHT = 256
-"""Pixels of a row; larger images are made smaller."""
+"""Height of a row in pixels; larger images are subsampled."""
 
 
 class PredictionGrid:
-    """Collects a row `image, truth, prediction` of a few images, spread over those that this process evaluates."""
+    """Collect a row `image, ground truth, prediction` of a few images, spread over those of this process."""
 
     def __init__(self, dataset: Dataset, step_unit: str = "") -> None:
         self.dataset, self.by = dataset, step_unit
@@ -26,17 +26,17 @@ class PredictionGrid:
         self.rows: dict[int, np.ndarray] = {}
 
     def add(self, index: int, image: np.ndarray, label: np.ndarray, entries: Mapping[str, Tensor]) -> None:
-        """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is to be shown."""
+        """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is shown."""
         if index not in self.wanted:
             return
         found = {step_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
-        classes = {"truth": label, **found}
+        classes = {"ground truth": label, **found}
         maps = {
             name: colorize(value, self.dataset.palette, self.dataset.ignore_index) for name, value in classes.items()
         }
         panels = [to_uint8_rgb(image), *maps.values()]
         every = -(-image.shape[0] // HEIGHT)
-        self.rows[index] = strip([panel[::every, ::every] for panel in panels], ["image", *maps])
+        self.rows[index] = hstack_panels([panel[::every, ::every] for panel in panels], ["image", *maps])
 
     def picture(self) -> np.ndarray | None:
         """Return the rows below each other, (H, W, 3) uint8 RGB; None when no image was seen."""

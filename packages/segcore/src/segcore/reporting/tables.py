@@ -17,21 +17,21 @@ COLUMNS = {
     "mFscore": ("Fscore", "Precision", "Recall"),
     "mBIoU": ("BIoU",),
 }
-"""What each name in `Evaluate.metrics` reports, besides aAcc."""
+"""Name in `evaluate.metrics` -> its columns; aAcc is always reported."""
 
-BY = {"steps": "By number of denoising steps", "timestep": "By timestep"}
-WITHOUT = "mIoU without ignored"
+HEADINGS = {"steps": "By number of denoising steps", "timestep": "By timestep"}
+WITHOUT_IGNORED = "mIoU without ignored"
 
 
 def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured answer.
 
-    Several step entries get a table with a column each in front of it, and the means once more in a cell each, as
-    DDPS publishes them: `| mIoU 0,10,19 |` over `| 49.35,49.55,49.66 |`.
+    Several step entries first get a table with a column each, and one with each mean in a single cell, as DDPS
+    publishes them: `| mIoU 0,10,19 |` over `| 49.35,49.55,49.66 |`.
     """
     names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
-    if WITHOUT in results.final:
-        names.insert(names.index("mIoU") + 1 if "mIoU" in names else 1, WITHOUT)
+    if WITHOUT_IGNORED in results.final:
+        names.insert(names.index("mIoU") + 1 if "mIoU" in names else 1, WITHOUT_IGNORED)
     final = _table(names, [[_percent(results.final[name]) for name in names]])
     if results.skipped:
         final += (
@@ -45,11 +45,11 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     steps += f"\n\n{_table(list(heads), [list(heads.values())])}"
     if results.steps_taken:
         steps += f"\n\n{list(results.entries)[-1]}: denoising took {results.steps_taken:.2f} steps on average"
-    return f"{BY.get(results.by, 'By entry')}:\n\n{steps}\n\nSummary ({_which(results)}):\n\n{final}"
+    return f"{HEADINGS.get(results.by, 'By entry')}:\n\n{steps}\n\nSummary ({_which(results)}):\n\n{final}"
 
 
 def _which(results: Results) -> str:
-    """Return what the entry that decides is: the configured answer, or what stands for it."""
+    """Return the title of the entry that decides, with a remark if it is not the configured answer."""
     entry, configured = (step_title(name, results.by) for name in (results.final_step, results.configured))
     return entry if configured in (entry, "") else f"{entry}; the model's configured {configured} not evaluated"
 

@@ -23,6 +23,7 @@ from segcore.data.layouts import palette_of
 from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
+from segcore.testing.host_reads import HostReads
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
 
@@ -138,15 +139,20 @@ def check_denoising(model: StepwiseSegmentor) -> None:
 
 
 def check_backward(model: Segmentor) -> None:
-    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each."""
+    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each.
+
+    Nothing on the way makes the host wait for the device.
+    """
     model.train()
     for count, half in ((2, False), (3, True)):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with HostReads() as reads, torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = model.losses(images(count), labels(model, count), seeds=list(range(count)))
         parts = [value for name, value in losses.items() if "loss" in name and name != "loss"]
         torch.testing.assert_close(losses["loss"], torch.stack(parts).sum())
-        losses["loss"].backward()
+        with reads:
+            losses["loss"].backward()
+        assert reads.found == [], "these wait for the device"
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} got no gradient"
             assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"

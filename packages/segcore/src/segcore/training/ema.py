@@ -20,10 +20,18 @@ def start_ema(model: nn.Module) -> Average:
 
 
 @torch.no_grad()
-def update_ema(average: Average, model: nn.Module, decay: float) -> None:
-    """Set average = decay * average + (1 - decay) * value, for parameters and running statistics."""
-    state = model.state_dict()
-    torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)
+def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | None = None) -> None:
+    """Set average = decay * average + (1 - decay) * value, for parameters and running statistics.
+
+    Where the bool tensor `skip` is true, the average stays as it is; that is decided on its device.
+    """
+    state, averages = model.state_dict(), list(average.values())
+    values = [state[name] for name in average]
+    if skip is None:
+        torch._foreach_lerp_(averages, values, 1 - decay)
+    else:
+        weight = torch.where(skip, 0.0, 1 - decay)
+        torch._foreach_lerp_(averages, values, [weight.to(value.dtype) for value in values])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run says: a line per interval or a progress bar for people, and `<work_dir>/log.jsonl` for programs."""
+"""The log of a run: a line per interval or a progress bar for people, `<work_dir>/log.jsonl` for programs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
 
 from segcore.files import write, writing
-from segcore.reporting.figures import loss_curve, write_image
+from segcore.reporting.figures import write_image
 
 
 class Logger:
@@ -119,12 +121,6 @@ class Logger:
             if self.board:
                 self.board.add_image("predictions", image, iteration, dataformats="HWC")
 
-    def curve(self) -> None:
-        """Draw figures/loss.svg from the file."""
-        if self.path:
-            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-            write(self.path.parent / "figures" / "loss.svg", loss_curve(lines))
-
     def _write(self, record: Mapping[str, Any]) -> None:
         if not self.path:
             return
@@ -135,6 +131,45 @@ class Logger:
             for key, value in record.items():
                 if self.board and isinstance(value, float):
                     self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
+
+
+class MetricLogger:
+    """Means since the last log line. They stay on the device until they are read, so that nothing waits for them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.steps = 0
+        self.seconds = self.data_seconds = 0.0
+
+    def add(self, names: Iterable[str], values: Tensor, skipped: Tensor) -> None:
+        """Add the values (n,) of a step under their names, unless the step was `skipped`, () bool on their device."""
+        self.names, self.steps = list(names), self.steps + 1
+        values = torch.where(skipped, 0.0, torch.cat((values, torch.ones_like(values[:1]))))
+        self.sums = values if self.sums is None else self.sums + values
+
+    def read(self, batch: int, device: torch.device) -> dict[str, float]:
+        """Return the means by name, at `batch` images per step on `device`; the loss is NaN when all were skipped.
+
+        Waits for the device, and counts that as time of the steps.
+        """
+        began = time.perf_counter()
+        *sums, taken = self.sums.tolist() if self.sums is not None else [0]
+        self.seconds += time.perf_counter() - began
+        values = {"loss": math.nan}
+        if taken:
+            values |= {name: value / taken for name, value in zip(self.names, sums, strict=True)}
+        values["images_per_second"] = batch * self.steps / self.seconds
+        values |= {"seconds": self.seconds / self.steps, "data_seconds": self.data_seconds / self.steps}
+        if taken < self.steps:
+            values["skipped"] = self.steps - int(taken)
+        if device.type == "cuda":
+            values["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        return values
 
 
 _NAMED = ("lr", "seconds", "data_seconds", "images_per_second")

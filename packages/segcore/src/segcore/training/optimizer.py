@@ -37,7 +37,8 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
 
     Parameters with equal settings share a group, which the fused kernels like; the outcome for each is the same as in a
     group of its own. A group carries `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
-    rule for its first name. Frozen parameters are left out.
+    rule for its first name. Frozen parameters are left out. The fused kernels skip a step, on the device, where the
+    optimizer's attribute `found_inf` is 1.
     """
     official = model.key_map()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -53,7 +54,11 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
         case "adamw":
             return torch.optim.AdamW(param_groups, betas=optimizer.betas, fused=fused)
         case "sgd":
-            return torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+            sgd = torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+            for parameter in parameters.values() if optimizer.momentum else ():
+                # torch's own are uninitialized if the first step is skipped
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:

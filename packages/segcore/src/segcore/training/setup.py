@@ -1,22 +1,33 @@
-"""How a run begins: model, optimizer and loss module."""
+"""How a run begins: data sets, model, optimizer, start weights or checkpoint, and the other ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
-from timm.layers import convert_sync_batchnorm  # unlike torch's own it knows timm's norms with an activation
 from torch import Tensor, nn
 
 from segcore import distributed
+from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
+from segcore.data.check import check_headers
+from segcore.data.dataset import Dataset
+from segcore.data.layouts import open_dataset
+from segcore.errors import UserError
+from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
+from segcore.models.stepwise import StepwiseSegmentor
+from segcore.training.class_weight import resolve_loss
 from segcore.training.ema import start_ema
+from segcore.training.guard import KeptBuffers
 from segcore.training.optimizer import build_optimizer
-from segcore.training.state import Run
+from segcore.training.state import TrainState, load_state
 
 
-class Losses(nn.Module):
-    """`Segmentor.losses` as the forward pass of a module: what is compiled and put in parallel."""
+class LossModule(nn.Module):
+    """`Segmentor.losses` as the forward pass of a module, which can be compiled and made data-parallel."""
 
     def __init__(self, model: Segmentor, loss: LossConfig) -> None:
         super().__init__()
@@ -26,22 +37,108 @@ class Losses(nn.Module):
         return self.model.losses(images, labels, seeds=seeds, loss=self.loss)
 
 
-def build(exp: Experiment, device: torch.device) -> Run:
-    """Return a run at its beginning: random weights that follow from the seed, on `device`."""
+def setup(
+    exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
+) -> tuple[TrainState, Dataset, Dataset | None, list[str]]:
+    """Return the state to train from, the training and the validation set, and lines for the user.
+
+    Writes nothing but `label_histogram.json`, and that last. Raises UserError about anything that cannot be used.
+    """
+    batch_shares(exp)  # refuses a batch that does not divide
+    found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
+    dataset, val, notes = _datasets(exp)
+    state = init_state(exp, device)
+    check_fit(state.model, dataset)
+    if val and isinstance(state.model, StepwiseSegmentor):
+        state.model.check_steps(exp.evaluate.steps)
+    notes += _notes(state)
+    if found:
+        notes += load_state(exp, state, found)
+    elif resume:
+        notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
+    if exp.train.init_from and not found:
+        from segcore.checkpoints.load import load_init
+
+        start = exp.train.init_from
+        notes.append(distributed.main_process_first(lambda: load_init(state.model, start, offline=offline)))
+        state.average = None if state.average is None else start_ema(state.model)
+    wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
+    return state, dataset, val, notes
+
+
+def init_state(exp: Experiment, device: torch.device) -> TrainState:
+    """Return the state before the first step, on `device`: random weights that follow from the seed."""
     torch.manual_seed(exp.seed)
     model = exp.model.build()  # on the CPU, so that the weights do not depend on the device
     model = model.to(device)
     if exp.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if distributed.world_size() > 1 and device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm  # unlike torch's it knows timm's norms with an activation
+
         model = convert_sync_batchnorm(model)
-    scaler = torch.amp.GradScaler(device.type, enabled=exp.train.precision == "fp16")
-    average = start_ema(model) if exp.train.ema is not None else None
-    return Run(model, Losses(model, exp.loss), build_optimizer(model, exp.optimizer), scaler, average, describe(exp))
+    return TrainState(
+        model,
+        LossModule(model, exp.loss),
+        build_optimizer(model, exp.optimizer),
+        torch.amp.GradScaler(device.type, enabled=exp.train.precision == "fp16"),
+        start_ema(model) if exp.train.ema is not None else None,
+        KeptBuffers(model),
+        torch.zeros((), dtype=torch.int32, device=device),
+        describe(exp),
+    )
 
 
-def prepare(exp: Experiment, run: Run, loss: LossConfig) -> None:
-    """Compile the losses and join the other processes: last, when the weights are those to go on with."""
-    run.losses = distributed.in_parallel(Losses(run.model, loss), run.device)
+def wrap_parallel(exp: Experiment, state: TrainState, loss: LossConfig) -> None:
+    """Make the losses data-parallel and compile them: last, when the weights are those to train from."""
+    state.losses = distributed.in_parallel(LossModule(state.model, loss), state.device)
     if exp.train.compile:
-        run.losses = torch.compile(run.losses)  # type: ignore[assignment]
+        state.losses = torch.compile(state.losses)  # type: ignore[assignment]
+
+
+def batch_shares(exp: Experiment) -> tuple[int, int]:
+    """Return the images per step and per micro-batch of one rank; raises UserError when they do not divide."""
+    batch, most, world = exp.train.batch_size, exp.train.device_batch_size, distributed.world_size()
+    share = batch // world
+    micro = min(most, share)
+    if batch % world or share % micro:
+        raise UserError(
+            f"train.batch_size {batch} on {world} devices does not divide into passes of train.device_batch_size "
+            f"{most}; choose a multiple for train.batch_size, or another number of devices"
+        )
+    return share, micro
+
+
+def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
+    """Return the checkpoint to resume from, None to start; raises UserError when the folder allows neither."""
+    if work_dir.exists() and not work_dir.is_dir():
+        raise UserError(f"{work_dir}: is a file; choose another --work-dir")
+    if not resume:
+        if work_dir.exists() and next(work_dir.iterdir(), None) is not None:
+            raise UserError(f"{work_dir}: is not empty; add --resume to resume its run, or choose another --work-dir")
+        return None
+    found = checkpoint.newest(work_dir)
+    if found is None and any((work_dir / "checkpoints").glob("iter_*")):
+        raise UserError(f"{work_dir / 'checkpoints'}: no checkpoint is whole; start again with another --work-dir")
+    return found
+
+
+def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
+    """Return the training set, the validation set where the run evaluates, and a line per broken file."""
+    dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train"))
+    val = open_dataset(exp.data, "val") if exp.train.evaluate_every else None
+    broken = distributed.on_main_process(
+        lambda: [line for part in (dataset, val) if part for line in check_headers(part)]
+    )
+    if broken and exp.data.on_error == "stop":
+        raise UserError(f"{broken[0]} (and {len(broken) - 1} more; `check` lists all)" if broken[1:] else broken[0])
+    if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
+        raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
+    return dataset, val, broken
+
+
+def _notes(state: TrainState) -> Iterator[str]:
+    """Yield what a user of several processes should know."""
+    if (count := distributed.world_size()) > 1:
+        local = any(isinstance(module, nn.BatchNorm2d) for module in state.model.modules())
+        yield f"{count} processes on {state.device.type}" + (", batch norm stays local to each" if local else "")

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, and SIGTERM as torchrun, SLURM and others send it."""
+"""Ctrl-C, and SIGTERM as torchrun, SLURM and others send it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from segcore.errors import Stopped
 
 
-class Stop:
+class SignalHandler:
     """Holds a Ctrl-C or SIGTERM back, in a `with` block, until `check`, where the state of the run is whole.
 
     A second Ctrl-C is not held back, except below torchrun, which sends a signal of its own after each Ctrl-C.
@@ -18,7 +18,7 @@ class Stop:
 
     signal: int | None = None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> SignalHandler:
         main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
         signals = (signal.SIGINT, signal.SIGTERM) if main else ()
         self.previous = {number: signal.signal(number, self._note) for number in signals}

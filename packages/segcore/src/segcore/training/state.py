@@ -1,4 +1,4 @@
-"""The state of a run while it trains: what a checkpoint holds of it, and how it goes on."""
+"""The state of a run while it trains: what a checkpoint holds of it, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
@@ -18,12 +18,13 @@ from segcore.config.schema import Experiment
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 from segcore.training.ema import Average, averaged, start_ema
+from segcore.training.guard import KeptBuffers
 from segcore.training.optimizer import load_optimizer_state, optimizer_state
 
 
 @dataclass
-class Run:
-    """What changes while a run trains: everything that a checkpoint holds."""
+class TrainState:
+    """All that changes while a run trains. A checkpoint holds it, except for `buffers` and `failures`."""
 
     model: Segmentor
     losses: nn.Module
@@ -32,6 +33,10 @@ class Run:
     scaler: torch.amp.GradScaler
     average: Average | None
     """The averaged weights, None without `train.ema`."""
+    buffers: KeptBuffers
+    """The model's buffers as they were before the step."""
+    failures: Tensor
+    """() int32, on the device: steps in a row, up to the last, whose loss or gradient was not finite."""
     description: dict[str, Any]
     """Settings and versions."""
     iteration: int = 0
@@ -50,64 +55,64 @@ class Run:
         return next(self.model.parameters()).device
 
 
-def save(exp: Experiment, run: Run, work_dir: Path) -> None:
+def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
     """Write a checkpoint of the run as it is, record the best one and remove those that are no longer kept.
 
-    With `train.ema` its model is the averaged one, and the weights that are trained are a part of the rest.
+    With `train.ema` the checkpoint's model is the averaged one, and its state file has the trained weights as well.
     """
-    state = {
-        "iteration": run.iteration,
-        "evaluated": run.evaluated,
-        "best_iteration": run.best_iteration,
-        "best_miou": run.best_miou,
-        "skipped": run.skipped,
-        "optimizer": optimizer_state(run.model, run.optimizer),
-        "scaler": run.scaler.state_dict(),
+    rest = {
+        "iteration": state.iteration,
+        "evaluated": state.evaluated,
+        "best_iteration": state.best_iteration,
+        "best_miou": state.best_miou,
+        "skipped": state.skipped,
+        "optimizer": optimizer_state(state.model, state.optimizer),
+        "scaler": state.scaler.state_dict(),
     }
-    model = run.model.state_dict()
-    if run.average:
-        state["trained"] = {name: model[name] for name in run.average}
-        model |= run.average
+    model = state.model.state_dict()
+    if state.average:
+        rest["trained"] = {name: model[name] for name in state.average}
+        model |= state.average
 
     def write() -> None:
-        checkpoint.save(checkpoint.folder_of(work_dir, run.iteration), model, state, run.description)
-        if run.best_iteration:
-            checkpoint.mark_best(work_dir, run.best_iteration, run.best_miou)
-        checkpoint.prune(work_dir, exp.train.keep_last, run.iteration)
+        checkpoint.save(checkpoint.folder_of(work_dir, state.iteration), model, rest, state.description)
+        if state.best_iteration:
+            checkpoint.mark_best(work_dir, state.best_iteration, state.best_miou)
+        checkpoint.prune(work_dir, exp.train.keep_last, state.iteration)
 
     distributed.on_main_process(write)
-    run.saved = run.iteration
+    state.saved = state.iteration
 
 
-def restore(exp: Experiment, run: Run, folder: Path) -> list[str]:
-    """Put a run back to where a checkpoint was written; return lines that say so and which settings are others now.
+def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
+    """Set `state` to what a checkpoint holds; return lines that say so and which settings have changed since.
 
     Raises UserError when the checkpoint does not fit the model or lies beyond the schedule.
     """
     found = checkpoint.load(folder)
-    own, state = run.model.state_dict(), found.state
+    own, rest = state.model.state_dict(), found.state
     if wrong := sorted(n for n in {*own, *found.model} if _shape(own, n) != _shape(found.model, n)):
         remedy = ConfigDiff.of(folder, exp).remedy or "resume with the settings in its experiment.json"
         raise UserError(
             f"{folder}: {len(wrong)} tensors do not fit the model (first: {wrong[0]}); "
             f"{remedy}, or choose another --work-dir"
         )
-    if state["iteration"] > exp.schedule.iterations:
-        raise UserError(f"{folder}: lies beyond schedule.iterations {exp.schedule.iterations}; set more there")
-    run.model.load_state_dict({**found.model, **state.get("trained", {})})
-    if run.average is not None:
-        with averaged(run.model, found.model):
-            run.average = start_ema(run.model)
-    load_optimizer_state(run.model, run.optimizer, state["optimizer"])
-    if state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
+    if rest["iteration"] > exp.schedule.iterations:
+        raise UserError(f"{folder}: is beyond schedule.iterations {exp.schedule.iterations}; raise that number")
+    state.model.load_state_dict({**found.model, **rest.get("trained", {})})
+    if state.average is not None:
+        with averaged(state.model, found.model):
+            state.average = start_ema(state.model)
+    load_optimizer_state(state.model, state.optimizer, rest["optimizer"])
+    if rest["scaler"]:
+        state.scaler.load_state_dict(rest["scaler"])
     for name in ("iteration", "evaluated", "best_iteration", "best_miou", "skipped"):
-        setattr(run, name, state[name])
-    run.saved = run.iteration
-    changed = differences(found.experiment["experiment"], run.description["experiment"])
-    where = f"going on from iteration {run.iteration}"
-    if run.iteration == exp.schedule.iterations:
-        where = f"already finished; to train for longer set schedule.iterations to more than {run.iteration}"
+        setattr(state, name, rest[name])
+    state.saved = state.iteration
+    changed = differences(found.experiment["experiment"], state.description["experiment"])
+    where = f"resuming from iteration {state.iteration}"
+    if state.iteration == exp.schedule.iterations:
+        where = f"already finished; to train longer, raise schedule.iterations above {state.iteration}"
     return [f"{folder}: {where}", *(f"changed since then: {line}" for line in changed)]
 
 

@@ -6,17 +6,12 @@ is `labelTrainIds` (0 .. 18, 255 ignored) or, as downloaded, `labelIds` (raw ids
 
 from pathlib import Path
 
+from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset
-from segcore.data.labels import IGNORE, label_lut, parse_classes
+from segcore.data.labels import IGNORE, label_lut, read_classes
 from segcore.data.layouts.files import list_files, pair_files
 
-CLASSES, PALETTE = parse_classes(
-    """
-    road 804080; sidewalk f423e8; building 464646; wall 66669c; fence be9999; pole 999999; traffic light
-    faaa1e; traffic sign dcdc00; vegetation 6b8e23; terrain 98fb98; sky 4682b4; person dc143c; rider ff0000;
-    car 00008e; truck 000046; bus 003c64; train 005064; motorcycle 0000e6; bicycle 770b20
-    """
-)
+CLASSES, PALETTE = read_classes(Path(__file__).with_name("cityscapes.txt"))
 RAW_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Raw id of every class, in the order of the train ids."""
 
@@ -30,16 +25,19 @@ TABLES = {
 """Ending of the label files -> table of their values, the preferred kind first."""
 
 
-def open_split(root: Path, split: str) -> Dataset:
-    """Return the split `train` or `val`, with the kind of label that more of its images have.
+def open_split(data: DataConfig, split: str) -> Dataset:
+    """Return the split `train` or `val` below `data.root`, with the kind of label that more of its images have.
 
     Raises UserError when a folder is missing or has no images.
     """
-    image_root, label_root = root / "leftImg8bit" / split, root / "gtFine" / split
+    image_root, label_root = data.root / "leftImg8bit" / split, data.root / "gtFine" / split
     images = list_files(image_root, "_leftImg8bit.png")
     labels = {suffix: list_files(label_root, suffix) for suffix in TABLES}
     # On a tie, such as both kinds complete, the first wins.
     suffix = max(TABLES, key=lambda suffix: len(images.keys() & labels[suffix].keys()))
-    wanted = (f"{image_root}/*/*_leftImg8bit.png", f"{label_root}/*/*{suffix}")
-    samples, unpaired, spare = pair_files(images, labels[suffix], wanted)
-    return Dataset(CLASSES, PALETTE, IGNORE, samples, image_root, TABLES[suffix], unpaired=unpaired, spare=spare)
+    samples, missing, unmatched = pair_files(
+        images, labels[suffix], (f"{image_root}/*/*_leftImg8bit.png", f"{label_root}/*/*{suffix}")
+    )
+    return Dataset(
+        CLASSES, PALETTE, IGNORE, samples, image_root, TABLES[suffix], missing=missing, unmatched_labels=unmatched
+    )

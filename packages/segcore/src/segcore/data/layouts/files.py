@@ -26,8 +26,8 @@ def pair_files(
 ) -> tuple[tuple[Sample, ...], tuple[str, ...], tuple[Path, ...]]:
     """Return the samples of images and labels under equal names, in the images' order; `labels` None: without labels.
 
-    Beside them a line about each image without a label, and the labels without an image. `wanted` says for the
-    messages where images and labels were looked for. Raises UserError when there is no image.
+    The second value holds a line about each image without a label, the third the labels without an image. `wanted`
+    names in messages where images and labels were searched. Raises UserError when there is no image.
     """
     if not images:
         raise UserError(f"{wanted[0]}: no images found; put them there or set data.root")

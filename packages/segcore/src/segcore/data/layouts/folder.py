@@ -41,15 +41,22 @@ def open_split(data: DataConfig, split: str) -> Dataset:
         )
     train = split == "train"
     image_glob, mask_glob = (data.train_images, data.train_masks) if train else (data.val_images, data.val_masks)
-    masks = find(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
+    masks = find_by_stem(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
     wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
-    samples, unpaired, spare = pair_files(find(data.root, image_glob), masks, wanted)
-    palette, table = distinct_colors(len(data.classes)), label_lut(len(data.classes))
-    image_root = data.root / fixed_part(image_glob)
-    return Dataset(data.classes, palette, IGNORE, samples, image_root, table, unpaired=unpaired, spare=spare)
+    samples, missing, unmatched = pair_files(find_by_stem(data.root, image_glob), masks, wanted)
+    names, palette = classes(data)
+    return Dataset(
+        names, palette, IGNORE, samples, data.root / fixed_part(image_glob), label_lut(len(names)),
+        missing=missing, unmatched_labels=unmatched,
+    )  # fmt: skip
 
 
-def find(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+def classes(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the class names of `data` and (K, 3) uint8 RGB colors."""
+    return data.classes, distinct_colors(len(data.classes))
+
+
+def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
     """Return the files of these types that match `pattern` below `root`, by stem, in the order of their paths as text.
 
     Hidden files and files of other types are left out. Raises UserError when two have one stem or the pattern is no

@@ -1,15 +1,27 @@
-"""The generated street scenes as a dataset: the Cityscapes layout with a marker file that says what belongs to it."""
+"""The generated street scenes as a dataset: the Cityscapes layout with a marker file that lists what belongs to it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from segcore.config.schema import DataConfig
+from segcore.data.dataset import Dataset
+from segcore.data.layouts import cityscapes
 from segcore.errors import UserError
 
 CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
+
+
+def open_split(data: DataConfig, split: str) -> Dataset:
+    """Return the split `train` or `val`; each file that the set has lost is listed in `Dataset.missing`."""
+    lost = missing_files(data.root, [split])
+    missing = tuple(f"{file}: missing; `train` generates it again" for file in lost)
+    dataset = cityscapes.open_split(data, split)
+    return replace(dataset, missing=missing or dataset.missing)
 
 
 def is_complete(root: Path) -> bool:
@@ -17,11 +29,11 @@ def is_complete(root: Path) -> bool:
 
     Raises UserError when the marker cannot be read.
     """
-    return bool(read_marker(root / MARKER).get("complete")) and not lost(root)
+    return bool(read_marker(root / MARKER).get("complete")) and not missing_files(root)
 
 
-def lost(root: Path, splits: Sequence[str] = SPLITS) -> list[Path]:
-    """Return the files that the marker below `root` speaks of and that are not there; none without a marker."""
+def missing_files(root: Path, splits: Sequence[str] = SPLITS) -> list[Path]:
+    """Return the files that the marker below `root` lists and that are not there; none without a marker."""
     items = items_of(read_marker(root / MARKER)) if (root / MARKER).exists() else []
     files = [file for split, index in items if split in splits for file in files_of(root, split, index)]
     return [file for file in files if not file.is_file()]
@@ -44,7 +56,7 @@ def files_of(root: Path, split: str, index: int) -> tuple[Path, Path, Path]:
 
 
 def read_marker(marker: Path) -> dict[str, Any]:
-    """Return what the marker says, nothing where there is none."""
+    """Return the content of the marker; nothing where there is no marker."""
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
         if not all(isinstance(content[split], int) for split in SPLITS):
