@@ -102,7 +102,7 @@ def test_fuse_returns_a_copy_with_the_same_answer():
 
 def test_stochastic_depth_grows_linearly_and_leaves_out_whole_branches():
     model = build("fpn", backbone="tiny", drop_path=0.7)
-    rates = [m.drop_path.p for m in model.modules() if isinstance(m, Block)]
+    rates = [m.drop_path.rate for m in model.modules() if isinstance(m, Block)]
     assert rates == pytest.approx([0.1 * i for i in range(8)])
     block, x = Block(32, 1, 2, 4, 0.5).train(), torch.randn(64, 16, 32)
     unchanged = (block(x, 4, 4) == x).flatten(1).all(1).double().mean()
