@@ -204,7 +204,7 @@ def test_the_end_of_a_run_is_told_and_not_repeated(run, toy, tmp_path, capsys):
     words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, "--resume"]
     main("ddp_seg", words)
     said = capsys.readouterr().out
-    assert "already finished; to train for longer set schedule.iterations to more than 3" in said
+    assert "already finished; to train longer, raise schedule.iterations above 3" in said
     assert said.splitlines()[-1].startswith(f"{tmp_path / 'run'}: finished; best: iteration 3, mIoU ")
     line = refused(capsys, *words, "--model.width=64")
     assert "; add --model.width 32, or choose another --work-dir" in line

@@ -34,5 +34,5 @@ def test_features_are_the_merged_maps():
     images = torch.randn(2, 3, 70, 99)
     with torch.no_grad():
         maps = model.fpn(model.backbone(images))
-        plain = model.merge(torch.cat([resize(x, maps[0].shape[-2:]) for x in maps], 1))
+        plain = model.fuse_conv(torch.cat([resize(x, maps[0].shape[-2:]) for x in maps], 1))
         torch.testing.assert_close(model.encode(images), plain, rtol=0, atol=1e-5)

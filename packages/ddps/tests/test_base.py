@@ -85,7 +85,7 @@ def test_parameter_counts(name):
 
 
 def test_stochastic_depth_grows_linearly():
-    rates = [block.drop_path.drop_prob for stage in build("mit_b0").stages for block in stage.blocks]
+    rates = [block.drop_path.rate for stage in build("mit_b0").stages for block in stage.blocks]
     assert rates == pytest.approx(np.linspace(0, 0.1, 8))
 
 

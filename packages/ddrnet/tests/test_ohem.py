@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddrnet_seg.losses import ohem_pyradd
+from segcore.models.losses import ohem_pyradd
 from segcore.testing.host_reads import HostReads
 
 IGNORE = 255

@@ -199,11 +199,9 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
     assert resumed.to_json() == unbroken.to_json()
     assert json.loads((tmp_path / "b/best.json").read_text()) == json.loads((tmp_path / "a/best.json").read_text())
-    for mode, keys in (
-        ("train", ("iteration", "lr", "loss", "decode.loss_ce", "grad_norm")),
-        ("val", ("iteration", "mIoU")),
-    ):
-        a, b = ([[record.get(key) for key in keys] for record in log(tmp_path / run, mode)] for run in "ab")
+    keys = {"train": ("iteration", "lr", "loss", "decode.loss_ce", "grad_norm"), "val": ("iteration", "mIoU")}
+    for mode, names in keys.items():
+        a, b = ([[record.get(key) for key in names] for record in log(tmp_path / run, mode)] for run in "ab")
         assert a == b
 
 
