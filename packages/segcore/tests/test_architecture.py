@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what imports torch, and what a wheel holds."""
+"""The layout of the packages: who may import whom, how long files are, what imports torch, what a wheel holds."""
 
 import ast
 import re
@@ -46,15 +46,15 @@ def modules(package: str) -> list[Path]:
     return sorted(PACKAGES[package].rglob("*.py"))
 
 
-def room(name: str) -> str:
-    """Return the room of segcore that a dotted name lies in; what the package itself offers counts as `experiment`."""
+def folder_of(name: str) -> str:
+    """Return the folder or module of segcore that a dotted name lies in; names of the package itself are `config`."""
     part = (name + ".").split(".")[1]
     inside = PACKAGES["segcore"] / part
     return part if part and (inside.is_dir() or inside.with_suffix(".py").is_file()) else "config"
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_packages_import_only_what_the_house_allows(package):
+def test_packages_import_only_what_they_may(package):
     may = {"segcore": {"segcore", "seg_cuda_ops"}, "seg_cuda_ops": {"seg_cuda_ops"}}.get(package, {package, "segcore"})
     wrong = []
     for path in modules(package):
@@ -73,10 +73,51 @@ def test_imports_inside_segcore_go_one_way():
         if here == "__init__":
             continue
         for name in runtime_imports(path):
-            there = room(name) if name.split(".")[0] == "segcore" else here
+            there = folder_of(name) if name.split(".")[0] == "segcore" else here
             if ORDER.index(there) > ORDER.index(here):
                 wrong.append(f"{path.relative_to(ROOT)}: {name}")
     assert not wrong
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_files_and_functions_are_short(package):
+    """At most 400 lines a file and 60 a function. Tables of class names and colors are data files."""
+    wrong = []
+    for path in modules(package):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            wrong.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+                wrong.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {".".join(path.relative_to(PACKAGES[name].parent).with_suffix("").parts).removesuffix(".__init__"): path
+             for name in PACKAGES for path in modules(name)}  # fmt: skip
+    imports = {name: set(imported_modules(path, files)) - {name} for name, path in files.items()}
+    circles = []
+    for name in files:
+        seen, left = set(), set(imports[name])
+        while left:
+            seen.add(module := left.pop())
+            left |= imports[module] - seen
+        if name in seen:
+            circles.append(name)
+    assert not circles
+
+
+def imported_modules(path: Path, files: dict[str, Path]) -> Iterator[str]:
+    """Yield the modules among `files` that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        names = node.names if isinstance(node, ast.ImportFrom) else []
+        compiled = [alias.name for alias in names if path.with_name(f"{alias.name}.pyi").exists()]
+        for name in (f"{node.module}.{alias.name}" for alias in names if alias.name not in compiled):
+            yield from [found for found in (name, name.rpartition(".")[0]) if found in files][:1]
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in files)
 
 
 def test_import_rules_see_what_they_must(tmp_path):
@@ -88,13 +129,13 @@ def test_import_rules_see_what_they_must(tmp_path):
         "def f():\n    from segcore.models import segmentor\n"
     )
     assert list(runtime_imports(file)) == ["typing.TYPE_CHECKING", "segcore.demo.toy", "segcore.models.segmentor"]
-    rooms = {
+    folders = {
         "segcore.demo.toy": "demo",
         "segcore.errors.UserError": "errors",
         "segcore.load_experiment": "config",
         "segcore": "config",
     }
-    assert {name: room(name) for name in rooms} == rooms
+    assert {name: folder_of(name) for name in folders} == folders
 
 
 def test_configuration_imports_no_torch():

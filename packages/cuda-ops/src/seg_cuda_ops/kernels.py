@@ -117,57 +117,60 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(tensor.shape)
 
 
-def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[str, Callable[..., Any]]:
-    """Return the kernel of every operator and gradient by name.
+NAMES = ("ms_deform_attn", "deform_unfold", "deform_conv2d", "deform_local_attn")
 
-    `checks` holds for every operator NAME_shape, which checks the inputs and returns the shape of the output.
-    """
 
-    def shape_of(name: str, *inputs: Any, grad: MaybeTensor = None) -> list[int]:
-        shape = list(checks[f"{name}_shape"](*inputs))
+class Kernels:
+    """The kernels of every operator and of its gradient, NAME and NAME_backward, with segcore's signatures."""
+
+    def __init__(self, checks: Mapping[str, Callable[..., Any]], backend: Backend) -> None:
+        self.checks, self.backend = checks, backend
+
+    def _shape(self, name: str, *inputs: Any, grad: MaybeTensor = None) -> list[int]:
+        shape = list(self.checks[f"{name}_shape"](*inputs))
         if grad is not None and list(grad.shape) != shape:
             raise ValueError(f"{name}: the gradient has shape {tuple(grad.shape)}; it must be {tuple(shape)}")
         return shape
 
-    def ms_deform_attn(value: Tensor, shapes: Window, loc: Tensor, attn: Tensor) -> Tensor:
-        shape = shape_of("ms_deform_attn", value, shapes, loc, attn)
-        (values,) = backend.values(value)
+    def ms_deform_attn(self, value: Tensor, shapes: Window, loc: Tensor, attn: Tensor) -> Tensor:
+        shape = self._shape("ms_deform_attn", value, shapes, loc, attn)
+        (values,) = self.backend.values(value)
         out = values.new_empty(shape)
         tensors = [values, exact(loc, value), exact(attn, value), None, out, None, None, None]
-        backend.call("ms_deform_attn", out.dtype, tensors, shapes, attn_sizes(value, attn))
+        self.backend.call("ms_deform_attn", out.dtype, tensors, shapes, attn_sizes(value, attn))
         return out.to(value.dtype)
 
     def ms_deform_attn_backward(
-        grad: Tensor, value: Tensor, shapes: Window, loc: Tensor, attn: Tensor
+        self, grad: Tensor, value: Tensor, shapes: Window, loc: Tensor, attn: Tensor
     ) -> tuple[Tensor, ...]:
-        shape_of("ms_deform_attn", value, shapes, loc, attn, grad=grad)
-        values, grads = backend.values(value, grad.to(value.dtype))
+        self._shape("ms_deform_attn", value, shapes, loc, attn, grad=grad)
+        values, grads = self.backend.values(value, grad.to(value.dtype))
         x, a = exact(loc, value), exact(attn, value)
         out = torch.zeros(value.shape, dtype=a.dtype, device=a.device), torch.empty_like(x), torch.empty_like(a)
         tensors = [values, x, a, grads, None, *out]
-        backend.call("ms_deform_attn_backward", values.dtype, tensors, shapes, attn_sizes(value, attn))
+        self.backend.call("ms_deform_attn_backward", values.dtype, tensors, shapes, attn_sizes(value, attn))
         return as_inputs(out, (value, loc, attn), value)
 
-    def deform_unfold(input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
-        shape = shape_of("deform_unfold", input, offset, mask, window)
-        samples = Samples(backend, input, offset, mask, window)
+    def deform_unfold(self, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
+        shape = self._shape("deform_unfold", input, offset, mask, window)
+        samples = Samples(self.backend, input, offset, mask, window)
         columns = samples.columns(0, len(input) * samples.places)
         by_place = columns.view(len(input), samples.places, samples.taps, input.shape[1])
-        return packed(backend.swapped(by_place).view(shape).to(input.dtype))
+        return packed(self.backend.swapped(by_place).view(shape).to(input.dtype))
 
     def deform_unfold_backward(
-        grad: Tensor, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window
+        self, grad: Tensor, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window
     ) -> tuple[Tensor, ...]:
-        shape_of("deform_unfold", input, offset, mask, window, grad=grad)
-        samples = Samples(backend, input, offset, mask, window)
-        by_channel = backend.cast(grad.to(input.dtype)).reshape(*input.shape[:2], samples.taps, samples.places)
+        self._shape("deform_unfold", input, offset, mask, window, grad=grad)
+        samples = Samples(self.backend, input, offset, mask, window)
+        by_channel = self.backend.cast(grad.to(input.dtype)).reshape(*input.shape[:2], samples.taps, samples.places)
         grads = samples.new_gradients()
-        samples.backward(backend.swapped(by_channel).flatten(0, 1), 0, grads)
+        samples.backward(self.backend.swapped(by_channel).flatten(0, 1), 0, grads)
         return samples.as_inputs(grads)
 
-    def deform_conv2d(input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
-        out = input.new_empty(shape_of("deform_conv2d", input, offset, weight, mask, window))
-        samples, rows = Samples(backend, input, offset, mask, window), matrix(weight, input, backend)
+    def deform_conv2d(self, input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
+        out = input.new_empty(self._shape("deform_conv2d", input, offset, weight, mask, window))
+        samples, rows = Samples(self.backend, input, offset, mask, window), matrix(weight, input, self.backend)
         by_place = out.view(len(input), len(rows), rows.shape[1], samples.places)
         with torch.autocast(input.device.type, enabled=False):  # it would reach into the product
             for image, chunk in samples.chunks():
@@ -176,10 +179,10 @@ def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[
         return out
 
     def deform_conv2d_backward(
-        grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window
+        self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: MaybeTensor, window: Window
     ) -> tuple[Tensor, ...]:
-        shape_of("deform_conv2d", input, offset, weight, mask, window, grad=grad)
-        samples, rows = Samples(backend, input, offset, mask, window), matrix(weight, input, backend)
+        self._shape("deform_conv2d", input, offset, weight, mask, window, grad=grad)
+        samples, rows = Samples(self.backend, input, offset, mask, window), matrix(weight, input, self.backend)
         of_rows = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
         grads = samples.new_gradients()
         by_place = grad.to(rows.dtype).reshape(len(input), len(rows), rows.shape[1], samples.places)
@@ -195,37 +198,43 @@ def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[
         return of_input, of_offset, packed(taps_last.permute(0, 3, 1, 2).to(weight.dtype)), of_mask
 
     def deform_local_attn(
-        q: Tensor, k: Tensor, v: Tensor, offset: Tensor, bias: MaybeTensor, window: Window, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, offset: Tensor, bias: MaybeTensor, window: Window, scale: float
     ) -> Tensor:
-        shape = shape_of("deform_local_attn", q, k, v, offset, bias, window, scale)
-        qkv = backend.values(q, k, v)
+        shape = self._shape("deform_local_attn", q, k, v, offset, bias, window, scale)
+        qkv = self.backend.values(q, k, v)
         out = qkv[0].new_empty(shape)
         tensors = [*qkv, exact(offset, q), maybe(exact, bias, q), None, out, *[None] * 6]
-        backend.call("local_attn", out.dtype, tensors, local_sizes(q, window), scale)
+        self.backend.call("local_attn", out.dtype, tensors, local_sizes(q, window), scale)
         return out.to(q.dtype)
 
     def deform_local_attn_backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offset: Tensor, bias: MaybeTensor, window: Window, scale: float
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offset: Tensor,
+        bias: MaybeTensor,
+        window: Window,
+        scale: float,
     ) -> tuple[Tensor, ...]:
-        shape = shape_of("deform_local_attn", q, k, v, offset, bias, window, scale, grad=grad)
-        *qkv, grads = backend.values(q, k, v, grad.to(q.dtype))
+        shape = self._shape("deform_local_attn", q, k, v, offset, bias, window, scale, grad=grad)
+        *qkv, grads = self.backend.values(q, k, v, grad.to(q.dtype))
         places, biases = exact(offset, q), maybe(exact, bias, q)
         of_qkv = [torch.zeros(shape, dtype=places.dtype, device=places.device) for _ in range(3)]
         out = [*of_qkv, torch.empty_like(places), maybe(torch.empty_like, biases)]
         tensors = [*qkv, places, biases, grads, None, *out, torch.empty_like(places)]
-        backend.call("local_attn_backward", grads.dtype, tensors, local_sizes(q, window), scale)
+        self.backend.call("local_attn_backward", grads.dtype, tensors, local_sizes(q, window), scale)
         return as_inputs(out, (q, k, v, offset, bias), q)
 
-    return {
-        "ms_deform_attn": ms_deform_attn,
-        "ms_deform_attn_backward": ms_deform_attn_backward,
-        "deform_unfold": deform_unfold,
-        "deform_unfold_backward": deform_unfold_backward,
-        "deform_conv2d": deform_conv2d,
-        "deform_conv2d_backward": deform_conv2d_backward,
-        "deform_local_attn": deform_local_attn,
-        "deform_local_attn_backward": deform_local_attn_backward,
-    }
+
+def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[str, Callable[..., Any]]:
+    """Return the kernel of every operator and gradient by name.
+
+    `checks` holds for every operator NAME_shape, which checks the inputs and returns the shape of the output.
+    """
+    found = Kernels(checks, backend)
+    return {name: getattr(found, name) for operator in NAMES for name in (operator, f"{operator}_backward")}
 
 
 def attn_sizes(value: Tensor, attn: Tensor) -> list[int]:
