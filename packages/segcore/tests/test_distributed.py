@@ -174,7 +174,7 @@ def test_three_nans_in_one_of_two_processes_end_both(root: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: Path) -> None:
-    """One training and one validation image are cut short: the run stops and names it, or goes on and counts."""
+    """One training and one validation image are truncated: the run stops and names it, or continues and counts."""
     broken = tmp_path / "data"
     for path in root.rglob("*.png"):
         (broken / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
