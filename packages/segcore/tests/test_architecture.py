@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what imports torch, and what a wheel holds."""
+"""Architecture rules: allowed imports, modules that import torch, and the content of a wheel."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ ORDER = (
     *("config", "data", "models", "checkpoints", "evaluation", "reporting", "training", "deploy"),
     *("inference", "demo", "cli", "__main__", "testing"),
 )
-"""Folders and modules of segcore from the ground up: each imports only those before it."""
+"""Folders and modules of segcore in import order: each imports only those before it."""
 
 
 def runtime_imports(path: Path) -> Iterator[str]:
@@ -47,14 +47,14 @@ def modules(package: str) -> list[Path]:
 
 
 def room(name: str) -> str:
-    """Return the room of segcore that a dotted name lies in; what the package itself offers counts as `experiment`."""
+    """Return the folder or module of segcore for a dotted name; names of the package itself count as `experiment`."""
     part = (name + ".").split(".")[1]
     inside = PACKAGES["segcore"] / part
     return part if part and (inside.is_dir() or inside.with_suffix(".py").is_file()) else "config"
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_packages_import_only_what_the_house_allows(package):
+def test_packages_import_only_allowed_packages(package):
     may = {"segcore": {"segcore", "seg_cuda_ops"}, "seg_cuda_ops": {"seg_cuda_ops"}}.get(package, {package, "segcore"})
     wrong = []
     for path in modules(package):
@@ -79,7 +79,7 @@ def test_imports_inside_segcore_go_one_way():
     assert not wrong
 
 
-def test_import_rules_see_what_they_must(tmp_path):
+def test_import_rules_detect_violations(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         "from typing import TYPE_CHECKING\n"
@@ -120,7 +120,7 @@ def test_configuration_imports_no_torch():
 
 
 def test_training_imports_neither_timm_nor_torchvision_nor_tensorboard():
-    """They take seconds, and DDRNet and DGMN2 need none of them."""
+    """Importing them takes seconds, and DDRNet and DGMN2 need none of them."""
     code = (
         "import sys\n"
         "import segcore.training.loop\n"

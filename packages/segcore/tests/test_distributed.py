@@ -151,7 +151,7 @@ def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]
 def test_a_missing_process_is_named(root: Path, tmp_path: Path) -> None:
     done = train(root, tmp_path, "--train.timeout", 3, processes=2, fault="sleep:1:6")
     assert done.returncode != 0
-    assert done.stderr.count("error: process 1 of 0-1 did not respond: ") == 1
+    assert done.stderr.count("error: process 1 of 0-1 did not respond ") == 1
     assert "Traceback" not in done.stderr.split("error: process 1")[0]
 
 

@@ -250,8 +250,8 @@ def collective(counted: bool = True) -> Iterator[None]:
         if not names:
             raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
         raise LostError(
-            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond: "
-            "it ended, or was busy for longer than train.timeout; see its output, then continue with --resume"
+            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond "
+            "(ended, or busy for longer than train.timeout); see its output, then continue with --resume"
         ) from None
 
 
