@@ -54,7 +54,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(folder):
     assert f"mIoU at 3 steps: {figures['mIoU']:.1%}; " in page
     assert 0 <= figures["uncertainty_AUROC"] <= 1
     assert f"AUROC of {figures['uncertainty_AUROC']:.3f}" in page
-    assert "the probability of another class than the predicted one" in page
+    assert "Uncertainty is the probability of" in page
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Where golden numbers of all kinds and the few real images are. Tests that need them skip without, saying so.
+"""Folders of golden numbers and real images. Tests that need them skip without them and report it.
 
 Also a server of weights within this machine.
 """
@@ -45,7 +45,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Weights(BaseHTTPRequestHandler):
-    """Serves `server.files` as a plain host and as the Hugging Face hub do, and misbehaves under other paths."""
+    """Serves `server.files` like a plain host and like the Hugging Face hub; other paths misbehave."""
 
     def do_GET(self) -> None:
         server, path = self.server, self.path
@@ -61,7 +61,7 @@ class Weights(BaseHTTPRequestHandler):
             self.answer(b"", {"Location": "/w.pth"}, status=302)
         elif path == "/unsafe.pth":
             self.answer(b"", {"Location": "http://example.invalid/w.pth"}, status=302)
-        elif path == "/restart.pth":  # whole from the second time on
+        elif path == "/restart.pth":  # complete from the second request on
             self.answer(body, send=None if len(server.seen) > 1 else 1000)
         elif path == "/busy.pth":
             self.answer(body) if len(server.seen) > 2 else self.answer(b"", status=503)
@@ -74,7 +74,7 @@ class Weights(BaseHTTPRequestHandler):
         self.answer(self.server.files[self.path], send=0) if self.path in self.server.files else self.send_error(404)
 
     def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, send: int | None = None):
-        """Send the head and the first `send` bytes of the body; the hub's answers also name a commit and an ETag."""
+        """Send the head and the first `send` bytes of the body; the hub's responses also name a commit and an ETag."""
         self.send_response(status)
         hub = {"ETag": '"v1"', "X-Repo-Commit": "0" * 40}
         for name, value in {"Content-Length": str(len(body)), **hub, **(headers or {})}.items():
@@ -106,6 +106,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 @pytest.fixture
 def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of downloaded weights."""
+    """Folder of downloaded weights."""
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path / "weights"))
     return tmp_path / "weights"

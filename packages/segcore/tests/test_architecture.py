@@ -20,7 +20,7 @@ ORDER = (
     *("config", "data", "models", "checkpoints", "evaluation", "reporting", "training", "deploy"),
     *("inference", "demo", "cli", "__main__", "testing"),
 )
-"""Folders and modules of segcore from the ground up: each imports only those before it."""
+"""Folders and modules of segcore in import order: each imports only those before it."""
 
 
 def runtime_imports(path: Path) -> Iterator[str]:
@@ -120,7 +120,7 @@ def imported_modules(path: Path, files: dict[str, Path]) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name in files)
 
 
-def test_import_rules_see_what_they_must(tmp_path):
+def test_import_rules_detect_violations(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         "from typing import TYPE_CHECKING\n"
@@ -161,7 +161,7 @@ def test_configuration_imports_no_torch():
 
 
 def test_training_imports_neither_timm_nor_torchvision_nor_tensorboard():
-    """They take seconds, and DDRNet and DGMN2 need none of them."""
+    """Importing them takes seconds, and DDRNet and DGMN2 need none of them."""
     code = (
         "import sys\n"
         "import segcore.training.loop\n"

@@ -1,4 +1,4 @@
-"""The average of the weights: its formula, its place in a checkpoint, and that the trained weights are untouched."""
+"""The average of the weights: its formula, its place in a checkpoint, and that the trained weights do not change."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_formula(model: nn.Module) -> None:
     torch.testing.assert_close(average["1.running_mean"], torch.full((2,), 1.265625))
 
 
-def test_the_trained_weights_come_back(model: nn.Module) -> None:
+def test_the_trained_weights_are_restored(model: nn.Module) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     average = {name: torch.zeros_like(value) for name, value in start_ema(model).items()}
     with averaged(model, average):
@@ -40,7 +40,7 @@ def test_the_trained_weights_come_back(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_skipped_step_leaves_the_average_alone(model: nn.Module, dtype: torch.dtype) -> None:
+def test_a_skipped_step_does_not_change_the_average(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
     average, expected = start_ema(model), start_ema(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The linear pixel classifier: what it can and cannot tell apart, and that it is at the maximum of the likelihood."""
+"""The linear pixel classifier: which classes it can separate, and that its likelihood is maximal."""
 
 import numpy as np
 import pytest
@@ -34,8 +34,8 @@ def test_position_is_used_only_when_asked_for():
     assert by_place.dtype == np.int64
 
 
-def test_is_at_the_maximum_of_the_likelihood():
-    """There, per class, the expected and the observed sums of every term are equal."""
+def test_fit_maximizes_the_likelihood():
+    """At the maximum, the expected and the observed sums of every term are equal per class."""
     image = noise(3, (50, 50, 3))
     label = np.random.RandomState(4).choice(4, (50, 50), p=[0.6, 0.2, 0.15, 0.05])
     label[image[..., 0] > 200] = 3
@@ -63,7 +63,7 @@ def test_same_seed_same_classifier_and_a_sample_is_enough():
     assert (a.predict(images[0]) == labels[0]).mean() > 0.95
 
 
-def test_ignored_pixels_and_absent_classes_take_no_part():
+def test_ignored_pixels_and_absent_classes_are_excluded():
     image, black = noise(5), np.zeros((40, 60, 3), np.uint8)
     label = np.where(image[..., 0] > 127, 2, 4)
     label[:3] = 255
@@ -85,6 +85,6 @@ def test_images_of_any_size_and_depth():
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_nothing_labeled_is_refused(count):
+def test_images_without_labels_are_refused(count):
     with pytest.raises(UserError, match=f"{count} training images without a labeled pixel"):
         fit_linear([noise(8)] * count, [np.full((40, 60), 255)] * count, 19, 255, position=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and anything damaged is found out."""
+"""Checkpoints: saved state is restored exactly, and any damage is detected."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_every_flipped_byte_of_the_manifest_is_found(tmp_path: Path) -> None:
 def test_without_another_checkpoint_it_says_so(tmp_path: Path) -> None:
     (folder,) = saved(tmp_path, 1)
     (folder / "state.pt").unlink()
-    with pytest.raises(UserError, match=r"state.pt: missing; there is no other checkpoint"):
+    with pytest.raises(UserError, match=r"state.pt: missing; .* train again"):
         checkpoint.load(folder)
     with pytest.raises(UserError, match=r"iter_2: no such checkpoint; .* train again"):
         checkpoint.load(checkpoint.folder_of(tmp_path, 2))
@@ -102,7 +102,7 @@ def test_without_another_checkpoint_it_says_so(tmp_path: Path) -> None:
 
 
 class Code:
-    """Unpickling it would make a folder."""
+    """Unpickling it would create a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,7 +112,7 @@ class Code:
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
-    """Someone makes a checkpoint whose manifest fits."""
+    """An attacker creates a checkpoint with a valid manifest."""
     (folder,) = saved(tmp_path, 1)
     torch.save({"iteration": Code(tmp_path / "executed")}, folder / "state.pt", pickle_module=pickle)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
@@ -124,7 +124,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_numbers_not_names_decide_what_is_newest(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_found_by_number_not_by_name(tmp_path: Path) -> None:
     saved(tmp_path, 9, 10)
     (tmp_path / "checkpoints" / "iter_x").mkdir()
     shutil.copytree(tmp_path / "checkpoints" / "iter_9", tmp_path / "checkpoints" / ".iter_11.new.tmp")
@@ -137,7 +137,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) is None
     checkpoint.mark_best(tmp_path, 2, 0.25)
     assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
-    checkpoint.prune(tmp_path, 1, 4)  # 12 is from before a resume that went on from an older one
+    checkpoint.prune(tmp_path, 1, 4)  # 12 precedes a resume from an older checkpoint
     assert names(tmp_path) == ["iter_2", "iter_4"]
     shutil.rmtree(checkpoint.folder_of(tmp_path, 2))
     assert checkpoint.best(tmp_path) is None

@@ -1,7 +1,7 @@
-"""Faults while a checkpoint is written, and in one that was: what was saved before stays usable, and one line says so.
+"""Faults while a checkpoint is written, and damage afterwards: earlier checkpoints stay usable; the error is one line.
 
-Every write step of `save` fails once in every way below. Faults are put into the functions that write, as filling a
-disk or mounting it read-only takes rights that a test does not have.
+Every write step of `save` fails once in every way below. The tests inject faults into the functions that write, as
+filling a disk or mounting it read-only takes rights that a test does not have.
 """
 
 import errno
@@ -20,11 +20,11 @@ from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.errors import UserError
 
 STEPS = 16
-"""Write steps of a `save` that replaces a checkpoint; one less without."""
+"""Write steps of a `save` that replaces a checkpoint; one fewer if there is none."""
 
 
 class Killed(BaseException):
-    """Ends a save as a kill would: nothing in it catches this."""
+    """Ends a save like a kill: `save` does not catch it."""
 
 
 def full() -> BaseException:
@@ -44,7 +44,7 @@ def save(work_dir: Path, iteration: int, value: float) -> Path:
 
 
 def value(folder: Path) -> float:
-    """Return what a checkpoint was saved with, after reading all of it."""
+    """Return the value that a checkpoint was saved with, after reading all of it."""
     found = checkpoint.load(folder)
     assert torch.equal(found.state["optimizer"]["moment"][:3], found.model["weight"][0])
     return found.model["weight"][0, 0].item()
@@ -55,7 +55,7 @@ def names(work_dir: Path) -> list[str]:
 
 
 class Faults:
-    """Lets write step number `at` fail, and with `dead` all later ones; a file that was being written is cut short."""
+    """Make write step number `at` fail, and with `dead` all later ones; a file being written is truncated."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, fault: Callable[[], BaseException], dead: bool) -> None:
         self.patch, self.at, self.fault, self.dead, self.steps = patch, at, fault, dead, 0
@@ -106,12 +106,12 @@ def test_the_faults_reach_every_step(tmp_path: Path, faulty, replaces: bool) -> 
 @pytest.mark.parametrize("dead", [False, True], ids=["once", "for good"])
 @pytest.mark.parametrize("fault", [full, read_only])
 @pytest.mark.parametrize("at", range(STEPS))
-def test_a_failing_save_leaves_what_was_there(tmp_path: Path, faulty, at: int, fault, dead: bool) -> None:
+def test_a_failing_save_keeps_earlier_checkpoints(tmp_path: Path, faulty, at: int, fault, dead: bool) -> None:
     older, again = save(tmp_path, 1, 1.0), save(tmp_path, 2, 2.0)
-    for iteration in (3, 2):  # a new one, and one more time one that is there
+    for iteration in (3, 2):  # a new checkpoint, then an existing one again
         error, _ = faulty(lambda iteration=iteration: save(tmp_path, iteration, 9.0), at, fault, dead)
         if error is None:
-            assert (at, iteration) == (STEPS - 1, 3)  # it has one step less
+            assert (at, iteration) == (STEPS - 1, 3)  # it has one step fewer
             continue
         text = str(error)
         assert "\n" not in text
@@ -126,7 +126,7 @@ def test_a_failing_save_leaves_what_was_there(tmp_path: Path, faulty, at: int, f
 
 
 @pytest.mark.parametrize("at", range(STEPS))
-def test_a_killed_save_leaves_what_was_there_or_the_new_one(tmp_path: Path, faulty, at: int) -> None:
+def test_a_killed_save_keeps_the_earlier_checkpoint_or_the_new_one(tmp_path: Path, faulty, at: int) -> None:
     """Also between the two renames of a checkpoint that is saved again."""
     folder = save(tmp_path, 2, 1.0)
     error, _ = faulty(lambda: save(tmp_path, 2, 2.0), at, Killed, dead=True)
@@ -142,16 +142,16 @@ def test_a_killed_save_leaves_what_was_there_or_the_new_one(tmp_path: Path, faul
     assert names(tmp_path) == ["iter_2"]
 
 
-def test_a_checkpoint_between_its_names_is_found_by_its_own(tmp_path: Path, faulty) -> None:
+def test_a_checkpoint_between_two_renames_is_restored(tmp_path: Path, faulty) -> None:
     folder = save(tmp_path, 2, 1.0)
     faulty(lambda: save(tmp_path, 2, 2.0), STEPS - 2, Killed)
     assert not folder.exists()
-    (tmp_path / "checkpoints" / ".iter_2.new.tmp" / "state.pt").write_bytes(b"")  # the disk was worse than the kill
+    (tmp_path / "checkpoints" / ".iter_2.new.tmp" / "state.pt").write_bytes(b"")  # the disk lost more than the kill did
     assert value(folder) == 1.0
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit on the size of files makes writing fail in the way that a full disk does, inside the libraries too."""
+    """A limit on the file size makes writing fail like a full disk, also inside the libraries."""
     resource = pytest.importorskip("resource")
     previous = save(tmp_path, 1, 1.0)
     largest = max(path.stat().st_size for path in previous.iterdir())
@@ -178,14 +178,14 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=rf"iter_{iteration}: cannot write the checkpoint \(.*denied"):
                 save(tmp_path, iteration, 9.0)
         assert (value(older), value(previous)) == (1.0, 2.0)
-        checkpoint.prune(tmp_path, 1, 2)  # cannot remove the older one, and is no reason to stop
+        checkpoint.prune(tmp_path, 1, 2)  # cannot remove the older one, which is no reason to stop
         assert checkpoint.newest(tmp_path) == previous
         assert value(previous) == 2.0
     finally:
         previous.parent.chmod(0o700)
 
 
-def test_small_files_beside_the_checkpoints_fail_in_one_line_too(tmp_path: Path, monkeypatch) -> None:
+def test_failed_writes_of_small_files_are_one_line_errors(tmp_path: Path, monkeypatch) -> None:
     checkpoint.mark_best(tmp_path, 3, 0.25)
     before = (tmp_path / "best.json").read_text()
     for name in ("sync", "write_bytes"):

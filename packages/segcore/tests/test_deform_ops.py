@@ -38,7 +38,7 @@ class Case:
         return {k: None if t is None else t.to(device, dtype, copy=True) for k, t in self.tensors.items()}
 
     def operator(self, tensors: dict[str, Any]) -> torch.Tensor:
-        """The registered operator, positionally, as every device's kernel is called."""
+        """The registered operator with positional arguments, as every device's kernel is called."""
         return getattr(torch.ops.segcore, self.op)(*tensors.values(), self.window, *self.rest)
 
     def gather(self, tensors: dict[str, Any]) -> torch.Tensor:
@@ -163,7 +163,7 @@ def definition(case: Case) -> torch.Tensor:
 
 
 def gradients(function: Callable, tensors: dict[str, Any], grad: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Return the output and the gradients of all tensors that are there; the incoming one is fixed by the shape."""
+    """Return the output and the gradients of all present tensors; the shape determines the incoming gradient."""
     leaves = {k: None if t is None else t.detach().requires_grad_() for k, t in tensors.items()}
     out = function(leaves)
     if grad is None:
@@ -211,14 +211,14 @@ def test_stored_numbers(golden, name, form, dtype, tolerance):
     long = {"q": "query", "k": "key", "v": "value"}
     for (short, tensor), grad in zip([item for item in tensors.items() if item[1] is not None], grads, strict=True):
         assert grad.dtype == tensor.dtype
-        if f"grad_{long.get(short, short)}" in arrays:  # none for offsets that are all exactly on the border
+        if f"grad_{long.get(short, short)}" in arrays:  # none if all offsets are exactly on the border
             assert_near(grad, arrays[f"grad_{long.get(short, short)}"], tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tag", ["normal", "groups2", "zero", "integer", "far", "wide"])
 def test_stored_unfolds_of_dgmn2(golden, tag, form):
-    """Offsets of zero and on pixels are among them: the slope at -1 is 0, elsewhere the right-hand one."""
+    """They include zero offsets and offsets on pixels: the slope at -1 is 0, elsewhere the right-hand one."""
     g = {k.removeprefix(f"{tag}_"): v for k, v in golden("dgmn2/golden/deform_unfold.npz").items()}
     tensors = {"input": torch.from_numpy(g["input"]), "offset": torch.from_numpy(g["offset"]), "mask": None}
     kernel, stride, padding, dilation, _ = g["cfg"].tolist()
@@ -235,7 +235,7 @@ def test_equals_the_definition(case, form):
 
 
 @one_of_each
-def test_coordinates_far_outside_or_not_numbers(case):
+def test_coordinates_far_outside_or_nan(case):
     wild = torch.tensor([NAN, INF, -INF, 1e30, -1e30, -1.0, 1e9, 0.25])
     tensors = case.inputs()
     tensors["offset"].view(-1)[: 8 * 12] = wild.repeat(12)
@@ -317,7 +317,7 @@ def test_exports(case):
 
     inputs = tuple(case.inputs().values())
     program = torch.export.export(Layer(), inputs)
-    assert "segcore" not in str(program.graph)  # plain PyTorch, which other runtimes know
+    assert "segcore" not in str(program.graph)  # plain PyTorch, which other runtimes support
     assert_near(program.module()(*inputs), Layer()(*inputs), 1e-5)
 
 
@@ -344,7 +344,7 @@ def test_empty_batch(case):
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_empty_maps_count_as_zero(size):
-    """Samples in the padding of a map without a pixel."""
+    """Samples in the padding of a map without pixels."""
     offset = torch.full((1, 2, size[0] + 2, size[1] + 2), 0.5, requires_grad=True)
     image, weight = torch.zeros(1, 4, *size, requires_grad=True), torch.randn(3, 4, 1, 1, requires_grad=True)
     columns = ops.deform_unfold(image, offset, kernel_size=1, padding=1)
@@ -376,7 +376,7 @@ def test_cuda_shapes_and_dtypes_without_a_gpu(case):
 
 
 def test_local_attention_keeps_only_its_inputs():
-    """For the backward pass nothing is kept that is nine times as large, nor anything besides the inputs."""
+    """The backward pass saves only the inputs, and nothing nine times as large."""
     tensors = {k: t.requires_grad_() for k, t in CASES["attention"].inputs().items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
@@ -446,13 +446,13 @@ def test_wrong_inputs(case, change, window, text):
     with pytest.raises(ValueError, match=text) as error:
         changed.public(tensors)
     assert "\n" not in str(error.value)
-    if "bias" not in change or case is ATTENTION:  # the operator itself checks as well
+    if "bias" not in change or case is ATTENTION:  # the operator itself also checks
         with pytest.raises((ValueError, RuntimeError)):
             changed.operator(tensors)
 
 
-def test_kernels_tells_what_serves_an_operator(monkeypatch):
-    """A package of compiled kernels is used; the environment switches it off; one that fails is left out."""
+def test_kernels_reports_the_kernel_of_an_operator(monkeypatch):
+    """A package of compiled kernels is used; the environment disables it; one that fails is skipped."""
     calls = []
 
     def register(library, defaults):
@@ -483,7 +483,7 @@ def test_kernels_tells_what_serves_an_operator(monkeypatch):
         }
         assert torch.equal(case.operator(case.inputs()), expected)
         assert len(calls) == 1
-        ops.load()  # twice changes nothing
+        ops.load()  # a second call changes nothing
         monkeypatch.setenv("SEG_KERNELS", "0")
         ops.load()
         assert "SEG_KERNELS is 0" in ops.kernels()["ms_deform_attn"]["cpu"]

@@ -1,4 +1,4 @@
-"""Several gloo processes on the CPU do what one does; when one is missing, the others say which."""
+"""Several gloo processes on the CPU give the results of one; when one is missing, the others name it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: Any, processes: int = 1, fault: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m segcore …`, or a script, alone or below torchrun."""
+    """Run `python -m segcore …`, or a script, alone or under torchrun."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     module = [] if str(words[0]).endswith(".py") else ["-m", "segcore"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault, **variables}
@@ -58,7 +58,7 @@ def records(work_dir: Path, mode: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that others are compared with."""
+    """The single-process run that the tests compare others with."""
     work_dir = tmp_path_factory.mktemp("alone") / "run"
     main(None, ["train", CONFIG, "--data.root", str(root), "--work-dir", str(work_dir), "--device", "cpu"])
     return work_dir
@@ -68,7 +68,7 @@ FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("processes", [2, FOUR])
-def test_training_is_that_of_one_process(root: Path, alone: Path, tmp_path: Path, processes: int) -> None:
+def test_training_equals_that_of_one_process(root: Path, alone: Path, tmp_path: Path, processes: int) -> None:
     done = train(root, tmp_path / "run", processes=processes)
     assert done.returncode == 0, done.stderr
     assert f"{processes} processes on cpu\n" in done.stdout
@@ -98,7 +98,7 @@ def test_counts_are_equal_when_the_set_does_not_divide(root: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> None:
+def test_gpus_option_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> None:
     """Training and testing; a wrong setting is one line, not one per process."""
     done = train(root, tmp_path / "run", "--gpus", 2, "--schedule.iterations", 3)
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> N
     words = ("test", CONFIG, tmp_path / "run", "--data.root", root, "--device", "cpu", "--json", json_file)
     done = run(*words, "--gpus=2")
     assert done.returncode == 0, done.stderr
-    assert "evaluating: 7/7" in done.stderr, "the images of both"
+    assert "evaluating: 7/7" in done.stderr, "the images of both ranks"
     assert done.stdout.count("Summary:") == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert json.loads(json_file.read_text())["entries"] == results["entries"]
@@ -116,14 +116,14 @@ def test_gpus_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: train.batch_size 4 on 3 devices does not divide into passes of train.device_batch_size 1; "
-        "choose a multiple for train.batch_size, or another number of devices\n"
+        "make train.batch_size a multiple, or change the number of devices\n"
     )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_ctrl_c_with_gpus_is_two_lines(root: Path, tmp_path: Path) -> None:
-    """What torchrun logs about signals stays out; a terminal sends the signal to all processes."""
+    """torchrun's log lines about signals are hidden; a terminal sends the signal to all processes."""
     words = ["train", CONFIG, "--data.root", root, "--work-dir", tmp_path / "run", "--device", "cpu", "--gpus", 2]
     long = ["--schedule.iterations", 100_000, "--train.evaluate-every", 0, "--model.pause", 0.1]
     command = [sys.executable, "-m", "segcore", *map(str, [*words, *long])]
@@ -151,7 +151,7 @@ def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]
 def test_a_missing_process_is_named(root: Path, tmp_path: Path) -> None:
     done = train(root, tmp_path, "--train.timeout", 3, processes=2, fault="sleep:1:6")
     assert done.returncode != 0
-    assert done.stderr.count("error: process 1 of 0-1 did not respond: ended, or busy for longer than") == 1
+    assert done.stderr.count("error: process 1 of 0-1 did not respond ") == 1
     assert "Traceback" not in done.stderr.split("error: process 1")[0]
 
 
@@ -164,7 +164,7 @@ def test_nan_in_one_of_two_processes_is_skipped_by_both(root: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_three_nans_in_one_of_two_processes_end_both(root: Path, tmp_path: Path) -> None:
+def test_three_nans_in_one_of_two_processes_stop_both(root: Path, tmp_path: Path) -> None:
     options = ("--train.device-batch-size", 2, "--train.save-every", 2)
     done = train(root, tmp_path, *options, processes=2, fault="nan3:1:5")
     assert done.returncode != 0
@@ -174,7 +174,7 @@ def test_three_nans_in_one_of_two_processes_end_both(root: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: Path) -> None:
-    """One training and one validation image are cut short: the run stops and names it, or goes on and counts."""
+    """One training and one validation image are truncated: the run stops and names it, or continues and counts."""
     broken = tmp_path / "data"
     for path in root.rglob("*.png"):
         (broken / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: 
         results = json.loads((work_dir / "results.json").read_text())
         counts.append((results["skipped_training_samples"], results["images"], results["skipped"]))
         assert f"{counts[-1][0]} training samples could not be read and were skipped" in done.stdout
-        assert "1 images could not be read and are left out" in done.stdout
+        assert "1 images could not be read" in done.stdout
     assert counts[0] == counts[1]
     assert counts[0][0] == 10  # 20 iterations of 4 are 10 epochs of 8
     assert counts[0][1] == 6

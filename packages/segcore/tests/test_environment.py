@@ -1,4 +1,4 @@
-"""What `segcore env` says, and what it keeps to itself."""
+"""What `segcore env` prints, and what it keeps private."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def test_command(capsys) -> None:
     assert json.loads(capsys.readouterr().out)["versions"]["segcore"] == versions()["segcore"]
 
 
-def test_commit_is_that_of_the_code_not_of_a_repository_around_it(
+def test_commit_is_that_of_the_code_not_of_an_enclosing_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*words: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop and restarted: each goes on and ends with the weights of the unbroken run."""
+"""Killed, stopped and restarted runs: each resumes and ends with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ITERATIONS = 60
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six noisy images with masks, for training and validation alike."""
+    """Six noisy images with masks, for both training and validation."""
     root, rng = tmp_path_factory.mktemp("faults"), np.random.RandomState(0)
     for i in range(6):
         for folder, pixels in (("images", rng.randint(0, 256, (32, 64, 3))), ("masks", rng.randint(0, 3, (32, 64)))):
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """A run of tiny.py, whose processes carry a mark in their environment by which they are found."""
+    """A run of tiny.py; a mark in the environment of its processes identifies them."""
 
     def __init__(
         self, root: Path, work_dir: Path, *options: Any, processes: int = 1, torchrun: Any = (), fault: str = ""
@@ -70,7 +70,7 @@ class Training:
         )  # fmt: skip
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        """Return when `what` holds; fails when the run ends first."""
+        """Return when `what` holds; fail if the run ends first."""
         end = time.monotonic() + 120
         while not what():
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -78,7 +78,7 @@ class Training:
             time.sleep(0.002)
 
     def processes(self) -> list[int]:
-        """Return the living processes of this run, data workers included: those that have its mark."""
+        """Return the living processes of this run, data workers included: those with its mark."""
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ class Training:
         self.process.communicate(timeout=60)
 
     def end(self) -> str:
-        """Wait for a good end and return what was printed."""
+        """Wait for a successful end and return the printed text."""
         text, _ = self.process.communicate(timeout=240)
         assert self.process.returncode == 0, text
         return text
@@ -110,7 +110,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 16), (2, 4)])
 def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: int) -> None:
-    """Every other kill falls into a save, the others anywhere from the start on; after each the run goes on."""
+    """Every other kill hits a save, the others any moment from the start; the run resumes after each."""
     options = ("--train.save-every", 2, "--resume")
     Training(root, tmp_path / "unbroken", *options, processes=processes).end()
     draw, work_dir, reached = random.Random(processes), tmp_path / "run", 0
@@ -134,8 +134,8 @@ def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: i
     assert_equal(weights(work_dir), weights(tmp_path / "unbroken"))
 
 
-def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
-    """A checkpoint within 10 seconds, every process gone, and the run goes on."""
+def test_sigterm_under_torchrun(root: Path, tmp_path: Path) -> None:
+    """A checkpoint within 10 seconds, no process left, and the run resumes."""
     options = ("--train.save-every", 100, "--data.workers", 1)
     training = Training(root, tmp_path / "run", *options, "--model.pause", 0.5, processes=2)
     training.wait_for(
@@ -150,7 +150,7 @@ def test_sigterm_below_torchrun(root: Path, tmp_path: Path) -> None:
     assert (saved / "manifest.json").stat().st_mtime - told < 10
     assert f"stopped after iteration {saved.name.removeprefix('iter_')}" in text
     end = time.monotonic() + 20
-    while training.processes() and time.monotonic() < end:  # data workers look for their parent every few seconds
+    while training.processes() and time.monotonic() < end:  # data workers check for their parent every few seconds
         time.sleep(0.2)
     assert training.processes() == []
     Training(root, tmp_path / "run", *options, "--resume", processes=2).end()

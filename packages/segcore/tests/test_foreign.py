@@ -15,7 +15,7 @@ from segcore.checkpoints import foreign
 
 
 def refused(path, *words):
-    """Check that reading `path` fails with one line that names it and says `words`."""
+    """Check that reading `path` fails with one line that contains the path and `words`."""
     with pytest.raises(UserError) as error:
         foreign.read_state(path)
     text = str(error.value)
@@ -41,7 +41,7 @@ def test_reads_training_checkpoints_of_openmmlab(tmp_path):
 
 @pytest.mark.parametrize("core", ["core", "_core"])
 def test_numpy_scalars_of_numpy_1_and_2(tmp_path, core):
-    """The reconstructor's name is written into the file by hand, so both are tested under either numpy."""
+    """The test writes the reconstructor's name into the file, so either numpy version tests both names."""
     path, new = tmp_path / "any.pth", tmp_path / "renamed.pth"
     torch.save(
         {"state_dict": {"a": torch.ones(2)}, "meta": {"s": np.float64(0.5), "p": np.zeros((2, 3), np.uint8)}}, path
@@ -56,14 +56,14 @@ def test_numpy_scalars_of_numpy_1_and_2(tmp_path, core):
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module", None])
-def test_takes_the_weights_out_of_their_wrapper(tmp_path, wrapper):
+def test_weights_are_unwrapped(tmp_path, wrapper):
     state = {"a": torch.ones(2)}
     path = tmp_path / "w.pth"
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
     assert foreign.read_state(path).keys() == {"a"}
 
 
-def test_a_compressed_file_is_read_right(tmp_path):
+def test_a_compressed_file_is_read_correctly(tmp_path):
     path, packed = tmp_path / "w.pth", tmp_path / "packed.pth"
     torch.save({"a": torch.ones(1000), "b": torch.arange(5)}, path)
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
@@ -108,7 +108,7 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, form, protocol):
     refused(path, f"{os.mkdir.__module__}.mkdir", "nothing was executed")
     assert not marker.exists()
     if form == "pickle":
-        pickle.loads(path.read_bytes())  # the file does what it says
+        pickle.loads(path.read_bytes())  # the file does execute its code
         assert marker.exists()
 
 
@@ -117,7 +117,7 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, form, protocol):
     [
         ({"a": torch.ones(2), "epoch": 5}, ["'epoch' is int"]),
         ({"net": {"a": torch.ones(2)}}, ["'net' is dict", "state_dict"]),
-        ({3: torch.ones(2)}, ["text names: 3 is"]),
+        ({3: torch.ones(2)}, [": 3 is a"]),
         ([torch.ones(2)], ["list"]),
         ({"a": np.ones(2)}, ["'a' is NumpyValue"]),
         ({"state_dict": {}}, ["nothing"]),
@@ -126,7 +126,7 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, form, protocol):
         ({"a": torch.ones(2, dtype=torch.complex64)}, ["complex"]),
     ],
 )
-def test_what_is_no_state_dict_is_refused(tmp_path, content, words):
+def test_content_other_than_a_state_dict_is_refused(tmp_path, content, words):
     path = tmp_path / "w.pth"
     torch.save(content, path)
     refused(path, *words)
@@ -144,7 +144,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content, words):
         (bytes(range(256)), "damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, word):
+def test_files_other_than_checkpoints_are_refused(tmp_path, content, word):
     path = tmp_path / "w.pth"
     path.write_bytes(content)
     refused(path, word)
@@ -167,11 +167,11 @@ def test_a_truncated_file_is_refused(tmp_path, form):
     content = path.read_bytes()
     for length in [*np.linspace(1, len(content) - 1, 40).astype(int)]:
         path.write_bytes(content[:length])
-        refused(path, "get it again")
+        refused(path, "download it again")
 
 
 def test_flipped_bytes_in_a_pytorch_file_never_change_a_weight(tmp_path):
-    """Every byte of the data stands under a checksum; one that does not matter may pass."""
+    """A checksum covers every byte of the data; changes of irrelevant bytes may pass."""
     path = tmp_path / "w.pth"
     state = {"a": torch.randn(20, 10), "b": torch.randn(5)}
     torch.save(state, path)
@@ -204,7 +204,7 @@ def test_a_damaged_safetensors_header_is_refused(tmp_path):
     ):
         path.write_bytes(damage)
         refused(path, "damaged")
-    for position in range(header):  # whatever else happens to a byte, it is an answer or one line
+    for position in range(header):  # any other damaged byte yields a state or a one-line error
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x04]) + content[position + 1 :])
         with contextlib.suppress(UserError):
             foreign.read_state(path)

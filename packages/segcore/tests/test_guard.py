@@ -1,4 +1,4 @@
-"""A step that goes wrong is undone on the device."""
+"""A failed step is undone on the device."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Buffers(nn.Module):
 
 
 @pytest.mark.parametrize("bad", [True, False])
-def test_buffers_come_back_bit_for_bit_only_when_the_step_is_bad(bad: bool) -> None:
+def test_buffers_are_restored_bit_for_bit_only_when_the_step_is_bad(bad: bool) -> None:
     model = Buffers()
     buffers = KeptBuffers(model)
     model.norm.running_mean.uniform_(-1, 1)
@@ -50,7 +50,7 @@ def fail(model: nn.Module, buffers: KeptBuffers, error: Exception) -> None:
         raise error
 
 
-def test_buffers_come_back_after_an_error() -> None:
+def test_buffers_are_restored_after_an_error() -> None:
     model = nn.BatchNorm2d(3)
     buffers = KeptBuffers(model)
     for happens, text in ((UserError("broken"), "broken"), (torch.OutOfMemoryError("9 GiB"), "lower the batch")):

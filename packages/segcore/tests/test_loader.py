@@ -1,4 +1,4 @@
-"""Order and draws are pure functions of (seed, iteration, position); processes only read ahead."""
+"""Order and draws are pure functions of (seed, iteration, position); workers only read ahead."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_sample_is_its_file_transformed_with_its_own_draws(data):
     assert torch.equal(part.labels[1], label)
 
 
-def test_a_run_goes_on_anywhere_and_parts_only_divide_the_batch(data):
+def test_a_run_resumes_at_any_iteration_and_micro_batches_only_divide_the_batch(data):
     whole = list(batches(data))
     assert_equal(whole[6:], list(batches(data, start=3)))  # in the second epoch of seven images
     joined = list(batches(data, micro=4))
@@ -202,11 +202,11 @@ def test_interrupt_ends_everything_quietly(data, tmp_path):
         start_new_session=True,
     )
     assert process.stdout.readline() == "batch\n"
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to every process of the group
+    os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C, to every process of the group
     out, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert out.endswith("interrupted\n")
-    for _ in range(100):  # helpers of the interpreter may need a moment
+    for _ in range(100):  # helper processes may need a moment to exit
         if not group_alive(process.pid):
             return
         time.sleep(0.1)

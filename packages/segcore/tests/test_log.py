@@ -1,4 +1,4 @@
-"""The log of a run: what programs read, what people see, and what is left of it after a resume."""
+"""The log of a run: its file for programs, its output for people, and its content after a resume."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def records(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def write(work_dir: Path, iterations: tuple[int, ...], *, start: int = 0, terminal: bool = False) -> str:
-    """Log some iterations of 160000 and return what was shown."""
+    """Log some iterations of 160000 and return the shown text."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with Logger(work_dir, 160_000, {"git": None}, start=start, console=console) as log:
         for iteration in iterations:
@@ -60,10 +60,10 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
     assert "Iter [" not in shown
 
 
-def test_resume_drops_what_was_logged_beyond_it(tmp_path: Path) -> None:
+def test_resume_drops_later_log_entries(tmp_path: Path) -> None:
     write(tmp_path, (50, 100, 150))
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"mode": "train", "itera')  # cut off
+        file.write('{"mode": "train", "itera')  # truncated
     write(tmp_path, (150,), start=100)
     assert [(r["mode"], r["iteration"]) for r in records(tmp_path)] == [
         ("meta", 0),
@@ -76,8 +76,8 @@ def test_resume_drops_what_was_logged_beyond_it(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on the size of files makes writing fail in the way that a full disk does."""
-    monkeypatch.setattr("segcore.training.logger._board", lambda *_: None)  # it would write from a thread of its own
+    """A limit on the file size makes writing fail like a full disk."""
+    monkeypatch.setattr("segcore.training.logger._board", lambda *_: None)  # it would write from a separate thread
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Logger(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:

@@ -41,11 +41,11 @@ from segcore.training.loop import train, train_step
 from segcore.training.setup import init_state
 
 FAULT: dict[str, Callable[[], float]] = {}
-"""What a test makes happen: `losses` gives a factor of the loss, `predict` runs before a prediction."""
+"""Faults that a test injects: `losses` returns a factor of the loss, `predict` runs before a prediction."""
 
 
 class Net(Tiny):
-    """A convolution, a norm, dropout and seeded noise: all kinds of state and of randomness."""
+    """A convolution, a norm, dropout and seeded noise: all kinds of state and randomness."""
 
     def logits(self, images, seeds=None):
         FAULT.get("predict", lambda: 1.0)()
@@ -53,7 +53,7 @@ class Net(Tiny):
 
     def losses(self, images, labels, **options):
         factor = FAULT.get("losses", lambda: 1.0)()
-        images = images if math.isfinite(factor) else images * factor  # the running statistics see it as well
+        images = images if math.isfinite(factor) else images * factor  # it also affects the running statistics
         losses = super().losses(images, labels, **options)
         return {**losses, "loss": factor * losses["loss"]}
 
@@ -69,7 +69,7 @@ class TinyModel(ModelConfig):
 
 @dataclass(frozen=True)
 class Plain(TinyModel):
-    """Without dropout, norm and noise; its loss is a mean over equally many pixels."""
+    """Without dropout, norm and noise; every image's loss is a mean over the same number of pixels."""
 
     def build(self) -> Segmentor:
         net = Net(self.num_classes, norm=nn.Identity)
@@ -128,7 +128,7 @@ def _no_fault():
 
 
 def at_call(number: int, happens: Callable[[], Any]) -> Callable[[], float]:
-    """Return a fault that lets something happen at its call of that number."""
+    """Return a fault that calls `happens` at its `number`-th call."""
     calls = 0
 
     def fault() -> float:
@@ -156,7 +156,7 @@ def fail() -> None:
 
 
 def state(work_dir: Path, iteration: int = 6) -> dict[str, Any]:
-    """Return all that is saved of an iteration in one flat dict."""
+    """Return the complete saved state of an iteration in one flat dict."""
     found = checkpoint.load(checkpoint.folder_of(work_dir, iteration))
     moments = {f"{n}/{k}": v for n, values in found.state["optimizer"].items() for k, v in values.items()}
     parts = {f"{part}/{k}": v for part in ("scaler", "trained") for k, v in found.state.get(part, {}).items()}
@@ -177,7 +177,7 @@ def log(work_dir: Path, mode: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cut", ["interrupted", "killed", "in evaluation"])
-def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, capsys, precision: str, cut: str) -> None:
+def test_resumed_equals_uninterrupted_run(exp: Experiment, tmp_path: Path, capsys, precision: str, cut: str) -> None:
     half = precision != "fp32"
     exp = replace(exp, train=replace(exp.train, precision=precision, channels_last=half, ema=0.7 if half else None))
     unbroken = train(exp, tmp_path / "a")
@@ -186,7 +186,7 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
     if cut == "in evaluation":
         FAULT["predict"] = at_call(3, happens)  # the first of two images, after iteration 4
     else:
-        FAULT["losses"] = at_call(8, happens)  # the second of three parts of iteration 3
+        FAULT["losses"] = at_call(8, happens)  # the second of three micro-batches of iteration 3
     with pytest.raises(expected):
         train(exp, tmp_path / "b")
     finished = {"interrupted": 3, "killed": 2, "in evaluation": 4}[cut]
@@ -208,7 +208,7 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("where", "call", "happens", "text", "finished"),
     [
-        ("losses", 12, spoil, r"3.png: cannot be read", 3),  # the last of three parts of iteration 4
+        ("losses", 12, spoil, r"3.png: cannot be read", 3),  # the last of three micro-batches of iteration 4
         ("losses", 12, exhaust, r"memory: lower train.device_batch_size \(1\) or data.crop \(32 32\)", 3),
         ("predict", 4, spoil, r"3.png: cannot be read", 4),
         (
@@ -220,7 +220,7 @@ def test_resumed_run_equals_the_unbroken_one(exp: Experiment, tmp_path: Path, ca
         ),
     ],
 )
-def test_what_was_trained_is_saved_before_an_error(
+def test_training_state_is_saved_before_an_error(
     exp: Experiment, tmp_path: Path, where: str, call: int, happens: Callable[[], None], text: str, finished: int
 ) -> None:
     exp = replace(exp, train=replace(exp.train, save_every=100))
@@ -238,14 +238,14 @@ def test_what_was_trained_is_saved_before_an_error(
     assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
 
 
-def test_a_crash_in_an_evaluation_loses_nothing_that_was_due_to_be_saved(exp: Experiment, tmp_path: Path) -> None:
+def test_a_crash_in_an_evaluation_does_not_lose_the_checkpoint_due(exp: Experiment, tmp_path: Path) -> None:
     FAULT["predict"] = at_call(4, fail)
     with pytest.raises(RuntimeError, match="the power is gone"):
         train(exp, tmp_path)
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 4)
 
 
-def test_a_resumed_run_knows_of_an_evaluation_that_was_no_better(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+def test_a_resumed_run_does_not_repeat_an_evaluation(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
     def always_the_same(*args: Any, **kwargs: Any) -> Any:
         results = evaluate(*args, **kwargs)
         results.final["mIoU"] = 0.5
@@ -268,7 +268,7 @@ def test_out_of_memory_in_the_optimizer_saves_nothing(exp: Experiment, tmp_path:
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_second_interrupt_does_not_wait(exp: Experiment, tmp_path: Path) -> None:
+def test_a_second_interrupt_takes_effect_at_once(exp: Experiment, tmp_path: Path) -> None:
     FAULT["losses"] = at_call(8, lambda: (interrupt(), interrupt()))
     with pytest.raises(KeyboardInterrupt):
         train(exp, tmp_path)
@@ -276,7 +276,7 @@ def test_second_interrupt_does_not_wait(exp: Experiment, tmp_path: Path) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_a_run_leaves(exp: Experiment, tmp_path: Path) -> None:
+def test_files_of_a_finished_run(exp: Experiment, tmp_path: Path) -> None:
     exp = replace(exp, train=replace(exp.train, keep_last=1, log_every=4))
     results = train(exp, tmp_path / "run")
     assert results is not None
@@ -296,7 +296,7 @@ def test_what_a_run_leaves(exp: Experiment, tmp_path: Path) -> None:
     assert last["data_seconds"] <= last["seconds"]
 
 
-def test_it_learns(exp: Experiment, tmp_path: Path) -> None:
+def test_training_learns_the_task(exp: Experiment, tmp_path: Path) -> None:
     exp = replace(
         exp,
         optimizer=replace(exp.optimizer, clip_norm=None),
@@ -310,7 +310,7 @@ def test_it_learns(exp: Experiment, tmp_path: Path) -> None:
     assert results.final["mIoU"] > 0.8
 
 
-def test_never_evaluating(exp: Experiment, tmp_path: Path) -> None:
+def test_training_without_evaluation(exp: Experiment, tmp_path: Path) -> None:
     data = replace(exp.data, val_images="nothing/*.png")
     assert train(replace(exp, data=data, train=replace(exp.train, evaluate_every=0)), tmp_path) is None
     assert not (tmp_path / "results.json").exists()
@@ -318,7 +318,7 @@ def test_never_evaluating(exp: Experiment, tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 6)
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch(exp: Experiment, tmp_path: Path) -> None:
+def test_accumulated_gradient_equals_that_of_the_whole_batch(exp: Experiment, tmp_path: Path) -> None:
     exp = replace(exp, model=Plain(), train=replace(exp.train, batch_size=4))
     for parts in (1, 4):
         train(replace(exp, train=replace(exp.train, device_batch_size=4 // parts)), tmp_path / str(parts))
@@ -338,7 +338,7 @@ def test_step_that_is_not_finite_is_skipped(exp: Experiment, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_three_steps_in_a_row_that_are_not_finite_end_the_run(exp: Experiment, tmp_path: Path, precision: str) -> None:
+def test_three_consecutive_nonfinite_steps_stop_the_run(exp: Experiment, tmp_path: Path, precision: str) -> None:
     calls = iter([1.0] * 6)
     FAULT["losses"] = lambda: next(calls, float("inf"))
     with pytest.raises(UserError, match=r"not finite 3 times in a row.*last good checkpoint: .*iter_4$"):
@@ -348,8 +348,8 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(exp: Experiment, t
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "." in name)
 
 
-def test_fp16_overflow_is_for_the_scaler(exp: Experiment, tmp_path: Path) -> None:
-    """A loss of some thousands overflows at the initial scale; the scaler comes down and the run goes on."""
+def test_fp16_overflow_is_left_to_the_scaler(exp: Experiment, tmp_path: Path) -> None:
+    """A loss of some thousands overflows at the initial scale; the scaler lowers it and the run continues."""
     FAULT["losses"] = lambda: 30_000.0
     exp = replace(exp, schedule=replace(exp.schedule, iterations=20), train=replace(exp.train, precision="fp16"))
     train(exp, tmp_path)
@@ -359,7 +359,7 @@ def test_fp16_overflow_is_for_the_scaler(exp: Experiment, tmp_path: Path) -> Non
     assert state(tmp_path, 20)["scaler/scale"] < 65536
 
 
-def test_finished_run_is_only_evaluated_again(exp: Experiment, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_only_evaluates_it(exp: Experiment, tmp_path: Path) -> None:
     first = train(exp, tmp_path)
     before = state(tmp_path)
     FAULT["losses"] = fail
@@ -382,7 +382,7 @@ def test_resume_skips_a_damaged_checkpoint(exp: Experiment, tmp_path: Path, caps
     assert_equal(before, state(tmp_path))
     for folder in (tmp_path / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint is whole; start again with another --work-dir"):
+    with pytest.raises(UserError, match=r"checkpoints: .*start again with another --work-dir"):
         train(exp, tmp_path, resume=True)
 
 
@@ -398,7 +398,7 @@ def test_resume_says_which_settings_changed(exp: Experiment, tmp_path: Path, cap
     assert state(tmp_path, 7)["conv.weight/step"] == 7
 
 
-def test_averaged_weights_are_what_is_evaluated_and_saved(exp: Experiment, tmp_path: Path) -> None:
+def test_averaged_weights_are_evaluated_and_saved(exp: Experiment, tmp_path: Path) -> None:
     train(exp, tmp_path / "plain")
     results = train(replace(exp, train=replace(exp.train, ema=0.9)), tmp_path / "averaged")
     plain, ours = state(tmp_path / "plain"), state(tmp_path / "averaged")
@@ -420,7 +420,7 @@ def test_compiled_training_has_the_same_losses(exp: Experiment, tmp_path: Path) 
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 
-def test_tensorboard_has_the_curves_and_a_picture(exp: Experiment, tmp_path: Path) -> None:
+def test_tensorboard_has_the_curves_and_an_image(exp: Experiment, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(exp, tmp_path)
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -445,7 +445,7 @@ def test_used_folder_is_refused_without_resume(exp: Experiment, tmp_path: Path, 
     assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
 
 
-def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_files(exp: Experiment, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="classes"):
         train(replace(exp, model=TinyModel(5)), tmp_path / "run")
     with pytest.raises(UserError):
@@ -457,7 +457,7 @@ def test_nothing_is_left_by_a_run_that_cannot_start(exp: Experiment, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_is_that_of_the_device_of_the_run(monkeypatch) -> None:
+def test_logged_memory_is_that_of_the_run_device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**20 * torch.device(device).index)
     metrics = MetricLogger()
@@ -496,7 +496,7 @@ def test_start_weights_come_from_a_file_once(exp: Experiment, tmp_path: Path, ca
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_bad_step_changes_nothing(exp: Experiment, kind: str, precision: str) -> None:
-    """Also as the first one, before the optimizer has any state; the steps after it are as if it had not been."""
+    """Even a bad first step, before the optimizer has any state, does not affect the steps after it."""
     exp = replace(exp, optimizer=OptimizerConfig(kind, lr=0.01, clip_norm=1.0))
     exp = replace(exp, train=replace(exp.train, precision=precision, ema=0.9))
     labels = torch.randint(3, (2, 16, 16), generator=torch.Generator().manual_seed(1))
@@ -532,7 +532,7 @@ def test_a_bad_step_changes_nothing(exp: Experiment, kind: str, precision: str) 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_host_reads_nothing_between_two_log_lines(exp: Experiment, tmp_path: Path, monkeypatch, precision) -> None:
-    """Nor where a step is skipped. What is counted would wait for a GPU."""
+    """Not even when a step is skipped. Every counted operation would wait for a GPU."""
     settings = replace(exp.train, precision=precision, ema=0.9, log_every=5, evaluate_every=0, save_every=20)
     exp = replace(exp, train=settings, schedule=replace(exp.schedule, iterations=10))
     reads, counts = HostReads(), []
@@ -551,7 +551,7 @@ def test_the_host_reads_nothing_between_two_log_lines(exp: Experiment, tmp_path:
 
 
 def silent(reads: HostReads, function):
-    """Reading images and counting errors happens on the CPU: leave out what it reads."""
+    """Reading images and counting errors happen on the CPU: do not count their reads."""
 
     def wrapped(*args):
         found = list(reads.found)
@@ -571,7 +571,7 @@ def silent(reads: HostReads, function):
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
-    """CUDA's own count: a step that synchronizes raises."""
+    """CUDA's own check: a step that synchronizes raises."""
 
     def strict(function):
         def wrapped(*args):
@@ -597,8 +597,8 @@ def quiet_losses(self, images, labels, **options):
     return {"loss": nn.functional.cross_entropy(self.head(self.dropout(hidden)).float(), labels, ignore_index=255)}
 
 
-def test_ranks_agree_on_a_step_during_the_one_before(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
-    """What they tell each other has a whole step to arrive."""
+def test_ranks_agree_on_a_step_during_the_previous_one(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    """Their messages have a whole step to arrive."""
     events, start, step = [], distributed.start_sync_status, loop.train_step
 
     def started(*args: Any) -> Callable[[], list[int]]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def make(shapes, n=2, q=7, m=3, d=8, p=2, dtype=torch.float32, seed=0):
-    """Return value, locations and weights; a good part of the points lies outside the map."""
+    """Return value, locations and weights; many of the points are outside the map."""
     generator = torch.Generator().manual_seed(seed)
     pixels = sum(height * width for height, width in shapes)
     value = torch.randn(n, pixels, m, d, generator=generator, dtype=torch.float64)
@@ -52,7 +52,7 @@ def gradients(function, value, shapes, loc, attn, grad):
 
 
 def assert_near(actual, expected, tolerance):
-    """The difference relative to the largest expected number, as the stored numbers' notes measure it."""
+    """The difference relative to the largest expected number, as in the notes of the stored numbers."""
     actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
@@ -118,7 +118,7 @@ def test_gradients_numerically(form):
 
 @pytest.mark.parametrize("form", FORMS[:2], ids=["op", "gather"])
 def test_borders_by_hand(form):
-    """A map with the values 1 2 / 3 4, pixel coordinates x, y and what follows: value, d/dx and d/dy in pixels."""
+    """A map with the values 1 2 / 3 4, pixel coordinates x, y and the results: value, d/dx and d/dy in pixels."""
     value = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
     cases = [
         (0.5, 0.5, 2.5, 1.0, 2.0),
@@ -140,7 +140,7 @@ def test_borders_by_hand(form):
     torch.testing.assert_close(out.flatten(), table[:, 2])
     torch.testing.assert_close(grad_attn.flatten(), table[:, 2])
     torch.testing.assert_close(grad_loc.view(-1, 2) / 2, table[:, 3:])
-    # each of the five points that lie inside gives away the weights of its corners
+    # each of the five points inside distributes the weights of its corners
     assert grad_value.sum().item() == pytest.approx(1 + 1 + 1 + 0.5 + 0.25)
 
 
@@ -280,7 +280,7 @@ def test_wrong_inputs(change, text):
     with pytest.raises(ValueError, match=text) as error:
         ops.ms_deform_attn(*changed)
     assert "\n" not in str(error.value)
-    with pytest.raises((ValueError, RuntimeError)):  # the operator itself checks as well
+    with pytest.raises((ValueError, RuntimeError)):  # the operator itself also checks
         torch.ops.segcore.ms_deform_attn(changed[0], [s for shape in changed[1] for s in shape], *changed[2:])
 
 
@@ -300,7 +300,7 @@ def test_cuda_equals_cpu(dtype):
 
 
 def test_kernels_are_plain_functions():
-    """A package of compiled kernels falls back on these two for what it does not support."""
+    """A package of compiled kernels falls back to these two for unsupported inputs."""
     shapes = [(4, 5)]
     value, loc, attn = make(shapes)
     grad = torch.randn(2, 7, 24)

@@ -1,4 +1,4 @@
-"""Which parameter gets which settings, and what one step does."""
+"""The settings of each parameter, and the effect of one step."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ RULES = {
     ("case", "name", "lr", "decay"),
     [
         ("ddp", "backbone.norm1.weight", 1, 0),
-        ("ddp", "decode_head.norm1.weight", 1, 1),  # `head` has the length of `norm` and comes first
+        ("ddp", "decode_head.norm1.weight", 1, 1),  # `head` is as long as `norm` and comes first
         ("ddp", "decode_head.pos_block.bias", 1, 0),
         ("ddp", "backbone.bn.weight", 1, 1),
         ("longest_first", "decode_head.norm1.weight", 2, 0),
@@ -53,7 +53,7 @@ def test_settings_of_the_published_constructor(golden, case: str) -> None:
 
 
 class Tiny(Segmentor):
-    """Two convolutions with a tied bias, a norm, and a frozen scale; published names differ from its own."""
+    """Two convolutions with a tied bias, a norm, and a frozen scale; published names differ from the model's."""
 
     num_classes = 2
 
@@ -100,7 +100,7 @@ def test_parameters_with_equal_settings_share_a_group() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_step_is_the_textbook_one(kind: str) -> None:
-    """Against a group per parameter and the unfused step, in a layout that the fused one must cope with."""
+    """Compares with one group per parameter and the unfused step, in a layout that the fused step must handle."""
     settings = OptimizerConfig(
         kind, lr=0.01, weight_decay=0.1, momentum=0.9, rules=(ParamRule("norm", lr_mult=3, decay_mult=0),)
     )
@@ -124,7 +124,7 @@ def test_state_by_name_survives_another_grouping(kind: str) -> None:
     steps(model, optimizer, 2)
     saved = {name: {k: v.clone() for k, v in s.items()} for name, s in optimizer_state(model, optimizer).items()}
     assert set(saved) == {"first.weight", "first.bias", "second.weight", "bn.weight", "bn.bias"}
-    # a rule that changes nothing by its multipliers but splits the parameters otherwise
+    # a rule whose multipliers change nothing, but which groups the parameters differently
     other, regrouped = tiny(
         OptimizerConfig(
             kind, lr=0.01, weight_decay=0.01, momentum=0.9, rules=(ParamRule("first", decay_mult=1 + 1e-12),)

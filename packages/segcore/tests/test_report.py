@@ -1,4 +1,4 @@
-"""The printed tables, character by character, and the JSON beside them."""
+"""The printed tables, character by character, and the JSON results."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_further_metrics():
     assert "| Class | Fscore | Precision | Recall |" in per_class(found, ("mFscore",))
 
 
-def test_tables_are_ascii_and_straight():
+def test_tables_are_ascii_and_aligned():
     found = results(**{"1": [0, 1, 0, 2], "3": [3, 3, 3, 3]})
     for text in (summary(found), per_class(found, ("mDice", "mFscore"))):
         assert text.isascii()
@@ -111,7 +111,7 @@ def test_json_keeps_every_digit_and_marks_nan(tmp_path):
     assert stored["classes"] == ["sky", "road", "car", "van"]
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_json_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_json(path, results(final=[0, 1, 0, 2]))
     before = path.read_text()

@@ -1,4 +1,4 @@
-"""Learning rates against the published schedulers."""
+"""Learning rates equal those of the published schedulers."""
 
 import pytest
 

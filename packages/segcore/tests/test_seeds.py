@@ -66,7 +66,7 @@ def test_draws_for_different_purposes_are_independent():
 
 
 def test_diffusion_time_does_not_follow_from_the_resize_ratio():
-    """From one seed it would: the float32 that torch draws is 256 u mod 1 of the double u that NumPy draws."""
+    """With a shared seed it would: torch's float32 draw is 256 u mod 1 of NumPy's double draw u."""
 
     def draws(of_image, of_noise):
         u = np.array([np.random.RandomState(of_image(0, i, 0)).uniform() for i in range(2000)])

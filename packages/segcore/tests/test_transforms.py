@@ -1,4 +1,4 @@
-"""The transforms against the published systems' numbers, given the same draws."""
+"""The transforms reproduce the published systems' numbers, given the same draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AUGMENT = {"ratio_range": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": 0.5, "photo
 
 
 class Draws:
-    """A RandomState whose `randint` and `uniform` answer what is given, in order; `coins` are the draws from {0, 1}."""
+    """A RandomState whose `randint` and `uniform` return given values in order; `coins` are the draws from {0, 1}."""
 
     def __init__(self, coins, values):
         self.coins, self.values = list(coins), list(values)
@@ -198,7 +198,7 @@ def test_a_crop_needs_two_classes_and_the_largest_strictly_below_the_limit():
     assert T.is_varied(label, 0.76)
     assert not T.is_varied(np.full((4, 4), 255, np.uint8), 0.75)
     assert not T.is_varied(np.full((4, 4), 3, np.uint8), 1.0)
-    nearly = np.zeros(2**24, np.uint8)  # 1.5e-8 below the limit, which float32 cannot tell from it
+    nearly = np.zeros(2**24, np.uint8)  # 1.5e-8 below the limit, indistinguishable in float32
     nearly[: 2**22] = 1
     nearly[-1] = 255
     assert T.is_varied(nearly.reshape(4096, 4096), 0.75)
@@ -259,7 +259,7 @@ def test_photometric_steps_by_hand():
     np.testing.assert_array_equal(duller, [[[0, 55, 137], [5, 5, 5]]])
     turned = T.photometric_distortion(np.array([[[255, 0, 0]]], np.uint8), Draws([0, 1, 0, 0, 1], [-18]))
     np.testing.assert_allclose(turned, [[[255, 0, 153]]], atol=1)  # hue 0 - 18 wraps to 162 of 180
-    assert image[0, 0, 1] == 100  # the input is left alone
+    assert image[0, 0, 1] == 100  # the input is unchanged
 
 
 def test_normalize_is_bit_identical(golden):
@@ -301,7 +301,7 @@ def test_pipeline_golden(golden, seed):
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """The benchmark, which holds the published pipeline in plain OpenCV."""
+    """The benchmark, which contains the published pipeline in plain OpenCV."""
     path = Path(__file__).parents[3] / "benchmarks" / "train_pipeline.py"
     if not path.is_file():
         pytest.skip(f"no {path}: the plain pipeline is in the repository only")

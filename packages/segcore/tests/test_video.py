@@ -1,4 +1,4 @@
-"""Predicting videos: every frame, whole files or none, and what is said about those that cannot be read."""
+"""Predicting videos: every frame, complete files or none, and errors for unreadable files."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Overlays, class PNGs, strips, legends and curves."""
+"""Overlays, class PNGs, panels, legends and curves."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_overlay_truncates_as_published():
     image = np.full((1, 3, 3), 101, np.uint8)
     classes = np.array([[0, 1, 255]])
-    # 101 * 0.5 + 200 * 0.5 = 150.5, 101 * 0.5 + 0 = 50.5, 101 * 0.5 + 10 * 0.5 = 55.5, …: cut off, not rounded
+    # 101 * 0.5 + 200 * 0.5 = 150.5, 101 * 0.5 + 0 = 50.5, 101 * 0.5 + 10 * 0.5 = 55.5, …: truncated, not rounded
     assert figures.overlay(image, classes, PALETTE).tolist() == [[[150, 50, 55], [50, 178, 50], [50, 50, 50]]]
     # 101 * 0.7 = 70.7 and + 200 * 0.3 = 130.7
     assert figures.overlay(image, classes, PALETTE, 0.3)[0, 0].tolist() == [130, 70, 73]
@@ -31,9 +31,9 @@ def test_overlay_truncates_as_published():
     np.testing.assert_array_equal(figures.overlay(image, classes, PALETTE, 1), figures.colorize(classes, PALETTE))
 
 
-def test_overlay_refuses_what_does_not_fit():
+def test_overlay_refuses_sizes_and_opacities_that_do_not_fit():
     image = np.zeros((2, 3, 3), np.uint8)
-    with pytest.raises(UserError, match="do not cover an image"):
+    with pytest.raises(UserError, match=r"size \(.*\) .* size \(.*\); resize one"):
         figures.overlay(image, np.zeros((3, 2), int), PALETTE)
     with pytest.raises(UserError, match=r"opacity is 1\.5"):
         figures.overlay(image, np.zeros((2, 3), int), PALETTE, 1.5)
@@ -60,7 +60,7 @@ def test_class_png_holds_the_indices(tmp_path, palette):
             assert np.array(picture.convert("RGB"))[0, :3].tolist() == palette.tolist()
 
 
-def test_class_png_refuses_what_does_not_fit_into_8_bits(tmp_path):
+def test_class_png_refuses_values_beyond_8_bits(tmp_path):
     path = tmp_path / "mask.png"
     for wrong in (256, -1):
         with pytest.raises(UserError, match=r"mask\.png: classes .* do not fit"):
@@ -80,7 +80,7 @@ def test_images_are_written_and_embedded_unchanged(tmp_path):
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(base64.b64decode(data)))), image)
 
 
-def test_strip_puts_captioned_images_side_by_side():
+def test_panels_are_captioned_images_side_by_side():
     a, b = np.full((30, 40, 3), 10, np.uint8), np.full((60, 20, 3), 99, np.uint8)
     picture = hstack_panels([a, b], ["left", ""], gap=6)
     head = picture.shape[0] - 30
@@ -116,7 +116,7 @@ def test_entry_titles(entry, by, title):
     assert figures.step_title(entry, by) == title
 
 
-def test_iterations_are_marked_by_integers():
+def test_iteration_ticks_are_integers():
     marks = re.findall(
         r'text-anchor="middle">([^<]*)</text>', figures.curve_svg([1, 2, 3], [0.5, 0.1, 0.2], "t", "x", "y")
     )
@@ -134,7 +134,7 @@ def test_legend_shows_every_color_and_name():
     assert (table[:half, 110:].min(-1) < 100).any(), "the second name is written"
     wide = figures.legend(["a long name of a class", "car"], PALETTE[:2], columns=2)
     half = wide.shape[1] // 2
-    assert (wide[:, half - 9 : half] == 255).all(), "the longest name is not cut off"
+    assert (wide[:, half - 9 : half] == 255).all(), "the longest name is complete"
 
 
 def draw(*args):

@@ -1,7 +1,7 @@
 """Several processes, called ranks, that train or evaluate together: one per GPU over NCCL, or on the CPU over gloo.
 
-torchrun starts them and sets environment variables that number them. With a single process every function here returns
-at once: the sum is the value itself, and the main process is this one.
+torchrun starts and numbers them through environment variables. With a single process every function here returns at
+once: the sum is the value itself, and the main process is this one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None
 _entered = 0
-"""How often this rank has begun to communicate. The store holds the count of every rank, which shows who is behind."""
+"""How often this rank has begun to communicate. The store holds every rank's count, which shows the ranks behind."""
 
 
 class PeerError(UserError):
@@ -78,8 +78,8 @@ def process_group(timeout: float) -> Iterator[None]:
         raise UserError(f"cannot join the other processes ({reason}); start with --gpus N, or with torchrun") from None
     yield
     with collective():
-        dist.barrier()  # no rank leaves while another one still needs it
-    dist.destroy_process_group()  # not after an error: it could wait for ranks that no longer respond
+        dist.barrier()  # no rank leaves while another still needs it
+    dist.destroy_process_group()  # not after an error: it could wait for unresponsive ranks
     _store = None
 
 
@@ -132,7 +132,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def main_process_first(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0, then on the others, which find what rank 0 downloaded or generated."""
+    """Call `function` on rank 0, then on the others, which find the files that rank 0 downloaded or generated."""
     if world_size() == 1:
         return function()
     found: list[T] = []
@@ -147,17 +147,17 @@ def main_process_first(function: Callable[[], T]) -> T:
 
 
 def sync_status(error: UserError | Stopped | None = None, *counts: int) -> list[int]:
-    """Return the sum of each count over all ranks; or raise `error`, which ends all of them.
+    """Return the sum of each count over all ranks; or raise `error`, which stops all of them.
 
-    The other ranks raise PeerError, or Stopped if `error` is that.
+    The other ranks raise PeerError, or Stopped if `error` is a Stopped.
     """
     return start_sync_status(error, *counts)()
 
 
 def start_sync_status(error: UserError | Stopped | None = None, *counts: int) -> Callable[[], list[int]]:
-    """Begin to tell the other ranks, and return a function that ends it; together they are `sync_status`.
+    """Begin `sync_status` without waiting, and return a function that completes it.
 
-    This rank can do something else in between, also communicate.
+    This rank can do other work in between, including communication.
     """
     ctrl_c = isinstance(error, Stopped) and signal.SIGINT in error.args
     flags = torch.tensor([isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts], dtype=torch.int64)
@@ -203,7 +203,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensors: list[Tensor]) -> None:
-    """Overwrite tensors with those of rank 0."""
+    """Overwrite tensors with the values of rank 0."""
     if world_size() > 1:
         with collective():
             for tensor in tensors:
@@ -211,7 +211,7 @@ def broadcast(tensors: list[Tensor]) -> None:
 
 
 def first_to_print(text: str) -> bool:
-    """Return whether no other rank has printed `text` yet, so that an error of all ranks is one line."""
+    """Return whether no other rank has printed `text` yet, so that an error common to all ranks is one line."""
     try:
         return _store is None or _store.add(f"printed {text}", 1) == 1
     except RuntimeError:
@@ -221,7 +221,7 @@ def first_to_print(text: str) -> bool:
 def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """Return a module whose gradients are averaged over the ranks in the backward pass; itself with a single process.
 
-    Running statistics of batch norm are those of rank 0 (on CUDA, with SyncBatchNorm, they are equal on all ranks).
+    Batch norm uses the running statistics of rank 0 (on CUDA, with SyncBatchNorm, they are equal on all ranks).
     """
     if world_size() == 1:
         return module
@@ -229,7 +229,7 @@ def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which gradients of a module from `in_parallel`, if `active`, stay those of this rank."""
+    """Return a context in which, if `active`, gradients of a module from `in_parallel` are not averaged."""
     return module.no_sync() if active and world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
 
@@ -237,7 +237,7 @@ def no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManage
 def collective(counted: bool = True) -> Iterator[None]:
     """Turn a failure of communication in a `with` block into a LostError that names the missing ranks.
 
-    `counted` is False for a block that does other things before it communicates; it calls `announce` when it begins to.
+    `counted` is False for a block that does other work before it communicates; it then calls `announce` itself.
     """
     try:
         if counted:
@@ -250,13 +250,13 @@ def collective(counted: bool = True) -> Iterator[None]:
         if not names:
             raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
         raise LostError(
-            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond: "
-            "ended, or busy for longer than train.timeout; see its output, then continue with --resume"
+            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond "
+            "(ended, or busy for longer than train.timeout); see its output, then continue with --resume"
         ) from None
 
 
 def announce() -> None:
-    """Tell the other ranks that this one has come to its next communication, which they may wait for."""
+    """Announce to the other ranks that this one has reached its next communication, which they may wait for."""
     global _entered
     if world_size() > 1:
         assert _store is not None
@@ -269,10 +269,10 @@ def _together() -> bool:
 
 
 def _missing() -> list[int]:
-    """Return the ranks that have not come as far as this one."""
+    """Return the ranks that are behind this one."""
     assert _store is not None
     try:
         keys = [f"entered {other}" for other in range(world_size())]
         return [n for n, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < _entered]
-    except RuntimeError:  # the store is in process 0 when torchrun does not keep it
+    except RuntimeError:  # process 0 holds the store when torchrun does not
         return [0]

@@ -1,4 +1,4 @@
-"""What a run runs on: versions, machine, variables. What a bug report needs, without personal paths."""
+"""The environment of a run for a bug report: versions, machine, variables, without personal paths."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "segcore", "seg-cuda-ops")
 VARIABLES = ("OMP_", "MKL_", "CUDA_", "NCCL_", "PYTORCH_", "TORCH", "SEG", "WORLD_SIZE", "SLURM_NTASKS")
-"""Beginnings of the environment variables that change what a run does."""
+"""Prefixes of the environment variables that affect a run."""
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, the packages that figures depend on (None: not installed) and our methods."""
+    """Return the versions of Python, the packages that results depend on (None: not installed) and our methods."""
     points = [point.dist for point in entry_points(group="segcore.methods")]
     methods = {dist.name: dist.version for dist in points if dist is not None}
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **methods}
 
 
 def git_hash() -> str | None:
-    """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside of one."""
-    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]  # not just any repository around a .venv
+    """Return the commit of the checkout that this code is in, `-dirty` after local changes; None outside a checkout."""
+    tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]  # not an unrelated repository around a .venv
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     for command in (tracked, describe):
         done = _output(command)
@@ -33,7 +33,7 @@ def git_hash() -> str | None:
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """Return all that `segcore env` prints, in groups, as plain data. Values of variables with a `/` are left out."""
+    """Return everything that `segcore env` prints, in groups, as plain data; values with a `/` are left out."""
     import torch
 
     cuda = torch.version.cuda is not None and torch.cuda.is_available()
@@ -61,7 +61,7 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def as_text(groups: dict[str, dict[str, Any]]) -> str:
-    """Return the groups as lines to paste: a heading each, then `name: value`."""
+    """Return the groups as text to paste: a heading per group, then `name: value` lines."""
     lines = []
     for group, values in groups.items():
         lines += [
@@ -82,7 +82,7 @@ def _cpu() -> str:
 
 
 def _kernels() -> dict[str, str]:
-    """Return what serves each operator on each kind of device, where the operators can tell."""
+    """Return the kernel that serves each operator on each type of device, if the operators report it."""
     from segcore import ops
 
     found: dict[str, dict[str, str]] = getattr(ops, "kernels", dict)()
@@ -97,7 +97,7 @@ def _version(name: str) -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """Return what a program prints, stripped; None when it is absent or fails."""
+    """Return the stripped output of a program; None when it is absent or fails."""
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never sees a partial one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from segcore.errors import UserError
 
 
 def write(path: Path | str, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside it, synced, then renamed. Its folder is made; text is UTF-8.
+    """Write a file completely or not at all: under a temporary name, synced, then renamed. Creates the folder; UTF-8.
 
-    Raises UserError naming the path when the disk is full, the folder cannot be written to, and the like.
+    Raises UserError naming the path when the disk is full, the folder is not writable, or similar.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -30,7 +30,7 @@ def write(path: Path | str, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, remedy: str = "free space or choose another folder") -> Iterator[None]:
-    """Turn an OSError into a UserError naming `path`: of a full disk, Python itself does not say which file."""
+    """Turn an OSError into a UserError naming `path`: on a full disk, Python does not name the file."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names where the system can do that, is on the disk."""
+    """Wait until a file is on the disk, or a folder's list of names if the system supports that."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:

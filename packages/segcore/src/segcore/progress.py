@@ -1,4 +1,4 @@
-"""Progress of a long task: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long task: a bar on a terminal, otherwise a plain line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PLAIN_SECONDS = 10.0
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function `advance(done, total)` that shows how far the task is; what is shown goes to standard error.
+    """Yield a function `advance(done, total)` that shows the progress of a task on standard error.
 
-    Of several processes that torchrun started only the first shows anything.
+    Under torchrun, only rank 0 shows anything.
     """
     if os.environ.get("RANK", "0") != "0":
         yield lambda done, total: None

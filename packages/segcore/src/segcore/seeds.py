@@ -1,7 +1,7 @@
-"""One seed function per purpose: every random draw of a run follows from integers that say what it is for.
+"""One seed function per purpose: integers that identify a random draw determine its seed.
 
-All seeds lie in 0 .. 2^32 - 1. The purpose is hashed with the integers, so draws for different purposes are independent
-even where their integers are equal. The same arguments give the same seed on every machine, Python and process.
+All seeds lie in 0 .. 2^32 - 1. The hash includes the purpose, so draws for different purposes are independent even
+if their integers are equal. The same arguments give the same seed on every machine, Python and process.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def window_seed(image_seed: int, view: int, window: int) -> int:
 
 
 def start_seed(image_seed: int, start: int) -> int:
-    """Return the seed of random start number `start` of an image; start 0 is the image's own answer."""
+    """Return the seed of random start number `start` of an image; start 0 uses `image_seed` itself."""
     return _derive("start", image_seed, start) if start else image_seed
 
 
@@ -48,7 +48,7 @@ def corruption_seed(seed: int, index: int) -> int:
 
 
 def scene_seed(seed: int, split: int, index: int) -> int:
-    """Return the seed of a toy scene; without a purpose in it, as the stored scenes were drawn."""
+    """Return the seed of a toy scene; without a purpose in the hash, as for the stored scenes."""
     return _derive(seed, split, index)
 
 

@@ -1,4 +1,4 @@
-"""Evaluate tiny.py's model below torchrun: `count.py FOLDER OUTPUT` saves the confusion matrix of process 0."""
+"""Evaluate tiny.py's model under torchrun: `count.py FOLDER OUTPUT` saves the confusion matrix of process 0."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run of seconds for tests of processes: `train tiny.py:tiny --data.root FOLDER`, below torchrun or alone.
+"""A run of seconds for tests of processes: `train tiny.py:tiny --data.root FOLDER`, under torchrun or alone.
 
 The environment variable TINY_FAULT, `KIND:RANK:ITERATION`, lets one process fail: `nan` (its loss, three times with
 `nan3`), `die`, or `sleep` past its time.
@@ -27,7 +27,7 @@ KIND, RANK, ITERATION = (os.environ.get("TINY_FAULT") or "none:0:-1").split(":")
 
 
 class Net(Tiny):
-    """A convolution, a group norm and seeded noise in float64; no batch norm, whose statistics are each process's."""
+    """A convolution, a group norm and seeded noise in float64; no batch norm: its statistics differ by process."""
 
     def __init__(self, num_classes: int, pause: float) -> None:
         super().__init__(num_classes, noise=0.1, norm=partial(nn.GroupNorm, 2))
@@ -40,7 +40,7 @@ class Net(Tiny):
         return {"loss": losses["loss"] * self.fault()}
 
     def fault(self) -> float:
-        """Return the factor of the loss, after what TINY_FAULT asks for."""
+        """Return the factor of the loss, after the fault that TINY_FAULT requests."""
         self.losses_taken += 1
         late = self.losses_taken - 1 - int(ITERATION)
         if os.environ.get("RANK", "0") != RANK or not 0 <= late < (3 if KIND == "nan3" else 1):
@@ -56,7 +56,7 @@ class Net(Tiny):
 class TinyModel(ModelConfig):
     num_classes: int = 3
     pause: float = 0.0
-    """Seconds that a step takes at least."""
+    """Minimum seconds per step."""
 
     def build(self) -> Segmentor:
         return Net(self.num_classes, self.pause)

@@ -29,10 +29,10 @@ ACCEPTED = (
 
 
 class NumpyValue:
-    """Stands for the numpy scalars and arrays in a checkpoint: it takes what it is given and keeps nothing.
+    """Placeholder for numpy scalars and arrays in a checkpoint: it accepts any arguments and keeps nothing.
 
     OpenMMLab stores its best score as a numpy scalar and palettes as arrays. Nothing here reads them, and numpy's own
-    functions would let a crafted file set the flags of a dtype, which are not checked.
+    functions would let a crafted file set a dtype's flags, which numpy does not check.
     """
 
     def __init__(self, *args: object) -> None: ...
@@ -42,22 +42,22 @@ class NumpyValue:
 
 _MULTIARRAY = [f"{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _ALLOWED: list[Any] = [(NumpyValue, f"numpy.{name}") for name in ("dtype", "ndarray", *_MULTIARRAY)]
-"""All that a PyTorch file may name besides torch's own. Numpy 1 has the functions in `core`, numpy 2 in `_core`."""
+"""The only names other than torch's that a PyTorch file may use. Numpy 1 has them in `core`, numpy 2 in `_core`."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the weights in a `.safetensors` file, a PyTorch file or one of our checkpoint folders, on the CPU.
 
-    Of a file this is its `state_dict`, `model` or `module` entry or else the whole, without a leading `module.` in the
+    From a file it takes the `state_dict`, `model` or `module` entry, else everything, without a leading `module.` in
     names and without `ema_*` copies (ddp/SPEC.md section 5). Tensors may be backed by the file: do not write to them.
-    Raises ValueError when the file is missing, damaged, asks for code or holds anything but dense tensors by name.
+    Raises ValueError when the file is missing, damaged, requires code, or holds anything but dense tensors by name.
     """
     if path.is_dir():
         return read_model_state(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file (looked at {path.absolute()}); {ACCEPTED}")
     if kind := not_weights(path):
-        raise UserError(f"{path}: this is {kind}, not weights; delete it and download the file itself")
+        raise UserError(f"{path}: this is {kind}, not weights; delete it and download the actual file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -69,7 +69,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
-            f"{path}: not only dense tensors under text names: {', '.join(wrong[:3])}{more}; "
+            f"{path}: contains entries other than dense tensors by text name: {', '.join(wrong[:3])}{more}; "
             f"give a file that is a state dict or has one under {', '.join(WRAPPERS)}"
         )
     names = {name: str(name).removeprefix("module.") for name in state}
@@ -77,7 +77,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def not_weights(path: Path) -> str:
-    """Return "a web page" or "a Git LFS pointer" for a file that begins like one, else ""."""
+    """Return "a web page" or "a Git LFS pointer" if the file begins like one, else ""."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -91,15 +91,15 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}); get it again") from None
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}); download it again") from None
 
 
 def _read_torch(path: Path) -> Any:
-    """Return what a PyTorch file holds, through the allow-list; executes nothing in it."""
-    damaged = f"{path}: damaged, cut off or not a PyTorch weights file; get it again"
+    """Return the content of a PyTorch file, through the allow-list; executes nothing in it."""
+    damaged = f"{path}: damaged, truncated or not a PyTorch weights file; download it again"
     try:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
+            warnings.simplefilter("ignore")  # about pickle protocols; the error suffices
             mmap = zipfile.is_zipfile(path) and _check_zip(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
@@ -107,8 +107,8 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if name := _refused(path, str(error)):
             raise UserError(
-                f"{path}: refused, nothing was executed: it asks for {name}, which weights do not need; "
-                "get it again, or ask its authors for a plain state dict, best as safetensors"
+                f"{path}: refused, nothing was executed: it requires {name}, which weights do not need; "
+                "download it again, or ask its authors for a plain state dict, best as safetensors"
             ) from None
         raise UserError(damaged) from None
     except Exception:  # a damaged pickle can fail in any way
@@ -116,12 +116,12 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_zip(path: Path) -> bool:
-    """Check the checksums of a PyTorch zip file, which torch does not; return whether it can be mapped into memory."""
+    """Verify the checksums of a PyTorch zip file, which torch does not; return whether it can be mapped into memory."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch.serialization.set_crc32_options(False) leaves them all 0
         if any(entry.CRC for entry in entries) and (bad := archive.testzip()):
-            raise UserError(f"{path}: damaged ({bad!r} fails its checksum); get it again")
+            raise UserError(f"{path}: damaged ({bad!r} fails its checksum); download it again")
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
@@ -129,14 +129,14 @@ def _refused(path: Path, message: str) -> str | None:
     """Return the function or class that the unpickler stopped at, None if it stopped for another reason."""
     if found := re.search(r"GLOBAL ([\w.]+)", message):
         return found[1]
-    # Since protocol 4, functions are named by two strings on the stack; torch stops at the first one without telling.
+    # Since protocol 4, functions are named by two strings on the stack; torch stops at the first one without naming it.
     strings = [""]
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         file: IO[bytes] = stack.enter_context(path.open("rb"))
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
             file = stack.enter_context(archive.open(next(n for n in archive.namelist() if n.endswith("/data.pkl"))))
-        while True:  # one pickle after the other, until what follows is none
+        while True:  # one pickle after the other, until the rest is not a pickle
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "STACK_GLOBAL":
                     return ".".join(strings[-2:])
@@ -146,7 +146,7 @@ def _refused(path: Path, message: str) -> str | None:
 
 
 def _is_weight(name: object, value: object) -> bool:
-    """Whether this is an ordinary tensor under a name: dense, real, with data."""
+    """Return whether this is an ordinary tensor with a text name: dense, real, with data."""
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
     return (

@@ -1,4 +1,4 @@
-"""Find published weights and download them: from the Hugging Face hub, from Google Drive, and from other hosts."""
+"""Find published weights and download them from the Hugging Face hub, Google Drive, and other hosts."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 4
 PAUSE = 2.0
-"""Seconds before the second attempt; each further pause is twice as long."""
+"""Seconds before the second attempt; each further pause doubles."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 HUB = "https://huggingface.co"
-"""Replaced by the mirror `$HF_ENDPOINT` where that is set."""
+"""The mirror `$HF_ENDPOINT`, if set, replaces it."""
 
 
 def official_file(name: str, *, offline: bool = False) -> Path:
-    """Return the local file of a published row's weights, downloading it where it is absent.
+    """Return the local file of a published row's weights, downloading it if absent.
 
-    Raises ValueError when the row is not a published one, its authors offer no weights, or they cannot be downloaded.
+    Raises ValueError when the row is not published, its authors offer no weights, or the download fails.
     """
     row = published(name)
     if row is None:
-        raise UserError(f"{name!r} is not a published configuration; `configs` lists them, write official:CONFIG")
+        raise UserError(f"{name!r} is not a published configuration; `configs` lists them, use official:CONFIG")
     if row.url is None and row.page is not None:
-        raise UserError(f"the weights of {name} are at {row.page}; download the file there and give its path")
+        raise UserError(f"the weights of {name} are at {row.page}; download the file there and pass its path")
     if row.url is None:
-        raise UserError(f"the authors of {name} offer no weights for it; train it, or give a checkpoint of your own")
+        raise UserError(f"the authors of {name} offer no weights for it; train it, or pass your own checkpoint")
     return fetch(row.url, offline=offline, name=row.file)
 
 
@@ -55,9 +55,9 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
     """Return the file of `url` in `weights_dir()`, downloading it if it is not there.
 
     `name` is the local file name, by default the URL's last part; `sha256` (hexadecimal) is the expected hash. The file
-    is downloaded into a temporary folder, checked and then renamed, so it appears whole or not at all. Addresses are
-    https, or plain http within this machine.
-    Raises ValueError naming the URL and where to put the file when it is absent and cannot be downloaded.
+    is downloaded into a temporary folder, checked and then renamed, so it appears complete or not at all. URLs must
+    be https, or plain http to this machine.
+    Raises ValueError naming the URL and the file's place when it is absent and cannot be downloaded.
     """
     if url.startswith(f"{HUB}/"):
         url = os.environ.get("HF_ENDPOINT", HUB).rstrip("/") + url.removeprefix(HUB)
@@ -68,17 +68,17 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
         return target
     by_hand = f"download {url} and put the file at {target}"
     if offline:
-        raise UserError(f"{target}: missing, and downloads are switched off; {by_hand}")
+        raise UserError(f"{target}: missing, and downloads are disabled; {by_hand}")
     parts = urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {("http", "127.0.0.1"), ("http", "localhost")}:
         raise UserError(f"{url}: not an https address; {by_hand}")
     with files.writing(target, "free space or set SEGCORE_WEIGHTS to another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: several processes may download the same file at once.
+        # A separate folder: several processes may download the same file at once.
         with tempfile.TemporaryDirectory(".part", f".{target.name}.", target.parent, ignore_cleanup_errors=True) as own:
             part = _download(url, Path(own), by_hand)
             if kind := not_weights(part):
-                raise UserError(f"{url}: the answer is {kind}, not weights (a login or a proxy?); {by_hand}")
+                raise UserError(f"{url}: the server sent {kind}, not weights (a login or a proxy?); {by_hand}")
             if sha256 and files.sha256(part) != sha256:
                 raise UserError(f"{url}: the SHA-256 of the download is not {sha256}; try again, or {by_hand}")
             files.sync(part)
@@ -97,9 +97,9 @@ def _download(url: str, folder: Path, by_hand: str) -> Path:
         return _from_host(url, folder, by_hand)
     except UserError:
         raise
-    except Exception as error:  # each library has its own exceptions, and other ones in other versions
+    except Exception as error:  # exceptions differ between libraries and their versions
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-            raise  # from the disk
+            raise  # a disk error
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise UserError(f"{url}: cannot be downloaded ({reason}); {by_hand}") from None
@@ -118,7 +118,7 @@ def _from_google_drive(url: str, folder: Path, by_hand: str) -> Path:
         raise UserError(f"{url}: Google Drive needs gdown; pip install 'segcore[drive]', or {by_hand}") from None
     part = folder / "download"
     if gdown.download(id=parse_qs(urlsplit(url).query)["id"][0], output=str(part)) is None:
-        raise UserError(f"{url}: Google Drive does not give the file; {by_hand}")
+        raise UserError(f"{url}: Google Drive does not provide the file; {by_hand}")
     return part
 
 
@@ -133,16 +133,16 @@ def _from_host(url: str, folder: Path, by_hand: str) -> Path:
         respect_retry_after_header=False, raise_on_status=False,
     )  # fmt: skip
     with requests.Session() as session:
-        session.adapters.clear()  # a redirect to plain http elsewhere finds none
+        session.adapters.clear()  # a redirect to plain http elsewhere finds no adapter
         for prefix in ("https://", "{0.scheme}://{0.netloc}/".format(urlsplit(url))):
             session.mount(prefix, HTTPAdapter(max_retries=retry))
         session.headers.update({"User-Agent": "segcore", "Accept-Encoding": "identity"})
         for _ in range(ATTEMPTS):  # urllib3 does not retry once the body has begun
             with session.get(url, stream=True, timeout=TIMEOUT) as answer:
                 if not answer.ok:
-                    raise UserError(f"{url}: the server answers {answer.status_code} {answer.reason}; {by_hand}")
+                    raise UserError(f"{url}: the server returned {answer.status_code} {answer.reason}; {by_hand}")
                 if answer.headers.get("Content-Type", "").startswith("text/html"):
-                    raise UserError(f"{url}: the answer is a web page, not weights (a login or a proxy?); {by_hand}")
+                    raise UserError(f"{url}: the server sent a web page, not weights (a login or a proxy?); {by_hand}")
                 total, done = int(answer.headers.get("Content-Length", 0)), 0
                 with part.open("wb") as file, progress(f"downloading {name} (kB)") as advance:
                     try:
@@ -154,14 +154,14 @@ def _from_host(url: str, folder: Path, by_hand: str) -> Path:
                     except requests.RequestException:
                         continue
     raise UserError(
-        f"{url}: the connection broke {ATTEMPTS} times ({done} of {total} bytes came); try again, or {by_hand}"
+        f"{url}: the connection broke {ATTEMPTS} times ({done} of {total} bytes received); try again, or {by_hand}"
     )
 
 
 def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
     """Return the state dict of a timm model with its pretrained weights, under the names of the installed timm.
 
-    The file is `<tag>.safetensors` in `weights_dir()`, downloaded where absent from timm's collection on the hub.
+    The file is `<tag>.safetensors` in `weights_dir()`, downloaded from timm's collection on the hub if absent.
     """
     import timm
 
@@ -170,7 +170,7 @@ def timm_state(tag: str, *, offline: bool) -> dict[str, Tensor]:
     except RuntimeError as error:
         raise UserError(f"train.init_from {tag}: {error} timm.list_pretrained() in Python lists all tags") from None
     if cfg is None or not cfg.hf_hub_id:
-        raise UserError(f"train.init_from {tag}: timm offers no weights for it; give another tag or a file")
+        raise UserError(f"train.init_from {tag}: timm offers no weights for it; choose another tag or a file")
     tag = f"{cfg.architecture}.{cfg.tag}"
     url = f"{HUB}/{cfg.hf_hub_id}/resolve/main/model.safetensors"
     path = fetch(url, offline=offline, name=f"{tag}.safetensors")

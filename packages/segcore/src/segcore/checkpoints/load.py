@@ -18,14 +18,14 @@ from segcore.models.segmentor import LoadReport, Segmentor
 def load_weights(model: Segmentor, path: Path) -> LoadReport:
     """Load a checkpoint of the whole model and report what was loaded.
 
-    The names of the tensors tell our own checkpoints from published ones. Strict: raises ValueError, and changes
+    Tensor names distinguish our own checkpoints from published ones. Strict: raises ValueError, and changes
     nothing, unless every tensor is used and every parameter is set (see `Segmentor.load_official`).
     """
     return _load(model, read_state(path), path)
 
 
 def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
-    """Load the start weights that `train.init_from` names and return a line that reports what was loaded.
+    """Load the start weights that `train.init_from` names and return a one-line report.
 
     `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file with weights of the
     backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to `model.load_pretrained`.
@@ -48,9 +48,9 @@ def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
 def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:
     """Return the file or checkpoint folder that `checkpoint` names, downloading it if it is a published one.
 
-    `official` is the published file of `experiment_name`, `official:CONFIG` that of another row. The path of a file or
-    of a checkpoint folder is returned as it is; a work_dir gives its best, else its newest checkpoint. Raises
-    ValueError when there is none of these.
+    `official` means the published file of `experiment_name`, `official:CONFIG` that of row CONFIG. The path of a file
+    or of a checkpoint folder is returned unchanged; a work_dir yields its best, else its newest checkpoint. Raises
+    ValueError when none of these exists.
     """
     if checkpoint == "official" or checkpoint.startswith("official:"):
         return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
@@ -69,7 +69,7 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
 
 @contextlib.contextmanager
 def _naming(source: object) -> Iterator[None]:
-    """Put the source in front of a model's messages about its tensors."""
+    """Prefix a model's messages about its tensors with the source."""
     try:
         yield
     except UserError as error:

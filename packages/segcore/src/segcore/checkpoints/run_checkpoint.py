@@ -2,9 +2,8 @@
 
 A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (the rest of the state
 that a run needs to continue), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of
-the other three). `save` writes it under a temporary name, syncs it to disk with the manifest last, then renames it. A
-checkpoint that is saved again is first renamed out of the way: after a kill between the two renames, readers put it
-back.
+the other three). `save` writes it under a temporary name, syncs it to disk with the manifest last, then renames it. To
+save a checkpoint again, it first renames the old one; after a kill between the two renames, readers rename it back.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ class Checkpoint:
     model: dict[str, Tensor]
     """The model's state dict."""
     state: dict[str, Any]
-    """The other state of the loop: iteration, optimizer, gradient scaler, best mIoU."""
+    """The rest of the loop's state: iteration, optimizer, gradient scaler, best mIoU."""
     experiment: dict[str, Any]
     """Settings and versions of the run, see `segcore.config.record.describe`."""
 
 
 def folder_of(work_dir: Path, iteration: int) -> Path:
-    """Return where the checkpoint after `iteration` finished iterations is or would be."""
+    """Return the folder of the checkpoint after `iteration` finished iterations, which need not exist."""
     return work_dir / "checkpoints" / f"iter_{iteration}"
 
 
 def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
     """Write a checkpoint, replacing one of the same name.
 
-    `model` is a state dict; `state` is plain data and tensors. Raises UserError when it cannot be written (a full disk
-    …); earlier checkpoints stay untouched.
+    `model` is a state dict; `state` is plain data and tensors. Raises UserError when it cannot be written (such
+    as a full disk); earlier checkpoints stay unchanged.
     """
     temporary, replaced = _beside(folder)
     try:
@@ -79,13 +78,13 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
         _recover(folder.parent)
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: cannot write the checkpoint ({reason}); make room there or make it "
+            f"{folder}: cannot write the checkpoint ({reason}); free space there or make it "
             "writable, then start again with --resume: training continues from the last one"
         ) from None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Return the contents of a checkpoint after comparing every file with the manifest; nothing in it is executed.
+    """Return the contents of a checkpoint after verifying every file against the manifest; nothing in it is executed.
 
     Raises UserError that names the damaged file and the checkpoint to use instead.
     """
@@ -106,7 +105,7 @@ def read_model_state(folder: Path) -> dict[str, Tensor]:
 
 
 def newest(work_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, None without one. Reports on stderr which damaged ones it skips."""
+    """Return the newest complete checkpoint of a run, or None. Reports on stderr which damaged ones it skips."""
     _recover(work_dir / "checkpoints")
     for _, folder in _numbered(work_dir / "checkpoints"):
         if damage := _damage(folder):
@@ -122,7 +121,7 @@ def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
 
 
 def best(work_dir: Path) -> Path | None:
-    """Return the checkpoint recorded as the best, None when there is none or it is gone."""
+    """Return the checkpoint recorded as the best, None when there is none or it was removed."""
     _recover(work_dir / "checkpoints")
     folder, _ = _best(work_dir)
     return folder if folder and folder.is_dir() else None
@@ -131,11 +130,11 @@ def best(work_dir: Path) -> Path | None:
 def standing(folder: Path) -> str:
     """Return a phrase for a checkpoint of a run: "the run's best" with its mIoU, or "the run's newest"."""
     found, figure = _best(folder.parents[1])
-    return f"the run's best, mIoU {100 * figure:.2f}" if found == folder else "the run's newest; none is known as best"
+    return f"the run's best, mIoU {100 * figure:.2f}" if found == folder else "the run's newest; no best recorded"
 
 
 def _best(work_dir: Path) -> tuple[Path | None, float]:
-    """Return the checkpoint that best.json names, which may be gone, and its mIoU (0..1)."""
+    """Return the checkpoint that best.json names, which may have been removed, and its mIoU (0..1)."""
     try:
         record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
         return folder_of(work_dir, int(record["iteration"])), float(record["mIoU"])
@@ -146,19 +145,19 @@ def _best(work_dir: Path) -> tuple[Path | None, float]:
 def prune(work_dir: Path, keep: int, iteration: int) -> None:
     """Remove all but the best checkpoint and the `keep` newest up to `iteration`, the one just saved.
 
-    Later ones are removed because resume has found them damaged; leftovers of interrupted saves are removed, too.
+    Later ones are removed because resume found them damaged; leftovers of interrupted saves are also removed.
     """
     folders = _numbered(work_dir / "checkpoints")
     kept = [folder for number, folder in folders if number <= iteration][:keep]
     extra = [folder for _, folder in folders if folder not in kept and folder != best(work_dir)]
     for folder in (*extra, *(work_dir / "checkpoints").glob(".*.tmp")):
-        with contextlib.suppress(OSError):  # a removal that is cut off leaves nothing that looks whole
+        with contextlib.suppress(OSError):  # an interrupted removal leaves nothing that looks complete
             (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, none sharing memory with another: as safetensors needs them."""
+    """Return the tensors on the CPU, contiguous, without shared memory, as safetensors requires."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.items():
@@ -170,7 +169,7 @@ def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    """Return the temporary names of a checkpoint that is being written and of the one that it replaces."""
+    """Return the temporary names of the checkpoint being written and of the one it replaces."""
     return folder.with_name(f".{folder.name}.new.tmp"), folder.with_name(f".{folder.name}.old.tmp")
 
 
@@ -189,7 +188,7 @@ def _text(manifest: Any) -> str:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return (iteration, checkpoint) of all in the folder, newest first."""
+    """Return (iteration, checkpoint) of all checkpoints in the folder, newest first."""
     found = [(re.fullmatch(r"iter_(\d+)", path.name), path) for path in folder.glob("iter_*")]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
@@ -229,7 +228,7 @@ def _require_whole(folder: Path) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """Return the remedy: the newest other checkpoint beside `folder` that is complete."""
+    """Return the remedy: the newest other complete checkpoint in the folder of `folder`."""
     others = (path for _, path in _numbered(folder.parent) if path.name != folder.name and not _damage(path))
     other = next(others, None)
-    return f"use {other} instead" if other else "there is no other checkpoint beside it: train again"
+    return f"use {other} instead" if other else "there is no other complete checkpoint: train again"

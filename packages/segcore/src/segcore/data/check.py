@@ -1,4 +1,4 @@
-"""Check a data set before a long training run: read every file and report every problem in a line.
+"""Check a data set before a long training run: read every file and report every problem in one line.
 
 Files are read in threads: decoding, nearly all of the work, releases the interpreter's lock in both OpenCV and Pillow.
 """
@@ -31,14 +31,14 @@ class Report:
 
     Attributes:
         split: train or val.
-        samples, labels: number of usable images, and of those with a label file.
+        samples, labels: number of usable images, and how many of them have a label file.
         sizes: (height, width) -> number of readable images.
         classes: K names.
         pixels: label pixels per class.
-        present: images per class that hold at least one pixel of it.
-        ignored: label pixels that are ignored.
-        problems: a line about every file that would stop training or evaluation, naming file, value and remedy.
-        notes: remarks that stop nothing.
+        present: number of images per class with at least one pixel of it.
+        ignored: number of ignored label pixels.
+        problems: one line per file that would stop training or evaluation, naming file, value and remedy.
+        notes: remarks that do not stop a run.
     """
 
     split: str
@@ -87,17 +87,17 @@ class SampleCheck:
 def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Report:
     """Read every file of a split and return its content and all its problems; shows a progress bar.
 
-    `num_classes` is that of the model, None to skip the comparison. Raises nothing about the files.
+    `num_classes` is the model's number of classes, None to skip the comparison. Never raises because of a file.
     """
     try:
         dataset = find_files(data, split)
-    except UserError as error:  # no folder, no images …: there is nothing to read
+    except UserError as error:  # no folder or no images: nothing to read
         return Report(split, problems=[str(error)])
     count, has_label = len(dataset.classes), sum(sample.label is not None for sample in dataset.samples)
     report = Report(split, len(dataset), has_label, classes=dataset.classes, problems=list(dataset.missing))
     if num_classes not in (None, count):
         report.problems.append(
-            f"{data.root}: holds {count} classes but model.num_classes is {num_classes}; set one to the other"
+            f"{data.root}: has {count} classes but model.num_classes is {num_classes}; make them equal"
         )
     pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for sample in _each(lambda index: check_sample(dataset, index), len(dataset), f"reading {split}"):
@@ -115,7 +115,7 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         more = f" (and {len(dataset.unmatched_labels) - 1} more)" if len(dataset.unmatched_labels) > 1 else ""
         report.notes.append(f"{dataset.unmatched_labels[0]}: a label without an image{more}")
     if not has_label:
-        report.notes.append(f"{data.root}: no labels, so nothing can be evaluated here")
+        report.notes.append(f"{data.root}: no labels, so this split cannot be evaluated")
     elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         report.notes.append(f"{data.root}: no pixel is labeled {', '.join(absent[:5])}{more}")
@@ -123,7 +123,7 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
 
 
 def check_sample(dataset: Dataset, index: int) -> SampleCheck:
-    """Read a sample's image and label completely; raises nothing about the files but returns their problems."""
+    """Read a sample's image and label completely; return problems with the files instead of raising them."""
     sample, problems = dataset.samples[index], list[str]()
     image = _collect(problems, lambda: dataset.image(index))
     label = _collect(problems, lambda: _label(dataset, index)) if sample.label else None
@@ -134,7 +134,7 @@ def check_sample(dataset: Dataset, index: int) -> SampleCheck:
 
 
 def check_headers(dataset: Dataset) -> list[str]:
-    """Return a line about every file that is missing or no image, and about every label of another size than its image.
+    """Return one line per file that is missing or not an image, and per label whose size differs from its image's.
 
     Reads only the beginning of each file, as a quick check before training; `check` finds damage further inside.
     """
@@ -146,7 +146,7 @@ def check_headers(dataset: Dataset) -> list[str]:
 
 
 def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Return the pixels per train id (256,) int64 of all readable labels, and a line about each unreadable one."""
+    """Return the pixels per train id (256,) int64 of all readable labels, and one line per unreadable one."""
     total, problems = np.zeros(256, np.int64), list[str]()
 
     def count(index: int) -> tuple[np.ndarray | None, list[str]]:
@@ -161,7 +161,7 @@ def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
 
 
 def _label(dataset: Dataset, index: int) -> np.ndarray:
-    """Return `Dataset.label` after comparing a PNG's checksums, which Pillow does not do when it decodes."""
+    """Return `Dataset.label` after verifying a PNG's checksums, which Pillow does not do when it decodes."""
     label, path = dataset.label(index), dataset.samples[index].label
     assert path is not None
     try:
@@ -177,7 +177,7 @@ def _headers(dataset: Dataset, index: int) -> list[str]:
     try:
         image, label = _header_size(sample.image), _header_size(sample.label or sample.image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return list(check_sample(dataset, index).problems)  # only OpenCV or NumPy reads it, or it is damaged
+        return list(check_sample(dataset, index).problems)  # only OpenCV or NumPy can read it, or it is damaged
     if sorted(image) != sorted(label):  # the EXIF orientation may turn the image
         _collect(problems, lambda: check_sizes(sample, image, label))
     return problems

@@ -31,13 +31,13 @@ class Dataset:
     Attributes:
         classes: K names in the order of the train ids.
         palette: (K, 3) uint8 RGB.
-        ignore_index: the train id that takes no part in loss and metric.
+        ignore_index: the train id that loss and metrics exclude.
         samples: the files, in a fixed order.
         image_root: folder that `name` is relative to.
         table: (256,) uint8, value in the label file -> train id; see `label_lut`.
-        channels, bit_depth: what the image files must hold.
-        missing: a line about every label that an image lacks (it is then no sample); `open_dataset` refuses these.
-        unmatched_labels: label files that belong to no image.
+        channels, bit_depth: required of the image files.
+        missing: one line per image without a label (it is left out of `samples`); `open_dataset` raises for these.
+        unmatched_labels: label files without an image.
     """
 
     classes: tuple[str, ...]
@@ -55,7 +55,7 @@ class Dataset:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        """Return the image's path below the image folder, with `/` and without its suffix: a name for outputs."""
+        """Return the image's path below the image folder, with `/` and without its suffix, to name outputs."""
         return self.samples[index].image.relative_to(self.image_root).with_suffix("").as_posix()
 
     def image(self, index: int) -> np.ndarray:
@@ -65,24 +65,24 @@ class Dataset:
     def label(self, index: int) -> np.ndarray:
         """Return (H, W) uint8 train ids: 0 .. K-1 and `ignore_index`.
 
-        Raises UserError naming the file and the values when it holds one that is neither a class nor ignored.
+        Raises UserError naming the file and the values when some are neither a class nor ignored.
         """
         path = self.samples[index].label
         if path is None:
-            raise UserError(f"{self.samples[index].image}: has no label file; give the masks of this split")
+            raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
         raw = read_label(path)
         label = cv2.LUT(raw, self.table)
         if (label == FORBIDDEN).any():
             found = np.unique(raw[label == FORBIDDEN])
             allowed = np.flatnonzero(self.table != FORBIDDEN)
             raise UserError(
-                f"{path}: label values {ranges(found)} are no classes; allowed are {ranges(allowed)}: "
+                f"{path}: label values {ranges(found)} are not classes; allowed are {ranges(allowed)}: "
                 "correct the mask or data.dataset and data.classes"
             )
         return label
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return (image, label) as `image` and `label` do, None for a sample without label file.
+        """Return (image, label) as `image` and `label` do; label is None for a sample without a label file.
 
         Raises UserError when the two differ in height or width.
         """

@@ -11,18 +11,18 @@ from PIL import Image
 from segcore.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".gif", ".npy")
-"""Files that count as images where a folder is searched, lower case."""
+"""Suffixes, in lower case, of the files that count as images when a folder is searched."""
 
-# Unreadable files raise UserError: one line, without OpenCV's own in front. Its version 5 moved the function.
+# Unreadable files raise a one-line UserError, so OpenCV's own messages are off. OpenCV 5 moved the function.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
 def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.ndarray:
     """Return the image (H, W, channels), uint8 or uint16 by `bit_depth`; three channels are RGB, four may be RGBA.
 
-    Three channels are decoded as the published systems do: gray files are repeated, alpha is dropped, EXIF
-    orientation is applied. Other counts are taken from the file: gray, RGBA, TIFF with a page per band, .npy (H, W, C).
-    Raises UserError for a file that is missing, empty, damaged, or that holds something else than stated.
+    Three channels are decoded as in the published systems: gray is repeated, alpha is dropped, EXIF
+    orientation is applied. Other counts are read as stored: gray, RGBA, TIFF with a page per band, .npy (H, W, C).
+    Raises UserError for a file that is missing, empty, damaged, or does not match `channels` and `bit_depth`.
     """
     path = Path(path)
     try:
@@ -34,13 +34,13 @@ def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.nd
     if image.shape[2:] != (channels,) or image.dtype != (np.uint8 if bit_depth == 8 else np.uint16):
         raise UserError(
             f"{path}: holds {image.dtype} of shape {image.shape}, but data.channels is {channels} and data.bit_depth "
-            f"{bit_depth}; set them to what the files hold, or convert the file"
+            f"{bit_depth}; set them to match the files, or convert the file"
         )
     return image
 
 
 def read_label(path: Path | str) -> np.ndarray:
-    """Return the values of a label file, (H, W) uint8, untouched: a palette PNG yields its indices.
+    """Return the values of a label file, (H, W) uint8, unchanged: a palette PNG yields its indices.
 
     Raises UserError for a file that is missing, damaged, has more than one channel or values beyond 255.
     """
@@ -50,7 +50,7 @@ def read_label(path: Path | str) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a label ({_reason(error)}); replace the file") from None
     if label.ndim != 2:
-        raise UserError(f"{path}: a label of shape {label.shape}; save one channel of class indices, not colors")
+        raise UserError(f"{path}: label of shape {label.shape}; save one channel of class indices, not colors")
     if label.dtype not in (np.uint8, np.bool_) and (label.min() < 0 or label.max() > 255):
         raise UserError(
             f"{path}: label values {label.min()} to {label.max()}; save class indices 0 to 254, and 255 to ignore"
@@ -59,13 +59,13 @@ def read_label(path: Path | str) -> np.ndarray:
 
 
 def _decode(data: bytes, channels: int) -> np.ndarray:
-    """Return the pixels of an encoded image in RGB order; raises ValueError with the reason when there are none."""
+    """Return the pixels of an encoded image in RGB order; raises ValueError with the reason on failure."""
     if not data:
         raise ValueError("the file is empty")
     # OpenCV 4 fills the missing part of a truncated file with gray.
     is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG")
     if (is_jpeg and data.find(b"\xff\xd9", _first_scan(data)) < 0) or (is_png and b"IEND" not in data):
-        raise ValueError("the file is cut short")
+        raise ValueError("the file is truncated")
     color = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
     buffer = np.frombuffer(data, np.uint8)
     image = cv2.imdecode(buffer, color.get(channels, cv2.IMREAD_UNCHANGED))
@@ -79,10 +79,10 @@ def _decode(data: bytes, channels: int) -> np.ndarray:
 
 
 def _first_scan(data: bytes) -> int:
-    """Return where the first scan of a JPEG begins: past its headers, which may hold a thumbnail with its own marks."""
+    """Return the offset of a JPEG's first scan, after its headers, which may hold a thumbnail with its own markers."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        fill = data[position + 1] == 0xFF  # any number of them may stand in front of a mark
+        fill = data[position + 1] == 0xFF  # any number of fill bytes may precede a marker
         position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return position
 
@@ -93,7 +93,7 @@ def _load_npy(path: Path) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what went wrong, short."""
+    """Return the first line of the error's message, shortened."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error) or type(error).__name__).splitlines()[0][:120]

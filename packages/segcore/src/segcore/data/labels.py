@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 IGNORE = 255
-FORBIDDEN = 254  # what a label table holds for values that may not occur
+FORBIDDEN = 254  # entry of a label table for values that must not occur
 
 
 def add_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the class names and colors with a black class `background` in front."""
+    """Return the class names and colors with a black class `background` added in front."""
     return ("background", *classes), np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
 
 def label_lut(values: Mapping[int, int] | int) -> np.ndarray:
-    """Return the (256,) uint8 table of label values -> train ids; every value that is not given may not occur.
+    """Return the (256,) uint8 table of label values -> train ids; values that are not given must not occur.
 
-    An integer K stands for 0 .. K-1 as they are and 255 ignored.
+    An integer K keeps 0 .. K-1 unchanged and ignores 255.
     """
     if isinstance(values, int):
         values = {IGNORE: IGNORE} | {index: index for index in range(values)}
@@ -29,7 +29,7 @@ def label_lut(values: Mapping[int, int] | int) -> np.ndarray:
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return names and (K, 3) uint8 RGB colors of a file with a line per class, such as `804080 road`."""
+    """Return names and (K, 3) uint8 RGB colors from a file with one line per class, such as `804080 road`."""
     colors, names = zip(*(line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()), strict=True)
     return names, np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
 

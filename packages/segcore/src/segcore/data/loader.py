@@ -1,7 +1,7 @@
-"""The order of the training samples and their random draws, and the processes that read ahead.
+"""The order of the training samples, their random draws, and the worker processes that read ahead.
 
-Order and augmentation are pure functions of (seed, iteration, position in the global batch). A run can therefore go
-on at any iteration, and the samples do not depend on the number of workers.
+Order and augmentation are pure functions of (seed, iteration, position in the global batch). A run can therefore
+resume at any iteration, and the samples do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Batch:
     Attributes:
         images: (n, C, H, W) float32, normalized.
         labels: (n, H, W) int64 train ids.
-        seeds: one integer per image, for the model's noise; its augmentation is drawn from another.
-        iteration: the optimizer step that it belongs to.
-        skipped: what was wrong with each sample that another one was taken for.
+        seeds: one integer per image, for the model's noise; augmentation has its own seed.
+        iteration: the optimizer step that the batch belongs to.
+        skipped: one error message per sample that was replaced by another one.
     """
 
     images: Tensor
@@ -88,12 +88,12 @@ def train_batches(
     on_error: OnError = "stop",
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the parts of every iteration start .. stop-1 that process `rank` of `world` trains on, in order.
+    """Yield, in order, the micro-batches of iterations start .. stop-1 that process `rank` of `world` trains on.
 
-    `batch` is the global batch, of which each process takes an equal share, and `micro` the images per part, which
-    divides that share. `workers` spawned processes read ahead; with 0 this process reads. They end with the iterator,
-    whichever way that ends. A sample that cannot be read raises UserError in either case, or with `on_error` "skip" is
-    replaced by the one after it in the data set.
+    `batch` is the global batch size, of which each process takes an equal share; `micro`, the images per micro-batch,
+    divides that share. `workers` spawned processes read ahead; with 0 this process reads. They exit with the iterator,
+    however it ends. An unreadable sample raises UserError in either case; with `on_error` "skip" the next sample of the
+    data set replaces it.
     """
     share = batch // world
     if batch % world or share % micro:
@@ -109,7 +109,7 @@ def eval_samples(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None] | UserError]:
     """Yield (index, image, label) of the samples `indices` (None: all) in order, as `Dataset.pair` reads them.
 
-    In the place of one that cannot be read comes the UserError. `workers` spawned processes read ahead.
+    An unreadable sample yields its UserError instead. `workers` spawned processes read ahead.
     """
     load = functools.partial(_load_pair, dataset)
     return _read_ahead(load, range(len(dataset)) if indices is None else indices, workers, errors=True)
@@ -132,7 +132,7 @@ def _load_batch(
 
 
 def _readable(dataset: Dataset, index: int, on_error: OnError) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return sample `index`, or the first one after it that can be read, and what was wrong with those passed over."""
+    """Return sample `index`, or the first readable one after it, and the error messages of those passed over."""
     errors: list[str] = []
     for offset in range(len(dataset)):
         index_now = (index + offset) % len(dataset)
@@ -153,7 +153,7 @@ def _load_pair(dataset: Dataset, index: int) -> tuple[int, np.ndarray, np.ndarra
 
 
 class _Loads(TorchDataset):
-    """What `load` returns for a key. A UserError is handed over as a value, as raising in a worker changes its text."""
+    """The result of `load` by key. A UserError is returned as a value, because raising in a worker changes its text."""
 
     def __init__(self, load: Callable[[Any], Any]) -> None:
         self.load = load
@@ -180,7 +180,7 @@ def _read_ahead(
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # the loader draws a number when it starts; leave torch's own generator alone
+            generator=torch.Generator(),  # the loader draws a number at its start; leave torch's own generator alone
         )
         loaded = iter(loader)
     try:
@@ -198,10 +198,10 @@ def _as_it_is(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # where they were not inherited as blocked
+    for number in (signal.SIGINT, signal.SIGTERM):  # in case they were not inherited as blocked
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _quiet_when_alone
-    atexit.register(os._exit, 0)  # without unloading the libraries, in which threads that still run can abort
+    atexit.register(os._exit, 0)  # without unloading libraries, whose running threads could abort
 
 
 def _quiet_when_alone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -212,12 +212,12 @@ def _quiet_when_alone(kind: type[BaseException], error: BaseException, traceback
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back for a `with` block, in which worker processes start.
+    """Delay Ctrl-C and SIGTERM during a `with` block in which worker processes start.
 
-    Those inherit that the signals are blocked: they are for this process, which ends its workers.
+    The workers inherit the blocked signals: only this process handles them, and it ends its workers.
     """
     signals, noted = (signal.SIGINT, signal.SIGTERM), list[int]()
-    main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+    main = threading.current_thread() is threading.main_thread()  # handlers can be set only there
     handlers = {number: signal.signal(number, lambda caught, _: noted.append(caught)) for number in signals * main}
     mask = None
     if hasattr(signal, "pthread_sigmask"):
@@ -227,7 +227,7 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what was blocked in this thread is noted now
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # signals that were blocked in this thread are noted now
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for caught in noted:

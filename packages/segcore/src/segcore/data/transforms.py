@@ -1,4 +1,4 @@
-"""Training transforms with the semantics of MMSegmentation 0.x, which DDP, DDPS and DGMN2 train with, on numpy arrays.
+"""Training transforms on numpy arrays with the semantics of MMSegmentation 0.x, which DDP, DDPS and DGMN2 train with.
 
 Images are (H, W, C) uint8 or uint16 RGB, labels (H, W) uint8. Randomness comes from a numpy RandomState, whose
 streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets, flip, photometric
@@ -21,7 +21,7 @@ from segcore.data.labels import IGNORE
 
 Box = tuple[int, int, int, int]
 """Rows y1 to y2 and columns x1 to x2 of an image, as (y1, y2, x1, x2)."""
-_MAX_CV_CHANNELS = 128  # what every OpenCV version takes in one call
+_MAX_CV_CHANNELS = 128  # every OpenCV version accepts this many in one call
 
 
 def rescale_size(height: int, width: int, scale: tuple[int, int] | float) -> tuple[int, int]:
@@ -42,13 +42,13 @@ def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = Non
     y1, y2, x1, x2 = box or (0, size[0], 0, size[1])
     if image.shape[:2] == size:
         return image[y1:y2, x1:x2]
-    # OpenCV rounds positions to float32 and weights to 1/2048: they are the same only when counted from the image's own
-    # corner at its own scale (`fx`, `fy`). What lies right of the box and below is not needed, so it is not computed.
+    # OpenCV rounds positions to float32 and weights to 1/2048: they match only when counted from the image's own
+    # corner at its own scale (`fx`, `fy`). Pixels to the right of the box and below it are not computed.
     (height, width), channels = image.shape[:2], image.shape[2]
     scale = size[0] / height, size[1] / width
     part = image[: math.ceil(y2 / scale[0]) + 2, : math.ceil(x2 / scale[1]) + 2]
     if (round(part.shape[0] * scale[0]), round(part.shape[1] * scale[1])) == part.shape[:2]:
-        part = image  # OpenCV copies what keeps its size, whatever the scale; the image as a whole does not keep it
+        part = image  # OpenCV copies input that keeps its size, whatever the scale; the whole image changes size
     parts = [
         cv2.resize(part[..., i : i + _MAX_CV_CHANNELS], None, fx=scale[1], fy=scale[0])[y1:y2, x1:x2]
         for i in range(0, channels, _MAX_CV_CHANNELS)
@@ -57,7 +57,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = Non
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Return the label at `size` (height, width), or the `box` of it: nearest, source index floor(i * old / new).
+    """Return the label at `size` (height, width), or its `box`: nearest neighbor, source index floor(i * old / new).
 
     The index is computed as OpenCV does.
     """
@@ -72,7 +72,7 @@ def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = Non
 
 
 def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
-    """Return whether the label has two values or more (255 left out) and the most frequent one is below that share."""
+    """Return whether the label has two or more values (255 excluded), the most frequent one below `cat_max_ratio`."""
     counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE].astype(np.int64)
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
@@ -86,7 +86,7 @@ def random_crop_box(
 ) -> Box:
     """Return (y1, y2, x1, x2) of a random window of at most `crop` (height, width), inside the label.
 
-    The label counts as resized to `size` (None: as it is). With `cat_max_ratio` below 1, a window that is not
+    The label is treated as resized to `size` (None: not resized). With `cat_max_ratio` below 1, a window that is not
     `is_varied` is drawn again up to 10 times; the 11th is not checked.
     """
     height, width = size = size or (label.shape[0], label.shape[1])
@@ -110,8 +110,8 @@ def photometric_distortion(image: np.ndarray, rng: RandomState) -> np.ndarray:
     """Return an 8-bit RGB image with random brightness, contrast, saturation and hue, each with probability 1/2.
 
     Every step clips and truncates to 8 bits. Brightness adds [-32, 32), contrast multiplies by [0.5, 1.5) before or
-    after the color steps, saturation by [0.5, 1.5) and hue adds -18 .. 17 (of 180) in 8-bit HSV, each in a round
-    trip of its own.
+    after the color steps, saturation by [0.5, 1.5) and hue adds -18 .. 17 (of 180) in 8-bit HSV, each in a
+    separate round trip.
     """
     values = np.arange(256, dtype=np.float32)
 
@@ -145,11 +145,11 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Return (image - mean) / std as float32 (H, W, C), computed in float32; `mean`, `std` in units of the image.
 
-    In memory the channels are planes, as models read them.
+    In memory, the channels are planes (CHW), as models read them.
     """
     center, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     planes = np.empty((image.shape[2], *image.shape[:2]), np.float32)
-    if image.dtype == np.uint8:  # the same numbers from a table, several times faster
+    if image.dtype == np.uint8:  # a lookup table gives the same numbers several times faster
         tables = (np.arange(256, dtype=np.float32) - center[:, None]) / width[:, None]
         for c, (plane, table) in enumerate(zip(planes, tables, strict=True)):
             cv2.LUT(np.ascontiguousarray(image[..., c]), table, dst=plane)
@@ -159,7 +159,7 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarray:
-    """Return an image (H, W, C) or label (H, W), filled up with `value` to the right and bottom to at least `size`."""
+    """Return an image (H, W, C) or label (H, W), padded with `value` at the right and bottom to at least `size`."""
     missing = [(0, max(new - old, 0)) for new, old in zip(size, array.shape[:2], strict=True)]
     if not any(after for _, after in missing):
         return array
@@ -169,8 +169,8 @@ def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarra
 class TrainTransform:
     """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalize, pad.
 
-    `ignore_index` fills the padding of labels; that of images is 0 after normalizing, the mean color. The crop's
-    class limit always leaves out 255 only, so a `background` class counts, as published.
+    Labels are padded with `ignore_index`, images with 0 after normalization (the mean color). The crop's class limit
+    always excludes only 255, so a `background` class counts, as published.
     """
 
     def __init__(self, data: DataConfig, ignore_index: int = IGNORE) -> None:

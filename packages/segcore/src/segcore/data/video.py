@@ -17,32 +17,32 @@ from segcore.files import writing
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
 CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation")}
-"""Where a camera's number goes, and FFmpeg's name of the system's camera interface."""
+"""By system: the device path, with a slot for the camera's number, and FFmpeg's name of the camera interface."""
 
 
 def is_video(source: Path) -> bool:
-    """Return whether `source` is a video by its ending, or a number, which stands for a camera, and no file."""
+    """Return whether `source` has a video's suffix or is the number of a camera."""
     return source.suffix.lower() in SUFFIXES or is_camera(source)
 
 
 def is_camera(source: Path) -> bool:
-    """Return whether `source` is the number of a camera."""
+    """Return whether `source` is the number of a camera, and not an existing file."""
     return str(source).isdecimal() and not source.exists()
 
 
 def plan(source: Path, target: Path) -> Path:
-    """Return the file to write: `target` itself if it is a video by its ending, else NAME_overlay.mp4 in that folder.
+    """Return the file to write: `target` itself if it has a video's suffix, else NAME_overlay.mp4 in that folder.
 
-    Raises UserError when there is nothing to read, it would be overwritten, or PyAV is not installed.
+    Raises UserError when the source does not exist or would be overwritten, or PyAV is not installed.
     """
     try:
         import av  # noqa: F401
     except ImportError:
         raise UserError(f"{source}: videos and cameras need PyAV; install segcore[video]") from None
     if not is_camera(source) and not source.is_file():
-        raise UserError(f"{source}: no such video")
+        raise UserError(f"{source}: no such video; check the path")
     if is_camera(source) and sys.platform not in CAMERAS:
-        raise UserError(f"{source}: cameras are read on Linux and macOS only; record a video and give its file")
+        raise UserError(f"{source}: cameras work on Linux and macOS only; record a video and pass its file")
     name = f"camera{source}" if is_camera(source) else source.stem
     path = target if target.suffix.lower() in SUFFIXES else target / f"{name}_overlay.mp4"
     if path.resolve() == source.resolve():
@@ -59,7 +59,7 @@ def reading(source: Path) -> Iterator[tuple[Iterable[np.ndarray], Fraction, int]
     try:
         with av.open(place.format(source), format=kind) as container:
             if not container.streams.video:
-                raise UserError(f"{source}: holds no video; give another file")
+                raise UserError(f"{source}: contains no video; choose another file")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or Fraction(25)
@@ -67,12 +67,12 @@ def reading(source: Path) -> Iterator[tuple[Iterable[np.ndarray], Fraction, int]
             yield (frame.to_ndarray(format="rgb24") for frame in container.decode(stream)), rate, total
     except av.FFmpegError as error:
         kind = "camera" if is_camera(source) else "video"
-        raise UserError(f"{source}: cannot be read as a {kind} ({error.strerror}); give another one") from None
+        raise UserError(f"{source}: cannot be read as a {kind} ({error.strerror}); choose another one") from None
 
 
 @contextmanager
 def writer(path: Path, rate: Fraction) -> Iterator[Any]:
-    """Yield a function that appends a frame (H, W, 3) uint8 RGB; the file appears when all went well."""
+    """Yield a function that appends a frame (H, W, 3) uint8 RGB; the file appears only on success."""
     import av
 
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -14,12 +14,12 @@ from segcore.errors import UserError
 
 @dataclass(frozen=True)
 class LinearPixelClassifier:
-    """Multinomial logistic regression on all terms up to degree two of a pixel's color and, if wanted, its place."""
+    """Multinomial logistic regression on all terms up to degree two of a pixel's color and, optionally, position."""
 
     position: bool
-    """Whether x and y are used beside the channels."""
+    """Whether x and y are used in addition to the channels."""
     classes: np.ndarray
-    """(C,) int64: the classes that the training labels hold."""
+    """(C,) int64: the classes in the training labels."""
     weight: np.ndarray
     """(T, C) float64, one column per class."""
     bias: np.ndarray
@@ -46,9 +46,9 @@ def fit_linear(
     Args:
         images: (H, W, channels) uint8, of any sizes.
         labels: (H, W) integer classes 0 .. num_classes - 1 or `ignore_index`, one per image.
-        position: use x and y, as fractions of width and height, beside the channels.
-        seed: what the choice of pixels depends on.
-        pixels: how many are drawn in all, from every image alike; more changes the result little.
+        position: also use x and y, as fractions of width and height.
+        seed: determines the choice of pixels.
+        pixels: total number drawn, equally from every image; more change the result little.
 
     Raises UserError when no pixel has a class.
     """
@@ -62,7 +62,7 @@ def fit_linear(
         chosen_terms.append(_terms(image, position)[chosen])
         chosen_labels.append(flat[chosen])
     if not sum(map(len, chosen_labels)):
-        raise UserError(f"{len(images)} training images without a labeled pixel; the linear baseline needs some")
+        raise UserError(f"{len(images)} training images without a labeled pixel; the linear baseline needs one")
     classes, target = np.unique(np.concatenate(chosen_labels).astype(np.int64), return_inverse=True)
     weight, bias = _maximize_likelihood(np.concatenate(chosen_terms), target, len(classes))
     return LinearPixelClassifier(position, classes, weight, bias)
@@ -70,7 +70,7 @@ def fit_linear(
 
 def _maximize_likelihood(terms: np.ndarray, target: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return weight (T, count) and bias (count,) that explain `target` (n,) from `terms` (n, T) best."""
-    # Terms such as red, green and red * green are nearly collinear: made uncorrelated they need far fewer steps.
+    # Terms such as red, green and red * green are nearly collinear: decorrelated, they need far fewer steps.
     mean = terms.mean(0)
     variance, axes = np.linalg.eigh(np.cov(terms.T))
     whiten = axes / np.sqrt(np.maximum(variance, 1e-9 * variance.max() + 1e-12))
@@ -91,7 +91,7 @@ def _maximize_likelihood(terms: np.ndarray, target: np.ndarray, count: int) -> t
 
 
 def _terms(image: np.ndarray, position: bool) -> np.ndarray:
-    """Return all terms of degree one and two (H * W, T) float64 of the channels, scaled to 0..1, and perhaps x, y."""
+    """Return all terms of degree one and two (H * W, T) float64 of the channels in 0..1, optionally with x, y."""
     height, width, channels = image.shape
     base = list(image.reshape(-1, channels).T.astype(np.float64) / 255)
     if position:

@@ -36,12 +36,12 @@ from segcore.training.loop import train
 SHOWN = 4
 """Validation images on the page, spread evenly."""
 JUDGED = 20
-"""Validation images whose uncertainty is judged, the first ones: each takes several more runs of the model."""
+"""Number of first validation images with a judged uncertainty: each takes several more runs of the model."""
 
 
 @dataclasses.dataclass
 class Answer:
-    """A validation image and what the evaluation counted for it."""
+    """A validation image and the predictions that the evaluation counted for it."""
 
     image: np.ndarray
     """(H, W, 3) uint8."""
@@ -57,8 +57,8 @@ class Answer:
 def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
     """Run the demo in `work_dir` and return its page. Finished parts are kept, so an interrupted demo continues.
 
-    An experiment that starts from the run of a base model has that trained first; `<package>.demo.compare`, of the
-    method's import package, then adds figures and sentences about the two.
+    If the experiment starts from the run of a base model, that model is trained first; `<package>.demo.compare`, of the
+    method's import package, then adds values and sentences that compare the two.
     """
     with writing(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
         figures["uncertainty_AUROC"] = area = auroc(judged, step, val_set.ignore_index)
         notes.append(
             f"On {len(judged)} images its uncertainty separates wrong from right pixels with an AUROC of {area:.3f} "
-            "(0.5 is chance, 1 perfect)"
+            "(0.5 is chance, 1 is perfect)"
         )
     if base is not None:
         more, sentences = importlib.import_module(f"{package}.demo").compare(predictor, exp, base, base_dir)
@@ -139,9 +139,9 @@ def shown_indices(count: int) -> list[int]:
 
 
 def evaluate_and_keep(predictor: Predictor, val_set: Dataset, seed: int) -> tuple[Results, dict[int, Answer]]:
-    """Evaluate on the whole validation set; also return, by index, the answers that are shown or judged.
+    """Evaluate on the whole validation set; also return, by index, the answers to show or judge.
 
-    Their uncertainty is that of the classes that were counted, from the same seeds, views and precision.
+    Their uncertainty refers to the evaluated classes, from the same seeds, views and precision.
     """
     wanted, answers = {*shown_indices(len(val_set)), *range(JUDGED)}, dict[int, Answer]()
 
@@ -185,7 +185,7 @@ def auroc(answers: list[Answer], step: str, ignore_index: int) -> float:
 def panels(predictor: Predictor, val_set: Dataset, answer: Answer, step: str) -> dict[str, np.ndarray]:
     """Return the panels (H, W, 3) uint8 of an image by caption: image, ground truth, denoising steps, prediction.
 
-    With an uncertainty, its map and that of the wrong pixels follow.
+    With an uncertainty, its map and a map of the wrong pixels follow.
     """
     model, label, prediction = predictor.model, answer.label, answer.classes[step].numpy()
     maps = {"ground truth": label}

@@ -1,7 +1,7 @@
 """Generate street scenes in the Cityscapes layout: a data set for the demo and the tests.
 
-17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the own car is ignored. Colors vary more
-between scenes than between classes, so that shape, texture and place tell the class. `segcore.demo.street` draws them.
+17 of the 19 Cityscapes classes occur (no train, no motorcycle); the hood of the ego car is ignored. Colors vary more
+between scenes than between classes, so that shape, texture and position matter. `segcore.demo.street` draws them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from segcore.seeds import scene_seed
 
 TRAIN, VAL = 200, 50
 VERSION = 1
-"""Changes whenever the same seed gives other images."""
+"""Increases whenever the same seed yields different images."""
 TO_RAW = np.ones(256, np.uint8)
 """Train id -> raw id. Every ignored pixel is raw 1, "ego vehicle"."""
 TO_RAW[: len(RAW_IDS)] = RAW_IDS
@@ -42,9 +42,9 @@ def generate(
 ) -> None:
     """Write `train` + `val` images of height x width pixels, with labels in both Cityscapes forms, under `root`.
 
-    Image i of a split depends only on (seed, split, i) and the size, so a smaller set is the beginning of a larger one.
-    Every file is written whole, and the marker `toy.json` says `complete` last: the next call continues an interrupted
-    one. `progress(done, total)` is called after every image. Nothing is ever deleted.
+    Image i of a split depends only on (seed, split, i) and the size, so a smaller set is a prefix of a larger one.
+    Every file is written completely, and the marker `toy.json` is set to `complete` last: the next call continues an
+    interrupted one. `progress(done, total)` is called after every image. Nothing is ever deleted.
 
     Raises UserError when a parameter is too small, or when `root` holds a toy set with other parameters.
     """
@@ -54,13 +54,13 @@ def generate(
     parameters = {"version": VERSION, "train": train, "val": val, "height": height, "width": width, "seed": seed}
     marker = root / MARKER
     if read_marker(marker) | {"complete": True} not in ({"complete": True}, parameters | {"complete": True}):
-        raise UserError(f"{marker}: here is a toy set with other parameters; delete its folder or name another one")
+        raise UserError(f"{marker}: marks a toy set with other parameters; delete its folder or choose another")
     write(marker, json.dumps(parameters | {"complete": False}))
     items = items_of(parameters)
     for done, (split, index) in enumerate(items, 1):
         image_file, raw_file, label_file = files = files_of(root, split, index)
         if not all(file.is_file() for file in files):
-            # RandomState and not default_rng: NumPy promises that its stream never changes.
+            # RandomState, not default_rng: NumPy guarantees that its stream never changes.
             rng = np.random.RandomState(scene_seed(seed, SPLITS.index(split), index))
             image, label = draw_scene(rng, height, width)
             for file, array in ((raw_file, TO_RAW[label]), (label_file, label), (image_file, image[..., ::-1])):
@@ -71,7 +71,7 @@ def generate(
 
 
 def generate_missing(root: Path) -> None:
-    """Generate the set below `root`, or the files that an existing one lacks, and report that on standard error.
+    """Generate the set below `root`, or the missing files of an existing one, and report this on standard error.
 
     An existing set keeps its own parameters. Raises UserError when `root` holds something else.
     """
@@ -82,7 +82,7 @@ def generate_missing(root: Path) -> None:
     if parameters:
         print(f"{root}: {len(missing_files(root))} of its files are missing; generating them again", file=sys.stderr)
     elif root.is_dir() and any(root.iterdir()):
-        raise UserError(f"{root}: holds no toy set; name another folder in data.root, or its layout in data.dataset")
+        raise UserError(f"{root}: not a toy set; choose another folder as data.root, or set data.dataset to its layout")
     else:
         print(f"{root}: missing; generating {TRAIN + VAL} street scenes", file=sys.stderr)
     with show_progress("generating street scenes") as advance:

@@ -1,13 +1,13 @@
-"""Bilinear samples of pixels stored as rows: the arithmetic that the plain kernels of the operators share.
+"""Bilinear samples of pixels stored as rows: the shared arithmetic of the operators' plain kernels.
 
-A map has the layout (N, S, M, D): N images, S pixels (the levels one after the other, each of H_l x W_l pixels row by
+A map has the layout (N, S, M, D): N images, S pixels (levels concatenated, each of H_l x W_l pixels row by
 row), M heads or groups, rows of D numbers. Every (image, query, head) looks at P points per level, given in pixels of
 that level: integers are pixel centers, (0, 0) is the first one. A point is the weighted sum of its four corners;
 corners outside the map count as zero, and a point gives zero and gets zero gradients unless -1 < x < W and -1 < y < H,
-so also where it is NaN. At a pixel center the slope is the right-hand one. Values are taken to be finite.
+hence also for NaN. At a pixel center the slope is the right-hand one. Values are assumed finite.
 
 The points of one query and head are a bag of rows: embedding_bag sums such a bag with weights in one pass, so that no
-temporary is wider than one number per corner.
+temporary needs more than one number per corner.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pairs(spatial_shapes: Sequence[int]) -> list[tuple[int, int]]:
 def _axis(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return per point the first of its two pixels along an axis and the coordinate relative to that pixel.
 
-    At the border the pair is moved into the map, so that no index needs a test; the coordinate then is outside [0, 1).
+    At the border the pair is shifted into the map, so that no index needs a check; the coordinate then leaves [0, 1).
     """
     coordinate = torch.nan_to_num(coordinate, nan=-2.0)  # anywhere outside
     first = coordinate.floor().clamp_(0, max(size - 2, 0))
@@ -39,7 +39,7 @@ def _axis(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _hats(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the weights of both pixels, max(0, 1 - distance): zero by themselves for every point that is outside."""
+    """Return the weights of both pixels, max(0, 1 - distance), which are zero for every point outside."""
     first, second = (1 - t.abs()).clamp_(min=0), (1 - (t - 1).abs_()).clamp_(min=0)
     return first, second if size > 1 else torch.zeros_like(second)
 
@@ -129,7 +129,7 @@ class Scatter:
         self.query = (self.order // per).to(row.dtype)
 
     def __call__(self, grad: Tensor, weights: Tensor) -> Tensor:
-        """Return per row of the map the sum of weight * grad over the corners that lie on it.
+        """Return per row of the map the sum of weight * grad over the corners on it.
 
         `grad` (points / per, D) and `weights` (points * 4, in any shape) are in the order of the points.
         """

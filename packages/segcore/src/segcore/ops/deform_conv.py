@@ -4,9 +4,9 @@
     offset  (N, G * 2 * K, Ho, Wo)   mask  (N, G * K, Ho, Wo)        as in `segcore.ops.deform_unfold`
     output  (N, Co, Ho, Wo)
 
-The convolution of the samples that deform_unfold takes: with offsets of zero and a mask of one, `F.conv2d`. Offset
+The convolution of the samples of deform_unfold; with zero offsets and a mask of ones it equals `F.conv2d`. Offset
 groups and the groups of the convolution are independent; both follow from the shapes. Input and weight share a dtype;
-sums are float32 (float64 with a float64 input), offset and mask may stay float32 beside half precision.
+sums are float32 (float64 with a float64 input), offset and mask may stay float32 with half precision.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def deform_conv2d(
     dilation: Pair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the output (N, Co, Ho, Wo) in the dtype of the input; the module's text has shapes and conventions.
+    """Return the output (N, Co, Ho, Wo) in the dtype of the input; the module docstring gives shapes and conventions.
 
-    The arguments are torchvision's. Under autocast input and weight are cast as for any convolution, offset and mask
-    are left alone. Inputs may be non-contiguous, and each of float32, float64, bfloat16 or float16. Differentiable
-    once. Raises ValueError naming the sizes that disagree. In ONNX it is the operator DeformConv of opset 19.
+    The arguments are torchvision's. Under autocast input and weight are cast as for any convolution, but not offset
+    and mask. Inputs may be non-contiguous, and each of float32, float64, bfloat16 or float16. Differentiable
+    once. Raises ValueError naming the sizes that disagree. In ONNX it becomes DeformConv of opset 19.
     """
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -62,7 +62,7 @@ def deform_conv2d(
 def check(
     input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, window: Sequence[int]
 ) -> tuple[int, int, int]:
-    """Return the groups of the convolution and (Ho, Wo); raise ValueError when the inputs do not fit together."""
+    """Return the groups of the convolution and (Ho, Wo); raise ValueError when the inputs are inconsistent."""
     op = "deform_conv2d"
     registry.check_tensors(op, {"input": (input, 4), "weight": (weight, 4)})
     _, height, width = check_unfold(op, input, offset, mask, window)
@@ -75,7 +75,7 @@ def check(
             "(Co, C / groups, kh, kw) with groups that divide C and Co"
         )
     if tuple(weight.shape[2:]) != tuple(window[:2]):
-        raise UserError(f"{op}: weight {tuple(weight.shape)} has another kernel size than {list(window[:2])}")
+        raise UserError(f"{op}: weight {tuple(weight.shape)} does not have the kernel size {list(window[:2])}")
     return channels // inner, height, width
 
 
@@ -161,7 +161,7 @@ def _onnx(
     mask: Tensor | None,
     window: Sequence[int],
 ) -> Tensor:
-    """Return the node DeformConv, which wants all tensors in one dtype and padding on all four sides."""
+    """Return the node DeformConv, which requires one dtype for all tensors and padding on all four sides."""
     groups, height, width = check(input, offset, weight, mask, window)
     kernel, stride, padding, dilation = (list(values) for values in split(window))
     inputs = [input, weight, *(None if t is None else t.to(input.dtype) for t in (offset, bias, mask))]

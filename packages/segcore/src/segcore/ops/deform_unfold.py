@@ -1,17 +1,17 @@
 """Deformable unfold: the columns of a deformable convolution (Dai et al., ICCV 2017; Zhu et al., CVPR 2019, section 3).
 
-With G offset groups, K = kh * kw taps (k = i * kw + j) and an output of Ho x Wo places:
+With G offset groups, K = kh * kw taps (k = i * kw + j) and an output of Ho x Wo positions:
 
-    input   (N, C, H, W)           offset group g serves the channels [g * C / G, (g + 1) * C / G)
+    input   (N, C, H, W)           offset group g covers the channels [g * C / G, (g + 1) * C / G)
     offset  (N, G * 2 * K, Ho, Wo) channel g * 2K + 2k is dy, the next one dx, of tap k, in pixels
     mask    (N, G * K, Ho, Wo)     multiplies the samples
-    output  (N, C * K, Ho * Wo)    channel c * K + k, place oy * Wo + ox
+    output  (N, C * K, Ho * Wo)    channel c * K + k, position oy * Wo + ox
 
 `window` is kernel, stride, padding and dilation, each (vertical, horizontal), in one flat list of eight numbers. A tap
 samples at y = oy * stride - padding + i * dilation + dy, and x likewise; integers are pixel centers and
-`segcore.ops.bilinear` says what happens at the border. With offsets of zero and no mask this is `torch.nn.Unfold`.
+`segcore.ops.bilinear` defines the border. With zero offsets and no mask this is `torch.nn.Unfold`.
 
-Places and sums are float32 (float64 with a float64 input), whatever the dtype; each gradient has its input's.
+Positions and sums are float32 (float64 with a float64 input) for any dtype; each gradient has its input's dtype.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def deform_unfold(
     dilation: Pair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the columns (N, C * K, Ho * Wo) in the dtype of the input; the module's text has shapes and conventions.
+    """Return the columns (N, C * K, Ho * Wo) in the input's dtype; the module docstring gives shapes and conventions.
 
     The number of offset groups follows from the shape of `offset`. Inputs may be non-contiguous, and each of float32,
     float64, bfloat16 or float16. Differentiable once. Raises ValueError naming the sizes that disagree.
@@ -51,7 +51,7 @@ def deform_unfold(
 
 
 def pair(value: Pair) -> list[int]:
-    """Return a number for both axes, or the two numbers that are given, as a list (vertical, horizontal)."""
+    """Return one number for both axes, or two given numbers, as a list (vertical, horizontal)."""
     return [value, value] if isinstance(value, int) else list(value)
 
 
@@ -74,7 +74,7 @@ def check(
     mask: Tensor | None,
     window: Sequence[int],
 ) -> tuple[int, int, int]:
-    """Return the offset groups and (Ho, Wo); raise ValueError in one line when the inputs do not fit together."""
+    """Return the offset groups and (Ho, Wo); raise a one-line ValueError when the inputs are inconsistent."""
     registry.check_tensors(op, {"input": (input, 4), "offset": (offset, 4), "mask": (mask, 4)})
     if len(window) != 8:
         raise UserError(f"{op}: kernel_size, stride, padding and dilation must be one or two numbers each")
@@ -155,7 +155,7 @@ def sample_backward(
     mask: Tensor | None,
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of input, offset and mask from that of the samples (N, Ho * Wo, G, K, C / G)."""
+    """Return the gradients of input, offset and mask from the gradient of the samples (N, Ho * Wo, G, K, C / G)."""
     groups = offset.shape[1] // (2 * window[0] * window[1])
     pixels, (height, width) = _pixels(input, groups), input.shape[2:]
     grad = grad.to(pixels.dtype).reshape(-1, pixels.shape[3])

@@ -1,6 +1,6 @@
 """Floating-point operations of our operators for `torch.utils.flop_counter`, which otherwise counts them as none.
 
-Importing this module registers the formulas. A multiply-add is 2, as everywhere in the counter, and a bilinear sample 8
+Importing this module registers the formulas. A multiply-add counts 2, as always in the counter, and a bilinear sample 8
 per channel, for its four corners. Work on coordinates and in the softmax, a few operations per point, is not counted.
 
     ms_deform_attn       8 N Q M L P D
@@ -8,7 +8,7 @@ per channel, for its four corners. Work on coordinates and in the softmax, a few
     deform_conv2d        8 N C K Ho Wo + 2 N Co (C / groups) K Ho Wo
     deform_local_attn    20 B N M K D       samples of key and value, the logits and the weighted sum
 
-A gradient, `NAME_backward`, counts twice its operator.
+A gradient, `NAME_backward`, counts twice as much as its operator.
 """
 
 from __future__ import annotations

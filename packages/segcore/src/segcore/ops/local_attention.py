@@ -1,18 +1,18 @@
 """Deformable local attention (Zhang et al., "Dynamic Graph Message Passing Networks for Visual Recognition", 2022).
 
-Every token of a map attends to a small window around itself, whose positions it moves itself. With M heads of width D,
+Every token of a map attends to a small window around itself, whose positions it shifts itself. With M heads of width D,
 N = height * width tokens row by row, and K = kh * kw taps:
 
     q, k, v   (B, N, M, D)      layout of a linear layer's output, which needs no permutation
-    offset    (B, N, M, 2 * K)  (dy, dx) per tap in pixels, added to the tap's place in the window
+    offset    (B, N, M, 2 * K)  (dy, dx) per tap in pixels, added to the tap's position in the window
     bias      (B, M, N, K)      added to the logits
     output    (B, N, M, D)      sum over the taps j of softmax_j(scale * <q, k_j> + bias_j) * v_j
 
-k_j and v_j are bilinear samples at the same place, pixel + tap + offset, as `segcore.ops.bilinear` defines them:
-outside the map they are zero vectors and stay in the softmax. Neither the K-fold keys nor the K-fold values are built,
-in the forward pass or for the backward one: what is kept is the inputs. `window` is (height, width, kh, kw).
+k_j and v_j are bilinear samples at the same position, pixel + tap + offset, as `segcore.ops.bilinear` defines them:
+outside the map they are zero vectors and stay in the softmax. Neither the forward nor the backward pass builds
+K-fold keys or values: only the inputs are saved. `window` is (height, width, kh, kw).
 
-Places and sums are float32 (float64 with float64 inputs), whatever the dtype; each gradient has its input's.
+Positions and sums are float32 (float64 with float64 inputs) for any dtype; each gradient has its input's dtype.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def deform_local_attn(
     kernel_size: int | tuple[int, int] = 3,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the attended values (B, N, M, D) in the dtype of q; the module's text has shapes and conventions.
+    """Return the attended values (B, N, M, D) in the dtype of q; the module docstring gives shapes and conventions.
 
-    `kernel_size` is odd, for the window lies around its token; `scale` defaults to D ** -0.5. q, k and v share a dtype
-    of float32, float64, bfloat16 or float16; offset and bias may have another. Inputs may be non-contiguous.
+    `kernel_size` is odd: the window is centered on its token; `scale` defaults to D ** -0.5. q, k and v share a dtype
+    of float32, float64, bfloat16 or float16; offset and bias may have another dtype. Inputs may be non-contiguous.
     Differentiable once. Raises ValueError naming the sizes that disagree.
     """
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
@@ -64,7 +64,7 @@ def check(
     bias: Tensor | None,
     window: Sequence[int],
 ) -> None:
-    """Raise ValueError in one line when the inputs do not fit together."""
+    """Raise a one-line ValueError when the inputs are inconsistent."""
     op = "deform_local_attn"
     tensors = {"q": (q, 4), "k": (k, 4), "v": (v, 4), "offset": (offset, 4), "bias": (bias, 4)}
     registry.check_tensors(op, tensors)
@@ -177,7 +177,7 @@ def _places(offset: Tensor, dtype: torch.dtype, window: Sequence[int]) -> tuple[
     row, tap = place // width, torch.arange(kh * kw, device=offset.device)
     moved = offset.to(dtype).unflatten(-1, (-1, 2))
     y = (row + (tap // kw - kh // 2)).to(dtype)
-    x = (place - row * width + (tap % kw - kw // 2)).to(dtype)  # the remainder; ONNX has none by a dynamic width
+    x = (place - row * width + (tap % kw - kw // 2)).to(dtype)  # the remainder, which ONNX lacks for a dynamic width
     return y + moved[..., 0], x + moved[..., 1]
 
 

@@ -2,22 +2,22 @@
 
 Shapes, with L levels of H_l x W_l pixels, M heads of width D, Q queries and P points per level:
 
-    value               (N, S, M, D)        S = sum of H_l * W_l; levels one after the other, each row by row
+    value               (N, S, M, D)        S = sum of H_l * W_l; levels concatenated, each row by row
     spatial_shapes      H_1, W_1, H_2, W_2 … (pairs in the public function)
     sampling_locations  (N, Q, M, L, P, 2)  (x, y); 0 is the left or top edge of the map, 1 the right or bottom one
-    attention_weights   (N, Q, M, L, P)     used as they are; the caller's softmax runs over L and P jointly
+    attention_weights   (N, Q, M, L, P)     used unchanged; the caller's softmax runs over L and P jointly
     output              (N, Q, M * D)       per head, the sum over l and p of weight * bilinear sample of level l
 
 A point lies at x = loc_x * W - 0.5, y = loc_y * H - 0.5 in pixels; corners outside the map count as zero. A point gives
-zero and gets zero gradients unless -1 < x < W and -1 < y < H, so also where it is NaN. At a pixel center the slope is
-the right-hand one. Values are taken to be finite.
+zero and gets zero gradients unless -1 < x < W and -1 < y < H, hence also for NaN. At a pixel center the slope is
+the right-hand one. Values are assumed finite.
 
-Locations and weights are float32 in every computation (float64 with a float64 value), whatever the dtype of the value:
-rounded to bfloat16, a location in a map 512 wide is off by up to a pixel. Sums are float32 too; the output has the
-value's dtype, each gradient its input's.
+Locations and weights are float32 in every computation (float64 with a float64 value), for any dtype of the value:
+rounded to bfloat16, a location in a map 512 wide is off by up to a pixel. Sums are also float32; the output has the
+value's dtype, each gradient its input's dtype.
 
 `segcore::ms_deform_attn` and `segcore::ms_deform_attn_backward` are the operators, `reference` and `reference_backward`
-their kernels on every device for which no other one is registered.
+their kernels on every device without a registered one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from segcore.ops import bilinear, registry
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Return the attended values (N, Q, M * D) in the value's dtype; the module's text has shapes and conventions.
+    """Return the attended values (N, Q, M * D) in the value's dtype; the module docstring gives shapes and conventions.
 
     `spatial_shapes` holds a pair of ints (H, W) per level. Inputs may be non-contiguous, and each of float32, float64,
     bfloat16 or float16. Differentiable once. Raises ValueError naming the sizes that disagree.
@@ -51,7 +51,7 @@ def ms_deform_attn(
 
 
 def check(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:
-    """Raise ValueError in one line when the inputs do not fit together; `spatial_shapes` is H_1, W_1, H_2, W_2 …"""
+    """Raise a one-line ValueError when the inputs are inconsistent; `spatial_shapes` is H_1, W_1, H_2, W_2 …"""
     v, loc, attn = value.shape, sampling_locations.shape, attention_weights.shape
     registry.check_tensors(
         "ms_deform_attn",
@@ -141,13 +141,13 @@ def _points(spatial_shapes: Sequence[int], loc: Tensor) -> list[tuple[Tensor, Te
     return [(points[..., 1] * height - 0.5, points[..., 0] * width - 0.5) for (height, width), points in by_level]
 
 
-# The same in differentiable PyTorch: gathers for the compiler, grid_sample for exporters, which know nothing else.
+# The same in differentiable PyTorch: gathers for the compiler, grid_sample for exporters, which support only that.
 
 
 def with_gather(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Return the output as gathers, for torch.compile; point by point: a sum over points compiles to slow loops."""
+    """Return the output as gathers, for torch.compile, point by point: a sum over points compiles to slow loops."""
     n, _, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     loc, attn = sampling_locations.to(dtype), attention_weights.to(dtype)

@@ -1,7 +1,7 @@
-"""How an operator is registered with torch.library, and which kernels serve it.
+"""Registration of operators with torch.library, and of the kernels that serve them.
 
-An operator is a schema, a plain kernel for every device, shapes for tracing, and a closed-form gradient that is an
-operator itself. An installed package of compiled kernels adds its own by device: its entry point in the group
+An operator is a schema, a plain kernel for every device, shapes for tracing, and a closed-form gradient that is also
+an operator. An installed package of compiled kernels adds its own by device: its entry point in the group
 `segcore.kernels` is called as `register(library, defaults)` when `segcore.ops` is imported, unless the environment
 variable SEG_KERNELS is 0.
 """
@@ -27,7 +27,7 @@ defaults: dict[str, Callable[..., Any]] = {}
 """The plain kernel of every operator and of its gradient, `NAME` and `NAME_backward`, and its check, `NAME_shape`."""
 
 _devices: dict[str, str] = {}  # device type -> package whose compiled kernels serve it
-_refused: dict[str, str] = {}  # device type -> why they do not
+_refused: dict[str, str] = {}  # device type -> why none serves it
 _libraries: list[torch.library.Library] = []
 
 
@@ -38,9 +38,9 @@ def define(
     backward: Callable[..., tuple[Tensor, ...]],
     shape: Callable[..., tuple[int, ...]],
 ) -> None:
-    """Register `segcore::NAME(inputs) -> Tensor` and `segcore::NAME_backward`, which gives each tensor its gradient.
+    """Register `segcore::NAME(inputs) -> Tensor` and `segcore::NAME_backward`, which returns each tensor's gradient.
 
-    `inputs` is the schema's argument list. `backward` takes the gradient of the output and then the inputs; it returns
+    `inputs` is the schema's argument list. `backward` takes the output's gradient and then the inputs; it returns
     contiguous gradients in the inputs' shapes and dtypes, an empty tensor for an optional input that is None. `shape`
     checks the inputs and returns the shape of the output, whose dtype is the first input's. A second derivative raises.
     """
@@ -86,7 +86,7 @@ def define(
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast reaches into kernels that are written in PyTorch: their matrix products would be in half precision."""
+    """Disable autocast, which affects kernels written in PyTorch: their matrix products would use half precision."""
 
     def kernel(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):
@@ -96,7 +96,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def empty_gradient(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Return a contiguous uninitialized gradient of `tensor`, or for None one without elements beside `like`."""
+    """Return a contiguous uninitialized gradient of `tensor`, or for None an empty one on the device of `like`."""
     if tensor is None:
         return like.new_empty(0)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -118,23 +118,23 @@ def check_tensors(op: str, tensors: Mapping[str, tuple[Tensor | None, int]]) -> 
 
 
 def exporting() -> bool:
-    """Whether a graph is being traced for other runtimes, which know nothing of these operators."""
+    """Return whether a graph is being traced for other runtimes, which lack these operators."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def compiled(device: torch.device) -> bool:
-    """Whether compiled kernels serve a device."""
+    """Return whether compiled kernels serve a device."""
     return device.type in _devices
 
 
 def kernels() -> dict[str, dict[str, str]]:
-    """Return per operator and device type ("cpu", "cuda") what serves it: a package and its version, or why not."""
+    """Return per operator and device type ("cpu", "cuda") the serving package and version, or why there is none."""
     served = {device: _devices.get(device) or f"{PLAIN}: {_refused[device]}" for device in ("cpu", "cuda")}
     return {name: dict(served) for name in defaults if not name.endswith(("_backward", "_shape"))}
 
 
 def load() -> None:
-    """Register the compiled kernels of the installed package, if there is one; a package that fails is a warning."""
+    """Register the compiled kernels of the installed package, if any; warn about a package that fails."""
     unload()
     if os.environ.get("SEG_KERNELS") == "0":
         _refused.update(dict.fromkeys(("cpu", "cuda"), "the environment variable SEG_KERNELS is 0"))
@@ -143,7 +143,7 @@ def load() -> None:
         implementations = torch.library.Library("segcore", "IMPL")
         try:
             reasons = entry.load()(implementations, dict(defaults))
-        except Exception as error:  # whatever is wrong with it, everything still works on the plain kernels
+        except Exception as error:  # whatever the error, the plain kernels still work
             implementations._destroy()
             _refused.update(dict.fromkeys(("cpu", "cuda"), f"{entry.value} failed with {error!r}"))
             warnings.warn(f"segcore: compiled kernels are not used, {entry.value} failed: {error!r}", stacklevel=2)
@@ -155,7 +155,7 @@ def load() -> None:
 
 
 def unload() -> None:
-    """Take compiled kernels out again; every operator falls back to its plain kernel."""
+    """Remove compiled kernels; every operator falls back to its plain kernel."""
     while _libraries:
         _libraries.pop()._destroy()
     _devices.clear()

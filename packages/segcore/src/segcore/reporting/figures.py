@@ -47,15 +47,15 @@ def colormap(values: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255
 ) -> np.ndarray:
-    """Return the image painted with the colors of `classes` (H, W) as MMSegmentation 0.x paints.
+    """Return the image painted with the colors of `classes` (H, W) as in MMSegmentation 0.x.
 
-    That is image * (1 - opacity) + color * opacity in float64, truncated; ignored pixels are painted black.
+    The result is image * (1 - opacity) + color * opacity in float64, truncated; ignored pixels count as black.
 
     Raises UserError when the sizes differ or `opacity` is outside 0..1.
     """
     if image.shape[:2] != classes.shape:
         raise UserError(
-            f"classes of size {classes.shape} do not cover an image of {image.shape[:2]}; resize one of them"
+            f"classes of size {classes.shape} do not match an image of size {image.shape[:2]}; resize one of them"
         )
     if not 0 <= opacity <= 1:
         raise UserError(f"opacity is {opacity}; it must be between 0 and 1")
@@ -83,7 +83,7 @@ def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray |
 
 
 def write_image(path: Path | str, image: np.ndarray) -> None:
-    """Write an image, color or gray (H, W) uint8, whole or not at all; the folder is made.
+    """Write an image, color or gray (H, W) uint8, completely or not at all; creates the folder.
 
     The format is JPEG for .jpg and .jpeg, else PNG.
     """
@@ -92,14 +92,14 @@ def write_image(path: Path | str, image: np.ndarray) -> None:
 
 
 def step_title(entry: str, by: str) -> str:
-    """Return `3 steps` or `timestep 3` for the entry "3" of a model whose `step_unit` is `by`; others as they are."""
+    """Return `3 steps` or `timestep 3` for the entry "3" of a model whose `step_unit` is `by`; others unchanged."""
     if not (by and entry.isdigit()):
         return entry
     return f"timestep {entry}" if by == "timestep" else f"{entry} step{'s' * (entry != '1')}"
 
 
 def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: float = 0.7) -> None:
-    """Write images of one height as an endless animated GIF, whole or not at all; the last stays longer."""
+    """Write images of equal height as a looping GIF, completely or not at all; the last one stays longer."""
     width = max(frame.shape[1] for frame in frames)
     pictures = [Image.fromarray(_widened(frame, width)) for frame in frames]
     times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(3000 * seconds)]
@@ -115,12 +115,12 @@ def png_data_uri(image: np.ndarray) -> str:
 
 def _encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
     data = io.BytesIO()
-    picture.save(data, format=kind, quality=95)  # PNG ignores it
+    picture.save(data, format=kind, quality=95)  # PNG ignores the quality
     return data.getvalue()
 
 
 def to_uint8_rgb(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 of an image with any channels and depth."""
+    """Return (H, W, 3) uint8 from an image of any channel count and depth."""
     image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
     if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
         image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
@@ -179,8 +179,8 @@ def curve_svg(
 ) -> str:
     """Return a line chart as one self-contained SVG element of size (width, height).
 
-    `ys` is one series over `xs`, or several by name, which the chart then shows. A value that is not finite is a gap.
-    If all `xs` are integers, the tick marks on the x axis are integers, too.
+    `ys` is one series over `xs`, or several by name, which the chart then labels. A value that is not finite is a gap.
+    If all `xs` are integers, the tick marks on the x axis are also integers.
     """
     series = dict(ys) if isinstance(ys, Mapping) else {"": ys}
     (width, height), (left, right, top, bottom) = size, (58, 16, 34, 44)

@@ -1,4 +1,4 @@
-"""The page that shows a run: self-contained HTML from the template `page.html`."""
+"""The result page of a run: self-contained HTML from the template `page.html`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def render(
     Args:
         results: of the evaluation on the validation set of `exp`.
         baseline: mIoU of the linear classifier, 0..1.
-        notes: sentences without their full stops.
+        notes: sentences without final periods.
         shown: per image the panels (H, W, 3) uint8 by caption.
         log: `log.jsonl` of the training.
     """
@@ -68,7 +68,7 @@ def _color(rgb: Sequence[int], name: str) -> str:
 
 def _scale() -> str:
     ramp = f'<img class="ramp" src="{png_data_uri(colormap(RAMP))}" alt="black to yellow">'
-    return f"<p>Uncertainty is the probability of another class than the predicted one: <nobr>0 {ramp} 1</nobr></p>"
+    return f"<p>Uncertainty is the probability of a class other than the predicted one: <nobr>0 {ramp} 1</nobr></p>"
 
 
 def _panels(panels: dict[str, np.ndarray]) -> str:

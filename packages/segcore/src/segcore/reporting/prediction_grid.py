@@ -17,7 +17,7 @@ HEIGHT = 256
 
 
 class PredictionGrid:
-    """Collect a row `image, ground truth, prediction` of a few images, spread over those of this process."""
+    """Collect a row `image, ground truth, prediction` of a few images, evenly spread over this process's share."""
 
     def __init__(self, dataset: Dataset, step_unit: str = "") -> None:
         self.dataset, self.by = dataset, step_unit
@@ -26,7 +26,7 @@ class PredictionGrid:
         self.rows: dict[int, np.ndarray] = {}
 
     def add(self, index: int, image: np.ndarray, label: np.ndarray, entries: Mapping[str, Tensor]) -> None:
-        """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if it is shown."""
+        """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if the grid has it."""
         if index not in self.wanted:
             return
         found = {step_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
@@ -39,7 +39,7 @@ class PredictionGrid:
         self.rows[index] = hstack_panels([panel[::every, ::every] for panel in panels], ["image", *maps])
 
     def picture(self) -> np.ndarray | None:
-        """Return the rows below each other, (H, W, 3) uint8 RGB; None when no image was seen."""
+        """Return the rows below each other, (H, W, 3) uint8 RGB; None when no image was added."""
         rows = [self.rows[index] for index in sorted(self.rows)]
         width = max((row.shape[1] for row in rows), default=0)
         filled = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]

@@ -1,4 +1,4 @@
-"""Results as text tables in the published shape, and as JSON."""
+"""Results as text tables in the published format, and as JSON."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ WITHOUT_IGNORED = "mIoU without ignored"
 
 
 def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
-    """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured answer.
+    """Return the table `| aAcc | mIoU | mAcc |` (percent, two decimals) of the configured output.
 
-    Several step entries first get a table with a column each, and one with each mean in a single cell, as DDPS
-    publishes them: `| mIoU 0,10,19 |` over `| 49.35,49.55,49.66 |`.
+    Several step entries first get a table with one column each, and one with all means of a metric in one cell, as
+    DDPS publishes them: `| mIoU 0,10,19 |` over `| 49.35,49.55,49.66 |`.
     """
     names = ["aAcc", *(f"m{column}" for column in _columns(metrics))]
     if WITHOUT_IGNORED in results.final:
@@ -35,7 +35,7 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
     final = _table(names, [[_percent(results.final[name]) for name in names]])
     if results.skipped:
         final += (
-            f"\n\n{len(results.skipped)} images could not be read and are left out; the first: {results.skipped[0]}"
+            f"\n\n{len(results.skipped)} images could not be read and were left out; the first: {results.skipped[0]}"
         )
     if len(results.entries) == 1:
         return f"Summary:\n\n{final}"
@@ -49,7 +49,7 @@ def summary(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
 
 
 def _which(results: Results) -> str:
-    """Return the title of the entry that decides, with a remark if it is not the configured answer."""
+    """Return the title of the entry that counts, with a remark if it is not the configured one."""
     entry, configured = (step_title(name, results.by) for name in (results.final_step, results.configured))
     return entry if configured in (entry, "") else f"{entry}; the model's configured {configured} not evaluated"
 
@@ -66,7 +66,7 @@ def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
 
 
 def write_json(path: Path, results: Results, extra: Mapping[str, Any] | None = None) -> None:
-    """Write `extra` and the results at full precision (fractions; NaN is null) to `path`: whole, or not at all."""
+    """Write `extra` and the results at full precision (fractions; NaN is null) to `path`, completely or not at all."""
     text = json.dumps({**(extra or {}), **results.to_json()}, indent=1, allow_nan=False)
     write(path, text + "\n")
 

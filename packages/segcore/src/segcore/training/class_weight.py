@@ -1,4 +1,4 @@
-"""Weights of the classes in the cross entropy: as given, or from how often each class occurs in the training labels."""
+"""Class weights of the cross entropy: as given, or from the frequency of each class in the training labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HISTOGRAM = "label_histogram.json"
 
 
 def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfig:
-    """Return `exp.loss` with a number per class where its `class_weight` is "auto".
+    """Return `exp.loss` with a number per class if its `class_weight` is "auto".
 
     "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
-    resumed run has the same weights without reading them again. Raises UserError about a label that cannot be used.
+    resumed run gets the same weights without reading them again. Raises UserError about a label that cannot be used.
     """
     if exp.loss.class_weight != "auto":
         return exp.loss
@@ -40,11 +40,11 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
 
 
 def balanced(pixels: np.ndarray) -> np.ndarray:
-    """Return the weights (K,) float64 of classes with so many pixels each (K,): 1 / ln(1.02 + share), rescaled.
+    """Return the weights (K,) float64 of classes from their pixel counts (K,): 1 / ln(1.02 + share), rescaled.
 
-    The formula is ENet's (arXiv 1606.02147, section 5.2). It is bounded, between 1.4 and 51, also for classes of which
-    there is no pixel. The weights are then divided by their mean over the pixels, so that the loss keeps its size and
-    the learning rate its meaning.
+    The formula is ENet's (arXiv 1606.02147, section 5.2). It is bounded, between 1.4 and 51, also for classes
+    without a pixel. The weights are then divided by their mean over the pixels, so that the scale of the loss,
+    and hence the learning rate's effect, does not change.
     """
     share = pixels / max(pixels.sum(), 1)
     weights = 1 / np.log(1.02 + share)
@@ -52,13 +52,13 @@ def balanced(pixels: np.ndarray) -> np.ndarray:
 
 
 def _key(dataset: Dataset) -> str:
-    """Return what tells two data sets apart wherever they lie: a digest of the samples' names and the label table."""
+    """Return a digest of the samples' names and the label table: it identifies a data set in any folder."""
     names = "\n".join(dataset.name(index) for index in range(len(dataset)))
     return hashlib.sha256(names.encode() + dataset.table.tobytes()).hexdigest()
 
 
 def _read(path: Path, key: str) -> list[int] | None:
-    """Return the pixels per class from a histogram of the same data set, None without one."""
+    """Return the pixels per class from a histogram of the same data set, or None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [int(count) for count in content["pixels"]] if content["dataset"] == key else None

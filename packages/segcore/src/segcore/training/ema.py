@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 Average = dict[str, Tensor]
-"""Name -> averaged value of every floating entry of a state dict that is finite; the others are not averaged."""
+"""Name -> averaged value of every finite floating-point entry of a state dict; other entries are not averaged."""
 
 
 def start_ema(model: nn.Module) -> Average:
-    """Return the average before the first step: the weights as they are."""
+    """Return the average before the first step: a copy of the weights."""
     state = {name: value.detach() for name, value in model.state_dict().items() if value.is_floating_point()}
-    # A table may hold an infinity, whose mean with itself is NaN.
+    # A table may contain an infinity, whose mean with itself is NaN.
     return {name: value.clone() for name, value in state.items() if value.isfinite().all()}
 
 
@@ -23,7 +23,7 @@ def start_ema(model: nn.Module) -> Average:
 def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | None = None) -> None:
     """Set average = decay * average + (1 - decay) * value, for parameters and running statistics.
 
-    Where the bool tensor `skip` is true, the average stays as it is; that is decided on its device.
+    Where the bool tensor `skip` is true, the average does not change; this is decided on the device.
     """
     state, averages = model.state_dict(), list(average.values())
     values = [state[name] for name in average]
@@ -36,7 +36,7 @@ def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | 
 
 @contextmanager
 def averaged(model: nn.Module, average: Average | None) -> Iterator[None]:
-    """Let `model` have the averaged weights within a `with` block; nothing happens without an average."""
+    """Give `model` the averaged weights within a `with` block; without an average, do nothing."""
     own = {name: value.clone() for name, value in model.state_dict().items() if name in average} if average else {}
     try:
         if average:

@@ -1,4 +1,4 @@
-"""Steps that go wrong: what is undone, on the device and without waiting for it, and what the user reads."""
+"""Failed training steps: undo them on the device, without waiting for it, and report the error to the user."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class KeptBuffers:
-    """The buffers that training changes, such as running statistics, and a copy of them from before a step.
+    """The buffers that training changes, such as running statistics, and a copy of them taken before a step.
 
-    These are the buffers of the state dict; the others are constants that the model computes itself. Both are lists of
-    the buffers' bits as integers, where a NaN is a number like any other.
+    These are the buffers of the state dict; the others are constants that the model computes itself. Both lists hold
+    the buffers' bits as integers, so that NaNs are copied like any other value.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,12 +31,12 @@ class KeptBuffers:
         self.pairs = [(bits, [tensor.clone() for tensor in bits]) for bits in live.values()]
 
     def keep(self) -> None:
-        """Copy the buffers as they are."""
+        """Copy the current buffers."""
         for live, kept in self.pairs:
             torch._foreach_copy_(kept, live)
 
     def put_back(self, when: Tensor | None = None) -> None:
-        """Set the buffers to their copies; with a bool tensor `when`, only where that is true on the device."""
+        """Restore the buffers from their copies; with a bool tensor `when`, only if it is true on the device."""
         for live, kept in self.pairs:
             if when is None:
                 torch._foreach_copy_(live, kept)
@@ -47,7 +47,7 @@ class KeptBuffers:
 
 
 class HostCopy:
-    """An integer scalar on its way from the device to the host. The host can do other things before it reads it."""
+    """An integer scalar being copied from the device to the host; the host can do other work before it reads it."""
 
     def __init__(self, value: Tensor) -> None:
         on_cuda = value.device.type == "cuda"
@@ -57,7 +57,7 @@ class HostCopy:
             self.arrived.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> int:
-        """Wait for this value, not for what the device was given to do since, and return it."""
+        """Wait for this value, but not for work queued on the device after it, and return it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return int(self.value.numpy())
@@ -67,8 +67,8 @@ class HostCopy:
 def guarded_passes(buffers: KeptBuffers, out_of_memory: str) -> Iterator[None]:
     """Guard the forward and backward passes of a step in a `with` block.
 
-    When they raise UserError, the buffers are as before the step. Lack of GPU memory raises a UserError with the text
-    `out_of_memory`, and communication that fails one that names the missing ranks.
+    When they raise UserError, the buffers are restored. Running out of GPU memory raises a UserError with the text
+    `out_of_memory`; failed communication raises one that names the missing ranks.
     """
     buffers.keep()
     try:
@@ -81,7 +81,7 @@ def guarded_passes(buffers: KeptBuffers, out_of_memory: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def enough_memory(message: str) -> Iterator[None]:
-    """Raise UserError with `message` where a `with` block runs out of GPU memory."""
+    """Raise UserError with `message` when a `with` block runs out of GPU memory."""
     try:
         yield
     except torch.OutOfMemoryError:

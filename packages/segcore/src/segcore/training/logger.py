@@ -27,11 +27,11 @@ class Logger:
 
     On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
     gets one object per line at full precision: `{"mode": "meta", …}` at every start, then `train` and `val`, each with
-    `iteration`, the number of finished iterations. A value that is not finite becomes null. Where the extra
-    `tensorboard` is installed, the figures go to `<work_dir>/tensorboard` as well.
+    `iteration`, the number of finished iterations. Values that are not finite become null. If the extra
+    `tensorboard` is installed, the values are also written to `<work_dir>/tensorboard`.
 
-    `start` is the iteration that a resumed run goes on from: what the log says beyond it is dropped, so that curves are
-    clean. Without a `work_dir` nothing is written and nothing shown: one process of several is enough for that.
+    `start` is the iteration that a resumed run continues from: later log entries are dropped, so that curves are clean.
+    Without a `work_dir` nothing is written or shown, because one of several processes is enough.
 
     Raises UserError naming the file when it cannot be written.
     """
@@ -71,14 +71,14 @@ class Logger:
                 self.board.close()
 
     def line(self, text: str) -> None:
-        """Print a text for people, above the bar where there is one."""
+        """Print a text for people, above the progress bar if there is one."""
         if not self.plain:
             self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.path:
             print(text, file=self.console.file, flush=True)
 
     def once(self, text: str) -> None:
-        """Print a text on standard error the first time that it comes up, whichever process this is."""
+        """Print a text on standard error the first time it occurs, on any rank."""
         if text not in self.said:
             self.said.add(text)
             print(text, file=sys.stderr, flush=True)
@@ -88,11 +88,11 @@ class Logger:
         self.bar.update(self.training, completed=iteration)
 
     def evaluating(self, done: int, total: int) -> None:
-        """Show how far an evaluation is, in images."""
+        """Show the progress of an evaluation, in images."""
         self.bar.update(self.evaluation, completed=done, total=total, visible=done < total)
 
     def train(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Log means over the last interval: lr, loss, seconds, data_seconds, images_per_second and whatever else."""
+        """Log means over the last interval: lr, loss, seconds, data_seconds, images_per_second and others."""
         self._write({"mode": "train", "iteration": iteration, **values})
         pace = (time.perf_counter() - self.began) / max(iteration - self.start, 1)
         rate, eta = values["images_per_second"], timedelta(seconds=round(pace * (self.iterations - iteration)))
@@ -115,7 +115,7 @@ class Logger:
         self.line(f"Iter(val) [{iteration}]\n{text}")
 
     def picture(self, iteration: int, image: np.ndarray | None) -> None:
-        """Keep a picture (H, W, 3) uint8 of an evaluation: figures/predictions_<iteration>.png, and TensorBoard."""
+        """Write an evaluation's image (H, W, 3) uint8 to figures/predictions_<iteration>.png and to TensorBoard."""
         if self.path and image is not None:
             write_image(self.path.parent / "figures" / f"predictions_{iteration}.png", image)
             if self.board:
@@ -134,7 +134,7 @@ class Logger:
 
 
 class MetricLogger:
-    """Means since the last log line. They stay on the device until they are read, so that nothing waits for them."""
+    """Means since the last log line. They stay on the device until read, so that the host does not wait."""
 
     def __init__(self) -> None:
         self.reset()
@@ -147,7 +147,7 @@ class MetricLogger:
         self.seconds = self.data_seconds = 0.0
 
     def add(self, names: Iterable[str], values: Tensor, skipped: Tensor) -> None:
-        """Add the values (n,) of a step under their names, unless the step was `skipped`, () bool on their device."""
+        """Add a step's values (n,) under their names, unless the step was `skipped` (() bool on the same device)."""
         self.names, self.steps = list(names), self.steps + 1
         values = torch.where(skipped, 0.0, torch.cat((values, torch.ones_like(values[:1]))))
         self.sums = values if self.sums is None else self.sums + values
@@ -155,7 +155,7 @@ class MetricLogger:
     def read(self, batch: int, device: torch.device) -> dict[str, float]:
         """Return the means by name, at `batch` images per step on `device`; the loss is NaN when all were skipped.
 
-        Waits for the device, and counts that as time of the steps.
+        Waits for the device, and counts the wait as step time.
         """
         began = time.perf_counter()
         *sums, taken = self.sums.tolist() if self.sums is not None else [0]
@@ -184,7 +184,7 @@ def _finite(value: Any) -> Any:
 
 
 def _board(folder: Path, start: int) -> Any:
-    """Return a TensorBoard writer where the extra `tensorboard` is installed, else None."""
+    """Return a TensorBoard writer if the extra `tensorboard` is installed, else None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -193,7 +193,7 @@ def _board(folder: Path, start: int) -> Any:
 
 
 def _until(path: Path, iteration: int) -> str:
-    """Return the lines of a log up to `iteration`, without a last one that was cut off."""
+    """Return the lines of a log up to `iteration`, without a truncated last line."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

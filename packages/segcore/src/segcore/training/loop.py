@@ -1,12 +1,12 @@
 """The training loop.
 
-All randomness of a step follows from (seed, iteration), so a run that was interrupted anywhere and resumed ends with
-the same weights, bit for bit on the CPU, as one that was not. Order and noise of the images do not depend on the number
-of ranks either. Each rank computes its share of the micro-batches; only rank 0 writes files.
+All randomness of a step follows from (seed, iteration), so a run that is interrupted anywhere and resumed ends with
+the same weights as an uninterrupted one, bit for bit on the CPU. Order and noise of the images do not depend on the
+number of ranks either. Each rank computes its share of the micro-batches; only rank 0 writes files.
 
-The host never waits for a GPU between two log lines: whether a step is skipped is decided on the device, and the host
-reads it when the next step is under way. (Torch's SyncBatchNorm does wait, in every layer; it is used on several GPUs.)
-Nor does the host wait for other ranks, which agree on a step during the one before.
+The host never waits for a GPU between two log lines: the device decides whether a step is skipped, and the host reads
+the decision during the next step. (Torch's SyncBatchNorm, used on several GPUs, does wait in every layer.) Nor does the
+host wait for other ranks, which agree on a step during the previous one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from segcore.training.signals import SignalHandler
 from segcore.training.state import TrainState, save_state
 
 MAX_FAILURES = 3
-"""Steps in a row whose loss or gradient is not finite before the run stops."""
+"""Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
 
 
 def train(
@@ -53,13 +53,13 @@ def train(
     """Train `exp` and return its final evaluation, None when `train.evaluate_every` is 0.
 
     `work_dir` gets experiment.json, log.jsonl, figures/, checkpoints/, best.json and results.json. `resume` continues
-    from the newest whole checkpoint in it, or starts when there is none yet; without it `work_dir` must be new or
+    from its newest complete checkpoint, or starts if there is none yet; without it `work_dir` must be new or
     empty. `offline` forbids downloading start weights. Inside `distributed.process_group` each rank trains on its share
     of the batch and returns the same results.
 
-    Raises UserError about anything that cannot be used, after saving what was trained. Ctrl-C and SIGTERM raise
-    KeyboardInterrupt, holding the signal's number, once the running iteration is finished and saved (with several
-    ranks, the one after it); a second Ctrl-C does so at once.
+    Raises UserError for anything unusable, after saving the training state. Ctrl-C and SIGTERM raise KeyboardInterrupt
+    with the signal's number once the current iteration (with several ranks, the next one) is finished and saved; a
+    second Ctrl-C raises it at once.
     """
     state, dataset, val, notes = setup(exp, work_dir, torch.device(device), resume=resume, offline=offline)
     record = {**state.description, "torchrun": distributed.elastic_run_id()}
@@ -78,13 +78,13 @@ def train(
                 save_state(exp, state, work_dir)
             log.line(f"{work_dir}: stopped after iteration {state.iteration}; continue with `train --resume`")
             raise KeyboardInterrupt(*error.args) from None
-        except UserError as error:  # such as a file that cannot be read: what was trained before it is kept
+        except UserError as error:  # such as an unreadable file: save the progress before it
             together = distributed.world_size() == 1 or error.agreed
             if state.saved < state.iteration and together and not isinstance(error, DivergedError):
                 with contextlib.suppress(UserError):
                     save_state(exp, state, work_dir)
             raise
-        except torch.OutOfMemoryError:  # inside the optimizer, where some weights may have changed: nothing to save
+        except torch.OutOfMemoryError:  # in the optimizer, which may have changed some weights: do not save
             raise UserError(_out_of_memory(exp)) from None
         best = f"; best: iteration {state.best_iteration}, mIoU {100 * state.best_miou:.2f}"
         log.line(f"{work_dir}: finished{best if state.best_iteration else ''}")
@@ -105,12 +105,12 @@ def train_loop(
             last, new, best = state.iteration == total, state.evaluated < state.iteration, state.best_iteration
             if _due(state.iteration, settings.save_every, total) and state.saved < state.iteration:
                 _check(failures, work_dir)
-                save_state(exp, state, work_dir)  # before the evaluation, which a single bad file can end
+                save_state(exp, state, work_dir)  # before the evaluation, which a single bad file can abort
             if val and _due(state.iteration, settings.evaluate_every, total) and (new or last):
                 _check(failures, work_dir)
                 results = validate(exp, state, val, log, signals)
                 if state.best_iteration != best or (new and state.saved == state.iteration):
-                    save_state(exp, state, work_dir)  # again, so that a resumed run knows of this evaluation
+                    save_state(exp, state, work_dir)  # again, to record this evaluation for a resumed run
             if last:
                 _check(failures, work_dir)
                 break
@@ -137,11 +137,11 @@ def train_loop(
 
 
 def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], metrics: MetricLogger) -> None:
-    """Do one optimizer step, or skip it on the device where loss or gradient is not finite: then all is as before it.
+    """Do one optimizer step; if the loss or gradient is not finite, skip it on the device, with no change of state.
 
-    So it is when the passes raise UserError for lack of GPU memory. Gradients are accumulated over the micro-batches of
-    this rank, and averaged over the ranks in the last one. `state.failures` counts skipped steps in a row. With fp16 a
-    gradient may overflow until the scaler has found its scale, which is no failure while there is scale left.
+    The same holds when the passes raise UserError for lack of GPU memory. Gradients accumulate over this rank's
+    micro-batches; the last one averages them over the ranks. `state.failures` counts consecutive skipped steps. With
+    fp16 a gradient may overflow until the scaler finds its scale: this is a failure only if the scale is down to 1.
     """
     model, optimizer, scaler, device = state.model, state.optimizer, state.scaler, state.device
     layout = torch.channels_last if exp.train.channels_last else torch.contiguous_format
@@ -167,7 +167,7 @@ def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], m
     skip = ~(loss_finite & norm.isfinite())
     if exp.optimizer.clip_norm is not None:
         clip_grads_with_norm_(model.parameters(), exp.optimizer.clip_norm, norm)
-    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # 1: the fused kernels change nothing
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # 1: the fused kernels do nothing
     optimizer.step()
     optimizer.zero_grad()
 
@@ -181,7 +181,7 @@ def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], m
 
 
 def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, signals: SignalHandler) -> Results:
-    """Evaluate the model as it is, log the results and note the best mIoU. A signal ends it after the running batch."""
+    """Evaluate the model, log the results and record the best mIoU. A signal stops it after the current batch."""
 
     def on_progress(done: int, total: int) -> None:
         log.evaluating(done, total)
@@ -191,7 +191,7 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
     batch, mode = exp.evaluate.batch_size, exp.evaluate.mode
     remedy = f"lower evaluate.batch_size ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
     with averaged(state.model, state.average), enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
-        distributed.broadcast(list(state.model.buffers()))  # running statistics of rank 0 count
+        distributed.broadcast(list(state.model.buffers()))  # use the running statistics of rank 0
         results = evaluate(
             Predictor.of(state.model, exp),
             val,
@@ -216,8 +216,8 @@ def next_micro_batches(
 ) -> tuple[list[Batch], Callable[[], list[int]]]:
     """Return the micro-batches of the next step, and a function that waits for the other ranks.
 
-    That function returns the samples that were skipped for them, over all ranks, or raises the UserError or Stopped
-    that one of the ranks has met.
+    That function returns the number of samples that were skipped for them, over all ranks, or raises the UserError or
+    Stopped of a rank.
     """
     micro_batches: list[Batch] = []
     error: UserError | Stopped | None = None
@@ -233,16 +233,16 @@ def next_micro_batches(
 
 
 class DivergedError(UserError):
-    """The loss is no longer finite: continuing is no use, so nothing is saved over the last good checkpoint."""
+    """The loss is no longer finite: continuing is useless, so the last good checkpoint is not replaced."""
 
 
 def _agreed(
     batches: Iterator[list[Batch]], iterations: range, state: TrainState, metrics: MetricLogger, log: Logger,
     signals: SignalHandler,
 ) -> Iterator[list[Batch]]:  # fmt: skip
-    """Yield the micro-batches of each of `iterations` once all ranks have theirs.
+    """Yield the micro-batches of each of `iterations` once all ranks have their own.
 
-    They are read one step ahead, and the ranks tell each other during that step; all of them stop at the same one.
+    They are read one step ahead, and the ranks synchronize during that step, so that all stop at the same one.
     """
     began = time.perf_counter()
     ahead = next_micro_batches(batches, signals, log)
@@ -250,7 +250,7 @@ def _agreed(
         micro_batches, agree = ahead
         [skipped] = agree()
         if distributed.world_size() == 1:
-            signals.check()  # there is nobody to agree with
+            signals.check()  # no other ranks to agree with
         state.skipped += skipped
         if iteration + 1 < iterations.stop:
             ahead = next_micro_batches(batches, signals, log)
@@ -260,7 +260,7 @@ def _agreed(
 
 
 def _micro_batches(exp: Experiment, state: TrainState, dataset: Dataset) -> Generator[list[Batch], None, None]:
-    """Yield the micro-batches of every step of this rank."""
+    """Yield the micro-batches of this rank, step by step."""
     share, micro = batch_shares(exp)
     batches = train_batches(
         dataset,
@@ -281,7 +281,7 @@ def _micro_batches(exp: Experiment, state: TrainState, dataset: Dataset) -> Gene
 
 
 def _check(failures: tuple[int, HostCopy] | None, work_dir: Path) -> None:
-    """Raise DivergedError if too many steps in a row had failed at an iteration."""
+    """Raise DivergedError if too many consecutive steps had failed at an iteration."""
     if failures and (count := failures[1].read()) >= MAX_FAILURES:
         raise DivergedError(
             f"{work_dir}: loss or gradient not finite {count} times in a row, at iteration {failures[0]}; "
@@ -296,5 +296,5 @@ def _out_of_memory(exp: Experiment) -> str:
 
 
 def _due(iteration: int, every: int, total: int) -> bool:
-    """Return whether something that happens every so many iterations (0: never) and at the end happens now."""
+    """Return whether an action due every `every` iterations (0: never) and at the end is due now."""
     return every > 0 and iteration > 0 and (iteration == total or iteration % every == 0)

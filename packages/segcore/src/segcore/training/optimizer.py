@@ -1,4 +1,4 @@
-"""The optimizer: which parameter gets which learning rate and weight decay, and its state by parameter name."""
+"""The optimizer: each parameter's learning rate and weight decay, and the state by parameter name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 
 OptimizerState = dict[str, dict[str, Tensor]]
-"""Parameter name -> what the optimizer keeps for it, such as its moments."""
+"""Parameter name -> the optimizer's state for it, such as moments."""
 
 
 def param_rule(name: str, optimizer: OptimizerConfig) -> ParamRule:
-    """Return the rule for a parameter's published name; one that changes nothing when none matches.
+    """Return the rule for a parameter's published name; a neutral rule when none matches.
 
-    The longest key that is a part of the name wins, equal lengths in alphabetical order; then no other rule applies.
+    The longest key contained in the name wins (ties: the first in alphabetical order); no other rule applies.
     """
     rules = sorted(optimizer.rules, key=lambda rule: (-len(rule.key), rule.key))
     return next((rule for rule in rules if rule.key in name), ParamRule(""))
@@ -33,11 +33,11 @@ def param_settings(names: Iterable[str], optimizer: OptimizerConfig) -> dict[str
 
 
 def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return AdamW or SGD over the parameters of `model` that are trained. The model is already on its device.
+    """Return AdamW or SGD over the trainable parameters of `model`, which must already be on its device.
 
-    Parameters with equal settings share a group, which the fused kernels like; the outcome for each is the same as in a
-    group of its own. A group carries `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
-    rule for its first name. Frozen parameters are left out. The fused kernels skip a step, on the device, where the
+    Parameters with equal settings share a group, which makes the fused kernels faster; the result is the same as with a
+    group per parameter. A group has `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
+    rule for its first name. Frozen parameters are left out. The fused kernels skip a step, on the device, when the
     optimizer's attribute `found_inf` is 1.
     """
     official = model.key_map()
@@ -55,18 +55,18 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
         case "sgd":
             sgd = torch.optim.SGD(param_groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=True)
             if optimizer.momentum:
-                for parameter in parameters.values():  # torch's are uninitialized if step 1 is skipped
+                for parameter in parameters.values():  # torch leaves them uninitialized if step 1 is skipped
                     sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return sgd
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """Return the optimizer's state by parameter name, so that it does not depend on how parameters are grouped."""
+    """Return the optimizer's state by parameter name, so that it does not depend on the parameter groups."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` returned. Groups and their settings stay as `optimizer` has them.
+    """Restore the state that `optimizer_state` returned. Groups and their settings do not change.
 
     Raises UserError when the state belongs to other parameters.
     """
@@ -75,7 +75,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     if unknown := sorted(set(state) - set(trained)):
         raise UserError(
             f"the optimizer state is for {len(unknown)} parameters that are not trained here (first: {unknown[0]}); "
-            "resume with the configuration that the run was started with"
+            "resume with the configuration of the original run"
         )
     own = optimizer.state_dict()
     own["state"] = {index: state[name] for index, name in enumerate(trained) if name in state}

@@ -4,9 +4,9 @@ from segcore.config.schema import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, base: float, iteration: int) -> float:
-    """Return the rate that step `iteration` (counted from 0) uses, for a parameter group whose own base rate is `base`.
+    """Return the learning rate of step `iteration` (counted from 0) for a parameter group with base rate `base`.
 
-    The usual warm-up scales the rate that the schedule gives at that iteration, so the curve has no jump where it ends.
+    The usual warm-up scales the scheduled rate of the iteration, so the curve has no jump at the end of the warm-up.
     """
     warmup, total = schedule.warmup_iterations, schedule.iterations
     factor, floor = 1.0, 0.0

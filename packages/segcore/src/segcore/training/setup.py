@@ -1,4 +1,4 @@
-"""How a run begins: data sets, model, optimizer, start weights or checkpoint, and the other ranks."""
+"""Setup of a run: data sets, model, optimizer, start weights or checkpoint, and the other ranks."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def setup(
 ) -> tuple[TrainState, Dataset, Dataset | None, list[str]]:
     """Return the state to train from, the training and the validation set, and lines for the user.
 
-    Writes nothing but `label_histogram.json`, and that last. Raises UserError about anything that cannot be used.
+    Writes only `label_histogram.json`, as the last action. Raises UserError for anything unusable.
     """
-    batch_shares(exp)  # refuses a batch that does not divide
+    batch_shares(exp)  # raises for a batch that does not divide
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
     state = init_state(exp, device)
@@ -67,14 +67,14 @@ def setup(
 
 
 def init_state(exp: Experiment, device: torch.device) -> TrainState:
-    """Return the state before the first step, on `device`: random weights that follow from the seed."""
+    """Return the state before the first step, on `device`, with random weights determined by the seed."""
     torch.manual_seed(exp.seed)
     model = exp.model.build()  # on the CPU, so that the weights do not depend on the device
     model = model.to(device)
     if exp.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if distributed.world_size() > 1 and device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # unlike torch's it knows timm's norms with an activation
+        from timm.layers import convert_sync_batchnorm  # unlike torch's, it supports timm's norms with an activation
 
         model = convert_sync_batchnorm(model)
     return TrainState(
@@ -90,7 +90,7 @@ def init_state(exp: Experiment, device: torch.device) -> TrainState:
 
 
 def wrap_parallel(exp: Experiment, state: TrainState, loss: LossConfig) -> None:
-    """Make the losses data-parallel and compile them: last, when the weights are those to train from."""
+    """Make the losses data-parallel and compile them; call it last, after loading the start weights."""
     state.losses = distributed.in_parallel(LossModule(state.model, loss), state.device)
     if exp.train.compile:
         state.losses = torch.compile(state.losses)  # type: ignore[assignment]
@@ -104,13 +104,13 @@ def batch_shares(exp: Experiment) -> tuple[int, int]:
     if batch % world or share % micro:
         raise UserError(
             f"train.batch_size {batch} on {world} devices does not divide into passes of train.device_batch_size "
-            f"{most}; choose a multiple for train.batch_size, or another number of devices"
+            f"{most}; make train.batch_size a multiple, or change the number of devices"
         )
     return share, micro
 
 
 def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
-    """Return the checkpoint to resume from, None to start; raises UserError when the folder allows neither."""
+    """Return the checkpoint to resume from, None to start anew; raises UserError when the folder permits neither."""
     if work_dir.exists() and not work_dir.is_dir():
         raise UserError(f"{work_dir}: is a file; choose another --work-dir")
     if not resume:
@@ -119,12 +119,12 @@ def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
         return None
     found = checkpoint.newest(work_dir)
     if found is None and any((work_dir / "checkpoints").glob("iter_*")):
-        raise UserError(f"{work_dir / 'checkpoints'}: no checkpoint is whole; start again with another --work-dir")
+        raise UserError(f"{work_dir / 'checkpoints'}: no complete checkpoint; start again with another --work-dir")
     return found
 
 
 def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
-    """Return the training set, the validation set where the run evaluates, and a line per broken file."""
+    """Return the training set, the validation set if the run evaluates, and one line per broken file."""
     dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train"))
     val = open_dataset(exp.data, "val") if exp.train.evaluate_every else None
     broken = distributed.on_main_process(
@@ -138,7 +138,7 @@ def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
 
 
 def _notes(state: TrainState) -> Iterator[str]:
-    """Yield what a user of several processes should know."""
+    """Yield notes for a run with several processes."""
     if (count := distributed.world_size()) > 1:
         local = any(isinstance(module, nn.BatchNorm2d) for module in state.model.modules())
         yield f"{count} processes on {state.device.type}" + (", batch norm stays local to each" if local else "")

@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM as torchrun, SLURM and others send it."""
+"""Handling of Ctrl-C, and of SIGTERM as torchrun, SLURM and others send it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from segcore.errors import Stopped
 
 
 class SignalHandler:
-    """Holds a Ctrl-C or SIGTERM back, in a `with` block, until `check`, where the state of the run is whole.
+    """Delays Ctrl-C and SIGTERM, in a `with` block, until `check`, where the state of the run is consistent.
 
-    A second Ctrl-C is not held back, except below torchrun, which sends a signal of its own after each Ctrl-C.
+    A second Ctrl-C is not delayed, except under torchrun, which sends its own signal after each Ctrl-C.
     """
 
     signal: int | None = None
 
     def __enter__(self) -> SignalHandler:
-        main = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+        main = threading.current_thread() is threading.main_thread()  # handlers can be set only there
         signals = (signal.SIGINT, signal.SIGTERM) if main else ()
         self.previous = {number: signal.signal(number, self._note) for number in signals}
         return self
@@ -29,7 +29,7 @@ class SignalHandler:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Stopped after a signal."""
+        """Raise Stopped if a signal has arrived."""
         if self.signal is not None:
             raise Stopped(self.signal)
 

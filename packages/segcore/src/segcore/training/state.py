@@ -1,4 +1,4 @@
-"""The state of a run while it trains: what a checkpoint holds of it, and how a run resumes from one."""
+"""The state of a training run: saving it in a checkpoint, and resuming from one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from segcore.training.optimizer import load_optimizer_state, optimizer_state
 
 @dataclass
 class TrainState:
-    """All that changes while a run trains. A checkpoint holds it, except for `buffers` and `failures`."""
+    """Everything that changes during training. A checkpoint holds it, except `buffers` and `failures`."""
 
     model: Segmentor
     losses: nn.Module
-    """`model.losses` as a module: compiled, and in parallel with the other processes, where that is asked for."""
+    """`model.losses` as a module: compiled and data-parallel if the settings say so."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: Average | None
@@ -36,7 +36,7 @@ class TrainState:
     buffers: KeptBuffers
     """The model's buffers as they were before the step."""
     failures: Tensor
-    """() int32, on the device: steps in a row, up to the last, whose loss or gradient was not finite."""
+    """() int32, on the device: consecutive last steps with a loss or gradient that was not finite."""
     description: dict[str, Any]
     """Settings and versions."""
     iteration: int = 0
@@ -56,9 +56,9 @@ class TrainState:
 
 
 def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
-    """Write a checkpoint of the run as it is, record the best one and remove those that are no longer kept.
+    """Write a checkpoint of the current state, record the best one and remove those no longer kept.
 
-    With `train.ema` the checkpoint's model is the averaged one, and its state file has the trained weights as well.
+    With `train.ema` the checkpoint's model is the averaged one, and its state file also has the trained weights.
     """
     rest = {
         "iteration": state.iteration,
@@ -85,9 +85,9 @@ def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
 
 
 def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
-    """Set `state` to what a checkpoint holds; return lines that say so and which settings have changed since.
+    """Set `state` from a checkpoint; return lines that report this and the settings that have changed since.
 
-    Raises UserError when the checkpoint does not fit the model or lies beyond the schedule.
+    Raises UserError when the checkpoint does not fit the model or is beyond the end of the schedule.
     """
     found = checkpoint.load(folder)
     own, rest = state.model.state_dict(), found.state

@@ -1,4 +1,4 @@
-"""The layouts of data sets, each in a module of its own; `open_dataset` picks one from the table."""
+"""Data set layouts, one module each; `open_dataset` picks one from the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Split = Literal["train", "val"]
 
 
 class Layout(NamedTuple):
-    """How the files of a data set lie below `data.root`."""
+    """The arrangement of a data set's files below `data.root`."""
 
     open_split: Callable[[DataConfig, Split], Dataset]
     """Return a split from the files; raises UserError without a folder or without images."""
@@ -32,11 +32,11 @@ LAYOUTS = {
     "folder": Layout(folder.open_split, folder.classes),
     "toy": Layout(toy.open_split, lambda data: (cityscapes.CLASSES, cityscapes.PALETTE)),
 }
-"""By the name in `data.dataset`. To add a data set, add its module and its line here."""
+"""Layouts by the name in `data.dataset`. To add a data set, add its module and a line here."""
 
 
 def open_dataset(data: DataConfig, split: Split) -> Dataset:
-    """Return the training or validation split of `data`, which also says the layout, the channels and the classes.
+    """Return the training or validation split of `data`, which also sets the layout, the channels and the classes.
 
     Raises UserError when the folder is missing, a split is empty, or an image has no label. Generates nothing.
     """
@@ -60,16 +60,15 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
 
 
 def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the class names and (K, 3) uint8 RGB colors that `open_dataset` would give, without needing the files."""
+    """Return the class names and (K, 3) uint8 RGB colors of what `open_dataset` returns; needs no files."""
     classes, palette = LAYOUTS[data.dataset].classes(data)
     return add_background(classes, palette) if data.add_background_class else (classes, palette)
 
 
 def with_background(dataset: Dataset) -> Dataset:
-    """Return the dataset with a class `background` in front: train ids move up by one, and what was ignored becomes 0.
+    """Return the dataset with a class `background` in front: train ids increase by one, and ignored pixels become 0.
 
-    Background is then the ignored class. This is how DDPS sees ADE20K (raw values 0 .. 150) and Cityscapes (train ids
-    + 1).
+    Background is then the ignored class. DDPS does this to ADE20K (raw values 0 .. 150), Cityscapes (train ids + 1).
     """
     classes, palette = add_background(dataset.classes, dataset.palette)
     table = np.where(dataset.table == FORBIDDEN, FORBIDDEN, dataset.table + 1).astype(np.uint8)

@@ -26,7 +26,7 @@ TABLES = {
 
 
 def open_split(data: DataConfig, split: str) -> Dataset:
-    """Return the split `train` or `val` below `data.root`, with the kind of label that more of its images have.
+    """Return the split `train` or `val` below `data.root`, with the kind of label that covers more of its images.
 
     Raises UserError when a folder is missing or has no images.
     """

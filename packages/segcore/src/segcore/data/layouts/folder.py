@@ -1,9 +1,9 @@
 """A user's own images and masks: two globs per split and a list of class names.
 
-A mask belongs to the image of the same stem. Endings that only say what a file is are left out of the stem: an `_`,
+A mask belongs to the image of the same stem. Endings that only state the kind of a file do not count: an `_`,
 `-` or `.` followed by image(s), img, rgb, leftImg8bit, mask(s), label(s), labelIds, labelTrainIds, gtFine, gt, seg,
-annotation(s), in any case and also several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a `**`, sub-folders
-count too: `x/a.jpg` and `x/a.png`.
+annotation(s), in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a `**`, sub-folders
+count as well: `x/a.jpg` matches `x/a.png`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segcore.data.layouts.files import pair_files
 from segcore.errors import UserError
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-"""Files that count as masks: lossless, and read as indices."""
+"""Suffixes of masks: lossless formats, read as indices."""
 _ENDING = re.compile(
     r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
     re.IGNORECASE,
@@ -33,7 +33,7 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     """Return the split `train` or `val` that the globs of `data` name; mask values are 0 .. K-1 and 255 (ignored).
 
     An empty `data.val_masks` gives samples without labels. Raises UserError when classes are missing, when nothing
-    matches, or when two files have one stem.
+    matches, or when two files share a stem.
     """
     if not 1 <= len(data.classes) <= 253:
         raise UserError(
@@ -57,16 +57,16 @@ def classes(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Return the files of these types that match `pattern` below `root`, by stem, in the order of their paths as text.
+    """Return the files of these types that match `pattern` below `root`, keyed by stem and sorted by path as text.
 
-    Hidden files and files of other types are left out. Raises UserError when two have one stem or the pattern is no
-    relative glob.
+    Hidden files and files of other types are left out. Raises UserError when two share a stem or the pattern is not
+    a relative glob.
     """
     try:
         paths = sorted(root.glob(pattern), key=lambda path: path.relative_to(root).as_posix())
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"{pattern!r} is no file pattern below {root} ({error}); write it like images/train/*.png"
+            f"{pattern!r} is not a file pattern below {root} ({error}); write it like images/train/*.png"
         ) from None
     found: dict[str, Path] = {}
     for path in paths:
@@ -75,21 +75,21 @@ def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUF
             key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
             if key in found:
                 raise UserError(
-                    f"{found[key]} and {path}: both stand for {key!r}; narrow the pattern {pattern} to one of them"
+                    f"{found[key]} and {path}: both have the stem {key!r}; narrow the pattern {pattern} to one of them"
                 )
             found[key] = path
     return found
 
 
 def fixed_part(pattern: str) -> PurePosixPath:
-    """Return the folder of a glob in front of its first wildcard."""
+    """Return the folder part of a glob before its first wildcard."""
     parts = PurePosixPath(pattern).parent.parts
     wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     return PurePosixPath(*parts[:wild])
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and those before it.
+    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and earlier ones.
 
     Color i does not depend on `count`, which is at most 511.
     """

@@ -1,4 +1,4 @@
-"""The generated street scenes as a dataset: the Cityscapes layout with a marker file that lists what belongs to it."""
+"""The generated street scenes as a dataset: the Cityscapes layout with a marker file that states its content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
 
 
 def open_split(data: DataConfig, split: str) -> Dataset:
-    """Return the split `train` or `val`; each file that the set has lost is listed in `Dataset.missing`."""
+    """Return the split `train` or `val`; `Dataset.missing` lists each file that is gone."""
     lost = missing_files(data.root, [split])
     missing = tuple(f"{file}: missing; `train` generates it again" for file in lost)
     dataset = cityscapes.open_split(data, split)
@@ -25,7 +25,7 @@ def open_split(data: DataConfig, split: str) -> Dataset:
 
 
 def is_complete(root: Path) -> bool:
-    """Return whether `root` holds a toy set that was generated to its end and still has all of its files.
+    """Return whether `root` holds a toy set that was generated completely and still has all of its files.
 
     Raises UserError when the marker cannot be read.
     """
@@ -33,7 +33,7 @@ def is_complete(root: Path) -> bool:
 
 
 def missing_files(root: Path, splits: Sequence[str] = SPLITS) -> list[Path]:
-    """Return the files that the marker below `root` lists and that are not there; none without a marker."""
+    """Return the files that the marker below `root` lists but that do not exist; none without a marker."""
     items = items_of(read_marker(root / MARKER)) if (root / MARKER).exists() else []
     files = [file for split, index in items if split in splits for file in files_of(root, split, index)]
     return [file for file in files if not file.is_file()]
@@ -56,7 +56,7 @@ def files_of(root: Path, split: str, index: int) -> tuple[Path, Path, Path]:
 
 
 def read_marker(marker: Path) -> dict[str, Any]:
-    """Return the content of the marker; nothing where there is no marker."""
+    """Return the content of the marker, empty if there is no marker."""
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
         if not all(isinstance(content[split], int) for split in SPLITS):
@@ -65,6 +65,6 @@ def read_marker(marker: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{marker}: is not a toy set's marker ({error!r}); delete the folder or name another one"
+            f"{marker}: not a valid toy set marker ({error!r}); delete the folder or choose another one"
         ) from None
     return dict(content)

@@ -1,4 +1,4 @@
-"""Drawing of street scenes: `canvas` projects and paints, `things` stand and drive, `scene` puts all together."""
+"""Drawing of street scenes: `canvas` projects and paints, `things` draws objects, `scene` composes them."""
 
 from segcore.demo.street.scene import draw_scene
 

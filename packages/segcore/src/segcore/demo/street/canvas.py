@@ -1,4 +1,4 @@
-"""The canvas of a street scene: polygons in metres, projected and painted with color, label and texture."""
+"""The canvas of a street scene: polygons in meters, projected and painted with color, label and texture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, S
 BICYCLE, IGNORE = 18, 255
 
 PLAIN, ASPHALT, STONE, LEAVES, GRASS, CLOUD = range(6)
-"""Textures. Buildings, walls, paving and bark share one, grass is all there is on terrain."""
+"""Textures. Buildings, walls, paving and bark share one, only terrain has grass."""
 
 Color = Sequence[float] | np.ndarray
 """RGB, 0..255."""
@@ -30,16 +30,16 @@ PAINT = [
     (44, 98, 66),
     (112, 84, 64),
 ]
-"""Colors of vehicles, clothes, doors, awnings: shared, so that they tell little."""
+"""Colors of vehicles, clothes, doors, awnings: shared, so that they reveal little about the class."""
 
 ANGLES = np.linspace(0, 2 * np.pi, 20, endpoint=False)
 CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
 SUBPIXEL = 4
-"""Bits of a pixel in which OpenCV is given coordinates."""
+"""Fractional bits of the coordinates passed to OpenCV."""
 
 
 class Canvas:
-    """A picture in the making, at twice its final size. Metres: x right, y up from the ground, z ahead of the eye."""
+    """An image being drawn, at twice its final size. Meters: x right, y up from the ground, z ahead of the camera."""
 
     def __init__(self, rng: np.random.RandomState, height: int, width: int) -> None:
         self.rng, self.h, self.w = rng, 2 * height, 2 * width
@@ -52,12 +52,12 @@ class Canvas:
         self.eye = rng.uniform(1.6, 2.5)
         self.dusk = rng.rand() < 0.2
         self.sun = int(rng.choice([-1, 1]))
-        """Side from which the light comes: -1 left, 1 right."""
+        """Side of the light source: -1 left, 1 right."""
         self.contrast = rng.uniform(0.05, 0.35)
-        """Between lit and shaded sides; small under clouds."""
+        """Contrast between lit and shaded sides; small under clouds."""
         self.haze: np.ndarray = np.full(3, 200.0)
         self.reach = rng.uniform(60, 200)
-        """Metres after which 63 % of a color is haze."""
+        """Distance in meters at which haze makes up 63 % of a color."""
 
     def pick(self, colors: Sequence[Color], spread: float = 12, light: float = 0.2) -> np.ndarray:
         """Return one of `colors`, varied by a factor 1 +- `light` and by +- `spread` per channel."""
@@ -65,14 +65,14 @@ class Canvas:
         return np.clip(base + self.rng.uniform(-spread, spread, 3), 8, 248)
 
     def project(self, points: Any) -> np.ndarray:
-        """Return pixels (n, 2) of points (n, 3) in metres; what is nearer than 0.8 m is moved there."""
+        """Return pixels (n, 2) of points (n, 3) in meters; points nearer than 0.8 m are moved to 0.8 m."""
         x, y, z = np.asarray(points, float).T
         return self.center + self.focal * np.stack([x, self.eye - y], 1) / np.maximum(z, 0.8)[:, None]
 
     def fill(self, pixels: Any, color: Any, label: int | None = None, texture: int = PLAIN, z: float = 0) -> None:
         """Paint a polygon (n, 2) in pixels at distance z.
 
-        Without a label it is a detail of what lies there; without a color it is labeled only.
+        Without a label, the label below is kept; without a color, only the label is painted.
         """
         polygon = [np.rint(np.asarray(pixels) * 2**SUBPIXEL).astype(np.int32)]
         if color is not None:
@@ -84,24 +84,24 @@ class Canvas:
             cv2.fillPoly(self.texture, polygon, texture, shift=SUBPIXEL)
 
     def face(self, points: Any, color: Any, label: int | None = None, texture: int = PLAIN) -> None:
-        """Paint a polygon (n, 3) in metres; the rest as in `fill`."""
+        """Paint a polygon (n, 3) in meters; other arguments as in `fill`."""
         self.fill(self.project(points), color, label, texture, z=sum(point[2] for point in points) / len(points))
 
     def ground(
         self, x0: float, x1: float, z0: float, z1: float, color: Any, label: int | None = None, texture: int = PLAIN
     ) -> None:
-        """Paint a rectangle of the ground; the rest as in `fill`."""
+        """Paint a rectangle of the ground; other arguments as in `fill`."""
         z0, z1 = max(z0, 1.0), max(z1, 1.0)
         corners = [(x0, 0, z0), (x0, 0, z1), (x1, 0, z1), (x1, 0, z0)]
         self.fill(self.project(corners), color, label, texture, z=min(z0, 25))
 
     def board(self, x: float, z: float) -> Callable[[Any], np.ndarray]:
-        """Return the map from (right, up) in metres on an upright board that stands at (x, z) to pixels."""
+        """Return the map from (right, up) in meters on an upright board at (x, z) to pixels."""
         foot, scale = self.project([(x, 0, z)])[0], self.focal / z
         return lambda points: foot + np.asarray(points, float) * (scale, -scale)
 
     def shade(self, points: Any, factor: float) -> None:
-        """Darken a polygon (n, 3) in metres: a shadow."""
+        """Darken a polygon (n, 3) in meters: a shadow."""
         polygon = np.rint(self.project(points)).astype(np.int32)
         (left, top), (right, bottom) = polygon.min(0).clip(0), polygon.max(0).clip(-1) + 1
         part = self.color[top:bottom, left:right]
@@ -117,7 +117,7 @@ class Canvas:
         label, texture = self.label[1::2, 1::2].copy(), self.texture[1::2, 1::2]
 
         def noise(across: float, down: float) -> np.ndarray:
-            """Smooth noise around -1..1 in spots of that many pixels, if the picture had 256 rows."""
+            """Smooth noise around -1..1 in spots of that many pixels, for an image of 256 rows."""
             unit = size[1] / 256
             shape = max(2, round(size[1] / (down * unit))), max(2, round(size[0] / (across * unit)))
             return cv2.resize(rng.uniform(-1, 1, shape).astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
@@ -144,27 +144,27 @@ class Canvas:
 
 
 def front(z: float, x0: float, x1: float, y0: float, y1: float) -> list[tuple[float, float, float]]:
-    """Return an upright rectangle across the street, (4, 3) metres."""
+    """Return an upright rectangle across the street, (4, 3) meters."""
     return [(x0, y0, z), (x0, y1, z), (x1, y1, z), (x1, y0, z)]
 
 
 def side(x: float, z0: float, z1: float, y0: float, y1: float) -> list[tuple[float, float, float]]:
-    """Return an upright rectangle along the street, (4, 3) metres."""
+    """Return an upright rectangle along the street, (4, 3) meters."""
     return [(x, y0, z0), (x, y1, z0), (x, y1, z1), (x, y0, z1)]
 
 
 def box(x0: float, x1: float, y0: float, y1: float) -> list[tuple[float, float]]:
-    """Return a rectangle on a board, (4, 2) metres."""
+    """Return a rectangle on a board, (4, 2) meters."""
     return [(x0, y0), (x0, y1), (x1, y1), (x1, y0)]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    """Return an ellipse around (x, y) on a board, (20, 2) metres."""
+    """Return an ellipse around (x, y) on a board, (20, 2) meters."""
     return CIRCLE * (rx, ry) + (x, y)
 
 
 def stroke(a: Sequence[float], b: Sequence[float], width: float) -> np.ndarray:
-    """Return a straight stroke from a to b on a board, (4, 2) metres."""
+    """Return a straight stroke from a to b on a board, (4, 2) meters."""
     start, end = np.asarray(a, float), np.asarray(b, float)
     along = end - start
     across = np.array([-along[1], along[0]]) / np.hypot(*along) * width / 2

@@ -1,4 +1,4 @@
-"""A straight street in perspective: sky, ground, houses and gardens on both sides, and what stands and drives there."""
+"""A straight street in perspective: sky, ground, houses and gardens on both sides, and objects on it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ BARK = [(92, 74, 58), (112, 104, 94)]
 def draw_scene(rng: np.random.RandomState, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return an image (height, width, 3) uint8 RGB and its Cityscapes train ids (height, width) uint8, 255 ignored.
 
-    Everything is painted over what is farther away. Along one line of sight the sides of the street lie behind all that
-    stands in it, so they come first.
+    Objects are painted from far to near. On any line of sight the sides of the street lie behind all objects in it, so
+    they are painted first.
     """
     c = Canvas(rng, height, width)
     leaf = c.pick(FOLIAGE)
@@ -82,7 +82,7 @@ def _sky(c: Canvas) -> None:
 
 
 def _ground(c: Canvas) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Draw the ground; return the x of the kerbs and of the lines where the houses begin, left and right."""
+    """Draw the ground; return the x of the curbs and of the house fronts, left and right."""
     rng, lawn, paving, tar = c.rng, c.pick(LAWNS), c.pick(PAVING, 9), c.pick(TAR, 7)
     left, right = -rng.uniform(3.5, 8), rng.uniform(3, 5.5)
     c.ground(-400, 400, 1, 400, c.pick(LAWNS), TERRAIN, GRASS)
@@ -195,7 +195,7 @@ def _garden(c: Canvas, x: float, out: int, z0: float, z1: float, leaf: np.ndarra
             for z in np.arange(z0 + 0.4 * (row % 2), z1, 0.8):
                 c.face(side(x, z, z + 0.09, y, min(y + 0.32, tall)), color * 0.55)
         c.face(side(x, z0, z1, tall - 0.2, tall), color * 1.25)
-    elif kind == 1:  # one sees through it, but it is labeled as a whole, as in Cityscapes
+    elif kind == 1:  # see-through, but labeled as a whole, as in Cityscapes
         color = c.pick(BOARDS)
         c.face(side(x, z0, z1, 0, tall), None, FENCE)
         for z in np.arange(z0, z1, 0.4):
@@ -225,11 +225,11 @@ FOOTPRINTS = {
     things.bicycle: (1.6, 0.3),
     _tree: (3.2, 2),
 }
-"""Width and length in metres of a thing's shadow; (0.8, 0.3) for all others."""
+"""Width and length in meters of an object's shadow; (0.8, 0.3) for all others."""
 
 
 def _things(c: Canvas, kerbs: tuple[float, float], lines: tuple[float, float], leaf: np.ndarray) -> None:
-    """Scatter all that stands and drives, and paint it, with shadows, from far to near."""
+    """Place all objects at random, and paint them, with shadows, from far to near."""
     rng, (left, right) = c.rng, kerbs
     found: list[tuple[float, Callable[..., None], float, tuple[Any, ...]]] = []  # z, what, x, more arguments
 
@@ -269,7 +269,7 @@ def _things(c: Canvas, kerbs: tuple[float, float], lines: tuple[float, float], l
 
 
 def _hood(c: Canvas) -> None:
-    """The bonnet of the own car: part of every picture, not of the task."""
+    """The hood of the ego car: part of every image, not of the task."""
     x, high, color = c.w * c.rng.uniform(0.44, 0.56), c.h * c.rng.uniform(0.04, 0.1), c.pick(PAINT) * 0.6
     for share in (1.0, 0.8, 0.55):
         c.fill(ellipse(x, c.h, c.w * (0.34 + 0.22 * share), high * share), color * (1.7 - 0.7 * share), IGNORE)

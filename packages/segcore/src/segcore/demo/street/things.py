@@ -1,6 +1,6 @@
-"""What stands and drives in a street scene: vehicles, people, bicycles, masts with what they carry.
+"""Objects in a street scene: vehicles, people, bicycles, poles with lamps, lights and signs.
 
-Every function draws one thing whose foot, or near end, is at (x, z) in metres.
+Every function draws one object whose foot, or near end, is at (x, z) in meters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RED, BLUE, GREEN = (200, 30, 36), (36, 84, 172), (30, 116, 80)
 
 
 class Body(NamedTuple):
-    """The box around a vehicle, in metres: middle of its near end, width, length, height."""
+    """The box around a vehicle, in meters: middle of its near end, width, length, height."""
 
     x: float
     z: float
@@ -69,7 +69,7 @@ class Body(NamedTuple):
 
     @property
     def flank(self) -> float | None:
-        """The x of the side that is seen, None where the camera looks straight at the end."""
+        """The x of the visible side, None if the camera looks straight at the end."""
         if abs(self.x) <= self.wide / 2:
             return None
         return self.x - np.sign(self.x) * self.wide / 2
@@ -81,7 +81,7 @@ class Body(NamedTuple):
 
 
 def _hull(c: Canvas, b: Body, shape: list[tuple[float, float]], color: np.ndarray, label: int) -> None:
-    """Draw a side view drawn out over the width: what looks this way or up, then the flank."""
+    """Draw a side view extruded over the width: faces toward the camera or up, then the flank."""
     outline = [(b.z + share * b.long, up * b.tall) for share, up in shape]
     x0, x1 = b.x - b.wide / 2, b.x + b.wide / 2
     for (za, ya), (zb, yb) in list(pairwise(outline))[::-1]:
@@ -146,7 +146,7 @@ def bus(c: Canvas, x: float, z: float, away: bool) -> None:
 
 
 def truck(c: Canvas, x: float, z: float, away: bool) -> None:
-    """A truck: a cab and a closed load, of two colors; from behind one sees the doors of the load."""
+    """A truck: a cab and a closed load, of two colors; the doors of the load show from behind."""
     tall, long = c.rng.uniform(3.1, 3.7), c.rng.uniform(5, 7)
     paint, cover = c.pick(PAINT), c.pick(TARPAULIN)
     load = Body(x, z if away else z + 2.2, 2.5, long, tall)
@@ -173,7 +173,7 @@ def truck(c: Canvas, x: float, z: float, away: bool) -> None:
 
 
 def person(c: Canvas, x: float, z: float) -> None:
-    """Somebody who walks or stands."""
+    """A person who walks or stands."""
     rng, place = c.rng, c.board(x, z)
     tall, stride, face = rng.uniform(1.6, 1.95), rng.uniform(0.03, 0.3), int(rng.choice([-1, 1]))
     coat, trousers = c.pick(PAINT), c.pick(PAINT) * 0.7
@@ -189,13 +189,13 @@ def person(c: Canvas, x: float, z: float) -> None:
     draw([(-0.14, 0.45), (-0.14, 0.76), (-0.09, 0.84), (0.09, 0.84), (0.14, 0.76), (0.14, 0.45)], coat)
     draw(stroke((0.12, 0.8), (0.14 + stride * 0.3, 0.48), 0.065), coat * 0.88)
     if rng.rand() < 0.35:
-        draw(ellipse(-0.13, 0.66, 0.06, 0.11), c.pick(PAINT))  # a rucksack
+        draw(ellipse(-0.13, 0.66, 0.06, 0.11), c.pick(PAINT))  # a backpack
     draw(ellipse(0.005, 0.925, 0.062, 0.078), c.pick(SKIN, 8))
     draw(ellipse(-0.01, 0.955, 0.068, 0.058), c.pick(HAIR, 8))
 
 
 def bicycle(c: Canvas, x: float, z: float, ridden: bool) -> None:
-    """A bicycle from its side, more or less turned, perhaps with a rider; labeled through spokes and frame."""
+    """A bicycle from its side, slightly rotated, perhaps with a rider; labeled through spokes and frame."""
     rng, place = c.rng, c.board(x, z)
     turn = rng.choice([-1, 1]) * rng.uniform(0.6, 1)
     frame, coat, trousers = c.pick(PAINT), c.pick(VESTS), c.pick(PAINT) * 0.6
@@ -221,7 +221,7 @@ def bicycle(c: Canvas, x: float, z: float, ridden: bool) -> None:
     for hub in (back, ahead):
         outer, inner = ellipse(*hub, 0.36, 0.36), ellipse(*hub, 0.28, 0.28)
         draw(outer, None)
-        for i in range(-1, len(CIRCLE) - 1):  # a tyre of short strokes: between the spokes one sees what is behind
+        for i in range(-1, len(CIRCLE) - 1):  # a tire of short strokes: the background shows between the spokes
             draw([outer[i], outer[i + 1], inner[i + 1], inner[i]], BLACK)
     for a, b in ((back, pedals), (back, seat), (seat, pedals), (pedals, head), (seat, head), (ahead, bars)):
         draw(stroke(a, b, 0.07), frame)
@@ -243,7 +243,7 @@ def _mast(c: Canvas, x: float, z: float, tall: float, wide: float) -> Any:
 
 
 def lamp_post(c: Canvas, x: float, z: float) -> None:
-    """A street lamp that reaches over the road; a pole in all its parts."""
+    """A street lamp that reaches over the road; all its parts are labeled pole."""
     tall, reach = c.rng.uniform(5.5, 7.5), -np.sign(x) * c.rng.uniform(1, 1.8)
     place = _mast(c, x, z, tall, 0.36)
     c.fill(place(stroke((0, tall - 0.06), (reach, tall + 0.2), 0.15)), METAL[0], POLE, z=z)
