@@ -47,8 +47,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Initialize with even weights; head k looks in compass direction k, its point i at a distance of i + 1
-        pixels."""
+        """Initialize with even weights; head k looks in compass direction k, its point i is i + 1 pixels away."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
