@@ -1,4 +1,4 @@
-"""The commands on real files: train, resume, test, predict, configs; and what they say to bad input."""
+"""The commands on real files: train, resume, test, predict, configs; and their messages for bad input."""
 
 import json
 import os
@@ -66,8 +66,8 @@ def test_train_writes_a_run(run):
     assert newest(run).name == "iter_3"
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
-    """The checkpoint after iteration 2 of 3 lies in the middle of the second epoch: 3 images, 2 per iteration."""
+def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, tmp_path):
+    """The checkpoint after iteration 2 of 3 is in the middle of the second epoch: 3 images, 2 per iteration."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
     assert newest(tmp_path / "cut").name == "iter_2"
@@ -80,7 +80,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
-def test_interrupt_saves_and_says_how_to_go_on(toy, tmp_path):
+def test_interrupt_saves_and_says_how_to_resume(toy, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ddp_seg", "train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL]
     long = ["--schedule.iterations=100000", "--train.log-every=1", "--train.evaluate-every=0"]
@@ -143,7 +143,7 @@ def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
 
 
 def test_early_exit_threshold(run, toy, tmp_path, capsys):
-    """Any change is below 100 %, so every image is done after the second step: the answer of that step."""
+    """Every change is below 100 %, so every image exits after the second step with that step's output."""
     words = [str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
     main("ddp_seg", ["test", *words, "--evaluate.early-exit-threshold=100", "--model.num-inference-steps=6"])
     assert "until 100%: denoising took 2.00 steps on average" in capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_early_exit_threshold(run, toy, tmp_path, capsys):
     assert "evaluate.early_exit_threshold is 0.0" in refused(capsys, *words, "--evaluate.early-exit-threshold=0")
 
 
-def test_predict_leaves_out_what_cannot_be_read(run, tmp_path, capsys):
+def test_predict_skips_unreadable_images(run, tmp_path, capsys):
     images = tmp_path / "in"
     images.mkdir()
     cv2.imwrite(str(images / "good.png"), np.zeros((64, 64, 3), np.uint8))
@@ -183,7 +183,7 @@ def test_predict_one_image_to_one_file(run, toy, tmp_path, capsys):
     assert masks[0] == masks[1]
 
 
-def test_a_checkpoint_of_other_settings_names_them(run, toy, tmp_path, capsys):
+def test_a_checkpoint_with_other_settings_names_them(run, toy, tmp_path, capsys):
     words = ["test", CONFIG, run, f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
     line = refused(capsys, *words, "--data.mean", "1", "2", "3")
     options = "--model.width 32 --model.decoder-layers 1 --data.mean 123.675 116.28 103.53"
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_other_settings_names_them(run, toy, tmp_path, capsys):
     assert "Summary (10 steps; the model's configured 2 steps not evaluated):" in said.out
 
 
-def test_the_end_of_a_run_is_told_and_not_repeated(run, toy, tmp_path, capsys):
+def test_a_finished_run_is_reported_and_not_repeated(run, toy, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, "--resume"]
     main("ddp_seg", words)
@@ -210,7 +210,7 @@ def test_the_end_of_a_run_is_told_and_not_repeated(run, toy, tmp_path, capsys):
     assert "; add --model.width 32, or choose another --work-dir" in line
 
 
-def test_a_work_dir_that_cannot_be_one(toy, tmp_path, capsys):
+def test_an_invalid_work_dir(toy, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = ["train", CONFIG, f"--data.root={toy}", *SMALL, "--work-dir"]
     assert refused(capsys, *words, tmp_path / "file").endswith("file: is a file; choose another --work-dir")
@@ -253,7 +253,7 @@ def test_wrong_flags_name_the_nearest(capsys):
     assert "--model.num-inference-steps" in capsys.readouterr().err
 
 
-# Bad datasets: what is done to the small toy set, and what the one line must name.
+# Bad datasets: the change to the small toy set, and the text that the one line must contain.
 
 
 def first(root, pattern):
@@ -285,7 +285,7 @@ def out_of_range(root):
 
 
 def missing_label(root):
-    for kind in ("labelTrainIds", "labelIds"):  # either would do
+    for kind in ("labelTrainIds", "labelIds"):  # either would suffice
         path = first(root, f"gtFine/train/*/*_{kind}.png")
         path.unlink()
     return path.name.split("_gtFine")[0], "label"
@@ -331,7 +331,7 @@ def test_a_used_work_dir_is_not_overwritten(run, toy, capsys):
 
 
 class Executes:
-    """A pickle of this creates a file when it is loaded without care."""
+    """Unpickling this without restrictions creates a file."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -380,7 +380,7 @@ def test_unknown_device(capsys, run, toy):
 
 
 @pytest.mark.parametrize(("channels", "depth", "suffix"), [(1, 16, ".png"), (5, 8, ".npy")])
-def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
+def test_custom_image_formats(tmp_path, channels, depth, suffix):
     """Gray 16-bit and five-band images in a user's own folders: trained, tested and predicted."""
     rng = np.random.RandomState(0)
     for split in ("train", "val"):
@@ -402,18 +402,18 @@ def test_own_images_of_other_kinds(tmp_path, channels, depth, suffix):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "0_overlay.png", "1.png", "1_overlay.png"]
 
 
-def test_a_bad_validation_image_does_not_lose_what_was_trained(toy, tmp_path, capsys):
+def test_a_bad_validation_image_does_not_lose_the_training(toy, tmp_path, capsys):
     root, run = tmp_path / "toy", tmp_path / "run"
     shutil.copytree(toy, root)
     bad = first(root, "leftImg8bit/val/*/*.png")
-    bad.write_bytes(bad.read_bytes()[:-40])  # its header is whole: the look before training passes it
+    bad.write_bytes(bad.read_bytes()[:-40])  # its header is intact, so the check before training passes
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={run}", *SMALL]
     line = refused(capsys, *words, "--schedule.iterations=4", "--train.evaluate-every=3", "--train.save-every=100")
     assert bad.name in line
     assert newest(run).name == "iter_3"
 
 
-def test_predict_answers_as_configured_whatever_test_reports(run, toy, tmp_path, capsys):
+def test_predict_ignores_the_steps_that_test_reports(run, toy, tmp_path, capsys):
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     answers = []
     for i, options in enumerate(

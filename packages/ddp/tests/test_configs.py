@@ -44,7 +44,7 @@ def test_parameters_equal_the_manifest(reference, name):
 
 @pytest.mark.parametrize(("name", "without"), [(ROWS[0], None), ("ddp_convnext_t_4x4_512x1024_160k_cityscapes", 44),
                                                ("ddp_swin_t_4x4_512x1024_160k_cityscapes", 64)])  # fmt: skip
-def test_weight_decay_goes_where_it_was_published(name, without):
+def test_weight_decay_applies_as_published(name, without):
     exp, model = segcore.load_experiment(name), on_meta(name)
     official = model.key_map()
     settings = param_settings([official[n] for n, _ in model.named_parameters()], exp.optimizer)
@@ -74,7 +74,7 @@ def test_recipes():
 
 def test_figures_equal_the_published_list(reference):
     rows = [r for r in json.loads((reference / "published.json").read_text()) if r["method"] == "ddp"]
-    assert len(rows) == 13  # the 14th configuration comes without figures
+    assert len(rows) == 13  # the 14th configuration has no figures
     for row in rows:
         ours = published(row["config"])
         assert list(ours.miou.values()) == [float(v) for v in row["miou"].split("/")]

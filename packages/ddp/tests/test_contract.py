@@ -1,4 +1,4 @@
-"""DDP keeps the contract of every segmentor."""
+"""DDP satisfies the contract of every segmentor."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_arguments():
     contract.check_arguments(DDPConfig, DDP)
 
 
-def test_a_run_of_no_steps_is_refused():
+def test_zero_steps_are_refused():
     assert "at least 1 step" in contract.refusal(
         lambda: build("resnet").predict_steps(contract.images(1), steps=(3, 0))
     )

@@ -1,4 +1,4 @@
-"""What inference on a CPU does otherwise than training, for speed, gives the same numbers."""
+"""Inference on a CPU takes faster paths than training and gives the same numbers."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from segcore.models.layers import resize
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("size", [(45, 50), (3, 4)])
-def test_tokens_in_parts(dtype, atol, size):
+def test_tokens_in_chunks(dtype, atol, size):
     torch.manual_seed(0)
     decoder = MapDecoder(32, 5, layers=2, heads=4, points=4, time_dim=128).to(dtype)
-    for layer in decoder.layers:  # the start weights attend alike everywhere
+    for layer in decoder.layers:  # the initial weights attend uniformly
         torch.nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.1)
         torch.nn.init.normal_(layer.attention.attention_weights.weight, std=0.1)
     x, time = torch.randn(2, 32, *size, dtype=dtype), torch.randn(1, 128, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The demo on a handful of small scenes: its page, whose images are those that were scored, and continuing it."""
+"""The demo on a few small scenes: its page, whose images are the scored ones, and resuming it."""
 
 import base64
 import io
@@ -68,13 +68,13 @@ def shown(folder):
 
 
 def index_of(image, colors):
-    """Return (H, W): which of `colors` (K, 3) each pixel has, 255 where it has none."""
+    """Return (H, W): the index of each pixel's color in `colors` (K, 3), 255 for any other color."""
     equal = (image[:, :, None] == np.asarray(colors)).all(-1)
     return np.where(equal.any(-1), equal.argmax(-1), 255)
 
 
-def test_the_images_on_the_page_are_those_that_were_scored(folder, shown):
-    """All validation images are shown, so the page's own panels must give the page's own figures."""
+def test_the_page_shows_the_scored_images(folder, shown):
+    """The page shows all validation images, so its panels must give its figures."""
     val = open_dataset(DataConfig("toy", folder / "scenes"), "val")
     figures = json.loads((folder / "figures.json").read_text())
     run = json.loads((folder / "run" / "results.json").read_text())
@@ -116,7 +116,7 @@ def test_a_browser_shows_every_image_and_a_narrow_window_needs_no_scrolling(fold
     assert answer["content"] <= answer["width"]
 
 
-def test_started_again_it_goes_on(folder, capsys):
+def test_the_demo_resumes(folder, capsys):
     weights = newest(folder / "run") / "model.safetensors"
     before = weights.stat().st_mtime_ns
     main("ddp_seg", ["demo", f"--work-dir={folder}", *SMALL])

@@ -1,4 +1,4 @@
-"""What DDP does with its noise starts and steps at inference: the marginal over both, and stopping early."""
+"""DDP's noise starts and steps at inference: the mean over both, and early exit."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ SEEDS = [3, 4, 5]
 
 @pytest.fixture(params=VARIANTS)
 def model(request):
-    """A model whose answers differ from step to step: random weights, but codes as strong as the noise."""
+    """A model whose outputs differ from step to step: random weights, but label embeddings as strong as the noise."""
     torch.manual_seed(1)
     model = dataclasses.replace(VARIANTS[request.param], bit_scale=1.0).build().eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_marginal_is_the_mean_over_starts_and_all_steps_but_the_first(model)
 
 
 def stops(model, answers, percent):
-    """Return the step (from 1) after which each image is done: the first that changes fewer than `percent` %."""
+    """Return the step (from 1) at which each image exits: the first that changes fewer than `percent` %."""
     classes = answers.argmax(2).flatten(2)
     changed = 100 * (classes[1:] != classes[:-1]).float().mean(2)
     quiet = [(column < percent).nonzero().flatten().tolist() for column in changed.T]
@@ -71,7 +71,7 @@ def stops(model, answers, percent):
 
 @torch.no_grad()
 def test_images_leave_the_batch_when_few_pixels_change(model):
-    """Against a full run of every image alone, at limits between the changes that occur."""
+    """Compare with a full run of every image alone, at thresholds between the changes that occur."""
     batch = images(3)
     answers = steps_of(model, batch, SEEDS)
     if model.accumulation:
@@ -101,7 +101,7 @@ def test_a_run_that_never_converges_is_the_configured_one(model):
 
 
 @torch.no_grad()
-def test_one_step_has_nothing_to_compare():
+def test_a_single_step_is_the_configured_output():
     model = dataclasses.replace(SMALL, num_inference_steps=1).build().eval()
     found, taken = model.early_exit(images(2), 100.0, [1, 2])
     assert taken == [1, 1]

@@ -1,4 +1,4 @@
-"""DDP trains on several processes as on one: same losses, same counts. Over gloo on the CPU, over NCCL on GPUs."""
+"""Training DDP on several processes equals training on one: same losses, same counts. Gloo on CPU, NCCL on GPUs."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def train(config: str, scenes: Path, work_dir: Path, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_losses_and_metrics_are_those_of_one_process(scenes: Path, tmp_path: Path) -> None:
+def test_losses_and_metrics_match_one_process(scenes: Path, tmp_path: Path) -> None:
     losses, results = [], []
     for processes in (1, 2):
         run = tmp_path / str(processes)

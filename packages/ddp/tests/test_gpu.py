@@ -1,4 +1,4 @@
-"""DDP on a CUDA device: the contract, the CPU's answers, a training run. Collected by `nox -s gpu_tests`."""
+"""DDP on a CUDA device: the contract, agreement with the CPU, a training run. Collected by `nox -s gpu_tests`."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 2, "heads": 4, "drop_p
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_t", "swin_t"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_logits_and_gradients_equal_those_of_the_cpu(backbone, sampler):
+def test_logits_and_gradients_match_the_cpu(backbone, sampler):
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cpu = DDPConfig(backbone=backbone, sampler=sampler, **SMALL).build().eval()
@@ -24,7 +24,7 @@ def test_logits_and_gradients_equal_those_of_the_cpu(backbone, sampler):
     gpu.cuda()
     images, labels = contract.images(2), contract.labels(cpu, 2)
     with torch.no_grad():
-        # One step: with more, a pixel whose two best classes are equal but for rounding may take another course.
+        # One step: with more, a pixel whose two best classes differ only by rounding may diverge.
         ours = gpu.predict_steps(images.cuda(), steps=(1,), seeds=[1, 2])["1"].cpu()
         torch.testing.assert_close(ours, cpu.predict_steps(images, steps=(1,), seeds=[1, 2])["1"], atol=1e-3, rtol=1e-3)
     for model, device in ((cpu, "cpu"), (gpu, "cuda")):

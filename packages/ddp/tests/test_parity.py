@@ -49,7 +49,7 @@ def a(golden):
 
 
 def sample(model, features, noise, **options):
-    """The answer and the noisy maps on entry of every step."""
+    """The output and the noisy maps at the start of every step."""
     own = {k: v for k, v in options.items() if k not in ("accumulate", "step_noise")}
     steps = list(model.denoising_steps(features, noise, options.get("step_noise"), **own))
     return model.denoise(features, noise, **options), steps
@@ -92,14 +92,14 @@ def test_ddim_steps(convnext, a, steps):
         check(torch.cat([s.noisy for s in trace])[:, ::64], a["ddim10_mask_in_c64"], 1e-6)
 
 
-def test_label_codes_large_enough_to_see(filled, a):
+def test_large_label_embeddings(filled, a):
     model = filled(CITYSCAPES, BIG)
     logits, trace = sample(model, model.encode(a["img"]), a["noise"], steps=3)
     check(logits, a["ddim3_big_acc0"], 2e-4)
     check(torch.cat([s.noisy for s in trace])[:, ::16], a["ddim3_big_mask_in_c16"], 1e-5)
 
 
-def test_small_signals_show_the_norms_eps(manifest, fill, a):
+def test_small_signals_depend_on_the_norms_eps(manifest, fill, a):
     state = fill({k: v for k, v in manifest(CITYSCAPES)["state_dict"].items() if "num_batches" not in k})
     scaled = [f"backbone.downsample_layers.{i}.1." for i in range(4)] + ["transform.conv."]
     for name in state:
@@ -179,7 +179,7 @@ def test_two_random_starts(convnext, golden, accumulate):
     features = convnext.encode(c["img"])
     answer = convnext.denoise(features, noise, steps=3, accumulate=accumulate)
     check(answer, c[f"ddim3_rand2_acc{int(accumulate)}"], 2e-5 if accumulate else 2e-4)
-    # The batch of two images, each with its two starts, image-major: both get the answer of the image alone.
+    # The batch of two images, each with its two starts, image-major: both get the output of the image alone.
     both = convnext.denoise(features.repeat(2, 1, 1, 1), noise.repeat(2, 1, 1, 1), steps=3, accumulate=accumulate)
     check(both, answer.repeat(2, 1, 1, 1), 1e-5)
 
@@ -258,7 +258,7 @@ def test_pure_functions(convnext, golden):
     check(pixel_centers(8, 16, torch.zeros(1)), e["ref_8x16"].reshape(-1, 2), 1e-6)
 
 
-def test_sampling_offsets_start_along_the_compass(golden):
+def test_initial_sampling_offsets_follow_the_compass(golden):
     bias = DDPConfig(backbone="resnet18").build().decoder.layers[0].attention.sampling_offsets.bias
     check(bias, golden("e_pure_functions")["sampling_offset_bias_init"], 1e-6)
 

@@ -12,7 +12,7 @@ import segcore
 def filled(manifest, fill) -> Callable[..., Any]:
     """A function that builds a configuration with the reference's weights, loaded under their published names.
 
-    The tables of the noise schedule keep what the model computed, as in the reference cases.
+    The tables of the noise schedule keep the model's own values, as in the reference cases.
     """
 
     def build(name: str, *overrides: str) -> Any:

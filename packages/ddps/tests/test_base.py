@@ -64,7 +64,7 @@ def test_parameters_equal_the_manifest(manifest, name):
     assert sum(p.numel() for p in model.parameters()) == expected["params"]
 
 
-# So that a clone without the reference checks them too: of the backbone alone, and with the head and 19 classes.
+# A clone without the reference checks these, too: the backbone alone, and with the head and 19 classes.
 PARAMETERS = {
     "mit_b0": 3_319_392,
     "mit_b1": 13_151_424,

@@ -1,4 +1,4 @@
-"""Both stages on real files: train, resume, test, predict, demo; and what the commands say to bad input."""
+"""Both stages on real files: train, resume, test, predict, demo; and the commands' messages for bad input."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_the_second_stage_starts_from_the_first_and_keeps_it(base, run):
     assert second["log_cumprod_bt"].isinf().sum() == 1
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(toy, base, run, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_weights(toy, base, run, tmp_path):
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
     second_stage(toy, base, tmp_path / "cut", "--resume")
@@ -91,7 +91,7 @@ def test_test_prints_a_column_per_timestep(run, toy, tmp_path, capsys):
     assert entries["19"]["BIoU"][0] is None
 
 
-def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
+def test_predict_omits_background_and_draws_the_steps(run, tmp_path):
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     words = ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), CPU]
@@ -103,7 +103,7 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
         assert film.n_frames == 5  # input, three timesteps, answer
     assert (tmp_path / "out" / "a_steps.png").exists()
     assert (tmp_path / "out" / "a_uncertainty.png").exists()
-    # From a given map: the answer is another one, and the strip one panel longer.
+    # From a given map: the result differs, and the strip has one more panel.
     start = np.full((50, 70), 255, np.uint8)
     start[10:40] = 3
     cv2.imwrite(str(tmp_path / "start.png"), start)
@@ -111,7 +111,7 @@ def test_predict_leaves_background_out_and_draws_the_steps(run, tmp_path):
     main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
     with Image.open(tmp_path / "from" / "a_animation.gif") as film:
         assert film.n_frames == 6
-    # Folders: every image has the mask at its own place.
+    # Folders: every image has the mask at the same relative path.
     for name, shift in (("a", 3), ("b", 7)):
         for folder, data in (("photos", image), ("masks", start + np.uint8(shift) * (start == 3))):
             (tmp_path / folder / name).mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_predict_accumulates_as_test_does(run, tmp_path):
     assert (last != mean).any()
 
 
-def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
+def test_the_base_model_joins_the_ensemble(run, base, toy, tmp_path, capsys):
     """As published for the ensemble: the base model lacks the background, and the entries add up."""
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
@@ -153,7 +153,7 @@ def test_the_base_model_is_averaged_in(run, base, toy, tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_export(tmp_path, capsys, suffix):
-    """The whole run with its draws, which the command holds against the model before it writes."""
+    """The whole run with its draws; the command compares it with the model before writing it."""
     if suffix == ".onnx":
         for name in ("onnxruntime", "onnxscript"):
             pytest.importorskip(name)
@@ -168,7 +168,7 @@ def test_export(tmp_path, capsys, suffix):
     assert "leave out --dynamic" in refused(capsys, *words, "--dynamic")
 
 
-def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
+def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
     small = [f"--data.root={toy}", *SMALL, *NARROW]
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
         capsys, "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
@@ -199,7 +199,7 @@ def test_bad_input_is_answered_in_one_line(run, base, toy, tmp_path, capsys):
 def test_demo(toy, base, tmp_path, capsys):
     folder = tmp_path / "demo"
     shutil.copytree(toy, folder / "scenes")
-    shutil.copytree(base, folder / "base")  # a first stage that is there is kept
+    shutil.copytree(base, folder / "base")  # an existing first stage is kept
     main("ddps_seg", ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
     figures = json.loads((folder / "figures.json").read_text())
     assert list(figures["by_step"]) == ["0", "10", "19"]

@@ -1,4 +1,4 @@
-"""DDPS and its base models keep the contract of every segmentor."""
+"""DDPS and its base models satisfy the contract of every segmentor."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_guidance_needs_q_pred():
     assert "q_pred" in contract.refusal(lambda: DDPSConfig(mode="bayes", guidance_scale=2.0))
 
 
-def test_a_timestep_that_no_run_comes_to_is_refused():
+def test_a_timestep_that_no_run_reaches_is_refused():
     model = build("posterior").eval()
     text = contract.refusal(lambda: model.predict_steps(contract.images(1), steps=(0, 1)))
     assert "has 1" in text

@@ -59,9 +59,9 @@ def test_unet(golden, fill, case, arguments, seed, shape):
         close(x, g["b_input"], 0)
     close(model(x, t), g[f"{case}_out"], 1e-4)
     gains = {k: v * v.shape[1] ** 0.5 if k.endswith(".g") else v for k, v in state.items()}
-    model.load_state_dict({names[k]: v for k, v in gains.items()})  # also: what was kept of the weights goes
+    model.load_state_dict({names[k]: v for k, v in gains.items()})  # this also clears the cached weights
     close(model(x, t), g[f"{case}_out_gscaled"], 1e-4)
-    one_by_one = [model(x[i : i + 1], t[i : i + 1]) for i in range(3)]  # one time for all: another path
+    one_by_one = [model(x[i : i + 1], t[i : i + 1]) for i in range(3)]  # one time for all takes another path
     close(torch.cat(one_by_one), g[f"{case}_out_gscaled"], 1e-4)
 
 

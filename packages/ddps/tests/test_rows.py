@@ -1,4 +1,4 @@
-"""The published rows: recipes, figures, and the weights that each stage starts from."""
+"""The published rows: recipes, figures, and the initial weights of each stage."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_recipes():
 
 
 @pytest.mark.parametrize("name", [name for name in rows() if name.startswith("ddps_")])
-def test_every_stage_starts_from_the_one_before(name):
+def test_every_stage_starts_from_the_previous_one(name):
     exp = segcore.load_experiment(name)
     if name.endswith("_multistep"):
         start = segcore.load_experiment(exp.train.init_from.removeprefix("runs/"))
@@ -66,7 +66,7 @@ def test_every_stage_starts_from_the_one_before(name):
         assert (start.model.backbone, start.data.dataset) == (exp.model.backbone, exp.data.dataset)
 
 
-def test_a_row_whose_file_is_not_known_says_where_to_look():
+def test_a_row_without_a_known_file_says_where_to_look():
     with pytest.raises(UserError, match=r"DDPS-all/tree/main/segformer_b2_multistep; download"):
         find_weights("official", "ddps_segformer_mit_b2_ade20k151_multistep")
 
@@ -95,7 +95,7 @@ def same(a, b, *parts):
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_stages_load_what_the_one_before_has(chain, tmp_path, official):
+def test_stages_load_the_weights_of_the_previous_one(chain, tmp_path, official):
     base, single, multi = chain
     tables = [t.clone() for t in multi.schedule]
     before = single.classifier.weight.clone()
@@ -120,7 +120,7 @@ def test_test_weights_must_be_whole(chain, tmp_path):
         assert "missing" in refusal(lambda path=path: load_weights(multi, path))
 
 
-def test_raw_weights_beside_averaged_ones_are_left_out(chain, tmp_path):
+def test_raw_weights_next_to_averaged_ones_are_ignored(chain, tmp_path):
     *_, multi = chain
     raw = {f"ema_{name.replace('.', '_')}": torch.zeros(1) for name in multi.key_map().values()}
     path = save(multi, tmp_path / "file.pth", True, **raw)
@@ -141,7 +141,7 @@ def test_another_number_of_timesteps_is_refused_unless_asked_for(chain, tmp_path
 
 @pytest.mark.parametrize(("freeze", "moves", "learns"), [("published", True, False), ("eval", False, False),
                                                          ("none", True, True)])  # fmt: skip
-def test_what_is_frozen(freeze, moves, learns):
+def test_frozen_parts(freeze, moves, learns):
     model = DDPSConfig(**{**PRIOR, "freeze": freeze}).build().train()
     norm = model.head.fuse_conv.norm
     before = norm.running_mean.clone()
@@ -166,7 +166,7 @@ def test_condition_dropout_hides_the_image():
 
 
 @torch.no_grad()
-def test_kept_weights_follow_the_parameters():
+def test_cached_weights_follow_the_parameters():
     model = DDPSConfig(**PRIOR).build().eval()
     before = model(images(1))
     with torch.inference_mode():
@@ -182,7 +182,7 @@ def test_kept_weights_follow_the_parameters():
 def test_the_first_prediction_of_an_iteration_follows_the_optimizer():
     """Fused optimizers change weights without counting a version."""
     config = DDPSConfig(**{**PRIOR, "dropout": 0.0})
-    model = config.build().train()  # and stays so: a change of mode would forget everything
+    model = config.build().train()  # and stays so: changing the mode would clear the cache
     optimizer = build_optimizer(model, OptimizerConfig("adamw", lr=0.1))
     draws = {"timesteps": torch.tensor([3, 3]), "masks": torch.randint(4, (2, 16, 24))}
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_the_first_prediction_of_an_iteration_follows_the_optimizer():
 
 
 @torch.no_grad()
-def test_background_can_be_left_out():
+def test_background_can_be_excluded():
     model = DDPSConfig(**{**PRIOR, "suppress_background": True}).build().eval()
     model.classifier.bias[0] += 100
     assert model(images(1)).argmax(1).min() > 0
@@ -217,7 +217,7 @@ def test_a_run_from_a_given_map():
 
 
 @torch.no_grad()
-def test_of_a_long_run_some_timesteps_are_shown():
+def test_a_long_run_shows_some_timesteps():
     model = DDPSConfig(**{**PRIOR, "num_train_timesteps": 70}).build().eval()
     shown = list(model.denoising_trajectory(images(1)))
     assert len(shown) == 20

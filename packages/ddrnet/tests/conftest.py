@@ -11,7 +11,7 @@ from ddrnet_seg.configs import DDRNetConfig
 
 @pytest.fixture(scope="module")
 def official(manifest, fill) -> Callable[[str], dict[str, torch.Tensor]]:
-    """A function that gives the reference's weights of a network, such as ddrnet_23, under the authors' names."""
+    """A function that returns the reference's weights of a network, such as ddrnet_23, under the authors' names."""
 
     def tensors(name: str) -> dict[str, torch.Tensor]:
         shapes = manifest(name)["state_dict"]

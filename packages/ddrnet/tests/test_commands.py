@@ -1,4 +1,4 @@
-"""The commands on real files, as far as they are DDRNet's own: train, resume, test, predict fused, export, bench."""
+"""DDRNet's own use of the commands on real files: train, resume, test, predict fused, export, bench."""
 
 import json
 import shutil
@@ -59,8 +59,8 @@ def test_train_logs_both_heads(run):
     assert settings["model"]["align_corners"] is False
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, tmp_path):
-    """Momentum and running statistics come back, too."""
+def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, tmp_path):
+    """Momentum and running statistics are also restored."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
     words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
@@ -99,7 +99,7 @@ def test_test_predict_and_export(run, toy, tmp_path, capsys):
 
 
 def test_export_as_onnx(run, tmp_path):
-    """ONNX Runtime answers as the model does, on any size, or the command fails."""
+    """ONNX Runtime matches the model at any size, or the command fails."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
@@ -129,7 +129,7 @@ def test_predict_a_video(run, tmp_path):
         assert len(list(container.decode(video=0))) == 3
 
 
-def test_wrong_wishes(run, tmp_path, capsys):
+def test_invalid_requests(run, tmp_path, capsys):
     words = ["export", run]
     assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic")
     assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth")
@@ -142,7 +142,7 @@ def test_wrong_wishes(run, tmp_path, capsys):
 
 
 def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
-    """Google Drive's addresses have no file names, so the rows say them."""
+    """Google Drive addresses contain no file names, so the rows give them."""
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
     line = refused(capsys, "test", "ddrnet_23_slim_cityscapes", "official", "--offline", "--device=cpu")
     assert str(tmp_path / "DDRNet23s_cityscapes.pth") in line

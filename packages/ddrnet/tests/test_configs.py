@@ -1,4 +1,4 @@
-"""The published rows: names, parameters, recipes, figures; and whose weights files are taken for what."""
+"""The published rows: names, parameters, recipes, figures; and how weights files are recognized."""
 
 import json
 
@@ -13,7 +13,7 @@ from segcore.checkpoints.load import load_init, load_weights
 from segcore.config.registry import published
 from segcore.testing.contract import refusal
 
-# Parameters without and with the auxiliary head, so that a clone without the reference checks them too.
+# Parameters without and with the auxiliary head, which a clone without the reference also checks.
 PARAMETERS = {
     "23_slim": (5_695_987, 5_734_342),
     "23": (20_148_947, 20_299_366),
@@ -100,7 +100,7 @@ def test_mmseg_names_both_ways(reference, variant):
 
 @pytest.fixture(scope="module")
 def sources(reference, official):
-    """The same network as the four kinds of file hold it; MMSegmentation's has no biases in its first convolutions."""
+    """The same network in the four kinds of file; MMSegmentation's has no biases in its first convolutions."""
     state = official("ddrnet_23_slim")
     return {
         "official": {f"model.{k}": v for k, v in state.items()} | {"loss.criterion.weight": torch.ones(19)},
@@ -120,7 +120,7 @@ def test_checkpoints_are_recognized(sources, filled, tmp_path, kind, auxiliary):
         expected.backbone.conv1[1].conv.bias.zero_()
     torch.save({"state_dict": sources[kind], "meta": {}}, tmp_path / "file.pth")
     model = DDRNetConfig(auxiliary=auxiliary).build().eval()
-    if kind == "seed" and auxiliary:  # the seed never built the head
+    if kind == "seed" and auxiliary:  # pyradd never built the head
         assert "seghead_extra" in refusal(lambda: load_weights(model, tmp_path / "file.pth"))
         return
     report = load_weights(model, tmp_path / "file.pth")
@@ -132,7 +132,7 @@ def test_checkpoints_are_recognized(sources, filled, tmp_path, kind, auxiliary):
     assert torch.equal(model(images), expected(images))
 
 
-def test_own_checkpoints_are_not_taken_for_others(tmp_path):
+def test_own_checkpoints_are_not_mistaken_for_others(tmp_path):
     model, other = DDRNetConfig().build(), DDRNetConfig().build()
     torch.save(model.state_dict(), tmp_path / "own.pth")
     report = load_weights(other, tmp_path / "own.pth")
@@ -170,7 +170,7 @@ def test_mmseg_backbones_without_a_head(reference, official):
         assert filled == context
 
 
-def test_gaps_and_strangers_are_refused(official):
+def test_missing_and_unknown_tensors_are_refused(official):
     state = official("ddrnet_23_slim")
     model = DDRNetConfig().build()
     before = model.head.classifier.weight.clone()

@@ -1,4 +1,4 @@
-"""DDRNet keeps the contract of every segmentor."""
+"""DDRNet satisfies the contract of every segmentor."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ VARIANTS = {
 
 
 def build(variant):
-    """A model with weights scaled by fan-in: with the initial ones, untrained, maps grow from block to block."""
+    """A model with weights scaled by fan-in: with the initial weights, maps grow from block to block."""
     torch.manual_seed(0)
     model = VARIANTS[variant].build()
     with torch.no_grad():
@@ -67,8 +67,8 @@ def test_help():
 
 
 @torch.no_grad()
-def test_a_size_that_is_padded_agrees_inside():
-    """57x90 becomes 64x96: the answer is that for the image with the mean color around it."""
+def test_padding_equals_mean_color_around_the_image():
+    """57x90 becomes 64x96: the output equals that for the image surrounded by the mean color."""
     model, images = build("23_slim").eval(), contract.images(1)
     images[..., 57:, :] = 0
     images[..., :, 90:] = 0
@@ -76,10 +76,10 @@ def test_a_size_that_is_padded_agrees_inside():
 
 
 @torch.no_grad()
-def test_fuse_returns_a_copy_with_the_same_answer():
+def test_fuse_returns_a_copy_with_the_same_output():
     model = build("23_slim")
     with torch.no_grad():
-        model.train()(contract.images(4))  # running statistics that are not the initial ones
+        model.train()(contract.images(4))  # running statistics other than the initial ones
     names = set(model.state_dict())
     fused = model.fuse()
     folded = [m for m in fused.modules() if isinstance(m, ConvNorm)]

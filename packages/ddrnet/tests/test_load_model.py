@@ -1,4 +1,4 @@
-"""A trained model from Python: the README's block, every kind of image, and what a run's folder says."""
+"""A trained model from Python: the README's example, every kind of image, and the contents of a run's folder."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def seg(run):
     return segcore.load_model(run, device="cpu")
 
 
-def test_the_block_of_the_readme(official, photo, tmp_path, monkeypatch, capsys):
+def test_the_readme_example(official, photo, tmp_path, monkeypatch, capsys):
     """With a filled checkpoint under the official name, so that nothing is downloaded."""
     (code,) = re.findall(r"```python\n(import segcore\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     torch.save(official("ddrnet_23_slim"), tmp_path / "DDRNet23s_cityscapes.pth")
@@ -60,7 +60,7 @@ def test_the_block_of_the_readme(official, photo, tmp_path, monkeypatch, capsys)
     assert read_image("overlay.png").shape[0] > 70, "no legend"
 
 
-def test_every_kind_of_image_has_the_same_answer(seg, photo):
+def test_every_kind_of_image_gives_the_same_result(seg, photo):
     image = read_image(photo)
     kinds = [photo, str(photo), Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)]
     results = seg(kinds)
@@ -88,13 +88,13 @@ def test_the_command_line_writes_the_same(seg, run, photo, tmp_path):
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4)), np.zeros((70, 90, 4), np.uint8), torch.zeros(70, 90, 3, dtype=torch.uint8), "none.png"]
 )
-def test_what_is_no_image_is_refused(seg, image):
+def test_a_non_image_is_refused(seg, image):
     with pytest.raises(ValueError, match=r"give an array \(H, W, 3\)|none\.png") as caught:
         seg(image)
     assert "\n" not in str(caught.value)
 
 
-def test_weights_and_devices_that_are_missing(run):
+def test_missing_weights_and_devices(run):
     with pytest.raises(ValueError, match=r"which weights\? give `official` .* run folder"):
         segcore.load_model("ddrnet_23_slim_cityscapes")
     with pytest.raises(ValueError, match="device nonsense is not available"):
@@ -146,7 +146,7 @@ HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit(
     ids=str,
 )
 def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, capsys):
-    """A run's folder with a file of code beside it: every command and Python read it, and import nothing of it."""
+    """A run's folder with a code file next to it: the commands and Python read the run and never import that file."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for place in (folder, tmp_path):
@@ -182,7 +182,7 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     assert not (tmp_path / "imported").exists()
 
 
-def test_a_model_of_a_users_file_says_which_file_to_name(run, tmp_path):
+def test_a_model_defined_in_a_user_file_names_that_file(run, tmp_path):
     (tmp_path / "my.py").write_text(
         "from dataclasses import dataclass, replace\nfrom ddrnet_seg.configs import DDRNetConfig\nimport segcore\n\n"
         "@dataclass(frozen=True)\nclass Mine(DDRNetConfig):\n    pass\n\n"
@@ -199,7 +199,7 @@ def test_a_model_of_a_users_file_says_which_file_to_name(run, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"experiment": 3}', '{"experiment": {"name": "x"}}', "\udcff"])
-def test_a_damaged_record_is_one_line(run, tmp_path, text):
+def test_a_damaged_record_gives_a_one_line_error(run, tmp_path, text):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "experiment.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"experiment\.json: cannot be read .*; name the configuration") as caught:

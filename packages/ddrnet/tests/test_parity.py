@@ -133,7 +133,7 @@ def test_training_mode(slim, golden):
             check(state[f"{name}.{statistic}"], case[f"{name}.{statistic}"], 1e-3)
 
 
-# Losses. `ignore` tells which label a file's ignored pixels have.
+# Losses. `ignore` is the label of a file's ignored pixels.
 
 
 def weighted(tag):
@@ -147,14 +147,14 @@ def settings(tag):
 
 
 def chen(main, aux, labels, tag, align_corners=False):
-    """The single terms: OHEM on either head, and the auxiliary cross entropy over all pixels, as `chen` has them."""
+    """The separate terms: OHEM on either head, and the auxiliary cross entropy over all pixels, as `chen` has them."""
     options = {"ignore_index": 255, "class_weight": weighted(tag), "align_corners": align_corners}
     ohem = [ohem_cross_entropy(x, labels, **settings(tag), **options)[0] for x in (main, aux)]
     return {"ohem_main": ohem[0], "ohem_aux": ohem[1], "ce_aux": cross_entropy(aux, labels, **options)[0]}
 
 
 def totals(terms):
-    """What each code steps on."""
+    """The total loss of each code base."""
     return {
         "mmseg": terms["ohem_main"] + 0.4 * terms["ohem_aux"],
         "as_coded": 0.4 * terms["ohem_main"] + terms["ce_aux"],
@@ -163,7 +163,7 @@ def totals(terms):
 
 
 def seed_losses(main, aux, labels, tag, align_corners=True):
-    """The seed's loss without and with the auxiliary head."""
+    """The loss of pyradd/DDRNet-pytorch without and with the auxiliary head."""
     options = {"ignore_index": -1, "align_corners": align_corners}
     if tag == "plain_ce":
         options |= {"threshold": 1.0}  # every pixel is hard enough
@@ -257,7 +257,7 @@ def test_gradients(slim, golden):
 
 
 def test_the_models_own_loss(filled, golden):
-    """`losses` puts the same pieces together: MMSegmentation's default, and the seed's with its last resize."""
+    """`losses` combines the same terms: MMSegmentation's default, and pyradd's with its last resize."""
     case = golden("gradients_23_slim_eval_bn")
     labels = torch.where(case["labels"] == -1, 255, case["labels"]).long()
     model = filled("23_slim")
@@ -286,7 +286,7 @@ def test_schedules(golden):
         assert rates(case["steps"], **settings) == pytest.approx(case[key].tolist(), rel=1e-6), key
     ours = rates(case["steps_default_run"], iterations=148_750)
     assert ours == pytest.approx(case["default_run"].tolist(), rel=1e-6)
-    # There the first two iterations use the base rate: one step behind from then on.
+    # There the first two iterations use the base rate, so all later ones lag by one step.
     ours = rates((case["chen_steps"] - 1).clamp(min=0), base=0.01)
     assert ours == pytest.approx(case["chen_lr_used_at_step"].tolist(), rel=1e-6)
 
@@ -301,5 +301,5 @@ def test_metric(golden):
     assert float(figures["aAcc"]) == pytest.approx(case["pixacc_standard"].item(), rel=1e-6)
     iou = torch.as_tensor(figures["IoU"]).float()
     torch.testing.assert_close(iou, case["iou_per_class_nan"].float(), equal_nan=True, rtol=1e-6, atol=1e-6)
-    # An absent class counts as 0 in the seed's mean.
+    # An absent class counts as 0 in pyradd's mean.
     assert iou.nan_to_num().mean().item() == pytest.approx(case["pyradd_miou"].item(), rel=1e-5)

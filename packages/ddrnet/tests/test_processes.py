@@ -1,4 +1,4 @@
-"""Two processes train as one does at the same global batch: plain cross entropy, batch norms frozen."""
+"""Training on two processes equals one at the same global batch: plain cross entropy, frozen batch norms."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from segcore.demo.toy import generate
 CONFIG = f"{Path(__file__).parent / 'runs' / 'frozen.py'}:frozen"
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_match_one(tmp_path):
     generate(tmp_path / "toy", train=6, val=3, height=64, width=128)
     losses, weights, figures = [], [], []
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):

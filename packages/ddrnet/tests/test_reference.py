@@ -1,6 +1,6 @@
-"""DDRNet's parts against small stored values, in any clone; test_parity.py holds them to the published code's numbers.
+"""DDRNet's parts against small stored values, in any clone; test_parity.py compares them with the published code.
 
-`python packages/ddrnet/tests/test_reference.py` writes reference.npz anew; do that only while test_parity.py passes.
+`python packages/ddrnet/tests/test_reference.py` rewrites reference.npz; do that only while test_parity.py passes.
 """
 
 from pathlib import Path

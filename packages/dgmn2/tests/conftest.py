@@ -11,7 +11,7 @@ from dgmn2_seg.configs import DGMN2Config
 
 @pytest.fixture(scope="module")
 def official(manifest, fill) -> Callable[[str], dict[str, torch.Tensor]]:
-    """A function that gives the reference's weights of a head on the tiny backbone, under their published names."""
+    """A function that returns the reference's weights of a head on the tiny backbone, under their published names."""
 
     def tensors(head: str) -> dict[str, torch.Tensor]:
         shapes = manifest(f"{head}_dgmn2_tiny_4x2_769x769_40k_cityscapes")["state_dict"]

@@ -1,4 +1,4 @@
-"""The commands on real files, as far as they are DGMN2's own: ImageNet weights, resuming, sliding windows, export."""
+"""DGMN2's own use of the commands on real files: ImageNet weights, resuming, sliding windows, export."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Start weights of the backbone as classification training saves them."""
+    """Initial weights of the backbone, as classification training saves them."""
     model = segcore.load_experiment(CONFIG).model.build()
     names = model.key_map()
     state = {names[n].removeprefix("backbone."): t for n, t in model.state_dict().items() if n.startswith("backbone.")}
@@ -60,8 +60,8 @@ def refused(capsys, *words):
     return lines[0]
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(run, toy, imagenet, tmp_path):
-    """Dropout is on: its draws come back, too."""
+def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, imagenet, tmp_path):
+    """Dropout is on: its random state is also restored."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
     words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", f"--train.init-from={imagenet}"]
@@ -88,7 +88,7 @@ DYNAMIC = [(head, ".pt2", True) for head in ("fpn", "setr_naive", "setr_pup", "s
     [("setr_mla", ".pt2", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in DYNAMIC)],
 )
 def test_export(head, suffix, dynamic, tmp_path, capsys):
-    """The command compares the file with the model, at two sizes if it is for any, before it writes it."""
+    """Before writing, the command compares the file with the model, at two sizes for a dynamic export."""
     if suffix == ".onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name)
@@ -104,7 +104,7 @@ def test_export(head, suffix, dynamic, tmp_path, capsys):
     assert path.exists()
 
 
-def test_wrong_wishes(run, tmp_path, capsys, monkeypatch):
+def test_invalid_requests(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
     row = "setr_mla_dgmn2_tiny_4x2_769x769_40k_cityscapes"
     line = refused(capsys, "test", row, "official", "--offline", "--device=cpu")
@@ -122,7 +122,7 @@ def test_bench_shows_the_fused_model(capsys):
 
 
 def test_demo(toy, tmp_path):
-    """It trains this configuration and shows the result beside the linear classifier."""
+    """It trains this configuration and shows the result next to the linear classifier's."""
     shutil.copytree(toy, tmp_path / "scenes")
     main("dgmn2_seg", ["demo", f"--work-dir={tmp_path}", *SMALL, *ITERATIONS])
     figures = json.loads((tmp_path / "figures.json").read_text())

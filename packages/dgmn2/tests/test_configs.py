@@ -1,4 +1,4 @@
-"""The published rows: names, parameters, recipes, figures; and what weights files are taken for."""
+"""The published rows: names, parameters, recipes, figures; and how weights files are recognized."""
 
 import json
 from typing import get_args, get_type_hints
@@ -17,7 +17,7 @@ from segcore.testing.contract import refusal
 
 HEADS, SIZES = ("fpn", "setr_naive", "setr_pup", "setr_mla"), ("tiny", "small", "medium", "large")
 ROWS = [f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes" for head in HEADS for size in SIZES]
-# Parameters of the tiny rows and of the backbones, so that a clone without the reference checks them too.
+# Parameters of the tiny rows and of the backbones, which a clone without the reference also checks.
 PARAMETERS = dict(zip(HEADS, (15_838_211, 11_598_211, 13_954_947, 13_369_731), strict=True))
 BACKBONES = dict(zip(SIZES, (11_588_464, 20_455_360, 35_298_712, 47_773_762), strict=True))
 
@@ -116,7 +116,7 @@ def test_imagenet_weights_fill_the_backbone(imagenet, tmp_path, wrap, head):
     assert torch.equal(classifier, model.head.classifier.weight)
 
 
-def test_gaps_and_strangers_in_imagenet_weights_are_refused(imagenet):
+def test_missing_and_unknown_tensors_in_imagenet_weights_are_refused(imagenet):
     model = DGMN2Config(backbone="nano").build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     less = {n: t for n, t in imagenet.items() if n != "block2.0.attn.conv_offset.bias"}
@@ -148,5 +148,5 @@ def test_a_trained_checkpoint_loads_under_published_names(tmp_path):
     assert other.is_full_checkpoint(state)
 
 
-def test_all_backbones_are_offered():
+def test_all_backbones_are_available():
     assert set(VARIANTS) == {"nano", *SIZES} == set(get_args(get_type_hints(DGMN2Config)["backbone"]))

@@ -1,4 +1,4 @@
-"""DGMN2 keeps the contract of every segmentor."""
+"""DGMN2 satisfies the contract of every segmentor."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_arguments():
 
 @torch.no_grad()
 @every_head
-def test_every_size_down_to_a_pixel(head):
+def test_every_size_down_to_one_pixel(head):
     model = build(head).eval()
     for size in ((1, 1), (2, 130), (33, 5)):
         assert model(contract.images(1, *size)).isfinite().all()
@@ -83,16 +83,16 @@ def test_every_size_down_to_a_pixel(head):
         ("setr_mla", None, (64, 96)),
     ],
 )
-def test_setr_heads_answer_squares_unless_told_otherwise(head, img_size, expected):
+def test_setr_heads_output_squares_by_default(head, img_size, expected):
     model = build(head, img_size=img_size).eval()
     assert model(contract.images(1), resize=False).shape[2:] == expected
 
 
 @torch.no_grad()
-def test_fuse_returns_a_copy_with_the_same_answer():
+def test_fuse_returns_a_copy_with_the_same_output():
     for head in HEADS:
         model = build(head)
-        model.train()(contract.images(4))  # running statistics that are not the initial ones
+        model.train()(contract.images(4))  # running statistics other than the initial ones
         fused = model.fuse()
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
         assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
@@ -100,7 +100,7 @@ def test_fuse_returns_a_copy_with_the_same_answer():
         torch.testing.assert_close(fused(images), model.eval()(images), atol=1e-4, rtol=1e-4)
 
 
-def test_stochastic_depth_grows_linearly_and_leaves_out_whole_branches():
+def test_stochastic_depth_grows_linearly_and_drops_whole_branches():
     model = build("fpn", backbone="tiny", drop_path=0.7)
     rates = [m.drop_path.rate for m in model.modules() if isinstance(m, Block)]
     assert rates == pytest.approx([0.1 * i for i in range(8)])

@@ -36,7 +36,7 @@ def test_position_term(golden, tag):
     case = golden("rel_pos_emb")
     position = RelativePositionBias(7, 8)
     position.load_state_dict({"y": case["rel_height"], "x": case["rel_width"]})
-    q = case[f"{tag}_q"].requires_grad_()  # each of the two is a head of an image
+    q = case[f"{tag}_q"].requires_grad_()  # each of the two is one head of one image
     bias = position(q.unsqueeze(3)).squeeze(1)
     expected = case[f"{tag}_bias"]
     check(bias, expected.flatten(1, 2), 1e-5)
@@ -145,7 +145,7 @@ def slide(model, image):
 
 @torch.no_grad()
 def test_sliding_windows(golden, filled):
-    """Also windows that are not square, where SETR's heads answer square maps."""
+    """Includes non-square windows, for which SETR's heads output square maps."""
     case = golden("slide")
     logits = slide(filled("fpn"), case["fpn_image"])
     check(logits, case["fpn_slide_logits"])

@@ -1,6 +1,6 @@
-"""DGMN2's parts against small stored values, in any clone; test_parity.py holds them to the published code's numbers.
+"""DGMN2's parts against small stored values, in any clone; test_parity.py compares them with the published code.
 
-`python packages/dgmn2/tests/test_reference.py` writes reference.npz anew; do that only while test_parity.py passes.
+`python packages/dgmn2/tests/test_reference.py` rewrites reference.npz; do that only while test_parity.py passes.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ HEADS = ("fpn", "setr_naive", "setr_pup", "setr_mla")
 
 def compute():
     """Return every value by name."""
-    # No sample and no ReLU of this image is so near its kink that rounding could change the gradients.
+    # No sample and no ReLU of this image is close enough to its kink for rounding to change the gradients.
     images, values = normal("image4", (2, 3, 57, 90)), {}
     labels = torch.arange(2 * 57 * 90).view(2, 57, 90) // 50 % 20
     labels[labels == 19] = 255

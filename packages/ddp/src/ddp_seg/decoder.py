@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from segcore.ops import ms_deform_attn
 
 ROWS = 1024
-"""Tokens that a CPU takes through a layer at a time."""
+"""Number of tokens that a CPU processes in a layer at a time."""
 
 
 class TimeEmbedding(nn.Module):
@@ -47,7 +47,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Start evenly weighted; head k looks along compass direction k, its point i at a distance of i + 1 pixels."""
+        """Initialize with even weights; head k looks in compass direction k, its point i is i + 1 pixels away."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -62,7 +62,7 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
 
     def values(self, tokens: Tensor) -> Tensor:
-        """Return what is sampled, (N, S, heads, C / heads), for all tokens (N, S, C) of the map."""
+        """Return the values to sample, (N, S, heads, C / heads), for all tokens (N, S, C) of the map."""
         return self.value_proj(tokens).unflatten(-1, (self.heads, -1))
 
     def attend(self, tokens: Tensor, values: Tensor, grid: Grid) -> Tensor:
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
         query = tokens + grid.position
         offsets = self.sampling_offsets(query).view(n, q, self.heads, 1, self.points, 2)
         weights = _softmax(self.attention_weights(query).view(n, q, self.heads, 1, self.points))
-        # Offsets are in pixels. Locations must not be in half precision: on wide maps that is off by a pixel.
+        # Offsets are in pixels. Locations in half precision would be off by a pixel on wide maps.
         locations = grid.centers[:, None, None, None] + offsets.to(grid.centers.dtype) / grid.width_height
         return self.output_proj(ms_deform_attn(values, [grid.size], locations, weights))
 
@@ -98,9 +98,9 @@ class DecoderLayer(nn.Module):
         scale, shift = self.time(F.silu(time))[:, None].chunk(2, -1)
         if not _cpu_inference(tokens):
             return self._block(tokens, values, scale + 1, shift, grid)
-        # From here on every token is on its own. Taking some at a time keeps what lies in between, up to four times as
-        # wide as the map, in the CPU's caches.
-        values = values.to(grid.centers.dtype)  # once instead of for each part
+        # From here on tokens are independent. Processing some at a time keeps the intermediate tensors, up to four
+        # times as wide as the map, in the CPU's caches.
+        values = values.to(grid.centers.dtype)  # once instead of per chunk
         rows = [slice(start, start + ROWS) for start in range(0, tokens.shape[1], ROWS)]
         parts = [self._block(tokens[:, part], values, scale + 1, shift, grid.rows(part)) for part in rows]
         return torch.cat(parts, 1)
@@ -128,7 +128,7 @@ class MapDecoder(nn.Module):
     def encode(self, x: Tensor, time: Tensor, grid: Grid | None = None) -> Tensor:
         """Return the map (N, C, h, w) after all layers.
 
-        time: (N or 1, time_dim). grid: `make_grid(x)`, given where many maps of one size are decoded.
+        time: (N or 1, time_dim). grid: `make_grid(x)`, to be passed when many maps of one size are decoded.
         """
         grid = grid or make_grid(x)
         tokens = to_tokens(x)
@@ -142,23 +142,23 @@ class MapDecoder(nn.Module):
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Return the tokens (N, h * w, C) of a map (N, C, h, w): a view of a map in channels_last layout."""
+    """Return the tokens (N, h * w, C) of a map (N, C, h, w): a view if the map is in channels_last layout."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the map (N, C, h, w), in channels_last layout, that `to_tokens` makes tokens (N, h * w, C) of."""
+    """Return the map (N, C, h, w), in channels_last layout, for tokens (N, h * w, C); the inverse of `to_tokens`."""
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def _cpu_inference(x: Tensor) -> bool:
-    """Return whether a CPU computes and neither autograd nor the compiler nor an exporter records."""
+    """Return whether this runs on a CPU and neither autograd nor the compiler nor an exporter records."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     return x.device.type == "cpu" and not recorded
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Return the softmax over the last dimension; for a few points only, torch's own takes a CPU five times as long."""
+    """Return the softmax over the last dimension; for a few points torch's own is five times as slow on a CPU."""
     if not _cpu_inference(x):
         return x.softmax(-1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -167,12 +167,12 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """What the layers need to know about the pixels of a map: the same for every map of that size."""
+    """Pixel positions that the layers need: the same for every map of one size."""
 
     size: tuple[int, int]
     """(h, w)."""
     width_height: Tensor
-    """(2,): offsets in pixels, divided by it, are normalized."""
+    """(2,): dividing offsets in pixels by it normalizes them."""
     centers: Tensor
     """(S, 2): see `pixel_centers`."""
     position: Tensor
@@ -203,7 +203,7 @@ def pixel_centers(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def positional_encoding(height: int, width: int, dim: int, like: Tensor) -> Tensor:
-    """Return (1, height * width, dim): half the channels for y, then half for x; sine and cosine in turn."""
+    """Return (1, height * width, dim): half the channels for y, then half for x; alternating sine and cosine."""
     k = _integers(0, dim // 2, like)
     period = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor") / (dim // 2))
 

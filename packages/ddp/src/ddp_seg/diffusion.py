@@ -20,7 +20,7 @@ def log_snr(t: Tensor, schedule: Schedule = "cosine") -> Tensor:
     Always float32 and in exactly this order of operations: at t = 1 the cosine's argument is almost pi / 2, where
     rounding shows (l(1) = -18.907475; float64 would give -18.904310), and the time embedding sees the difference.
     """
-    t = t.to("cpu", torch.float32)  # the CPU's rounding everywhere: answers must not depend on the device
+    t = t.to("cpu", torch.float32)  # the CPU's rounding everywhere: results must not depend on the device
     match schedule:
         case "cosine":
             x = torch.cos((t + 0.0002) / 1.00025 * math.pi * 0.5)
@@ -44,7 +44,7 @@ def add_noise(clean: Tensor, noise: Tensor, log_snr: Tensor) -> Tensor:
 def time_pairs(steps: int, time_difference: int = 1, start: float = 0.0) -> list[tuple[float, float]]:
     """Return (now, next) of every sampling step, from 1 down to `start`.
 
-    With `time_difference` d > 0 the map goes d steps further than the time it is labeled with at the next step: the
+    With `time_difference` d > 0, the map advances d steps beyond the time that the next step is conditioned on: the
     asymmetric time intervals of the paper (section 3.3).
     """
     span = 1 - start
@@ -61,7 +61,7 @@ class Noise(NamedTuple):
 
 def noise_at(times: Sequence[float], schedule: Schedule, like: Tensor) -> list[Noise]:
     """Return the noise level at each time, as tensors with the dtype (float32 or wider) and device of `like`."""
-    levels = log_snr(torch.tensor(times), schedule).to(like)  # one transfer for all
+    levels = log_snr(torch.tensor(times), schedule).to(like)  # a single transfer
     return [Noise(level, *alpha_sigma(level)) for level in levels]
 
 
@@ -74,7 +74,7 @@ def ddim_step(noisy: Tensor, clean: Tensor, now: Noise, after: Noise) -> Tensor:
 def ddpm_step(noisy: Tensor, clean: Tensor, now: Noise, after: Noise, noise: Tensor | None) -> Tensor:
     """Return a sample of the map at level `after`; `noise` is standard normal, None for the last step (time 0).
 
-    `1 - c` is left as it is although it rounds to 0 at t = 1: the published weights were used with it.
+    `1 - c` is kept although it rounds to 0 at t = 1: the published weights were used with it.
     """
     c = -torch.expm1(now.log_snr - after.log_snr)
     mean = after.alpha * (noisy * (1 - c) / now.alpha + c * clean)

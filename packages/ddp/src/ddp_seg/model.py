@@ -71,7 +71,7 @@ class DDP(StepwiseSegmentor):
         self.fpn = FPN(self.backbone.channels, width)
         self.fuse_conv = ConvNorm(4 * width, width, 1, partial(nn.GroupNorm, 32))
         self.transform = nn.Conv2d(2 * width, width, 1)
-        self.label_embedding = nn.Embedding(num_classes + 1, width)  # the last row stands for ignored pixels
+        self.label_embedding = nn.Embedding(num_classes + 1, width)  # the last row is for ignored pixels
         self.time_embedding = TimeEmbedding(4 * width)
         self.decoder = MapDecoder(width, num_classes, decoder_layers, heads, points, time_dim=4 * width)
         self.auxiliary_head = FCNHead(width, width, num_classes) if auxiliary else None
@@ -86,7 +86,7 @@ class DDP(StepwiseSegmentor):
         """Return image features (N, width, H/4, W/4) for normalized images (N, C, H, W); run once per image."""
         self.check_size(images)
         maps = self.fpn(self.backbone(images))
-        # `fuse_conv` is a 1x1 convolution of the maps resized and concatenated. It is linear, and so is resizing: each
+        # `fuse_conv` is a 1x1 convolution of the resized, concatenated maps. Both it and resizing are linear, so each
         # map is projected at its own size and resized afterwards.
         first, *others = self.fuse_conv.conv.weight.split(self.width, 1)
         fused = F.conv2d(maps[0], first)
@@ -95,7 +95,7 @@ class DDP(StepwiseSegmentor):
         return self.fuse_conv.norm(fused)
 
     def embed_labels(self, labels: Tensor) -> Tensor:
-        """Return maps (N, width, h, w) in [-bit_scale, bit_scale] of labels (N, h, w) in 0..K; K: ignored."""
+        """Return maps (N, width, h, w) in [-bit_scale, bit_scale] for labels (N, h, w) in 0..K; K means ignored."""
         table = (torch.sigmoid(self.label_embedding.weight) * 2 - 1) * self.bit_scale
         return F.embedding(labels, table).permute(0, 3, 1, 2)
 
@@ -113,8 +113,8 @@ class DDP(StepwiseSegmentor):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the start noise (N*R, width, h, w) and, for the DDPM sampler, the noise of each further step.
 
-        R is `randsteps`. Always float32 or wider, also where autocast made the features narrower: noise levels must not
-        be rounded.
+        R is `randsteps`. Always float32 or wider, even if autocast made the features narrower: noise levels must not be
+        rounded.
         """
         count = {"ddim": 1, "ddpm": steps or self.num_inference_steps}[self.sampler]
         shape, dtype = (self.randsteps, *features.shape[1:]), torch.promote_types(features.dtype, torch.float32)
@@ -137,7 +137,7 @@ class DDP(StepwiseSegmentor):
     ) -> Steps:
         """Yield the steps of a run from the noise `start` (N*R, width, h, w); see `StepwiseSegmentor`.
 
-        Sampler and time difference are by default as configured, see `denoise`.
+        Sampler and time difference default to the configuration, see `denoise`.
         """
         if start.shape[0] % features.shape[0] or start.shape[1:] != features.shape[1:]:
             raise ValueError(
@@ -145,7 +145,7 @@ class DDP(StepwiseSegmentor):
                 "it must be (N*R, C, h, w)"
             )
         starts = start.shape[0] // features.shape[0]
-        # A 1x1 convolution is linear: the image's half of `transform` is the same in every step.
+        # A 1x1 convolution is linear: the image half of `transform` is the same in every step.
         weight = self.transform.weight
         image_part = F.conv2d(features, weight[:, : self.width], self.transform.bias).repeat_interleave(starts, 0)
         image_part = image_part.contiguous(memory_format=torch.channels_last)  # the layout of the decoder's tokens
@@ -155,7 +155,7 @@ class DDP(StepwiseSegmentor):
         nows, nexts = (noise_at(times, self.noise_schedule, start) for times in zip(*pairs, strict=True))
         grid, noisy = make_grid(start), start.contiguous(memory_format=torch.channels_last)
         draws = None if noise is None else iter(noise)
-        rows = torch.arange(len(start), device=start.device)  # the maps that are still in the run
+        rows = torch.arange(len(start), device=start.device)  # the maps still in the run
         for k, ((_, next_time), now, after) in enumerate(zip(pairs, nows, nexts, strict=True), 1):
             mixed = image_part + F.conv2d(noisy, weight[:, self.width :])
             logits = self.decoder(mixed, self.time_embedding(now.log_snr[None]), grid)
@@ -186,11 +186,11 @@ class DDP(StepwiseSegmentor):
         time_difference: int | None = None,
         step_noise: Tensor | None = None,
     ) -> Tensor:
-        """Return the answer (N, K, h, w) of one sampling run at the features' resolution.
+        """Return the output (N, K, h, w) of one sampling run at the features' resolution.
 
         Args:
             features: (N, width, h, w) from `encode`.
-            noise: (N*R, width, h, w) standard normal start, image-major; the answer is the mean over the R starts.
+            noise: (N*R, width, h, w) standard normal start, image-major; the output is the mean over the R starts.
             steps: sampling steps; this and the following default to the configuration.
             sampler: "ddim" or "ddpm".
             accumulate: True returns the mean probability over all steps and starts, False the last step's mean logits.
@@ -223,7 +223,7 @@ class DDP(StepwiseSegmentor):
         times, noise = (draws["times"], draws["noise"]) if draws else self._draw_training(features, seeds)
         noise = to_device(noise, features.device)
         if self.self_aligned:
-            with pass_without_grad():  # the model's own answer from pure noise takes the place of the labels
+            with pass_without_grad():  # the model's own prediction from pure noise replaces the labels
                 first = to_device(log_snr(torch.ones(1), self.noise_schedule), noise.device)
                 targets = self.decode(features, noise, first).argmax(1)
         else:

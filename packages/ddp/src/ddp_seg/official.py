@@ -1,7 +1,7 @@
-"""The published rows: figures, where the weights are hosted, and how their tensors are named. Imports no torch.
+"""The published rows: figures, where the weights are hosted, and the names of their tensors. Imports no torch.
 
 Source: the model zoo of the authors' repository (JiYuanFeng/DDP, folder `segmentation`). The Swin rows on Cityscapes
-stand in a part of that page that is commented out, and come without weights.
+are in a commented-out part of that page and have no weights.
 """
 
 from segcore.config.schema import Published

@@ -11,11 +11,11 @@ from ddps_seg.mit import VARIANTS, MiT
 from segcore.models.backbones import Backbone, build_backbone
 
 TIMM = {"resnet50": "resnet50c", "resnet101": "resnet101c"}
-"""ResNetV1c, with three 3x3 convolutions for the 7x7 one, under the name of its configurations."""
+"""ResNetV1c, which replaces the 7x7 convolution by three 3x3 ones, under the name of its configurations."""
 
 
 def build(name: str, *, in_channels: int = 3, drop_path: float = 0.1) -> Backbone:
-    """Return the backbone with random weights; `drop_path` is MiT's alone. `resnet18` is segcore's plain one."""
+    """Return the backbone with random weights; only MiT uses `drop_path`. `resnet18` is segcore's plain one."""
     if name in VARIANTS:
         return MiT(name, in_channels, drop_path)
     if name in TIMM:
@@ -43,11 +43,11 @@ class ResNetV1c(Backbone):
 
 
 class MobileNetV2(Backbone):
-    """MobileNetV2 at output stride 8 as MMSegmentation dilates it: the first block of a group only."""
+    """MobileNetV2 at output stride 8; as in MMSegmentation, only the first block of a group is dilated."""
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
-        # timm's own output_stride=8 dilates the later blocks of a group instead: other numbers.
+        # timm's own output_stride=8 dilates the later blocks of a group instead, with other results.
         self.net = timm.create_model(
             "mobilenetv2_100", features_only=True, out_indices=(1, 2, 3, 4), in_chans=in_channels
         )
@@ -71,7 +71,7 @@ _MOBILENET = {
         **{"conv_pwl": (2, "conv"), "bn3": (2, "bn")},
     },
 }
-"""timm's name inside a block, of the first group or another -> index and kind there."""
+"""timm's name inside a block, of the first group or another -> index and kind in the published names."""
 
 
 def _mobilenet_name(name: str) -> str:
@@ -85,5 +85,5 @@ def _mobilenet_name(name: str) -> str:
 
 
 def is_dilated(backbone: nn.Module) -> bool:
-    """Return whether the backbone is one of DeepLabV3+."""
+    """Return whether the backbone belongs to DeepLabV3+."""
     return isinstance(backbone, ResNetV1c | MobileNetV2)

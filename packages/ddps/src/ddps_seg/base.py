@@ -1,6 +1,6 @@
 """The base models: SegFormer (arXiv 2105.15203) and DeepLabV3+ (arXiv 1802.02611), as MMSegmentation 0.30 has them.
 
-They segment on their own, and their features are the condition of DDPS.
+Each can be used alone; their features are the condition of DDPS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AUXILIARY_WEIGHT = 0.4
 
 
 class EncoderSegmentor(Segmentor):
-    """What base models and DDPS have in common: backbone and condition head."""
+    """Shared parts of base models and DDPS: backbone and condition head."""
 
     def __init__(
         self, num_classes: int, in_channels: int, backbone: str, drop_path: float, condition_width: int | None
@@ -43,7 +43,7 @@ class EncoderSegmentor(Segmentor):
         return self.head(self.backbone(images))
 
     def check_batch(self, images: Tensor) -> None:
-        """Raise UserError when the batch norm of the pooled branch would train on one value per channel."""
+        """Raise UserError if the batch norm of the pooled branch would train on one value per channel."""
         if isinstance(self.head, heads.DeepLabHead) and self.head.training and len(images) == 1:
             raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
 

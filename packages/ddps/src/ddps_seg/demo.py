@@ -21,7 +21,7 @@ from segcore.seeds import corruption_seed, evaluation_seed, start_seed
 
 SEEDS = 3
 IMAGES = 10
-"""The first images of the validation set; each takes 1 + SEEDS runs of the prior."""
+"""Number of validation images to use, from the first; each takes 1 + SEEDS runs of the prior."""
 BLOCKS = 12
 """Rectangles of random classes in a corrupted map, each up to a quarter of its height and width."""
 
@@ -32,7 +32,7 @@ def compare(
     """Return figures and sentences on the validation set: the base model, the prior, and the prior on corrupted maps.
 
     A corrupted map is the base model's prediction with rectangles of random classes. The prior refines it: its run
-    starts from the corrupted map instead of a random one. Figures on these are means over SEEDS seeds.
+    starts from the corrupted map instead of a random one. Figures for corrupted maps are means over SEEDS seeds.
     """
     prior, base_model = predictor.using(steps=()), base_predictor(predictor, base, base_dir)
     model = cast(DDPS, predictor.model)
@@ -68,7 +68,7 @@ def compare(
 
 
 def base_predictor(predictor: Predictor, base: Experiment, base_dir: Path) -> Predictor:
-    """Return a predictor like that of the prior with the base model, whose classes lack the background in front."""
+    """Return a predictor like the prior's for the base model, whose classes lack the leading background."""
     model = base.model.build().eval()
     load_weights(model, find_weights(str(base_dir), base.name))
     data = dataclasses.replace(predictor.data, add_background_class=False)

@@ -1,7 +1,7 @@
 """Discrete diffusion of label maps with uniform transitions (arXiv 2306.01721, section 3; D3PM, arXiv 2107.03006).
 
 Every class, background included, is a state; a step of noise keeps a label or draws a new one uniformly. A noise index
-k runs from 0 (cleanest) to T - 1 (all but uniform), and -1 means no noise. The network's timestep t runs the other way:
+k runs from 0 (cleanest) to T - 1 (almost uniform), and -1 means no noise. The network's timestep t runs the other way:
 t = 0 is the noisiest map, and k = T - 1 - t.
 """
 
@@ -18,13 +18,13 @@ Mode = Literal["q_pred", "q_posterior", "bayes"]
 CLEAN, NOISY = 0.99999, 0.000009
 """The cumulative alpha of the first and of the last noise index."""
 TINY = 1e-30
-"""What stands for a probability of zero."""
+"""Replaces a probability of zero."""
 
 
 class NoiseSchedule(NamedTuple):
     """Logarithms of alpha, the share of kept labels, and beta = (1 - alpha) / K, float32.
 
-    Per step (T,), and cumulative (T + 1,), where the last entry stands for no noise.
+    Per step (T,), and cumulative (T + 1,), where the last entry means no noise.
     """
 
     log_at: Tensor
@@ -56,7 +56,7 @@ def make_schedule(timesteps: int, num_classes: int, schedule: Schedule) -> Noise
 def step_list(timesteps: int, wanted: int | None = None) -> list[int]:
     """Return the network's timesteps of a run, from the noisiest to T - 1, which always comes last.
 
-    `wanted` (None: all) gives the stride T // wanted, so that the number of evaluations is usually another one. Raises
+    `wanted` (None: all) gives the stride T // wanted, so the number of evaluations usually differs from it. Raises
     ValueError when it is below 1.
     """
     if wanted is not None and wanted < 1:
@@ -76,10 +76,10 @@ def sample(log_p: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def q_pred(labels: Tensor, index: int | Tensor, noise: NoiseSchedule, uniforms: Tensor) -> Tensor:
-    """Return labels (N, h, w) with the noise of an index, or of one index per image (N,), at once.
+    """Return labels (N, h, w) with the noise of an index, or of one index per image (N,), in a single draw.
 
-    The same draw as `sample(log_q_pred(…), uniforms)` without the (N, K, h, w) in between: among the classes that are
-    alike the one with the greatest uniform number wins, and only that one is to be held against the old label.
+    The same draw as `sample(log_q_pred(…), uniforms)` without the (N, K, h, w) tensors in between: among the classes of
+    equal probability the one with the greatest uniform number wins, so only that one is compared with the old label.
     """
     uniforms = uniforms.to(labels.device)
     most, other = uniforms.max(1)
@@ -99,8 +99,8 @@ def log_q_posterior(
 ) -> Tensor:
     """Return log-probabilities (N, K, h, w) of x_(k-1), not normalized, from labels x_0 and x_k (N, h, w).
 
-    As the published code has it, which is not Bayes' rule: it divides by q(x_k = c | x_0) of each class c instead of
-    the class observed, and so favours the noisy label. With `exact` it is Bayes' rule.
+    The published code differs from Bayes' rule: it divides by q(x_k = c | x_0) of each class c instead of the observed
+    class, and so favors the noisy label. With `exact` it is Bayes' rule.
     """
     at, bt = _at(noise.log_at, index, noisy), _at(noise.log_bt, index, noisy)
     tiny = math.log(TINY)

@@ -1,6 +1,6 @@
-"""What makes a condition map of a backbone's four maps: the heads of SegFormer and DeepLabV3+ up to their classifiers.
+"""Condition maps from a backbone's four maps: the heads of SegFormer and DeepLabV3+ up to their classifiers.
 
-Batch norm and ReLU follow every convolution, so a condition is not negative.
+Batch norm and ReLU follow every convolution, so a condition is never negative.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SegFormerHead(nn.Module):
 
 
 class DeepLabHead(nn.Module):
-    """Atrous spatial pyramid pooling and the refinement with the finest map (DeepLabV3+, arXiv 1802.02611)."""
+    """Atrous spatial pyramid pooling and refinement with the finest map (DeepLabV3+, arXiv 1802.02611)."""
 
     def __init__(self, in_channels: Sequence[int], width: int = 512) -> None:
         super().__init__()

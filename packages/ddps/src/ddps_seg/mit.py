@@ -1,7 +1,7 @@
 """Mix Transformer (MiT), the backbone of SegFormer (arXiv 2105.15203, section 3.1).
 
-Tokens are (N, L, C), maps (N, C, H, W). No positional embedding: the depthwise convolution inside each feed-forward
-part tells positions apart, so any image size will do.
+Tokens are (N, L, C), maps (N, C, H, W). There is no positional embedding: the depthwise convolution inside each
+feed-forward part encodes positions, so any image size works.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from segcore.models.layers import DropPath
 
 
 class Variant(NamedTuple):
-    """The sizes of a MiT."""
+    """The configuration of a MiT variant."""
 
     width: int
     """Channels of the first stage, and of every attention head."""
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 HEADS, REDUCTIONS, KERNELS, STRIDES = (1, 2, 5, 8), (8, 4, 2, 1), (7, 3, 3, 3), (4, 2, 2, 2)
 EPS = 1e-6
-"""Of every LayerNorm."""
+"""Epsilon of every LayerNorm."""
 
 
 def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -51,9 +51,9 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Efficient self-attention: keys and values come from the map shrunk `reduction` times.
+    """Efficient self-attention: keys and values come from the map, downsampled by `reduction`.
 
-    Without padding: what does not fill a kernel of the shrinking convolution is left out.
+    No padding: pixels that do not fill a kernel of the downsampling convolution are left out.
     """
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
@@ -93,7 +93,7 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and with a shortcut."""
+    """Attention and feed-forward part, each preceded by a norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int, reduction: int, drop_path: float) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Stage(nn.Module):
 class MiT(Backbone):
     """MiT-B0 to B5. `drop_path` is the rate of the last block; it grows linearly from 0 at the first."""
 
-    min_size = 32  # below, the first stage's reduction finds no whole kernel
+    min_size = 32  # below it, the first stage's reduction has no complete kernel
 
     def __init__(self, variant: str, in_channels: int = 3, drop_path: float = 0.1) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """DDPS: a mask prior that denoises a label map, given the features of a trained base model (arXiv 2306.01721).
 
-The image is encoded once; every step embeds the current noisy label map, runs the UNet on both, and answers with the
-logits of the clean map.
+The image is encoded once; every step embeds the current noisy label map, runs the UNet on both, and outputs the logits
+of the clean map.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators
 
 BACKGROUND = 0
 DRAWS_LIMIT = 1_500_000_000
-"""Bytes of random draws that an export may hold; an ONNX file ends at 2 GB."""
+"""Maximum bytes of random draws in an export; an ONNX file is limited to 2 GB."""
 BASE_CLASSIFIERS = ("classifier.", "auxiliary_head.", "decode_head.conv_seg.")
 
 
 class DDPS(EncoderSegmentor, StepwiseSegmentor):
     """DDPS, multi-step or single-step; the arguments are the fields of `ddps_seg.configs.DDPSConfig`.
 
-    Evaluated timesteps are the step entries: "0" is the first answer, from a random label map, and str(T - 1) the last
+    Evaluated timesteps are the step entries: "0" is the first output, from a random label map; str(T - 1) is the last
     and the configured one. The single-step variant has timestep 0 only.
     """
 
     ignore_index = BACKGROUND
     step_unit = "timestep"
-    pad_to = 16  # the UNet halves a map at 1/4 of the image's size twice
+    pad_to = 16  # the UNet halves a map at 1/4 of the image size twice
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         self.label_embedding.requires_grad_(train_labels)
 
     def train(self, mode: bool = True) -> DDPS:
-        """Set the mode; of the frozen parts only where `freeze` says so."""
+        """Set the mode; with `freeze` eval, backbone and head stay in evaluation mode."""
         super().train(mode)
         if self.freeze == "eval":
             self.backbone.eval()
@@ -120,7 +120,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return a random label map (N, h, w) and the uniform draws (N, K, h, w) of each further step.
 
-        They are drawn one after the other: a map's draws are larger than its logits.
+        They are drawn one step at a time: a map's draws are larger than its logits.
         """
         shape = (self.num_classes, *features.shape[-2:])
         drawing = list(generators(seeds, len(features), run))
@@ -141,7 +141,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
     ) -> Steps:
         """Yield the steps of a run from the label maps `start` (N, h, w), see `StepwiseSegmentor`.
 
-        `features` are the condition; the further arguments are by default as configured, see `denoise_steps`.
+        `features` are the condition; the other arguments default to the configuration, see `denoise_steps`.
         """
         mode = self.mode if mode is None else mode
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -153,10 +153,10 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         draws = None if noise is None else iter(noise)
         times = self.unet.embed_time(torch.tensor(timesteps, device=features.device)).split(1)
         stem, channels = self.unet.stem, features.shape[1]
-        # The stem is linear: the condition's part of it is the same in every step.
+        # The stem is linear: its output for the condition is the same in every step.
         image_part = F.conv2d(features, stem.weight[:, :channels], stem.bias, padding=3)
         label_weight = stem.weight[:, channels:]
-        mask, rows = start, torch.arange(len(features))  # the images that are still in the run
+        mask, rows = start, torch.arange(len(features))  # the images still in the run
         for k, (timestep, time) in enumerate(zip(timesteps, times, strict=True), 1):
             label_part = F.conv2d(self.label_embedding(mask).permute(0, 3, 1, 2), label_weight, padding=3)
             logits = self.classifier(self.unet.body(image_part + label_part, time))
@@ -200,7 +200,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             inference_timesteps: see `ddps_seg.diffusion.step_list`.
             mode, guidance_scale: see `ddps_seg.configs.DDPSConfig`.
 
-        Raises ValueError about an unknown mode, a wrong number of timesteps, and too few or too many draws.
+        Raises ValueError for an unknown mode, a wrong number of timesteps, and too few or too many draws.
         """
         wanted = len(self._timesteps(inference_timesteps)) - 1
         if isinstance(uniforms, Sized) and len(uniforms) != wanted:
@@ -210,9 +210,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         return {step.key: step.logits for step in run}
 
     def start_from(self, masks: Tensor, images: Tensor) -> Tensor:
-        """Return the label maps (N, h, w) at the condition's size; nearest neighbors resize masks of another size.
+        """Return the label maps (N, h, w) at the condition's size, resized (nearest neighbor) if necessary.
 
-        Raises UserError about other labels than 0 .. K - 1.
+        Raises UserError for labels other than 0 .. K - 1.
         """
         if masks.numel() and not 0 <= masks.min() <= masks.max() < self.num_classes:
             raise UserError(
@@ -224,7 +224,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
         """Return the configured run with the draws of seed 0 as constants; see `StepwiseSegmentor`.
 
-        Raises UserError about more draws than a file can hold.
+        Raises UserError if the draws exceed the size limit of a file.
         """
         size = (len(self.step_keys) - 1) * self.num_classes * math.prod(images.shape[-2:]) // 16 * 4
         if size > DRAWS_LIMIT and not dynamic:
@@ -235,7 +235,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         return super().exportable(images, dynamic=dynamic)
 
     def resize_to_input(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Return logits (N, K, H, W) at the input's size, in inference without background where that is configured."""
+        """Return logits (N, K, H, W) at the input's size; at inference without background if configured."""
         full = super().resize_to_input(logits, size)
         if self.suppress_background and not self.training:
             return torch.cat([torch.full_like(full[:, :1], -1e4), full[:, 1:]], 1)
@@ -254,9 +254,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
     ) -> dict[str, Tensor]:
         """Return the losses of one training step: diffusion on the first prediction (section 3.3); see `Segmentor`.
 
-        The network cleans noised versions of its own first answer, held against the labels. draws: "timesteps" (N,),
-        "masks" (N, h, w) random labels, "uniforms" (N, K, h, w) in [0, 1), and "condition" (N,) in [0, 1), of which
-        those below `condition_dropout` lose their condition. The single-step variant needs the masks only.
+        The network denoises noised versions of its own first prediction; the labels are the target. draws: "timesteps"
+        (N,), "masks" (N, h, w) random labels, "uniforms" (N, K, h, w) in [0, 1), and "condition" (N,) in [0, 1): images
+        below `condition_dropout` lose their condition. The single-step variant needs the masks only.
         """
         if loss.kind != "cross_entropy":
             raise UserError(f"loss.kind is {loss.kind}, but DDPS trains with cross_entropy; set loss.kind to that")
@@ -280,9 +280,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
 
     @pass_without_grad()
     def _first_prediction(self, condition: Tensor, labels: Tensor, timesteps: Tensor, masks: Tensor) -> Tensor:
-        """Return the clean maps (N, h, w): the labels at timestep 0, else the answer from a random map.
+        """Return the clean maps (N, h, w): the labels at timestep 0, else the prediction from a random map.
 
-        `timesteps` (N,) are on the CPU, so that the host knows without asking the device which images need the answer.
+        `timesteps` (N,) are on the CPU, so that the host knows which images need a prediction without synchronizing.
         """
         size = [4 * side for side in condition.shape[-2:]]
         full = F.pad(labels, (0, size[1] - labels.shape[2], 0, size[0] - labels.shape[1]), value=self.ignore_index)
@@ -294,7 +294,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         return first
 
     def draw_training(self, condition: Tensor, seeds: Sequence[int] | None) -> dict[str, Tensor]:
-        """Return what `losses` draws, image by image from its seed."""
+        """Return the random draws of `losses`; each image draws from its own seed."""
         shape = (self.num_classes, *condition.shape[-2:])
         drawn: dict[str, list[Tensor]] = {name: [] for name in ("condition", "timesteps", "masks", "uniforms")}
         for g in generators(seeds, len(condition)):
@@ -316,12 +316,12 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         return f"decode_head.{rename(name, RULES)}"
 
     def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
-        """Return whether start weights `state` are those of a whole model of this kind, multi-step or single-step."""
+        """Return whether the initial weights `state` cover a whole model of this kind, multi-step or single-step."""
         prior = any(name.startswith(("unet.", "decode_head.unet.")) for name in state)
         return prior and (self.single_step or any(name.endswith(NoiseSchedule._fields) for name in state))
 
     def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
-        """Load a base model's backbone and head, or the single-step variant; else as `Segmentor` does."""
+        """Load a base model's backbone and head, or the single-step variant; otherwise as `Segmentor` does."""
         names, own = self.key_map(), self.state_dict()
         ours = not any(name.startswith("decode_head.") for name in state)
         names = {name: name if ours else names[name] for name in names}

@@ -1,7 +1,7 @@
 """The published rows: figures and where the weights are hosted. Imports no torch.
 
 DDPS: the results table of the authors' repository (OpenGVLab/DDPS), which links to folders of their model repository;
-the names of the files in them are not known to us. Base models and ImageNet weights: MMSegmentation 0.x.
+the file names in these folders are unknown. Base models and ImageNet weights: MMSegmentation 0.x.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The network of the mask prior: a time-conditioned UNet with weight-standardised convolutions (arXiv 2306.01721)."""
+"""The network of the mask prior: a time-conditioned UNet with weight-standardized convolutions (arXiv 2306.01721)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
 class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
-    In evaluation they are standardised once and kept until the weights change; never in training, as fused optimizers
-    change weights without a word. On a CPU in float32 they are kept ready for `winograd`.
+    In evaluation the standardized weights are cached until the weights change; never in training, as fused optimizers
+    change weights without increasing their version. On a CPU in float32 they are cached in the form for `winograd`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -34,14 +34,14 @@ class StandardConv(nn.Conv2d):
         tiled = tiled and not torch.is_autocast_enabled("cpu")
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._kept.get(tiled, (None,))[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable anywhere
+            with torch.inference_mode(False), torch.no_grad():  # the cache must be usable anywhere
                 ready = standardize(weight)
                 self._kept[tiled] = state, winograd_weight(ready) if tiled else ready
         kept = self._kept[tiled][1]
         return winograd(x, kept, self.bias) if tiled else F.conv2d(x, kept, self.bias, padding=1)
 
     def train(self, mode: bool = True) -> StandardConv:
-        """Forget what is kept: weights may change where no version counts it."""
+        """Clear the cache: weights may change without a version increase."""
         self._kept = {}
         return super().train(mode)
 
@@ -50,19 +50,19 @@ class StandardConv(nn.Conv2d):
 
 
 def standardize(weight: Tensor) -> Tensor:
-    """Return weights (O, I, kh, kw) less their mean, over their standard deviation, per output channel."""
+    """Return weights (O, I, kh, kw) minus their mean, divided by their standard deviation, per output channel."""
     variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
     return (weight - mean) * (variance + EPS).rsqrt()
 
 
 def suits(x: Tensor) -> bool:
-    """Return whether a map is even-sided and large enough for `winograd` to be the faster way."""
+    """Return whether a map has even sides and is large enough for `winograd` to be faster."""
     height, width = x.shape[-2:]
     return height % 2 == 0 and width % 2 == 0 and height * width >= 256 and x.shape[1] >= 64
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """Return 3x3 weights (O, I, 3, 3) as `winograd` takes them, (16, O, I)."""
+    """Return 3x3 weights (O, I, 3, 3) in the form for `winograd`, (16, O, I)."""
     g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
     return torch.einsum("ia,ocab,jb->ijoc", g, weight, g).flatten(0, 1).contiguous()
 
@@ -70,7 +70,7 @@ def winograd_weight(weight: Tensor) -> Tensor:
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the 3x3 convolution, padded by 1, of maps (N, I, h, w), h and w even (Lavin and Gray, arXiv 1509.09308).
 
-    Tiles of 2x2 outputs take 16 products instead of 36, so that matrix products do the work with 1 / 2.25 of the
+    Tiles of 2x2 outputs take 16 products instead of 36, so matrix products compute it with 1 / 2.25 of the
     multiplications.
     """
     n, channels, height, width = x.shape
@@ -103,12 +103,12 @@ class ChannelNorm(nn.Module):
         """Return a map of the same shape (N, C, h, w)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centered = wide - wide.mean(1, keepdim=True)
-        variance = centered.square().mean(1, keepdim=True)  # over strided memory much faster than torch.var
+        variance = centered.square().mean(1, keepdim=True)  # much faster than torch.var over strided memory
         return (centered * (variance + EPS).rsqrt() * self.gain).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with group norm and SiLU, the first scaled and shifted by the time, and a shortcut."""
+    """Two convolutions with group norm and SiLU, the first scaled and shifted by the time, and a residual."""
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class ResidualBlock(nn.Module):
         """Return a map (N, out_channels, h, w) for (N, in_channels, h, w) and a time embedding (N or 1, E)."""
         scale, shift = self.time(F.silu(time))[..., None, None].chunk(2, 1)
         y = self.conv1(x)
-        if len(time) == 1:  # one time for all: scale and shift are a part of the norm's own
+        if len(time) == 1:  # one time for all: fold scale and shift into the norm's own
             norm, scale = self.norm1, 1 + scale[0, :, 0, 0]
             y = F.group_norm(y, GROUPS, norm.weight * scale, norm.bias * scale + shift[0, :, 0, 0], norm.eps)
         else:
@@ -132,7 +132,7 @@ class ResidualBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention of linear cost in the pixels (Shen et al., arXiv 1812.01243), with norms and a shortcut."""
+    """Attention of linear cost in the pixels (Shen et al., arXiv 1812.01243), with norms and a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class LinearAttention(nn.Module):
 
 
 class FullAttention(nn.Module):
-    """Softmax attention over all pixels, with a norm and a shortcut."""
+    """Softmax attention over all pixels, with a norm and a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -183,20 +183,20 @@ class UNetStage(nn.Module):
 
 
 class Down(UNetStage):
-    """A level on the way down."""
+    """A level of the encoder path."""
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next level's map, and what the way up takes from here: after the first block and at the end."""
+        """Return the next level's map, and this level's skip connections: after the first block and at the end."""
         first = self.block1(x, time)
         second = self.attention(self.block2(first, time))
         return self.resample(second), first, second
 
 
 class Up(UNetStage):
-    """A level on the way up."""
+    """A level of the decoder path."""
 
     def forward(self, x: Tensor, second: Tensor, first: Tensor, time: Tensor) -> Tensor:
-        """Return the next level's map from (N, C, h, w) and what the way down left at this size."""
+        """Return the next level's map from (N, C, h, w) and the skip connections of this size."""
         x = self.block1(torch.cat([x, second], 1), time)
         return self.resample(self.attention(self.block2(torch.cat([x, first], 1), time)))
 
@@ -204,7 +204,7 @@ class Up(UNetStage):
 class UNet(nn.Module):
     """Predicts features of the clean label map from features, a noisy label map's embedding and the timestep.
 
-    Resolutions halve once per multiplier but the last; sides are multiples of 2 ** (number of multipliers - 1).
+    Resolutions are halved once per multiplier except the last; sides are multiples of 2 ** (number of multipliers - 1).
     """
 
     def __init__(self, in_channels: int, width: int, out_channels: int, multipliers: Sequence[int]) -> None:
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         self.time1, self.time2 = nn.Linear(width, time_width), nn.Linear(time_width, time_width)
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, (a, b) in enumerate(pairs, 1):
-            # The lowest level changes the width only.
+            # The lowest level only changes the width.
             resample = nn.Conv2d(a, b, 3, padding=1) if level == len(pairs) else nn.Conv2d(a, b, 4, 2, 1)
             self.downs.append(Down(a, a, time_width, resample))
         self.middle1 = ResidualBlock(b, b, time_width)
@@ -238,7 +238,7 @@ class UNet(nn.Module):
         return self.body(self.stem(x), self.embed_time(timesteps))
 
     def body(self, stem: Tensor, time: Tensor) -> Tensor:
-        """Return what follows the stem (N, width, h, w), for a time embedding (N or 1, 4 * width)."""
+        """Return the output for a stem output (N, width, h, w) and a time embedding (N or 1, 4 * width)."""
         x, saved = stem, list[Tensor]()
         for down in self.downs:
             x, *left = down(x, time)

@@ -1,7 +1,7 @@
 """DDRNet: a low-resolution branch for context, a high-resolution one for detail (arXiv 2101.06085).
 
-Every stage ends before its ReLU: the two branches exchange and add what is not yet rectified, and whoever reads such a
-map rectifies it (section 3.2 of the paper, figure 4).
+Every stage ends before its ReLU: the two branches exchange and add maps before rectification, and every consumer of
+such a map rectifies it (section 3.2 of the paper, figure 4).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
 STRIDE = 8
-"""Of the high-resolution branch and the logits; images are padded to a multiple of it."""
+"""Stride of the high-resolution branch and the logits; images are padded to a multiple of it."""
 
 
 class Variant(NamedTuple):
-    """The sizes of a network."""
+    """The configuration of a variant."""
 
     planes: int
     """Channels of the stem, p; the high-resolution branch has 2p."""
@@ -55,7 +55,7 @@ def conv_bn(
 
 
 class Residual(nn.Module):
-    """`body(x) + shortcut(x)`, rectified with `act`."""
+    """`body(x) + shortcut(x)`, followed by a ReLU with `act`."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *convs: ConvNorm, act: bool) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def basic_block(in_channels: int, width: int, stride: int = 1, *, act: bool) -> 
 
 
 def bottleneck(in_channels: int, width: int, stride: int, *, act: bool) -> Residual:
-    """Return the bottleneck residual block: 1x1, 3x3 and 1x1 convolutions, twice `width` channels out."""
+    """Return the bottleneck residual block: 1x1, 3x3 and 1x1 convolutions, with 2 * `width` output channels."""
     convs = (
         conv_bn(in_channels, width, 1),
         conv_bn(width, width, 3, stride),
@@ -87,15 +87,15 @@ def bottleneck(in_channels: int, width: int, stride: int, *, act: bool) -> Resid
 
 
 def stage(in_channels: int, width: int, blocks: int, stride: int = 1) -> nn.Sequential:
-    """Return basic blocks, the first with the stride; the last is not rectified."""
+    """Return basic blocks; the first has the stride, the last has no final ReLU."""
     first = basic_block(in_channels, width, stride, act=blocks > 1)
     return nn.Sequential(first, *(basic_block(width, width, act=i < blocks - 1) for i in range(1, blocks)))
 
 
 class BilateralFusion(nn.Module):
-    """A stage of both branches, then bilateral fusion: each branch gets what the other had before it.
+    """A stage of both branches, then bilateral fusion: each branch receives the other's map from before the fusion.
 
-    `down` leads from the high branch to the low one, `compress` back.
+    `down` maps the high-resolution branch to the low-resolution one, `compress` the reverse.
     """
 
     def __init__(self, low_in: int, low: int, high: int, blocks: int, stride: int, down: Sequence[int]) -> None:
@@ -113,18 +113,18 @@ class BilateralFusion(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the backbone gives for images (N, C, H, W); p is the variant's `planes`."""
+    """The backbone's outputs for images (N, C, H, W); p is the variant's `planes`."""
 
     low: Tensor
     """(N, 16p, H/64, W/64), or H/32 in the classifier."""
     high: Tensor
     """(N, 4p, H/8, W/8)."""
     middle: Tensor
-    """(N, 2p, H/8, W/8), the high branch before stage 4, which the auxiliary head reads."""
+    """(N, 2p, H/8, W/8), the high-resolution branch before stage 4, the input of the auxiliary head."""
 
 
 class Backbone(nn.Module):
-    """Both branches. With `classifier` in the form that is trained on ImageNet: other strides and ReLUs in stage 5."""
+    """Both branches. `classifier` selects the form trained on ImageNet: other strides and ReLUs in stage 5."""
 
     def __init__(self, variant: Variant, in_channels: int = 3, *, classifier: bool = False) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class NormConv(nn.Sequential):
 
 
 class DAPPM(nn.Module):
-    """Deep aggregation pyramid pooling: five scales of context, each refined by the one before (section 3.3)."""
+    """Deep aggregation pyramid pooling: five scales of context, each refined by the previous one (section 3.3)."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class DAPPM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map (N, out_channels, H, W) for (N, in_channels, H, W), neither rectified."""
-        pooled = [F.avg_pool2d(x, 2 * stride + 1, stride, stride) for stride in (2, 4, 8)]  # counts the padding
+        pooled = [F.avg_pool2d(x, 2 * stride + 1, stride, stride) for stride in (2, 4, 8)]  # includes the padding
         pooled.append(x.mean((2, 3), keepdim=True))
         maps = [self.scales[0](x)]
         for y, scale, process in zip(pooled, self.scales[1:], self.processes, strict=True):
@@ -237,7 +237,7 @@ class DDRNet(Segmentor):
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; nothing is drawn. See `Segmentor`.
 
-        Both heads get the configured loss, the auxiliary one times `auxiliary_weight`. Raises UserError for a single
+        Both heads use the configured loss, the auxiliary one times `auxiliary_weight`. Raises UserError for a single
         image while batch norm is in training mode: the global branch of DAPPM has one value per channel and image.
         """
         if len(images) == 1 and isinstance(n := self.context.scales[-1].norm, nn.BatchNorm2d) and n.training:
@@ -270,7 +270,7 @@ class DDRNet(Segmentor):
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a segmentation checkpoint of the authors, pyradd/DDRNet-pytorch or MMSegmentation; its names tell which.
 
-        See `Segmentor.load_official`, and `official.recognize` for what the four kinds look like.
+        See `Segmentor.load_official`, and `official.recognize` for the names of the four kinds.
         """
         source = recognize(state)
         return _report(self._load(source.tensors, self.key_map(), self.convert), source)
@@ -280,18 +280,18 @@ class DDRNet(Segmentor):
         return any(name.startswith(("head.", "final_layer.")) for name in recognize(state).tensors)
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load ImageNet weights, the authors' or MMSegmentation's: all of the backbone. The classifier is dropped."""
+        """Load the whole backbone from the authors' or MMSegmentation's ImageNet weights, without the classifier."""
         source = recognize(state)
         rest = tuple(name for name in source.tensors if name.startswith(CLASSIFIER))
         tensors = {name: tensor for name, tensor in source.tensors.items() if name not in rest}
-        context = any(name.startswith("spp.") for name in tensors)  # MMSegmentation counts it to the backbone
+        context = any(name.startswith("spp.") for name in tensors)  # MMSegmentation counts it as part of the backbone
         parts = ("backbone.", "context.") if context else ("backbone.",)
         names = {name: official for name, official in self.key_map().items() if name.startswith(parts)}
         return _report(self._load(tensors, names, self.convert), source, rest)
 
 
 class DDRNetClassifier(nn.Module):
-    """The form that is trained on ImageNet (section 4.2), so that its weights can be made and checked here."""
+    """The form trained on ImageNet (section 4.2), to produce and check its weights here."""
 
     def __init__(self, variant: str = "23_slim", num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ CLASSIFIER = ("down5.", "last_layer.", "linear.")
 
 
 def initialize(model: nn.Module) -> None:
-    """Give every convolution Kaiming normal weights (fan-out, ReLU), as published; biases keep PyTorch's default."""
+    """Initialize convolutions with Kaiming normal weights (fan-out, ReLU), as published; biases keep the default."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

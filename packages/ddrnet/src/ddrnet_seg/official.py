@@ -1,7 +1,7 @@
-"""The published rows: figures, where the weights are hosted, and how their tensors are named. Imports no torch.
+"""The published rows: figures, where the weights are hosted, and the names of their tensors. Imports no torch.
 
-Sources: the authors' repository (ydhongHIT/DDRNet), MMSegmentation's page of its DDRNet checkpoints, and the seed
-project (pyradd/DDRNet-pytorch), whose segmentation files have the authors' names without a prefix.
+Sources: the authors' repository (ydhongHIT/DDRNet), MMSegmentation's page of its DDRNet checkpoints, and
+pyradd/DDRNet-pytorch, whose segmentation files have the authors' names without a prefix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/ddrnet"
 
 
 def _drive(file: str, key: str, note: str, **figures: float) -> Published:
-    """Return a row whose weights the authors keep on Google Drive, which has no file names in its addresses."""
+    """Return a row whose weights the authors keep on Google Drive, where addresses contain no file names."""
     miou = {name.replace("_", " "): value for name, value in figures.items()}
     return Published(miou, f"https://drive.google.com/uc?export=download&id={key}", note, file=file)
 
@@ -48,7 +48,7 @@ PUBLISHED = {
             _mmseg("ddrnet_23_in1k-pre_2xb6-120k_cityscapes-1024x1024", 79.99, 81.71, "20230425_162633-81601db0"),
         ]
     ),
-    # ImageNet start weights, for `train.init_from`: official:NAME
+    # ImageNet weights for initialization, for `train.init_from`: official:NAME
     "ddrnet_23_slim_imagenet": _drive(
         "DDRNet23s_imagenet.pth", "1mg5tMX7TJ9ZVcAiGSB4PEihPtrJyalB4", "top-1 error 29.8"
     ),
@@ -56,8 +56,8 @@ PUBLISHED = {
     "ddrnet_39_imagenet": _drive("DDRNet39_imagenet.pth", "122CMx6DZBaRRf-dOHYwuDY9vG0_UQ10i", "top-1 error 22.7"),
 }
 
-# Our names -> the authors'. A convolution and its batch norm are members 0 and 1 of a Sequential there, 3 and 4 for the
-# second pair, or `convI` and `bnI` of a block. DAPPM's units begin with the batch norm or a pooling before it.
+# Our names -> the authors'. There, a convolution and its batch norm are members 0 and 1 of a Sequential (3 and 4 for
+# the second pair), or `convI` and `bnI` of a block. DAPPM's units begin with the batch norm or a pooling before it.
 _OURS: Rules = (
     (r"^backbone\.", ""),
     (r"^low5\.", "layer5.0."),
@@ -83,7 +83,7 @@ _OURS: Rules = (
     (r"^(final_layer|seghead_extra)\.classifier\.", r"\1.conv2."),
 )
 
-# MMSegmentation's names -> the authors', for 23-slim and 23; it has no 39.
+# MMSegmentation's names -> the authors', for 23-slim and 23; it has no DDRNet-39.
 _MMSEG_NAMES: Rules = (
     (r"^backbone\.", ""),
     (r"^stem\.([01])\.(conv|bn)\.", lambda m: _pair("conv1", m[1], m[2])),
@@ -110,12 +110,12 @@ _MMSEG_NAMES: Rules = (
 
 
 def _pair(parent: str, index: str, kind: str) -> str:
-    """Return `parent.N.` for the convolution (0, 3) or batch norm (1, 4) of a pair; a ReLU stands between two pairs."""
+    """Return `parent.N.` for the convolution (0, 3) or batch norm (1, 4) of a pair; a ReLU separates two pairs."""
     return f"{parent}.{3 * int(index) + (kind != 'conv')}."
 
 
 def _unit(parent: str, kind: str, pooled: bool = False) -> str:
-    """Return `parent.N.` for the batch norm (0) or convolution (2) of a DAPPM unit, one more after a pooling."""
+    """Return `parent.N.` for the batch norm (0) or convolution (2) of a DAPPM unit, plus one after a pooling."""
     return f"{parent}.{2 * (kind == 'conv') + pooled}."
 
 
@@ -132,21 +132,21 @@ class Source:
     kind: str
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...]
-    """Tensors, under the file's names, that are no part of a network."""
+    """Tensors, under the file's names, that are not part of a network."""
 
 
 def recognize(state: Mapping[str, Tensor]) -> Source:
-    """Return whose checkpoint `state` is, told by its tensors' names, and its tensors under the authors' names.
+    """Return the source of checkpoint `state`, recognized by its names, and its tensors under the authors' names.
 
-    | names | from |
+    | names | source |
     |---|---|
-    | `model.…`, perhaps with `loss.…` for the class weights | the authors' Cityscapes files |
-    | as they are, with a head | the seed project |
-    | as they are, with `linear.…` | ImageNet |
+    | `model.…`, optionally with `loss.…` for the class weights | the authors' Cityscapes files |
+    | the authors' names, with a head | pyradd/DDRNet-pytorch |
+    | the authors' names, with `linear.…` | ImageNet |
     | `backbone.stem.…`, `decode_head.…` or `stem.…` | MMSegmentation |
 
-    MMSegmentation's first two convolutions have no bias: those become zero, which is exact. Names of none of these, our
-    own for one, stay as they are.
+    MMSegmentation's first two convolutions have no bias: the biases are set to zero, which is exact. Other names, for
+    example our own, are unchanged.
     """
     names = {name: re.sub(r"^((module|model)\.)+", "", name) for name in state}
     tensors = {own: state[name] for name, own in names.items() if not own.startswith("loss.")}

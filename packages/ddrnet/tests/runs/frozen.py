@@ -20,13 +20,13 @@ from segcore.config.schema import (
 
 
 class Net(DDRNet):
-    """Batch norms keep their statistics, as each process would have its own; float64, so that sums agree closely."""
+    """Batch norms keep their statistics, which would differ by process; float64, so that sums agree closely."""
 
     def __init__(self, **arguments) -> None:
         super().__init__(**arguments)
         with torch.no_grad():
             for parameter in self.parameters():
-                if parameter.ndim == 4:  # by fan-in: with statistics that are not the maps' own, these would grow
+                if parameter.ndim == 4:  # by fan-in: maps would grow with fixed statistics
                     parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
         self.double()
 

@@ -1,7 +1,7 @@
-"""The backbone: four stages of blocks whose tokens attend to nine places around themselves, which they move themselves.
+"""The backbone: four stages of blocks; each token attends to nine nearby positions, shifted by its own offsets.
 
-DGMN2 (Zhang, Chen, Arnab, Xue, Torr, arXiv 2209.09760). What looks odd in the position term is what the published
-weights were trained with: see `RelativePositionBias`.
+DGMN2 (Zhang, Chen, Arnab, Xue, Torr, arXiv 2209.09760). The position term has oddities that the published weights were
+trained with: see `RelativePositionBias`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from segcore.models.layers import ConvNorm, DropPath, resize
 from segcore.ops import deform_local_attn
 
 TAPS = 9
-"""Places that a token attends to: a window of 3x3."""
+"""Positions that a token attends to: a window of 3x3."""
 ROWS = 1024
-"""Tokens that a CPU takes through an MLP at a time, in inference."""
+"""Number of tokens that a CPU processes in an MLP at a time, at inference."""
 TABLES = (56, 28, 14, 7)
-"""Sides of the stages' maps in ImageNet training, at 224x224; they set the rows of the position tables."""
+"""Sides of the stages' maps in ImageNet training, at 224x224; they determine the rows of the position tables."""
 
 
 class Variant(NamedTuple):
-    """The sizes of a backbone, by stage."""
+    """The configuration of a backbone, by stage."""
 
     depths: tuple[int, int, int, int]
     """Blocks."""
     widths: tuple[int, int, int, int] = (64, 128, 320, 512)
     """Channels."""
     heads: tuple[int, int, int, int] = (1, 2, 5, 8)
-    """Attention heads: 64 channels each in the published ones."""
+    """Attention heads; in the published backbones each has 64 channels."""
     ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
-    """Hidden channels of the MLP per channel."""
+    """Ratio of the MLP's hidden channels to its input channels."""
 
 
 VARIANTS = {
@@ -49,19 +49,19 @@ VARIANTS = {
 class RelativePositionBias(nn.Module):
     """Position term of the attention's logits: q times rows of two learned tables.
 
-    With the tables resized to the map, `x` to W + 8 rows and `y` to H + 8, a query q(i, j) at row i and column j and
-    the tap s, 0 to 8, it is
+    With the tables resized to the map, `x` to W + 8 rows and `y` to H + 8, the position term of a query q(i, j) at row
+    i and column j and the tap s, 0 to 8, is
 
         q(i, j) · x[W - 1 - j + s] + R(i, j, s)
 
     where R is q(i, j) · y[H - 1 - i + s] with its spatial axes swapped, as an image of W x H, and resized bilinearly to
-    H x W. So it depends on a query's own row and column and the tap's number, not on where the tap lies, and the second
-    term of a square map belongs to the query at the mirrored place (j, i). Neither is corrected: the published weights
-    have learned it.
+    H x W. So it depends on the query's own row and column and the tap's number, not on the tap's position. For a square
+    map the second term is that of the query at the transposed position (j, i). Neither is corrected: the published
+    weights were trained with it.
     """
 
     def __init__(self, side: int, channels: int) -> None:
-        """`side` is that of the map that the tables are made for, `channels` that of a head."""
+        """`side` is the side of the map that the tables are made for, `channels` the channels of a head."""
         super().__init__()
         self.y, self.x = (nn.Parameter(torch.randn(side + TAPS - 1, channels) * channels**-0.5) for _ in range(2))
 
@@ -75,9 +75,9 @@ class RelativePositionBias(nn.Module):
 
 
 def _products(q: Tensor, table: Tensor) -> Tensor:
-    """Return (S, …, 9): of queries (S, …, D) along an axis of S places, their products with the rows of their place.
+    """Return (S, …, 9): products of queries (S, …, D) along an axis of S positions with the rows for their positions.
 
-    The table (rows, D) is resized to S + 8 rows; place p has the nine rows from S - 1 - p on.
+    The table (rows, D) is resized to S + 8 rows; position p has the nine rows that start at S - 1 - p.
     """
     size = q.shape[0]
     wide = resize(table.T[None, :, :, None], (size + TAPS - 1, 1))[0, :, :, 0]
@@ -87,14 +87,14 @@ def _products(q: Tensor, table: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor, start: int, end: int) -> Tensor:
-    """Flatten a contiguous copy: conditions on strides would become ones on the sizes that an export takes."""
+    """Flatten a contiguous copy: stride conditions would become constraints on the sizes that an export accepts."""
     return x.clone(memory_format=torch.contiguous_format).flatten(start, end)
 
 
 class Attention(nn.Module):
-    """Deformable local attention: nine bilinear samples of the values, weighed by a softmax over those of the keys.
+    """Deformable local attention: nine bilinear samples of the values, weighted by a softmax over those of the keys.
 
-    See `segcore.ops.deform_local_attn`. Offsets are those of the tokens, head by head, not of the queries.
+    See `segcore.ops.deform_local_attn`. Offsets are computed from the tokens, head by head, not from the queries.
     """
 
     def __init__(self, width: int, heads: int, side: int) -> None:
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Return (B, N, C) for tokens (B, N, C), the pixels of a map of height x width row by row."""
+        """Return (B, N, C) for tokens (B, N, C), the row-major pixels of a map of height x width."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         offset = self.offset(x.unflatten(2, (self.heads, -1)))
         bias = self.position(q.unflatten(1, (height, width)))
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside a shortcut."""
+    """Attention and MLP, each preceded by a LayerNorm and with a residual connection."""
 
     def __init__(self, width: int, heads: int, ratio: int, side: int, drop_path: float) -> None:
         super().__init__()
@@ -130,18 +130,18 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attention(self.norm1(x), height, width))
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or x.device.type != "cpu":
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        # Some tokens at a time: their hidden layer, eight times as wide as the map, stays in the CPU's caches.
+        # Process some tokens at a time: the hidden layer, eight times as wide as the map, stays in the CPU's caches.
         parts = x.split(max(ROWS // x.shape[0], 1), 1)
         return torch.cat([part + self.mlp(self.norm2(part)) for part in parts], 1)
 
 
 class Stage(nn.Module):
-    """Convolutions of 3x3, which may halve the map, then blocks. There is no norm at the end."""
+    """3x3 convolutions, which may halve the map, then blocks. There is no norm at the end."""
 
     def __init__(
         self, channels: tuple[int, ...], strides: tuple[int, ...], heads: int, ratio: int, side: int, drops: list[float]
     ) -> None:
-        """`channels` are those before and after each convolution; there is a block for each of `drops`."""
+        """`channels` lists those before and after each convolution; `drops` has one entry per block."""
         super().__init__()
         self.embed = nn.Sequential(
             *(
@@ -162,9 +162,9 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Four stages, whose maps are at 1/4, 1/8, 1/16 and 1/32 of the images' size, or with `dense` at 1/4 and three 1/8.
+    """Four stages with maps at 1/4, 1/8, 1/16 and 1/32 of the images' size, or with `dense` at 1/4 and three at 1/8.
 
-    The parameters are the same either way.
+    The parameters are the same in both forms.
     """
 
     def __init__(self, variant: Variant, in_channels: int = 3, *, dense: bool = False, drop_path: float = 0.0) -> None:

@@ -1,9 +1,9 @@
 """The four heads: Semantic FPN (Kirillov et al. 2019) and SETR's naive, PUP and MLA (Zheng et al. 2021, section 3.3).
 
-Each takes the maps of the four stages and the images' size, and returns logits at a size of its own, which the model
-resizes. Every resize here has align_corners True. SETR's heads answer **square** maps, as published: the width of their
-features counts for both axes, and the model's last resize undoes what that distorts. With `img_size` None both axes
-have their own.
+Each takes the maps of the four stages and the images' size, and returns logits at its own size, which the model
+resizes. Every resize here has align_corners True. SETR's heads output **square** maps, as published: the width of their
+features is used for both axes, and the model's last resize undoes the distortion. With `img_size` None each axis has
+its own size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, *, bias: bool = False) -> 
 
 
 class SemanticFPN(nn.Module):
-    """A feature pyramid; each of its maps is convolved and doubled until it has 1/4 of the images' size, and added."""
+    """A feature pyramid; each map is convolved and doubled until it has 1/4 of the images' size, then all are added."""
 
     def __init__(self, widths: Sequence[int], num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SETRPUP(nn.Module):
 
 
 class SETRMLA(nn.Module):
-    """Multi-level aggregation: two convolutions on each of the four maps, their answers side by side, a classifier.
+    """Multi-level aggregation: two convolutions on each of the four maps, concatenation, a classifier.
 
     A 1x1 convolution and a bilinear resize commute, so each map is classified before it is resized and the logits are
     added: 19 channels are resized instead of 512.
@@ -109,7 +109,7 @@ class SETRMLA(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], size: Size) -> Tensor:
         """Return logits (N, K, img_size, img_size), or with None at `size`, for the stages' maps (N, C_i, H_i, W_i)."""
-        wide = _times(maps[1], 4, self.img_size is not None)  # the first map is not used for its size, as published
+        wide = _times(maps[1], 4, self.img_size is not None)  # the size does not come from the first map, as published
         weights = self.classifier.weight.split(128, 1)
         biases = (self.classifier.bias, *[None] * (len(maps) - 1))
         logits = [
@@ -124,6 +124,6 @@ def _target(img_size: int | None, size: Size) -> Size:
 
 
 def _times(x: Tensor, factor: int, square: bool) -> Size:
-    """Return the size of `x` (N, C, H, W) times `factor`; with `square` the width counts for both axes."""
+    """Return the size of `x` (N, C, H, W) times `factor`; with `square` the width is used for both axes."""
     height, width = x.shape[2:]
     return factor * (width if square else height), factor * width

@@ -20,7 +20,7 @@ SETR = {"setr_naive": SETRNaive, "setr_pup": SETRPUP, "setr_mla": SETRMLA}
 
 
 class DGMN2(Segmentor):
-    """Backbone and head; the arguments are the fields of `dgmn2_seg.configs.DGMN2Config`. Nothing is padded."""
+    """Backbone and head; the arguments are the fields of `dgmn2_seg.configs.DGMN2Config`. Images are not padded."""
 
     align_corners = True
 
@@ -65,7 +65,7 @@ class DGMN2(Segmentor):
         return {"decode.loss_ce": value, "decode.acc_seg": accuracy, "loss": value}
 
     def fuse(self) -> DGMN2:
-        """Return a copy for inference: the batch norms are folded into the convolutions before them."""
+        """Return a copy for inference: the batch norms are folded into the preceding convolutions."""
         return fused(self)
 
     # Weights
@@ -75,9 +75,9 @@ class DGMN2(Segmentor):
         return {name: rename(name, RULES) for name in self.state_dict()}
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load ImageNet weights under their published names, with or without `backbone.` in front.
+        """Load ImageNet weights under their published names, with or without the prefix `backbone.`.
 
-        All of the backbone must be there; the classifier, `head.*`, is dropped. See `Segmentor.load_official`.
+        The whole backbone must be present; the classifier, `head.*`, is dropped. See `Segmentor.load_official`.
         """
         dropped = tuple(name for name in state if name.startswith("head."))
         names = {name: official for name, official in self.key_map().items() if name.startswith("backbone.")}

@@ -1,4 +1,4 @@
-"""The published rows: figures, where the weights are hosted, and how their tensors are named. Imports no torch.
+"""The published rows: figures, where the weights are hosted, and the names of their tensors. Imports no torch.
 
 Source: the model zoos of the authors' repository (fudan-zvg/DGMN2), which keep the files on Google Drive.
 """
@@ -8,7 +8,7 @@ from segcore.models.key_map import Rules
 
 
 def _drive(name: str, key: str, miou: dict[str, float], note: str = "") -> tuple[str, Published]:
-    """Return a row; Google Drive has no file names in its addresses, so the local one is made up here."""
+    """Return a row; Google Drive addresses contain no file names, so the local file name is chosen here."""
     url = f"https://drive.usercontent.google.com/download?id={key}&export=download&confirm=t"
     return name, Published(miou, url, note, file=f"{name}.pth")
 
@@ -19,7 +19,7 @@ def _row(head: str, size: str, single: float, multi: float, key: str) -> tuple[s
 
 
 def _imagenet(size: str, top1: float, key: str) -> tuple[str, Published]:
-    """Return the start weights of a backbone, for `train.init_from`: official:NAME."""
+    """Return the initial weights of a backbone, for `train.init_from`: official:NAME."""
     return _drive(f"dgmn2_{size}_imagenet", key, {}, f"ImageNet top-1 accuracy {top1}")
 
 
@@ -48,7 +48,7 @@ PUBLISHED = dict(
     ]
 )
 
-# Our names -> published ones. Stages count from 1 there, and only the first has more than one convolution.
+# Our names -> published ones. Published stages count from 1, and only the first has more than one convolution.
 RULES: Rules = (
     (r"^backbone\.stages\.0\.embed\.(\d)\.(conv|norm)\.", lambda m: f"backbone.patch_embed1.{m[2]}{int(m[1]) + 1}."),
     (r"^backbone\.stages\.(\d)\.embed\.0\.", lambda m: f"backbone.patch_embed{int(m[1]) + 1}."),
@@ -69,5 +69,5 @@ RULES: Rules = (
 
 
 def _mla(branch: int, unit: int, norm: bool) -> str:
-    """Return the beginning of a published name in SETR-MLA: a ReLU stands between two units."""
+    """Return the prefix of a published name in SETR-MLA: a ReLU separates two units."""
     return f"decode_head.mlahead.head{branch + 2}.{3 * unit + norm}."

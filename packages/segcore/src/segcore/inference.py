@@ -1,4 +1,4 @@
-"""A trained model that segments images: `load_model` returns one; the command line uses the same object."""
+"""Image segmentation with a trained model: `load_model` returns the object that the command line also uses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from segcore.models.stepwise import StepwiseSegmentor, require_stepwise
 from segcore.reporting import figures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
-"""A file; a PIL image; an array (H, W, C), or (H, W) of one channel; a tensor (C, H, W). Arrays and tensors are uint8
-or uint16 by `data.bit_depth`, three channels are RGB."""
+"""A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are uint8
+or uint16 depending on `data.bit_depth`; three channels are RGB."""
 
 
 def load_model(
@@ -45,14 +45,14 @@ def load_model(
     """Return a model with its weights, ready to segment images.
 
     Args:
-        config: a run's or checkpoint's folder, which needs no weights beside it; or all that `load_experiment` takes,
+        config: a run's or checkpoint's folder, which needs no `weights`; or anything that `load_experiment` takes,
             or an Experiment.
         weights: `official` (downloaded once), `official:CONFIG`, a weights file, or a run's or checkpoint's folder.
         device: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …
-        offline: never use the network; the error says which file belongs where.
-        ensemble: further models, whose class probabilities are averaged in.
+        offline: never use the network; the error names the missing file and its location.
+        ensemble: further models, whose class probabilities are included in the average.
 
-    Raises ValueError when the configuration, the weights or the device cannot be used, in one line with the remedy.
+    Raises ValueError when the configuration, the weights or the device cannot be used; one line, with the remedy.
     """
     exp, folder = (config, None) if isinstance(config, Experiment) else find_experiment(config)
     weights = weights or folder
@@ -73,7 +73,7 @@ def load_model(
         loaded = load_weights(model, path)
     except UserError:
         if differs.remedy:
-            read_state(path)  # raises if the file is damaged, which no other setting helps
+            read_state(path)  # raises if the file is damaged, and no other setting would help
             then = " ".join(filter(None, (differs.name, differs.options)))
             raise UserError(f"{path}: was trained with {then}; give this folder in place of {exp.name}") from None
         raise
@@ -89,9 +89,9 @@ def load_model(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """Return the device of a name; auto and cuda are this process's own GPU, auto without one the CPU.
+    """Return the device for a name; auto and cuda are this process's own GPU, auto without a GPU is the CPU.
 
-    Raises UserError when the device is not there.
+    Raises UserError when the device is not available.
     """
     if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
         return distributed.local_device()
@@ -114,9 +114,9 @@ class LoadedModel:
     predictor: Predictor
     """The model with its views, windows and precision."""
     colors: str = "auto"
-    """Whose colors: the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
+    """Source of the colors: the configuration's dataset (auto), cityscapes, ade20k, or a file with `r g b` per line."""
     report: tuple[str, ...] = ()
-    """What was loaded, and what differs from the settings of the training."""
+    """A description of the loaded model, and of settings that differ from the training."""
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.experiment.name!r} on {self.predictor.device})"
@@ -151,10 +151,10 @@ class LoadedModel:
     @overload
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Result]: ...
     def __call__(self, images: Any) -> Result | list[Result]:
-        """Return what the model answers to an image of any size, or to each of a list.
+        """Return the result for an image of any size, or a list of results for a list of images.
 
-        Of a list, images of one size go through the network together, `evaluate.batch_size` at a time. Raises
-        ValueError about an image that cannot be read, has other channels, or is smaller than `model.min_size`.
+        Listed images of one size go through the network together, `evaluate.batch_size` at a time. Raises ValueError
+        for an image that cannot be read, has another number of channels, or is smaller than `model.min_size`.
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
             return self([images])[0]
@@ -177,7 +177,7 @@ class LoadedModel:
         return list(entries.values())[-1].cpu().numpy()
 
     def uncertainty(self, result: Result) -> np.ndarray:
-        """Return, per pixel, the probability (H, W) in 0..1 of another class than the result's; stepwise models only.
+        """Return, per pixel, the probability (H, W) in 0..1 of any class but the result's; stepwise models only.
 
         See `segcore.evaluation.uncertainty`. Raises UserError for a model that draws no noise.
         """
@@ -193,10 +193,10 @@ class LoadedModel:
         return {figures.step_title(step, model.step_unit): classes for step, classes in entries.items()}
 
     def refine(self, image: np.ndarray, start: np.ndarray) -> dict[str, np.ndarray]:
-        """Return `start` and the classes (H, W) after every denoising step from there, on the whole image in one view.
+        """Return `start` and the classes (H, W) after every denoising step from it, on the whole image in one view.
 
-        `start` holds classes (H, W). Raises UserError when the model has no such start, or with windows or several
-        views.
+        `start` holds classes (H, W). Raises UserError when the model cannot start from classes, or with windows or
+        several views.
         """
         settings, model = self.experiment.evaluate, self._stepwise()
         if settings.mode != "whole" or len(settings.img_ratios) > 1 or settings.flip:
@@ -210,7 +210,7 @@ class LoadedModel:
         return {"start": start, **self._run(image, lambda images, seeds: model.refine_mask(images, masks, seeds))}
 
     def result(self, image: np.ndarray, classes: np.ndarray) -> Result:
-        """Return a result of classes (H, W) that were found otherwise, by `refine` for one."""
+        """Return a result for classes (H, W) from another source, for example `refine`."""
         return Result(self, image, classes.astype(self._dtype))
 
     @property
@@ -219,7 +219,7 @@ class LoadedModel:
 
     @cached_property
     def _configured(self) -> Predictor:
-        """The predictor of the configured answer, without the steps that `test` reports."""
+        """The predictor of the configured output, without the steps that `test` reports."""
         return self.predictor.using(steps=(), ensemble_steps=False)
 
     @cached_property
@@ -240,7 +240,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The model's answer to one image."""
+    """The model's output for one image."""
 
     loaded: LoadedModel = field(repr=False)
     image: np.ndarray = field(repr=False)
@@ -248,13 +248,13 @@ class Result:
     classes: np.ndarray = field(repr=False)
     """Class indices (H, W) uint8, or uint16 above 256 classes: `class_names[index]` is the name."""
     name: str = "image"
-    """Stem of the files that `save` writes: the image file's, if it was one."""
+    """Stem of the files that `save` writes: that of the image file, if there is one."""
     steps_used: float | None = None
     """Mean number of denoising steps with `evaluate.early_exit_threshold`, else None."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Class probabilities (K, H, W) float32 in 0..1. Computed on first use, by another run of the same draws."""
+        """Class probabilities (K, H, W) float32 in 0..1. Computed on first use, by another run with the same draws."""
         return self.loaded.probabilities(self.image)
 
     @cached_property
@@ -269,13 +269,13 @@ class Result:
 
     @property
     def mask(self) -> np.ndarray:
-        """What `save` writes: `classes`, but without a class `background` in front, which becomes 255."""
+        """The mask that `save` writes: `classes`, but a leading class `background` is removed and becomes 255."""
         if not self.loaded.experiment.data.add_background_class:
             return self.classes
         return np.where(self.classes == 0, 255, self.classes - 1).astype(self.classes.dtype)
 
     def overlay(self, legend: bool = False, opacity: float = 0.5) -> Image.Image:
-        """Return the image painted with the classes' colors; `legend` adds the names of the classes in it below."""
+        """Return the image overlaid with the classes' colors; `legend` adds the names of its classes below."""
         first = int(self.loaded.experiment.data.add_background_class)
         names, colors = self.loaded.class_names[first:], self.loaded.palette[first:]
         painted = figures.overlay(figures.to_uint8_rgb(self.image), self.mask, colors, opacity)
@@ -290,7 +290,7 @@ class Result:
         return paths
 
     def write(self, mask: Path, overlay: Path, *, opacity: float = 0.5) -> None:
-        """Write the mask (.png) and the overlay (.png or .jpg), each whole or not at all; folders are made."""
+        """Write the mask (.png) and the overlay (.png or .jpg), each atomically; missing folders are created."""
         first = int(self.loaded.experiment.data.add_background_class)
         if self.classes.dtype == np.uint8:
             figures.write_class_png(mask, self.mask, self.loaded.palette[first:])
@@ -300,9 +300,9 @@ class Result:
 
 
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
-    """Return an image as (H, W, C) uint8 or uint16, as `data.channels` and `data.bit_depth` say.
+    """Return an image as (H, W, C) uint8 or uint16, according to `data.channels` and `data.bit_depth`.
 
-    Raises UserError about a file that cannot be read and about other shapes and types.
+    Raises UserError for a file that cannot be read and for other shapes and types.
     """
     if isinstance(image, (str, Path)):
         return read_image(image, data.channels, data.bit_depth)
@@ -322,8 +322,8 @@ def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
 def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[str, ...], np.ndarray]:
     """Return class names and (K, 3) uint8 RGB colors.
 
-    `palette`: "auto" takes the dataset's own colors, a dataset's name that one's, anything else is a text file with
-    one line `r g b` per class. Raises UserError when it does not have a color for every class.
+    `palette`: "auto" uses the dataset's own colors, a dataset's name uses that dataset's, anything else is a text file
+    with one line `r g b` per class. Raises UserError when it does not have a color for every class.
     """
     classes, colors = palette_of(data)
     if palette in ("cityscapes", "ade20k"):

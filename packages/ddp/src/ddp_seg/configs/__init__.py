@@ -33,35 +33,35 @@ class DDPConfig(ModelConfig):
 
     stepwise: ClassVar[bool] = True
     backbone: Backbone = setting("convnext_t", stated=True, commands=BUILD)
-    """Encoder of the image, from timm."""
+    """Image encoder, from timm."""
     drop_path: float = setting(0.4, least=0, below=1, commands=())
-    """Largest stochastic-depth rate of the backbone."""
+    """Maximum stochastic-depth rate of the backbone."""
     window: int = setting(7, least=1, commands=BUILD)
     """Swin's window size."""
     width: int = setting(256, least=32, commands=BUILD)
-    """Channels of features, label codes and decoder; a multiple of 32 and of the heads."""
+    """Channels of the features, label embeddings and decoder; a multiple of 32 and of the number of heads."""
     decoder_layers: int = setting(6, least=1, commands=BUILD)
-    """Layers of the decoder that denoises."""
+    """Layers of the denoising decoder."""
     heads: int = setting(8, least=1, commands=BUILD)
     """Heads of the deformable attention."""
     points: int = setting(4, least=1, commands=BUILD)
     """Sampling points per head."""
     bit_scale: float = setting(0.01, above=0, commands=BUILD)
-    """Label codes lie in [-bit_scale, bit_scale]; the noise has unit variance."""
+    """Label embeddings lie in [-bit_scale, bit_scale]; the noise has unit variance."""
     num_inference_steps: int = setting(3, least=1, stated=True)
-    """Denoising steps at inference. `evaluate.steps`, where given, overrides it with a run per number."""
+    """Denoising steps at inference. If set, `evaluate.steps` overrides it with one run per number of steps."""
     randsteps: int = setting(1, least=1)
-    """Noise starts per image, averaged."""
+    """Noise starts per image, whose outputs are averaged."""
     time_difference: int = setting(1, least=0)
-    """Asymmetric time intervals: the map goes this many steps further than the time it is labeled with."""
+    """Asymmetric time intervals: the map advances this many steps beyond the time given to the next step."""
     sample_range: tuple[float, float] = setting((0.0, 0.999), least=0, most=1, commands=BUILD)
     """Training draws times from this range; inference runs from 1 down to its lower end."""
     noise_schedule: Literal["cosine", "linear"] = setting("cosine", commands=BUILD)
-    """How the share of noise falls with time."""
+    """Noise schedule over time."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """Deterministic steps (DDIM), or steps that add noise again (DDPM)."""
     accumulation: bool = False
-    """Answer with the mean probability over all steps instead of the last step's logits."""
+    """Output the mean probability over all steps instead of the last step's logits."""
     self_aligned: bool = setting(False, commands=())
     """Self-aligned denoising: train on the model's own predictions instead of the labels (fine-tuning)."""
     auxiliary: bool = setting(True, commands=())

@@ -59,7 +59,7 @@ def ddp_swin_s_2x8_512x512_160k_ade20k() -> Experiment:
 
 
 def ddp_swin_b_2x8_512x512_160k_ade20k() -> Experiment:
-    """Swin-B; the window-7 ImageNet weights start a window of 12."""
+    """Swin-B with window 12, initialized from ImageNet weights with window 7."""
     return recipe("swin_b", window=12)
 
 

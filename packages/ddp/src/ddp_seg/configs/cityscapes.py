@@ -15,10 +15,10 @@ from segcore.config.schema import (
     TrainConfig,
 )
 
-# Matched against published names: "head" wins over "norm", so norms inside the heads keep their decay, as published.
+# Matched against published names: "head" overrides "norm", so norms inside the heads keep weight decay, as published.
 DECAY_RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head"))
 
-# ImageNet start weights: the timm tags of the weights that the published configurations name.
+# ImageNet weights for initialization: the timm tags of the weights that the published configurations name.
 INIT = {
     "convnext_t": "convnext_tiny.fb_in1k",
     "convnext_s": "convnext_small.fb_in1k",
@@ -66,7 +66,7 @@ def recipe(backbone: Backbone, **model: Any) -> Experiment:
 
 
 def aligned(backbone: Backbone, **model: Any) -> Experiment:
-    """Return the self-aligned fine-tuning of a trained row: 5k iterations at a tenth of the rate, 10 steps."""
+    """Return the self-aligned fine-tuning of a trained row: 5k iterations, a tenth of the learning rate, 10 steps."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_5k_cityscapes_aligned",
         model=DDPConfig(num_classes=19, backbone=backbone, self_aligned=True, num_inference_steps=10, **model),
@@ -128,10 +128,10 @@ def ddp_swin_l_4x4_512x1024_160k_cityscapes() -> Experiment:
 
 
 def ddp_convnext_t_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
-    """ConvNeXt-T, self-aligned denoising on top of the 160k row."""
+    """ConvNeXt-T, self-aligned denoising fine-tuned from the 160k row."""
     return aligned("convnext_t", drop_path=0.4)
 
 
 def ddp_convnext_l_4x4_512x1024_5k_cityscapes_aligned() -> Experiment:
-    """ConvNeXt-L, self-aligned denoising on top of the 160k row."""
+    """ConvNeXt-L, self-aligned denoising fine-tuned from the 160k row."""
     return aligned("convnext_l", drop_path=0.4)

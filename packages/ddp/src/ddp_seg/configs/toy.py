@@ -1,4 +1,4 @@
-"""A small DDP on generated street scenes: what `ddp-seg demo` trains, on a laptop's CPU, from scratch."""
+"""A small DDP for generated street scenes, which `ddp-seg demo` trains from scratch on a laptop's CPU."""
 
 from dataclasses import replace
 

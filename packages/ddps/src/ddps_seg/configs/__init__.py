@@ -26,30 +26,30 @@ Backbone = Literal[
     "resnet101",
     "resnet18",
 ]
-"""`resnet18` is no published one: small and plain, for tests and trials."""
+"""`resnet18` is not a published backbone: it is small and plain, for tests and trials."""
 
 
 @dataclass(frozen=True)
 class ConditionEncoderConfig(ModelConfig):
-    """What maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
+    """Maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
     backbone: Backbone = setting("mit_b2", stated=True, commands=BUILD)
-    """MiT and resnet18 get SegFormer's head, the others are dilated and get DeepLabV3+'s."""
+    """Image encoder. MiT and resnet18 use SegFormer's head; the others are dilated and use DeepLabV3+'s."""
     drop_path: float = setting(0.1, least=0, below=1, commands=())
-    """MiT's largest stochastic-depth rate."""
+    """MiT's maximum stochastic-depth rate."""
     condition_width: int | None = setting(None, least=1, commands=BUILD)
     """Channels of the condition; None: 256 for SegFormer's head, 512 for DeepLabV3+'s."""
     dropout: float = setting(0.1, least=0, below=1, commands=())
-    """Channels dropped before the classifier, in training."""
+    """Dropout rate of the channels before the classifier, in training."""
 
 
 @dataclass(frozen=True)
 class BaseModelConfig(ConditionEncoderConfig):
-    """A base model, the first stage: SegFormer or DeepLabV3+ on its own."""
+    """A base model, the first stage: SegFormer or DeepLabV3+ without the prior."""
 
     num_classes: int = setting(150, least=1, stated=True, commands=INPUT)
     auxiliary: bool = setting(False, commands=())
-    """Build the auxiliary FCN head on the third map, which only training uses (DeepLabV3+'s recipes do)."""
+    """Build the auxiliary FCN head on the third map, which only training uses (part of DeepLabV3+'s recipes)."""
 
     def build(self) -> BaseModel:
         """Return the model with random weights; downloads nothing."""
@@ -60,45 +60,45 @@ class BaseModelConfig(ConditionEncoderConfig):
 
 @dataclass(frozen=True)
 class DDPSConfig(ConditionEncoderConfig):
-    """The mask prior on a base model's features. Class 0 is background: `data.add_background_class` puts it there."""
+    """The mask prior on a base model's features. Class 0 is background, added by `data.add_background_class`."""
 
     stepwise: ClassVar[bool] = True
     num_classes: int = setting(151, least=1, stated=True, commands=INPUT)
     """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
     single_step: bool = setting(False, commands=BUILD)
-    """The single-step variant, which the multi-step training starts from: one pass on a random label map."""
+    """The single-step variant, which initializes the multi-step training: one pass on a random label map."""
     width: int = setting(256, least=8, commands=BUILD)
     """Channels of the UNet, a multiple of 8."""
     multipliers: tuple[int, ...] = setting((1, 1, 1), least=1, nonempty=True, commands=BUILD)
     """Width of each of the UNet's levels, in multiples of `width`."""
     output_width: int = setting(256, least=1, commands=BUILD)
-    """Channels that the classifier sees."""
+    """Input channels of the classifier."""
     embedding_width: int = setting(16, least=1, commands=BUILD)
     """Channels of the label embedding."""
     train_labels: bool = setting(False, commands=())
-    """Train the label embedding, which the published models leave at its random start values."""
+    """Train the label embedding; the published models leave it at its random initial values."""
     num_train_timesteps: int = setting(100, least=2, stated=True)
-    """Timesteps T that the diffusion is trained with, those of the checkpoint; how many of them are evaluated at
-    inference is `num_inference_steps`."""
+    """Timesteps T of the diffusion in training, which must match the checkpoint; `num_inference_steps` sets how many of
+    them are evaluated at inference."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
-    """How the share of noise grows with the timestep."""
+    """Noise schedule over the timesteps."""
     ignore_schedule_mismatch: bool = False
     """Accept weights trained with another number of timesteps and keep this schedule, as the official loader does."""
     freeze: Literal["published", "eval", "none"] = setting("published", commands=())
-    """The base model's part in training. published: no gradients, but in training mode: batch statistics, which are
-    also averaged, and stochastic depth; eval: as in testing; none: it trains along."""
+    """Training of the base model. published: no gradients, but in training mode (batch statistics, which also update
+    the running ones, and stochastic depth); eval: as in testing; none: it is trained as well."""
     condition_dropout: float = setting(0.0, least=0, below=1, commands=())
-    """Share of the training images whose condition is zero; guidance needs it."""
+    """Share of the training images whose condition is set to zero; guidance needs it."""
     num_inference_steps: int | None = setting(None, least=1, stated=True)
-    """Timesteps to evaluate at inference: every (T // this)-th, and the last one; None: all T. `evaluate.steps` chooses
-    which of them are reported and does not override it."""
+    """Timesteps to evaluate at inference: every (T // this)-th, and the last one; None: all T. `evaluate.steps` selects
+    the ones to report and does not override it."""
     mode: Literal["q_pred", "q_posterior", "bayes"] = "q_pred"
-    """Next map: q_pred, the answer with fresh noise; q_posterior, as published (not Bayes' rule, see the README);
+    """Next map: q_pred, the prediction with fresh noise; q_posterior, as published (not Bayes' rule, see the README);
     bayes, the exact posterior."""
     guidance_scale: float = setting(1.0, least=0)
     """g in (1 + g) * logits - g * logits without condition, in mode q_pred; 1 means off."""
     suppress_background: bool = False
-    """Never answer background."""
+    """Never predict background."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

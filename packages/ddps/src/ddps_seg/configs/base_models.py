@@ -1,4 +1,4 @@
-"""The base models as MMSegmentation 0.30 trains them, the first stage of DDPS; its names, recipes and weights."""
+"""The base models as trained by MMSegmentation 0.30, the first stage of DDPS; its names, recipes and weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from segcore.config.schema import (
 Dataset = Literal["ade20k", "cityscapes"]
 MIT: tuple[Backbone, ...] = ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")
 DEEPLAB: dict[Backbone, str] = {"mobilenet_v2": "m-v2", "resnet50": "r50", "resnet101": "r101"}
-"""Backbone of DeepLabV3+ -> its part of the names."""
+"""Backbone of DeepLabV3+ -> its part of the configuration names."""
 IMAGENET = {
     "mobilenet_v2": "mobilenetv2_100.ra_in1k",
     "resnet50": "resnet50c.gluon_in1k",
     "resnet101": "resnet101c.gluon_in1k",
 }
-"""Start weights: timm's of the same architecture."""
-# "head" wins over "norm", so norms in the head keep their decay, as published.
+"""Initial weights: timm's of the same architecture."""
+# "head" overrides "norm", so norms in the head keep weight decay, as published.
 RULES = (ParamRule("pos_block", decay_mult=0.0), ParamRule("norm", decay_mult=0.0), ParamRule("head", lr_mult=10.0))
 ROOT = {"ade20k": Path("data/ade/ADEChallengeData2016"), "cityscapes": Path("data/cityscapes")}
 CLASSES = {"ade20k": 150, "cityscapes": 19}
@@ -53,7 +53,7 @@ def data(
 
 
 def name_of(backbone: Backbone, dataset: Dataset, side: int | None = None) -> str:
-    """Return the published name of a base model; `side` is that of SegFormer's crop, None: the usual one."""
+    """Return the published name of a base model; `side` is the side of SegFormer's crop, None: the usual one."""
     side = side or {"ade20k": 512, "cityscapes": 1024}[dataset]
     if backbone in DEEPLAB:
         size = {"ade20k": "512x512_160k", "cityscapes": "512x1024_80k"}[dataset]
@@ -63,7 +63,7 @@ def name_of(backbone: Backbone, dataset: Dataset, side: int | None = None) -> st
 
 
 def segformer(backbone: Backbone, dataset: Dataset, side: int) -> Experiment:
-    """Return SegFormer's recipe: 160k iterations; ADE20K tested whole, Cityscapes in windows."""
+    """Return SegFormer's recipe: 160k iterations; whole-image testing on ADE20K, sliding windows on Cityscapes."""
     img_scale = {"ade20k": (2048, side), "cityscapes": (2048, 1024)}[dataset]
     batch, device_batch = {"ade20k": (16, 2), "cityscapes": (8, 1)}[dataset]
     return Experiment(
@@ -90,7 +90,7 @@ def segformer(backbone: Backbone, dataset: Dataset, side: int) -> Experiment:
 
 
 def deeplab(backbone: Backbone, dataset: Dataset) -> Experiment:
-    """Return DeepLabV3+'s recipe at output stride 8: 160k iterations on ADE20K, 80k on Cityscapes; tested whole."""
+    """Return DeepLabV3+'s recipe, output stride 8, tested whole: 160k iterations on ADE20K, 80k on Cityscapes."""
     crop, img_scale = {"ade20k": ((512, 512), (2048, 512)), "cityscapes": ((512, 1024), (2048, 1024))}[dataset]
     batch, device_batch = {"ade20k": (16, 4), "cityscapes": (8, 2)}[dataset]
     iterations, every = {"ade20k": (160_000, 16_000), "cityscapes": (80_000, 8_000)}[dataset]

@@ -1,8 +1,8 @@
 """The twelve published rows of DDPS, the single-step variant that each starts from, and the three shipped recipes.
 
-Two stages on a base model of `configs.base_models`: the single-step variant for 80k iterations, then the multi-step
-prior for 160k. Labels are 151 and 20 classes: `background` in front. Which values are the authors' own and which are
-inferred stands in the README.
+There are two stages after a base model of `configs.base_models`: the single-step variant for 80k iterations, then the
+multi-step prior for 160k. There are 151 and 20 classes: `background` comes first. The README lists the values that are
+the authors' own and those that are inferred.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from segcore.config.schema import (
 
 
 class Size(NamedTuple):
-    """What a row's base model decides."""
+    """The settings that depend on a row's base model."""
 
     name: str
     width: int
-    """Of the UNet."""
+    """Width of the UNet."""
 
 
 SIZES: dict[Backbone, Size] = {
@@ -43,10 +43,10 @@ SIZES: dict[Backbone, Size] = {
 
 
 class Setting(NamedTuple):
-    """What a row's data set decides."""
+    """The settings that depend on a row's data set."""
 
     classes: int
-    """Background in front included."""
+    """Number of classes, including the leading background."""
     img_scale: tuple[int, int]
     timesteps: int
     """T of the multi-step prior."""
@@ -71,7 +71,7 @@ def pipeline(backbone: Backbone, dataset: Dataset) -> DataConfig:
 
 
 def singlestep(backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None) -> Experiment:
-    """Return the recipe of the variant that a row starts from, which itself starts from the published base model."""
+    """Return the recipe of a row's single-step variant, which is initialized from the published base model."""
     values, size = SETS[dataset], SIZES[backbone]
     return Experiment(
         name=name or f"ddps_{size.name}_{dataset}{values.classes}_singlestep",
@@ -154,7 +154,7 @@ def segformer_b2_ade20k_multistep_inference() -> Experiment:
 
 
 def rows() -> dict[str, Callable[[], Experiment]]:
-    """Return the rows by name: the published ones first, then what they start from, then the shipped recipes."""
+    """Return the rows by name: the published ones, then the ones that initialize them, then the shipped recipes."""
     builders: list[Callable[[], Experiment]] = [
         *(partial(multistep, backbone, dataset) for dataset in SETS for backbone in SIZES),
         *(partial(singlestep, backbone, dataset) for dataset in SETS for backbone in SIZES),

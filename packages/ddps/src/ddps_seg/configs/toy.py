@@ -1,4 +1,4 @@
-"""A small base model and its mask prior on generated street scenes: what `ddps-seg demo` trains, on a laptop's CPU."""
+"""A small base model and its mask prior for generated street scenes; `ddps-seg demo` trains them on a laptop's CPU."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def ddps_segformer_b0_base_toy() -> Experiment:
 
 
 def ddps_segformer_b0_toy() -> Experiment:
-    """The second stage: a narrow UNet, T = 20, three evaluations. After so few iterations the base trains along."""
+    """The second stage: a narrow UNet, T = 20, three evaluations. After a short first stage the base trains, too."""
     return Experiment(
         name="ddps_segformer_b0_toy",
         model=DDPSConfig(

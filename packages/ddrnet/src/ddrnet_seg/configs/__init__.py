@@ -18,13 +18,13 @@ class DDRNetConfig(ModelConfig):
     """Deep dual-resolution network."""
 
     variant: Literal["23_slim", "23", "39"] = setting("23_slim", stated=True, commands=BUILD)
-    """Size of the network, by the authors' names."""
+    """Variant of the network, by the authors' names."""
     auxiliary: bool = setting(True, commands=())
     """Build the auxiliary head, which only training uses."""
     auxiliary_weight: float = setting(0.4, above=0, commands=())
     """Weight of the auxiliary head's loss."""
     align_corners: bool = False
-    """Convention of the last resize: False for the authors' and MMSegmentation's weights, True for pyradd's."""
+    """Corner alignment of the last resize: False for the authors' and MMSegmentation's weights, True for pyradd's."""
 
     def build(self) -> DDRNet:
         """Return the model with random weights; downloads nothing."""

@@ -1,7 +1,7 @@
 """Cityscapes: 1024x1024 crops, SGD with a poly schedule, whole-image testing at 1024x2048.
 
-The authors published no training code. `recipe` is MMSegmentation's, whose batch, crop and length agree with the paper;
-under MMSegmentation's own names its rows are here once more, with its figures and weights. `pyradd_recipe` is that of
+The authors published no training code. `recipe` is MMSegmentation's, whose batch size, crop and length match the paper;
+its rows also appear under MMSegmentation's own names, with its figures and weights. `pyradd_recipe` is the recipe of
 pyradd/DDRNet-pytorch.
 """
 
@@ -21,7 +21,7 @@ from segcore.config.schema import (
 
 Variant = Literal["23_slim", "23", "39"]
 
-# Of the 19 classes in order of the train ids, as all published training codes have them.
+# For the 19 classes in the order of their train ids, as in all published training code.
 CLASS_WEIGHT = (
     *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
     *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
@@ -29,7 +29,7 @@ CLASS_WEIGHT = (
 
 
 def recipe(variant: Variant, name: str | None = None) -> Experiment:
-    """Return MMSegmentation's recipe: 120k iterations of 12 images; hard examples on both heads."""
+    """Return MMSegmentation's recipe: 120k iterations of 12 images; OHEM on both heads."""
     return Experiment(
         name=name or f"ddrnet_{variant}_cityscapes",
         model=DDRNetConfig(num_classes=19, variant=variant),

@@ -1,4 +1,4 @@
-"""A small DDRNet run on generated street scenes: what `ddrnet-seg demo` trains, on a laptop's CPU, from scratch."""
+"""A small DDRNet run on generated street scenes, which `ddrnet-seg demo` trains from scratch on a laptop's CPU."""
 
 from dataclasses import replace
 

@@ -21,16 +21,16 @@ class DGMN2Config(ModelConfig):
     """Dynamic graph message passing transformer."""
 
     backbone: Literal["nano", "tiny", "small", "medium", "large"] = setting("tiny", stated=True, commands=BUILD)
-    """`nano` is not a published one: a narrow one for the demo."""
+    """Image encoder. `nano` is not a published variant: it is a narrow one for the demo."""
     head: Head = setting("fpn", stated=True, commands=BUILD)
-    """Semantic FPN on maps at 1/4 to 1/32, or one of SETR's on maps at 1/4 and 1/8."""
+    """Semantic FPN on maps at 1/4 to 1/32, or one of SETR's heads on maps at 1/4 and 1/8."""
     img_size: int | None = setting(769, least=1)
-    """SETR heads answer square maps, as published: naive and MLA of this side, PUP of 16 times its features' width.
-    None: maps of the images' shape."""
+    """SETR heads output square maps, as published: naive and MLA of this side, PUP of 16 times its features' width.
+    None: maps with the images' shape."""
     dropout: float = setting(0.1, least=0, below=1, commands=())
     """Probability that a channel is dropped before the classifier; `fpn` only."""
     drop_path: float = setting(0.0, least=0, below=1, commands=())
-    """Stochastic depth of the last block; the others' grow linearly up to it."""
+    """Stochastic-depth rate of the last block; the rates grow linearly up to it."""
 
     def build(self) -> DGMN2:
         """Return the model with random weights; downloads nothing."""

@@ -15,7 +15,7 @@ from segcore.config.schema import (
 
 
 def recipe(head: Head, size: Size) -> Experiment:
-    """Return the 40k recipe: one learning rate and decay for all parameters, no warm-up, no stochastic depth."""
+    """Return the 40k recipe: one learning rate and weight decay for all parameters, no warm-up, no stochastic depth."""
     return Experiment(
         name=f"{head}_dgmn2_{size}_4x2_769x769_40k_cityscapes",
         model=DGMN2Config(backbone=size, head=head),

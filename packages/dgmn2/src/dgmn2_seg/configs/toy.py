@@ -1,4 +1,4 @@
-"""A small DGMN2 on generated street scenes: what `dgmn2-seg demo` trains, on a laptop's CPU, from scratch."""
+"""A small DGMN2 for generated street scenes, which `dgmn2-seg demo` trains from scratch on a laptop's CPU."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
-"""How fast a model answers and how much memory that takes, over sizes, batches, precisions and memory layouts.
+"""Inference speed and memory of a model over image sizes, batch sizes, precisions and memory layouts.
 
-Timed is the configured answer, without gradients, on random images with random weights: the figures say nothing about
-quality and do not depend on it. A setting is one cell of the table, a plain dict:
+Times the configured output, without gradients, on random images with random weights: the figures do not depend on the
+model's quality and say nothing about it. A setting is one cell of the table, a plain dict:
 
     height, width   of the images in pixels
     batch           images per forward pass
@@ -9,12 +9,12 @@ quality and do not depend on it. A setting is one cell of the table, a plain dic
     compile, channels_last, fused   how the model runs; `fused` is the model after its own `fuse()`
     latency_ms, p10_ms, p90_ms      median and 10th and 90th percentile over the repeats, after the warm-up
     images_per_s    batch / median
-    memory_mib      peak of a forward pass beyond what model and images already hold; None: cannot be measured here
+    memory_mib      peak of a forward pass in addition to model and images; None: cannot be measured here
     gflops          per image, as `torch.utils.flop_counter` counts: a multiply-add is 2
-    error           None, or why the cell has no figures ("out of memory" …)
+    error           None, or the reason for missing figures ("out of memory" …)
 
-Memory on CUDA is the peak of torch's allocator. On a CPU it is the growth of the process's peak resident set during one
-pass, after the heap's free pages have been handed back, so that the libraries' work space counts too; only Linux tells.
+On CUDA, memory is the peak of torch's allocator. On a CPU it is the growth of the process's peak resident set during
+one pass, after the heap's free pages are released, so it includes the libraries' work space; Linux only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from segcore import environment
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import predict_entries
-from segcore.ops import flops  # noqa: F401  (the counter then knows our operators)
+from segcore.ops import flops  # noqa: F401  (registers our operators with the counter)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTE = "random weights and images; GFLOPs per image, a multiply-add counts 2; memory beyond model and images"
@@ -47,7 +47,7 @@ Forward = Callable[[Tensor], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: every combination of the tuples is a cell."""
+    """The benchmark grid: every combination of the tuples is a cell."""
 
     sizes: tuple[tuple[int, int], ...]
     """(height, width) in pixels."""
@@ -58,13 +58,13 @@ class Settings:
     steps: tuple[int, ...] = ()
     """Sampling steps of a pass; empty: as the model is configured."""
     warmup: int = 2
-    """Passes before the timed ones, at least 1; compiling happens there."""
+    """Warm-up passes before the timed ones, at least 1; they include compilation."""
     repeats: int = 10
     """Timed passes, at least 1."""
 
 
 def parse_size(text: str, option: str = "--sizes") -> tuple[int, int]:
-    """Return (height, width) of "HxW". Raises UserError, which names the option, when it is none."""
+    """Return (height, width) of "HxW". Raises UserError, which names the option, if the text is malformed."""
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal()) or not (int(height) and int(width)):
         raise UserError(f"{option} {text}: not a size; write HEIGHTxWIDTH, such as 512x1024")
@@ -72,7 +72,7 @@ def parse_size(text: str, option: str = "--sizes") -> tuple[int, int]:
 
 
 def check(model: Segmentor, settings: Settings) -> None:
-    """Raise UserError in one line for settings that no cell can be measured with."""
+    """Raise a one-line UserError for settings that no cell can be measured with."""
     for name in ("warmup", "repeats"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
@@ -84,7 +84,7 @@ def check(model: Segmentor, settings: Settings) -> None:
 
 
 def header(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Return what the figures were measured with and on."""
+    """Return the environment and settings of the measurement."""
     found = environment.environment()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -100,8 +100,7 @@ def header(model: nn.Module, device: torch.device) -> dict[str, Any]:
 def measure(model: Segmentor, channels: int, settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield the cells one by one for images with `channels` channels.
 
-    A model that `fuse` makes another of is measured before and after it. The model itself is moved, otherwise left
-    alone.
+    A model that `fuse` changes is measured before and after fusing. The given model is moved but not changed otherwise.
     """
     check(model, settings)
     model = model.eval().to(device)
@@ -133,14 +132,14 @@ def measure(model: Segmentor, channels: int, settings: Settings, device: torch.d
 
 
 def forward_of(model: Segmentor, steps: Sequence[int], dtype: str, compiled: bool, device: torch.device) -> Forward:
-    """Return the function to time: images (N, C, H, W) -> the model's answers."""
+    """Return the function to time: images (N, C, H, W) -> the model's output."""
 
     def forward(images: Tensor) -> object:
         with torch.no_grad(), torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
             return predict_entries(model, images, steps)
 
     if compiled:
-        torch.compiler.reset()  # else many sizes in one process end in the eager form
+        torch.compiler.reset()  # else many sizes in one process fall back to eager mode
         return torch.compile(forward)
     return forward
 
@@ -166,14 +165,14 @@ def time_forward(forward: Forward, images: Tensor, settings: Settings) -> dict[s
 
 
 def count_gflops(model: Segmentor, images: Tensor, settings: Settings) -> float:
-    """Return the 10^9 floating-point operations of a pass over `images`; elementwise ones are not counted."""
+    """Return the 10^9 floating-point operations of a pass over `images`, without elementwise ones."""
     with FlopCounterMode(display=False) as counter:
         forward_of(model, settings.steps, "fp32", False, images.device)(images)
     return counter.get_total_flops() / 1e9
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Return the bytes that `run` needs at its peak beyond what is allocated before; None where nothing tells."""
+    """Return the peak memory of `run` in bytes beyond the current allocation; None if it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -183,7 +182,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present resident set
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
         before = _status("VmRSS")
     except (OSError, AttributeError, StopIteration):
         return None
@@ -198,7 +197,7 @@ def _status(name: str) -> int:
 
 
 def reason(error: Exception) -> str:
-    """Return why a cell has no figures, in a few words."""
+    """Return the reason for missing figures in a few words."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return "out of memory"
@@ -211,7 +210,7 @@ COLUMNS += f"{'images/s':>10}{'MiB':>8}{'GFLOPs':>9}"
 
 
 def as_line(cell: dict[str, Any]) -> str:
-    """Return a cell as a line under `COLUMNS`."""
+    """Format a cell as a line under `COLUMNS`."""
     flags = [name for name in ("fused", "compile", "channels_last") if cell[name]]
     start = f"{cell['height']}x{cell['width']}".rjust(10) + f"{cell['batch']:6}{cell['dtype']:>6} "
     start += f"{' + '.join(flags) or 'eager':24}"

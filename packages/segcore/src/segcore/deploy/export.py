@@ -1,8 +1,8 @@
 """`export`: a model as an ONNX file or a `torch.export` program, checked against the model before it is written.
 
-Either takes normalized `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. What is needed
-to use it goes along as JSON: classes, mean and standard deviation of the normalization, sizes (`describe`). In an ONNX
-file that is the metadata entry `segcore`, in a program the extra file `segcore.json`.
+Either takes normalized `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. JSON metadata
+(`describe`) describes its use: classes, mean and standard deviation of the normalization, sizes. In an ONNX file it is
+the metadata entry `segcore`, in a program the extra file `segcore.json`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 
 MAX_DIFFERENCE = 1e-3
-"""Of a logit from the model's own."""
+"""Maximum difference of a logit from the model's own."""
 MIN_AGREEMENT = 0.999
-"""Share of the pixels with the same class as the model's own."""
+"""Minimum share of the pixels with the same class as the model's own."""
 MAX_SIDE = 8192
-"""Of the images that a dynamic export takes, in pixels."""
+"""Maximum image side that a dynamic export accepts, in pixels."""
 ENTRY = "segcore"
 
 Forward = Callable[[Tensor], Tensor]
@@ -42,18 +42,18 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to write."""
+    """Settings of an export."""
 
     height: int
     width: int
     batch: int = 1
     dynamic: bool = False
-    """Any batch and any size whose sides are multiples of the model's `size_divisor`; otherwise exactly the given."""
+    """Any batch and any size whose sides are multiples of the model's `size_divisor`; otherwise only the given ones."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How the export answers random images of one shape."""
+    """Comparison of the export with the model on random images of one shape."""
 
     shape: tuple[int, ...]
     difference: float
@@ -83,20 +83,20 @@ def check_output(path: Path, settings: Settings, model: Segmentor) -> None:
 
 
 def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) -> list[Check]:
-    """Write `model`, on the CPU and in evaluation mode, to `path` (.onnx or .pt2) and return what was checked.
+    """Write `model`, on the CPU and in evaluation mode, to `path` (.onnx or .pt2) and return the results of the checks.
 
-    With `dynamic` a larger image and another batch are checked, too. Raises UserError, and writes nothing, when the
-    model cannot be exported like that or the export does not answer as the model does.
+    With `dynamic` a larger image and another batch size are also checked. Raises UserError, and writes nothing, when
+    the model cannot be exported like this or the export's output differs from the model's.
     """
     check_output(path, settings, model)
-    # Sizes of 1 would be taken for constants, so a dynamic export is traced with 2 images.
+    # The exporter treats sizes of 1 as constants, so a dynamic export is traced with 2 images.
     example = _images(exp, max(settings.batch, 2) if settings.dynamic else settings.batch, settings)
-    # The layout of the weights would become conditions on the sizes.
+    # A channels_last layout of the weights would add constraints on the sizes.
     model = model.to(memory_format=torch.contiguous_format)
     module = model.exportable(example, dynamic=settings.dynamic)
     text = json.dumps(describe(model, exp, settings))
     try:
-        # Without `backed_size_oblivious` a map that happens to be one pixel high here would have to stay so.
+        # Without `backed_size_oblivious` a map that is one pixel high here would be fixed to that height.
         with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(module, (example,), dynamic_shapes=_dynamic_shapes(model, settings))
             with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
                 files.write(path, beside.read_bytes())
     except UserError:
         raise
-    except Exception as error:  # the exporters raise what they like
+    except Exception as error:  # the exporters raise arbitrary exceptions
         kind = "dynamic size" if settings.dynamic else "size"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: {type(model).__name__} cannot be exported at this {kind} ({reason})") from error
@@ -119,7 +119,7 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
 
 
 def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str, Any]:
-    """Return what goes along with the export."""
+    """Return the metadata of the export."""
     classes, _ = palette_of(exp.data)
     return {
         "name": exp.name,
@@ -152,14 +152,14 @@ def _images(exp: Experiment, batch: int, settings: Settings, grow: int = 0) -> T
 
 
 def _samples(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[Tensor]:
-    """Yield what to check with."""
+    """Yield the inputs of the checks."""
     yield _images(exp, settings.batch, settings)
     if settings.dynamic:
         yield _images(exp, settings.batch + 1, settings, grow=model.size_divisor)
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
-    """Write the ONNX file and return what ONNX Runtime makes of it."""
+    """Write the ONNX file and return a function that runs it in ONNX Runtime."""
     import onnxruntime
 
     written = torch.onnx.export(
@@ -173,7 +173,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> 
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
-    """Write the program and return it as it is read back."""
+    """Write the program and return it as loaded from the file."""
     torch.export.save(program, path, extra_files={f"{ENTRY}.json": text})
     return torch.export.load(path).module()
 
@@ -185,7 +185,7 @@ def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
 
 
 def _refuse(checks: list[Check], path: Path) -> None:
-    """Raise UserError about the first check that fails; NaN fails, too."""
+    """Raise UserError for the first check that fails; NaN also fails."""
     for check in checks:
         if not (check.difference <= MAX_DIFFERENCE and check.agreement >= MIN_AGREEMENT):
             raise UserError(
@@ -196,7 +196,7 @@ def _refuse(checks: list[Check], path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' warnings about their own insides from the terminal."""
+    """Suppress the exporters' warnings about their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Run a model over a labeled data set and measure it."""
+"""Run a model over a labeled data set and compute its metrics."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], Non
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     classes: tuple[str, ...]
     """Class names, in the order of the per-class values."""
     entries: dict[str, dict[str, Any]]
-    """Step entry -> the metrics of `ConfusionMatrix.compute` and, where asked for, `BoundaryIoU.compute`; 0..1."""
+    """Step entry -> the metrics of `ConfusionMatrix.compute` and, if requested, `BoundaryIoU.compute`; 0..1."""
     images: int
     """Number of images."""
     confusion: dict[str, Tensor] = field(default_factory=dict)
     """Step entry -> the counts behind its metrics, `ConfusionMatrix.matrix` on the CPU."""
     skipped: tuple[str, ...] = ()
-    """What was wrong with each image that could not be read."""
+    """The error for each image that could not be read."""
     configured: str = ""
-    """The entry of the model's own number of steps; where it is not among the entries, the last one stands for it."""
+    """The entry of the model's configured number of steps; if it is not among the entries, the last one is used."""
     by: str = ""
-    """What the entries' names count, `StepwiseSegmentor.step_unit`; "" without steps."""
+    """The unit of the entry names, `StepwiseSegmentor.step_unit`; "" without steps."""
     steps_taken: float | None = None
-    """Mean number of denoising steps of the entry `until …`, which stops early; None without. It never decides."""
+    """Mean number of denoising steps of the early-exit entry `until …`, else None. It is never the main entry."""
 
     @property
     def final_step(self) -> str:
-        """The name of the entry that decides: the configured answer."""
+        """The name of the main entry, the configured output."""
         fixed = list(self.entries)[: -1 if self.steps_taken else None]
         return self.configured if self.configured in fixed else fixed[-1]
 
     @property
     def final(self) -> dict[str, Any]:
-        """The metrics of the configured answer."""
+        """The metrics of the configured output."""
         return self.entries[self.final_step]
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Results:
 
 
 def check_fit(model: Segmentor, dataset: Dataset) -> None:
-    """Raise UserError when the model's classes or its ignored label are not the data set's."""
+    """Raise UserError when the model's classes or its ignored label differ from the data set's."""
     if model.num_classes != len(dataset.classes):
         raise UserError(
             f"the model has {model.num_classes} classes but the data set {len(dataset.classes)}; "
@@ -100,13 +100,13 @@ def evaluate(
 ) -> Results:
     """Predict the first `limit` images of `dataset` (None: all) and return the metrics of every step entry.
 
-    The model is put into evaluation mode meanwhile. The noise of an image follows from (seed, its index), so neither
-    `evaluate.batch_size` nor `workers` nor the number of processes changes the results: each of several processes takes
-    every n-th image, and all return the same. No prediction is kept.
+    The model is in evaluation mode during the call. The noise of an image depends only on (seed, its index), so
+    `evaluate.batch_size`, `workers` and the number of processes do not change the results: each of several processes
+    takes every n-th image, and all return the same result. Predictions are not kept.
 
-    `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), as if all
-    processes were as far as this one. For each image of this process, `on_prediction(index, image, label, entries)` is
-    called with the classes (H, W) by entry.
+    `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), and assumes
+    that all processes are equally far. `on_prediction(index, image, label, entries)` is called for each image of this
+    process with the classes (H, W) by entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
@@ -151,7 +151,7 @@ def evaluate(
 
 
 def _network(predictor: Predictor, steps_used: list[int]) -> Network:
-    """Return the model's answers by entry, with `evaluate.early_exit_threshold` the one that ends early as well."""
+    """Return the model's outputs by entry, including the early-exit entry if `evaluate.early_exit_threshold` is set."""
     model, settings = predictor.model, predictor.evaluate
     percent = settings.early_exit_threshold
     if percent is None:
@@ -175,14 +175,14 @@ class _Counts:
         self.bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, *arguments))
 
     def add(self, entries: Mapping[str, Tensor], label: np.ndarray) -> None:
-        """Count the classes (H, W) that each entry has for an image with this label (H, W)."""
+        """Count the classes (H, W) that each entry predicts for an image with this label (H, W)."""
         for entry, classes in entries.items():
             self.matrices[entry].update(classes, label)
             if self.boundaries:
                 self.bands[entry].update(classes, label)
 
     def sum_over_processes(self) -> None:
-        """Add up the counts of all processes; one without images has no entries yet."""
+        """Sum the counts over all processes; a process without images has no entries yet."""
         for entry in dict.fromkeys(distributed.all_gather_object(list(self.matrices))):
             distributed.all_reduce_sum(self.matrices[entry].matrix)
             if self.boundaries:
@@ -197,7 +197,7 @@ class _Counts:
 def _readable(
     dataset: Dataset, indices: Sequence[int], workers: int, skipped: list[tuple[int, str]] | None
 ) -> Iterator[Sample]:
-    """Yield the samples that can be read; the others are noted in `skipped`, or with None raised as UserError."""
+    """Yield the readable samples; the others are recorded in `skipped`, or raise UserError if it is None."""
     for index, sample in zip(indices, eval_samples(dataset, workers, indices), strict=False):
         if not isinstance(sample, UserError):
             _, image, label = sample
@@ -212,7 +212,7 @@ def _readable(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and every module back into its own mode afterwards, frozen ones included."""
+    """Put `model` into evaluation mode, and afterwards restore each module's own mode, including frozen modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -15,7 +15,7 @@ from segcore.errors import UserError
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs over any number of images, and the metrics that follow from them.
+    """Counts of (label, prediction) pairs over any number of images, and the metrics computed from them.
 
     Attributes:
         matrix: (K + 1, K + 1) int64; entry [g, p] counts pixels of class g predicted as p. The last row and column hold
@@ -31,9 +31,9 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor | np.ndarray, label: Tensor | np.ndarray) -> ConfusionMatrix:
-        """Count class indices: two integer arrays or tensors of one shape, of any device. Returns itself.
+        """Count class indices: two integer arrays or tensors of one shape, on any device. Returns itself.
 
-        Raises UserError when the shapes differ or the prediction is not made of integers.
+        Raises UserError when the shapes differ or the prediction is not of an integer type.
         """
         p, g = torch.as_tensor(prediction), torch.as_tensor(label)
         if p.shape != g.shape or p.is_floating_point():
@@ -59,15 +59,15 @@ class ConfusionMatrix:
             pairs += histogram.reshape(256, 256).astype(np.int64)
         if 0 <= self.ignore_index < 256:
             pairs[self.ignore_index] = 0
-        first = np.arange(self.num_classes + 1)  # 0 .. K-1 by themselves, K .. 255 together
+        first = np.arange(self.num_classes + 1)  # 0 .. K-1 separately, K .. 255 together
         return np.add.reduceat(np.add.reduceat(pairs, first, axis=0), first, axis=1)
 
     def _count(self, p: Tensor, g: Tensor) -> Tensor:
-        """Return the counts of any two integer tensors of one device, made there."""
+        """Return the counts of any two integer tensors on one device, computed there."""
         outside = self.num_classes
         p, g = (t.to(torch.int32).reshape(-1) for t in (p, g))
         row = torch.where((g < 0) | (g >= outside), outside, g)
-        row.masked_fill_(g == self.ignore_index, outside + 1)  # a row that is cut off: cheaper than picking the others
+        row.masked_fill_(g == self.ignore_index, outside + 1)  # a row that is cut off: cheaper than masking
         column = torch.where((p < 0) | (p >= outside), outside, p)
         counts = torch.bincount(row.mul_(outside + 1).add_(column), minlength=(outside + 2) * (outside + 1))
         return counts.view(outside + 2, outside + 1)[:-1]
@@ -80,12 +80,12 @@ class ConfusionMatrix:
         """Return fractions 0..1: means as float, per-class values as float64 tensors (K,) on the CPU.
 
         Keys: aAcc, mIoU, mAcc, mDice, mFscore, mPrecision, mRecall, then IoU, Acc, Dice, Fscore, Precision, Recall. A
-        value is NaN where it is 0/0, and each mean leaves out its own NaNs: a class that is in neither label nor
-        prediction does not count, one that is only predicted has IoU 0. So where `ignore_index` is one of the classes
-        it counts as 0 once it is predicted anywhere, as published; "mIoU without ignored" is the mean of the others.
+        value is NaN where it is 0/0, and each mean leaves out its own NaNs: a class in neither label nor prediction
+        does not count; a class that is only predicted has IoU 0. So if `ignore_index` is one of the classes, it counts
+        as 0 once it is predicted anywhere, as published; "mIoU without ignored" is the mean of the others.
 
-        One class is the published special case: labels and predictions are 0 or 1, every pixel that is not ignored adds
-        to both areas, and the intersection is where the two agree.
+        One class is a special case, as published: labels and predictions are 0 or 1, every pixel that is not ignored
+        adds to both areas, and the intersection is where the two agree.
         """
         counts = self.matrix.cpu().double()
         if self.num_classes == 1:
@@ -110,7 +110,7 @@ class ConfusionMatrix:
 
 
 def _as_bytes(classes: Tensor) -> np.ndarray | None:
-    """Return an integer tensor as uint8 (n,); None where that cannot hold its values, or they are not on the CPU."""
+    """Return an integer tensor as uint8 (n,); None if uint8 cannot hold its values or it is not on the CPU."""
     if classes.device.type != "cpu":
         return None
     values = classes.numpy().ravel()
@@ -122,8 +122,8 @@ def _as_bytes(classes: Tensor) -> np.ndarray | None:
 class BoundaryIoU:
     """IoU of class boundaries (Cheng et al. 2021, as DDPS measures it), over any number of images.
 
-    A class's boundary is the band of its pixels within round(0.02 * diagonal) pixels, diagonal steps counting one, of
-    another class or of the image's edge. Ignored label pixels belong to no class, so boundaries run along them, too;
+    A class's boundary is the band of its pixels within round(0.02 * diagonal) pixels (a diagonal step counts one) of
+    another class or the image border. Ignored label pixels belong to no class, so boundaries also run along them;
     predictions count there as anywhere.
 
     Attributes:
@@ -137,7 +137,7 @@ class BoundaryIoU:
         self.intersection, self.union = self.counts
 
     def update(self, prediction: Tensor | np.ndarray, label: Tensor | np.ndarray) -> BoundaryIoU:
-        """Count one image's class indices: two integer maps (H, W), of any device. Returns itself.
+        """Count one image's class indices: two integer maps (H, W), on any device. Returns itself.
 
         Raises UserError when they are not two maps of one size.
         """
@@ -163,7 +163,7 @@ class BoundaryIoU:
         return {"mBIoU": biou.nanmean().item(), "BIoU": biou}
 
     def _known(self, classes: Tensor) -> Tensor:
-        """Return the classes with K in place of the ignored one and of all that are none."""
+        """Return the classes with K in place of ignored and invalid values."""
         outside = self.num_classes
         odd = (classes < 0) | (classes >= outside) | (classes == self.ignore_index)
         return classes.masked_fill(odd, outside)  # much faster than torch.where, as below
@@ -174,15 +174,15 @@ class BoundaryIoU:
 
 
 def boundaries(maps: Sequence[Tensor], band: int) -> Tensor:
-    """Return (H, W) uint8 whose bit i says that maps[i] (H, W) has another value or its edge within `band` pixels.
+    """Return (H, W) uint8; bit i is set if maps[i] (H, W) has another value or its border within `band` pixels.
 
-    A square is of one value if every 2x2 block in it is: one map of blocks, widened to all directions, serves all
+    A square has a single value if every 2x2 block in it does: one map of blocks, dilated in all directions, serves all
     classes, and a byte holds it for up to 8 maps.
     """
     height, width = maps[0].shape
     if not band:
         return torch.zeros(height, width, dtype=torch.uint8, device=maps[0].device)
-    ring = (1 << len(maps)) - 1  # blocks at the edge are never of one value
+    ring = (1 << len(maps)) - 1  # blocks at the border never have a single value
     mixed = torch.full((height + 1, width + 1), ring, dtype=torch.uint8, device=maps[0].device)
     inner = mixed[1:-1, 1:-1].zero_()
     for bit, x in enumerate(maps):
@@ -196,7 +196,7 @@ def boundaries(maps: Sequence[Tensor], band: int) -> Tensor:
 
 
 def _running_or(x: Tensor, dim: int, size: int) -> Tensor:
-    """Return the bitwise or of every `size` neighbors along a dimension, which gets `size` - 1 shorter."""
+    """Return the bitwise OR of every `size` neighbors along a dimension, which shrinks by `size` - 1."""
     width = 1
     while width < size:
         step = min(width, size - width)

@@ -1,7 +1,7 @@
 """From images to class probabilities: whole or sliding-window inference, several scales, horizontal flip.
 
-Semantics of MMSegmentation 0.x: logits are summed inside sliding windows, softmax follows the resize to the image's own
-size, and it is probabilities that are averaged over views.
+Follows MMSegmentation 0.x: logits are summed over sliding windows, softmax follows the resize to the image's own size,
+and views are averaged as probabilities.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return the context in which a forward pass has the precision that the configuration names."""
-    half = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]  # of fp32: not enabled
+    """Return the context that runs a forward pass in the configured precision."""
+    half = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]  # fp32: autocast is off
     return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
 def view_sizes(height: int, width: int, evaluate: EvalConfig) -> list[tuple[int, int, bool]]:
     """Return (height, width, flip) of every view of an image, scales outermost, the plain view before its mirror image.
 
-    Each view keeps the image's shape and fits `ratio * evaluate.img_scale`; without one, `ratio` times its own size.
+    Each view keeps the aspect ratio and fits `ratio * evaluate.img_scale`; without it, `ratio` times the image's size.
     """
     base = evaluate.img_scale or (width, height)
     sizes = [rescale_size(height, width, (int(base[0] * ratio), int(base[1] * ratio))) for ratio in evaluate.img_ratios]
@@ -50,7 +50,7 @@ def window_boxes(
     """Return half-open windows (y1, x1, y2, x2), row by row, that cover an image of height x width.
 
     The last window of a row or column is shifted inwards; an image smaller than `crop` gives smaller windows. Raises
-    UserError when the stride exceeds the crop, as pixels between the windows would be left out.
+    UserError when the stride exceeds the crop, because pixels between the windows would be skipped.
     """
     if stride[0] > crop[0] or stride[1] > crop[1]:
         raise UserError(f"evaluate.stride {stride} exceeds evaluate.crop {crop} and would leave gaps; lower the stride")
@@ -67,7 +67,7 @@ def window_boxes(
 def early_exit_entry(
     model: StepwiseSegmentor, percent: float, steps_used: list[int], images: Tensor, seeds: list[int]
 ) -> dict[str, Tensor]:
-    """Return the entry `until P%`: denoising that ends early, see `StepwiseSegmentor.early_exit`.
+    """Return the entry `until P%`: denoising with early exit, see `StepwiseSegmentor.early_exit`.
 
     The number of steps of each image is appended to `steps_used`. With the first three arguments bound it is a
     `Network`.
@@ -80,8 +80,8 @@ def early_exit_entry(
 def check_ensemble(model: Segmentor, ensemble: Sequence[Segmentor]) -> None:
     """Raise UserError when the probabilities of `ensemble` cannot be averaged with those of `model`.
 
-    Its models have the same classes, or lack the class background that `model` has in front and ignores; its
-    probability then counts as 0, as published for DDPS and its base model.
+    Its models have the same classes as `model`, or lack its background class, which is class 0 and ignored; the
+    probability of that class then counts as 0, as published for DDPS and its base model.
     """
     expected = {model.num_classes, model.num_classes - (model.ignore_index == 0)}
     for other in ensemble:
@@ -94,10 +94,10 @@ def check_ensemble(model: Segmentor, ensemble: Sequence[Segmentor]) -> None:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model and everything that its answer to an image depends on besides the seed.
+    """A model and every setting that its prediction for an image depends on, except the seed.
 
     Images are (H, W, C) uint8 or uint16, RGB. All models are in evaluation mode and on the device of the first one's
-    parameters. Raises UserError about models that cannot be averaged, see `check_ensemble`.
+    parameters. Raises UserError for models that cannot be averaged, see `check_ensemble`.
     """
 
     model: Segmentor
@@ -106,14 +106,14 @@ class Predictor:
     data: DataConfig
     """Mean and standard deviation of the normalization."""
     ensemble: tuple[Segmentor, ...] = ()
-    """Models whose configured answers are averaged into every entry; all weigh alike."""
+    """Models whose configured outputs are averaged into every entry with equal weight."""
 
     def __post_init__(self) -> None:
         check_ensemble(self.model, self.ensemble)
 
     @classmethod
     def of(cls, model: Segmentor, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
-        """Return the predictor of an experiment; precision and memory layout are those of the training by default."""
+        """Return the predictor of an experiment; precision and memory layout default to those of the training."""
         precision, channels_last = exp.evaluate.precision, exp.evaluate.channels_last
         evaluate = replace(
             exp.evaluate,
@@ -128,7 +128,7 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         tensor = next(self.model.parameters(), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
@@ -137,7 +137,7 @@ class Predictor:
     ) -> list[dict[str, Tensor]]:
         """Return, per image and step entry, the classes (H, W) int64 of highest probability at the image's own size.
 
-        A model with one class answers 1 where its probability exceeds 0.5, else 0. Arguments as for `probabilities`.
+        A model with one class predicts 1 where its probability exceeds 0.5, else 0. Arguments as for `probabilities`.
         """
         found = self.probabilities(images, seeds, network=network)
         return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in found]
@@ -149,10 +149,10 @@ class Predictor:
         """Return, per image and step entry, probabilities (K, H, W) float32 in 0..1 at the image's own size.
 
         Images of one size go through the network together. `seeds` holds one integer per image; each view and window
-        draws from its own, derived from it, so the answer does not depend on the other images. Only the network runs in
-        the configured precision (autocast); everything after it is float32.
+        draws from its own seed, derived from it, so the result does not depend on the other images. Only the network
+        runs in the configured precision (autocast); everything after it is float32.
 
-        `network` answers for every view and window; None asks the model for the steps of `evaluate.steps`.
+        `network` computes the logits of every view and window; None runs the model with the steps of `evaluate.steps`.
         """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
@@ -173,7 +173,7 @@ class Predictor:
         mean = self._mean_over_views(network, images, seeds, model.align_corners)
         for other in self.ensemble:
             theirs = self._mean_over_views(partial(_final, other), images, seeds, other.align_corners)["final"]
-            if other.num_classes < model.num_classes:  # it does not know the background
+            if other.num_classes < model.num_classes:  # it has no background class
                 theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
             for probabilities in mean.values():
                 probabilities.add_(theirs)
@@ -254,4 +254,4 @@ def _classes(probabilities: Tensor) -> Tensor:
     """Return the classes (H, W) int64 of probabilities (K, H, W)."""
     if len(probabilities) == 1:
         return (probabilities[0] > 0.5).long()
-    return probabilities.max(0).indices  # the first of equals, like argmax, but 2.5 times as fast on a CPU
+    return probabilities.max(0).indices  # ties give the first, like argmax, but 2.5 times as fast on a CPU

@@ -1,4 +1,4 @@
-"""How sure a model that denoises is of a mask, per pixel, and how well that separates wrong from right pixels."""
+"""Per-pixel uncertainty of a mask from a denoising model, and how well it separates wrong from right pixels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def predict_uncertainty(
     *,
     starts: int = STARTS,
 ) -> list[Tensor]:
-    """Return, per image, the probability (H, W) float32 in 0..1 that a pixel is not of the class that `classes` says.
+    """Return, per image, the probability (H, W) float32 in 0..1 that a pixel does not have the class in `classes`.
 
     This is 1 - p(class of the mask), where p is the mean softmax over `starts` noise starts, their denoising steps and
-    the views and windows of the predictor: least confidence (Hendrycks and Gimpel, arXiv 1610.02136) of an ensemble
-    (Lakshminarayanan et al., arXiv 1612.01474) whose members are samples of the diffusion. Unlike the predictive
-    entropy it has a unit: of pixels at 0.3, a calibrated model gets 30 % wrong.
+    the views and windows of the predictor: the least-confidence score (Hendrycks and Gimpel, arXiv 1610.02136) of an
+    ensemble (Lakshminarayanan et al., arXiv 1612.01474) whose members are diffusion samples. Unlike the predictive
+    entropy it has a unit: a calibrated model gets 30 % of the pixels at 0.3 wrong.
 
     `classes` holds masks (H, W) int64; images and seeds are those of `Predictor.probabilities`. Raises UserError when
     the model does not denoise.
@@ -46,8 +46,8 @@ def predict_uncertainty(
 class AUROC:
     """Area under the ROC curve of a score for telling wrong from right pixels, over any number of images.
 
-    It is the probability that a wrong pixel, drawn at random, has a higher score than a right one, equal scores
-    counting half: 0.5 is chance, 1 perfect. Scores are kept as counts of 65536 levels, so memory does not grow.
+    It is the probability that a randomly drawn wrong pixel has a higher score than a right one, with ties counting
+    half: 0.5 is chance, 1 perfect. Scores are kept as counts of 65536 levels, so memory does not grow.
     """
 
     LEVELS = 1 << 16

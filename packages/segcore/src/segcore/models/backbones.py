@@ -1,4 +1,4 @@
-"""Backbones from timm, made to compute what the published systems compute.
+"""timm backbones, adapted to compute exactly the same features as the published systems.
 
 The parameters are timm's own, under timm's names in `net`, plus one LayerNorm per stage output in `norms` (not in
 `ResNet`). `key_map` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are
@@ -41,8 +41,8 @@ RESNET = ("resnet18", "resnet34", "resnet50", "resnet101")
 def build_backbone(name: str, *, in_channels: int = 3, drop_path: float = 0.0, window: int = 7) -> Backbone:
     """Return the backbone `convnext_{t,s,b,l}`, `swin_{t,s,b,l}` or `resnet{18,34,50,101}` with random weights.
 
-    `drop_path` is the maximum rate, growing linearly over the blocks; `window` is Swin's window size. Both are without
-    effect on the other families.
+    `drop_path` is the maximum rate, growing linearly over the blocks; `window` is Swin's window size. Other families
+    ignore both.
     """
     if name in CONVNEXT:
         return ConvNeXt(CONVNEXT[name], in_channels, drop_path)
@@ -79,14 +79,14 @@ class Backbone(nn.Module, ABC):
         return tensor
 
     def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return timm's ImageNet weights under our names, the classifier left out."""
+        """Return timm's ImageNet weights under this project's names, without the classifier."""
         return {f"net.{name}": t for name, t in state.items() if not name.startswith(("head.", "fc.", "norm."))}
 
     def load_pretrained(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under timm's or the published names (with or without `backbone.`).
 
-        Strict: raises ValueError, changing nothing, when a tensor does not fit or one of `net` is missing. The norms of
-        the stage outputs keep their start values unless the file has them. The stem is adapted to other channel counts.
+        Strict: raises ValueError and changes nothing when a tensor does not fit or one of `net` is missing. The stage
+        output norms keep their initial values unless the file has them. The stem is adapted to other channel counts.
         """
         official = {official: name for name, official in self.key_map().items()}
         bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith("head.")}
@@ -116,7 +116,7 @@ class Backbone(nn.Module, ABC):
 
 
 class ConvNeXt(Backbone):
-    """ConvNeXt (Liu et al. 2022) with a LayerNorm on each stage output; what does not fill a patch is dropped."""
+    """ConvNeXt (Liu et al. 2022) with a LayerNorm on each stage output; pixels that do not fill a patch are dropped."""
 
     min_size = 32
 
@@ -150,7 +150,7 @@ class ConvNeXt(Backbone):
         return {name: rename(name, rules) for name in self.state_dict()}
 
     def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # The classifier's norm is the one of the last stage's output.
+        # The classifier's norm becomes the norm of the last stage output.
         norm = {f"norms.3.{n.removeprefix('head.norm.')}": t for n, t in state.items() if n.startswith("head.norm.")}
         return super().from_timm(state) | norm
 
@@ -158,8 +158,8 @@ class ConvNeXt(Backbone):
 class Swin(Backbone):
     """Swin Transformer (Liu et al. 2021) with a LayerNorm on each stage output, for any image size.
 
-    timm's parameters, but not its forward: the published system pads a map to whole windows *before* it shifts them,
-    and neither shrinks the window nor drops the shift on small maps.
+    Uses timm's parameters but not its forward: the published system pads a map to whole windows *before* it shifts
+    them, and neither shrinks the window nor drops the shift on small maps.
     """
 
     def __init__(self, timm_name: str, in_channels: int = 3, drop_path: float = 0.0, window: int = 7) -> None:
@@ -192,7 +192,7 @@ class Swin(Backbone):
     def key_map(self) -> dict[str, str]:
         rules: Rules = (
             (r"^net\.patch_embed\.proj\.", "patch_embed.projection."),
-            # timm has the merging at the start of the next stage, the published system at the end of the one before.
+            # timm merges patches at the start of the next stage, the published system at the end of the previous one.
             (r"^net\.layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
             (r"^net\.layers\.", "stages."),
             (r"\.attn\.", ".attn.w_msa."),
@@ -206,7 +206,7 @@ class Swin(Backbone):
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         if ".downsample." not in name:
             return tensor
-        # The 2x2 neighbors (row kh, column kw) of a channel are stacked as (C, kh, kw) there, in timm as (kw, kh, C).
+        # 2x2 neighbors (row kh, column kw) of a channel are stacked as (C, kh, kw) upstream, in timm as (kw, kh, C).
         parts = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
         return parts.movedim((-1, -2, -3), (-3, -2, -1)).reshape(tensor.shape)
 
@@ -222,10 +222,10 @@ class Swin(Backbone):
 
 
 def window_attention(attention: nn.Module, x: Tensor, window: int, mask: Tensor | None) -> Tensor:
-    """Return windowed self-attention of a map (N, H, W, C); `mask` (windows, window^2, window^2) also shifts the
+    """Return windowed self-attention of a map (N, H, W, C); a `mask` (windows, window^2, window^2) implies shifted
     windows.
 
-    Order of the published system: zero-pad to whole windows, shift by window // 2, attend, shift back, cut off.
+    Order of the published system: zero-pad to whole windows, shift by window // 2, attend, shift back, crop.
     """
     n, h, w, c = x.shape
     shift = 0 if mask is None else window // 2

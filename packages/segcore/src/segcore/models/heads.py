@@ -1,4 +1,4 @@
-"""Necks and heads that several methods use."""
+"""Necks and heads shared by several methods."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,10 +10,10 @@ from segcore.models.layers import ConvNorm
 
 
 class FPN(nn.Module):
-    """Feature pyramid network (Lin et al. 2017) without activations, with GroupNorm or with biases instead.
+    """Feature pyramid network (Lin et al. 2017) without activations; convolutions have GroupNorm or biases.
 
-    Maps of decreasing size with `in_channels` each become as many maps with `width` channels: a 1x1 convolution,
-    nearest upsampling added from coarse to fine, then a 3x3 convolution. `groups` None leaves the norms out.
+    Input maps of decreasing size with `in_channels` each become maps with `width` channels: a 1x1 convolution, nearest
+    upsampling added from coarse to fine, then a 3x3 convolution. `groups` None omits the norms.
     """
 
     def __init__(self, in_channels: Sequence[int], width: int, groups: int | None = 32) -> None:

@@ -1,4 +1,4 @@
-"""Small pieces that several models are made of."""
+"""Small building blocks shared by several models."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Return `x` (N, C, H, W) resized bilinearly, without antialiasing, to `size` (height, width)."""
-    symbolic = any(isinstance(side, torch.SymInt) for side in (*x.shape[-2:], *size))  # comparing would fix them
+    symbolic = any(isinstance(side, torch.SymInt) for side in (*x.shape[-2:], *size))  # comparing specializes them
     if not symbolic and tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
@@ -23,10 +23,10 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
 
 @contextlib.contextmanager
 def pass_without_grad() -> Iterator[None]:
-    """Record no gradients in a pass that one with gradients follows, through the same parameters.
+    """Disable gradients in a pass that is followed by a pass with gradients through the same parameters.
 
-    Torch 2.10 would hand autocast's low-precision copies of the parameters, made here without a gradient, to the later
-    pass (pytorch#112583); they are forgotten.
+    Torch 2.10 would reuse autocast's low-precision copies of the parameters, made here without a gradient, in the later
+    pass (pytorch#112583), so the autocast cache is cleared.
     """
     with torch.no_grad():
         yield
@@ -34,14 +34,14 @@ def pass_without_grad() -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` on `device`; from the CPU to a GPU without waiting for what that still has to do."""
+    """Return `tensor` on `device`; a copy from CPU to GPU does not wait for pending GPU work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training a sample (N, ...) is 0 at this rate, the others are scaled."""
+    """Stochastic depth (arXiv 1603.09382): in training a sample (N, ...) is zeroed at this rate, others are scaled."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class DropPath(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution padded by half its kernel, a norm and perhaps an activation: `conv`, `norm`, `act`."""
+    """Convolution padded by half its kernel, a norm and an optional activation: `conv`, `norm`, `act`."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ def segmentation_loss(
 
 @cache
 def class_weight_tensor(weight: tuple[float, ...] | str, device: torch.device) -> Tensor:
-    """Return class weights (K,) float32 on a device, made once for all steps of a training."""
+    """Return class weights (K,) float32 on a device, created once per training run."""
     if isinstance(weight, str):
         raise ValueError("loss.class_weight is auto; segcore.training.class_weight turns it into numbers")
     with torch.inference_mode(False):
@@ -47,11 +47,11 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the accuracy of logits (N, K, h, w), resized bilinearly to the labels (N, H, W) int64.
 
-    The loss is the mean cross entropy over **all** pixels, ignored ones counting as zero: 0 when all are ignored. That
-    is what the published systems trained with. With `avg_non_ignore` it is the mean over the labeled pixels. It is
-    computed in at least float32. `class_weight` (K,) multiplies the loss of every pixel by the weight of its class; the
-    mean stays one over pixels, not over weights. The accuracy is the share of non-ignored pixels that are right, in
-    percent, without gradient; NaN when all are ignored.
+    The loss is the mean cross entropy over **all** pixels, as the published systems trained: ignored pixels count as
+    zero, so it is 0 when all are ignored. With `avg_non_ignore` it is the mean over the labeled pixels. It is computed
+    in at least float32. `class_weight` (K,) multiplies each pixel's loss by the weight of its class; the mean is still
+    over pixels, not over weights. The accuracy is the percentage of correct pixels among the non-ignored ones, without
+    gradient; NaN when all are ignored.
     """
     logits = _resized(logits, labels, align_corners)
     weight = None if class_weight is None else class_weight.to(logits)
@@ -72,11 +72,11 @@ def ohem_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the accuracy on hard pixels only (online hard example mining), as MMSegmentation defines it.
 
-    Hard are the pixels whose true class has a probability below `threshold`; if those are `min_kept` or fewer, the
-    `min_kept` pixels of lowest probability. They are chosen from all non-ignored pixels of the batch on this device.
-    The loss is the mean over their number of the cross entropy times `class_weight`, and 0 without any. Of a batch with
-    `min_kept` pixels or fewer the most confident one is left out unless it is below the threshold, as published.
-    Otherwise as `cross_entropy`.
+    A pixel is hard if the probability of its true class is below `threshold`; if there are `min_kept` or fewer, the
+    `min_kept` pixels of lowest probability are used. They are chosen from all non-ignored pixels of the batch on this
+    device. The loss is the cross entropy times `class_weight`, averaged over the hard pixels; 0 if there are none. If a
+    batch has `min_kept` pixels or fewer, the most confident one is left out unless it is below the threshold, as
+    published. Otherwise as `cross_entropy`.
     """
     losses, weights, valid, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
@@ -89,8 +89,8 @@ def ohem_cross_entropy(
 def _ohem_limit(probabilities: Tensor, valid: Tensor, threshold: float, min_kept: int) -> Tensor:
     """Return the probability below which a pixel is hard: a scalar, at least `threshold`.
 
-    It is that of valid pixel number min(min_kept, n - 1) + 1 of n in ascending order. n stays on the device: ignored
-    pixels count as infinite, so that they come last, and the greatest valid probability is taken where n is smaller.
+    It is the probability of valid pixel number min(min_kept, n - 1) + 1 of n in ascending order. n stays on the device:
+    ignored pixels count as infinite and sort last; if n is smaller, the greatest valid probability is used.
     """
     limit = smallest(probabilities, valid, min_kept + 1)
     greatest = probabilities.masked_fill(~valid, -math.inf).max()
@@ -98,7 +98,7 @@ def _ohem_limit(probabilities: Tensor, valid: Tensor, threshold: float, min_kept
 
 
 def smallest(values: Tensor, valid: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest of the valid values, a scalar; infinity, or the greatest, where there are fewer."""
+    """Return the k-th smallest of the valid values, a scalar; infinity, or the greatest, if there are fewer."""
     return values.masked_fill(~valid, math.inf).flatten().kthvalue(min(k, values.numel())).values
 
 
@@ -114,10 +114,10 @@ def ohem_pyradd(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the accuracy on hard pixels only, as pyradd/DDRNet-pytorch defines it.
 
-    Hard are the pixels whose true class has a probability of `threshold` or less: of a batch with `min_kept` labeled
-    pixels or more at least `min_kept`, of a smaller one all. The loss is the mean by weight: the weighted cross
-    entropies divided by the sum of the weights. It is 0, where the original has NaN, for a batch without any labeled
-    pixel. Otherwise as `ohem_cross_entropy`.
+    A pixel is hard if the probability of its true class is at most `threshold`. At least `min_kept` pixels are kept, or
+    all if the batch has fewer labeled pixels. The loss is the weighted mean: the weighted cross entropies divided by
+    the sum of the weights. For a batch without labeled pixels it is 0 where the original has NaN. Otherwise as
+    `ohem_cross_entropy`.
     """
     losses, weights, valid, accuracy = pixel_losses(
         logits, labels, ignore_index=ignore_index, align_corners=align_corners, class_weight=class_weight
@@ -137,7 +137,7 @@ LOSSES: dict[str, Callable[[LossConfig], Callable[..., tuple[Tensor, Tensor]]]] 
     "ohem": partial(_mined, ohem_cross_entropy),
     "ohem_pyradd": partial(_mined, ohem_pyradd),
 }
-"""`loss.kind` -> the function of logits and labels for the other settings."""
+"""`loss.kind` -> the function of logits, labels and the other settings."""
 
 
 def pixel_losses(
@@ -151,8 +151,8 @@ def pixel_losses(
     """Return cross entropy, class weight and validity (N, H, W) of every pixel, and the accuracy.
 
     Arguments and accuracy as for `cross_entropy`. The cross entropy is not weighted yet, and 0 where a pixel is
-    ignored; without `class_weight` the weights are 1. Ignored pixels stay in the tensors: picking the others by a mask
-    would have to wait for the device to count them.
+    ignored; without `class_weight` the weights are 1. Ignored pixels stay in the tensors: boolean indexing would make
+    the host wait for the device to count the others.
     """
     logits = _resized(logits, labels, align_corners)
     valid = labels != ignore_index

@@ -1,4 +1,4 @@
-"""The contract between a method and everything else: training, evaluation, prediction and export see only this.
+"""The contract between a method and the rest of segcore: training, evaluation, prediction and export see only this.
 
 `segcore.models.stepwise` extends it for methods that denoise in steps.
 """
@@ -20,18 +20,18 @@ from segcore.models.layers import resize as resize_bilinear
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a checkpoint. Names are the checkpoint's own."""
+    """How the tensors of a checkpoint were used. Names are the checkpoint's own."""
 
     loaded: int
     """Tensors that set a parameter or buffer of the model."""
     dropped: tuple[str, ...] = ()
-    """Tensors of a part that this model does not have on purpose, such as an auxiliary head for training."""
+    """Tensors of a part that this model omits on purpose, such as an auxiliary head for training."""
     ignored: tuple[str, ...] = ()
     """Buffers that the model computes itself."""
     mapped: int = 0
-    """Loaded tensors whose name differs here."""
+    """Loaded tensors that have a different name in this model."""
     source: str = ""
-    """Whose names the checkpoint has, where a method knows several."""
+    """The naming scheme of the checkpoint, if a method knows several."""
 
     def __str__(self) -> str:
         source = f"{self.source} weights: " if self.source else ""
@@ -48,15 +48,15 @@ class Segmentor(nn.Module, ABC):
 
     Attributes:
         num_classes: number of classes K.
-        ignore_index: label value that takes no part in loss and metric.
-        align_corners: convention of the resizes from the network's resolution to that of the input and of the image.
+        ignore_index: label value excluded from loss and metrics.
+        align_corners: convention for resizing from the network's resolution to the input's and the image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
-        pad_to: images are padded with zeros, the mean color, to the right and below, to multiples of it.
-        size_divisor: an export for any size takes images whose sides are multiples of it.
+        pad_to: images are padded at the right and bottom with zeros (the mean color) to multiples of it.
+        size_divisor: a dynamic export accepts images whose sides are multiples of it.
         auxiliary_names: prefixes of an auxiliary head's names, here and in published checkpoints.
 
-    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU. An
-    image's answer therefore does not depend on its batch, the device or the process. None means seed 0 for every image.
+    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU, so
+    an image's prediction does not depend on its batch, the device or the process. None means seed 0 for every image.
     """
 
     num_classes: int
@@ -69,7 +69,7 @@ class Segmentor(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Return logits (N, K, h, w) at the network's own resolution, for images (N, C, H, W) that are padded."""
+        """Return logits (N, K, h, w) at the network's own resolution, for padded images (N, C, H, W)."""
 
     @abstractmethod
     def losses(
@@ -81,11 +81,10 @@ class Segmentor(nn.Module, ABC):
         draws: Mapping[str, Tensor] | None = None,
         loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
-        """Return scalars by name for images (N, C, H, W) and labels (N, H, W) int64; "loss" is the one to step on.
+        """Return scalars by name for images (N, C, H, W) and labels (N, H, W) int64; "loss" is the one to minimize.
 
-        `draws` holds every random tensor of the step under the method's names, instead of drawing from `seeds`.
-        `loss` says which loss is taken; its class weights are numbers. Raises UserError about one that the method does
-        not train with.
+        `draws` holds every random tensor of the step under the method's names and replaces drawing from `seeds`. `loss`
+        selects the loss; its class weights are numbers. Raises UserError for a loss that the method does not support.
         """
 
     def forward(self, images: Tensor, seeds: Sequence[int] | None = None, *, resize: bool = True) -> Tensor:
@@ -103,20 +102,20 @@ class Segmentor(nn.Module, ABC):
         return F.pad(images, (0, right, 0, below)) if below or right else images
 
     def resize_to_input(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Return logits (N, K, H, W) at the input's size (height, width), for logits at the network's resolution.
+        """Return logits (N, K, H, W) at the input's size (height, width), given logits at the network's resolution.
 
-        `forward` and whatever else answers at the input's size goes through here.
+        All outputs at the input's size, including those of `forward`, go through here.
         """
         padded = [side + -side % self.pad_to for side in size]
         full = resize_bilinear(logits, padded, align_corners=self.align_corners)
         return full[..., : size[0], : size[1]] if self.pad_to > 1 else full
 
     def fuse(self) -> Segmentor:
-        """Return a copy for inference that answers alike and faster; a model without such a form returns itself."""
+        """Return a faster, equivalent copy for inference; a model without such a form returns itself."""
         return self
 
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
-        """Return what `export` writes: a module that maps images of this shape, or with `dynamic` of any, to logits."""
+        """Return the module to export: it maps images of this shape, or with `dynamic` of any shape, to logits."""
         return self
 
     def key_map(self) -> dict[str, str]:
@@ -128,11 +127,11 @@ class Segmentor(nn.Module, ABC):
         return tensor
 
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load a published checkpoint's tensors, given under their published names, and report what was used.
+        """Load a published checkpoint's tensors, given under their published names, and report which were used.
 
-        Strict: raises ValueError naming tensors that are missing, unknown or of another shape, and changes nothing
-        then. Only buffers that the model computes itself may be absent or are ignored, and the published auxiliary head
-        is dropped when this model has none.
+        Strict: raises ValueError and changes nothing if tensors are missing, unknown or of another shape; the error
+        names them. Only buffers that the model computes itself may be absent or are ignored, and the published
+        auxiliary head is dropped when this model has none.
         """
         return self._load(state, self.key_map(), self.convert)
 
@@ -148,9 +147,9 @@ class Segmentor(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} has no backbone loader; give a checkpoint of the whole model instead")
 
     def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
-        """Load start weights that are not those of a whole model; return which part they are of, and the report.
+        """Load initial weights that cover a part of the model; return the name of that part and the report.
 
-        Here that is the backbone; what is beside `backbone.*`, an ImageNet classifier, is dropped.
+        By default the part is the backbone; tensors outside `backbone.*`, an ImageNet classifier, are dropped.
         """
         backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")} or state
         report = self.load_backbone(backbone)
@@ -158,14 +157,14 @@ class Segmentor(nn.Module, ABC):
         return "backbone only", replace(report, dropped=report.dropped + rest)
 
     def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
-        """Return whether start weights `state` are those of a whole model, not of a backbone alone."""
+        """Return whether the initial weights `state` cover a whole model, not only a backbone."""
         known = {*self.state_dict(), *self.key_map().values()}
         return any(name in known and not name.startswith("backbone.") for name in state)
 
     def _load(
         self, state: Mapping[str, Tensor], names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
     ) -> LoadReport:
-        """Load `state`, whose names `names` gives for every entry of `state_dict()`; strict."""
+        """Load `state`; `names` gives its name for every entry of `state_dict()`. Strict."""
         own = self.state_dict()
         ours = {official: name for name, official in names.items()}
         has_auxiliary = any(name.startswith(self.auxiliary_names) for name in ours)
@@ -205,6 +204,6 @@ RECOMPUTABLE = ("num_batches_tracked", "relative_position_index")
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first few of `names` in brackets, nothing for none."""
+    """Return the first few of `names` in brackets; empty if there are none."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f" ({', '.join(names[:3])}{more})" if names else ""

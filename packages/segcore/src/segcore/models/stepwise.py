@@ -1,7 +1,7 @@
-"""Segmentation models that denoise in steps: everything that follows from a method's one generator of steps.
+"""Segmentation models that denoise in steps: everything derived from a method's single generator of steps.
 
-A method writes `encode`, `draw`, `denoising_steps` and `step_keys`. Chosen steps, the trajectory, mean probabilities
-over several starts, early exit, refinement of a given mask and export with fixed noise are derived from these here.
+A method implements `encode`, `draw`, `denoising_steps` and `step_keys`. This module derives selected steps, the
+trajectory, mean probabilities over several starts, early exit, refinement of a given mask and export with fixed noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from segcore.models.segmentor import Segmentor
 from segcore.seeds import start_seed
 
 SHOWN = 20
-"""Largest number of steps of a trajectory: each is held for all classes, at the size of the image."""
+"""Maximum number of steps in a trajectory: each is kept for all classes at the image's size."""
 
 
 class Step(NamedTuple):
@@ -35,19 +35,19 @@ class Step(NamedTuple):
 
 
 Steps = Generator[Step, Tensor | None, None]
-"""The steps of a run. `send` may answer one with a bool mask (N,) of the images that go on; the others leave it."""
+"""The steps of a run. `send` may pass a bool mask (N,) of the images that continue; the others leave the run."""
 Answers = Generator[tuple[str, Tensor], Tensor | None, None]
-"""Likewise, the answers (N, K, h, w) by key."""
+"""Likewise, the outputs (N, K, h, w) by key."""
 
 
 class StepwiseSegmentor(Segmentor):
     """A segmentation model that denoises a map in steps, given features of the image.
 
     Attributes:
-        step_unit: what the keys of the steps count: "steps", the number taken so far, or "timestep".
-        run_per_entry: whether an entry of `predict_steps` is a run of its own with that number of steps, from the same
+        step_unit: the unit of the step keys: "steps", the number taken so far, or "timestep".
+        run_per_entry: whether an entry of `predict_steps` is a separate run with that number of steps, from the same
             noise; otherwise the entries are collected from the configured run.
-        accumulation: whether an answer is the mean probability over the steps so far instead of a step's logits.
+        accumulation: whether an output is the mean probability over the steps so far instead of a step's logits.
     """
 
     step_unit: str
@@ -56,16 +56,16 @@ class StepwiseSegmentor(Segmentor):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Return what every step is given of normalized images (N, C, H, W): features (N, D, h, w); run once."""
+        """Return the input that all steps share for normalized images (N, C, H, W): features (N, D, h, w); run once."""
 
     @abstractmethod
     def draw(
         self, features: Tensor, seeds: Sequence[int] | None, *, steps: int | None = None, run: int = 0
     ) -> tuple[Tensor, Iterable[Tensor]]:
-        """Return the random draws of a run: the map (N*R, …) that it starts from, and those of each further step.
+        """Return the random draws of a run: the initial map (N*R, …) and the draws of each further step.
 
-        Image by image from its own seed, see `generators`; `run` counts the runs of one seed. `steps` is their number,
-        by default as configured.
+        Each image draws from its own seed, see `generators`; `run` counts the runs of one seed. `steps` is the number
+        of steps, as configured by default.
         """
 
     @abstractmethod
@@ -74,21 +74,21 @@ class StepwiseSegmentor(Segmentor):
     ) -> Steps:
         """Yield the steps of a run from the map `start`; `noise` holds the draws of each step after the first.
 
-        Without `noise` they come from torch's generator. `steps` is their number, by default as configured.
+        Without `noise` the draws come from torch's generator. `steps` is the number of steps, as configured by default.
         """
 
     @property
     @abstractmethod
     def step_keys(self) -> Sequence[int]:
-        """The keys of the configured run in its order."""
+        """The keys of the configured run, in order."""
 
     @property
     def default_step(self) -> str:
-        """The key of the configured answer."""
+        """The key of the configured output."""
         return str(self.step_keys[-1])
 
     def check_steps(self, steps: Sequence[int]) -> None:
-        """Raise UserError unless the model can answer the steps of `evaluate.steps`; empty means as configured."""
+        """Raise UserError unless the model supports the steps of `evaluate.steps`; empty means as configured."""
         if self.run_per_entry:
             if steps and min(steps) < 1:
                 raise UserError(f"evaluate.steps has {min(steps)}; {type(self).__name__} takes at least 1 step")
@@ -99,15 +99,15 @@ class StepwiseSegmentor(Segmentor):
     # Inference
 
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Return the configured answer (N, K, h, w); with `accumulation` it is a probability map, as published."""
+        """Return the configured output (N, K, h, w); with `accumulation` it is a probability map, as published."""
         return last(self.answers(*self._run(images, seeds)))
 
     def predict_steps(
         self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """Return the answers (N, K, H, W) by key: those of `steps` and, of a run they are collected from, the last.
+        """Return the outputs (N, K, H, W) by key: those of `steps` and, if they are collected from one run, the last.
 
-        The last entry is the configured answer when `steps` is None. Raises UserError about steps that no run has.
+        The last entry is the configured output when `steps` is None. Raises UserError for steps that no run has.
         """
         self.check_steps(steps or ())
         if self.run_per_entry:
@@ -122,27 +122,27 @@ class StepwiseSegmentor(Segmentor):
         return {key: self.resize_to_input(answer, images.shape[-2:]) for key, answer in found.items()}
 
     def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the answers (N, K, H, W) after every step of the configured run, at most 20, evenly spread."""
+        """Return the outputs (N, K, H, W) after the steps of the configured run, at most 20, evenly spaced."""
         return self._shown(images, *self._run(images, seeds))
 
     def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the answers (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64.
+        """Return the outputs (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64.
 
-        Raises UserError about a method or labels that no run can start from.
+        Raises UserError if the method cannot start a run from label maps, or from these labels.
         """
         start, features = self.start_from(masks, images), self._features(images)
         _, noise = self.draw(features, seeds)
         return self._shown(images, self.denoising_steps(features, start, noise), len(images))
 
     def start_from(self, masks: Tensor, images: Tensor) -> Tensor:
-        """Return the map that a run from label maps (N, H', W') of these images starts from."""
+        """Return the initial map of a run that starts from label maps (N, H', W') of these images."""
         raise UserError(f"{type(self).__name__} starts from noise, not from a mask; leave out --start-mask")
 
     def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
-        """Return log class probabilities (N, K, H, W): of the mean over `starts` configured runs and their steps.
+        """Return log class probabilities (N, K, H, W), averaged over `starts` configured runs and their steps.
 
-        The first of several steps is left out, as it sees nothing but noise in place of a map. The runs follow each
-        other, so memory does not grow with their number.
+        If there are several steps, the first is left out because its input is pure noise. The runs are sequential, so
+        memory does not grow with their number.
         """
         features = self._features(images)
         total, count = torch.zeros((), device=features.device), 0
@@ -156,10 +156,10 @@ class StepwiseSegmentor(Segmentor):
     def early_exit(
         self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
-        """Return answers (N, K, H, W) of the configured run and, per image, the number of steps taken for them.
+        """Return outputs (N, K, H, W) of the configured run and the number of steps used per image.
 
-        An image leaves the run with the answer of the first step that changes the classes of fewer than `percent` % of
-        its h * w pixels at the network's resolution, at the last step otherwise.
+        An image leaves the run at the first step that changes the classes of fewer than `percent` % of its h * w pixels
+        at the network's resolution, at the last step otherwise; its output is that step's.
         """
         answers, length = self.answers(*self._run(images, seeds)), len(self.step_keys)
         left = list(range(len(images)))  # the images that are still in the run
@@ -184,7 +184,7 @@ class StepwiseSegmentor(Segmentor):
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
         """Return the configured run with the noise of seed 0 as a constant; see `Segmentor`.
 
-        Raises UserError where any size is asked for.
+        Raises UserError for a dynamic export.
         """
         if dynamic:
             name = type(self).__name__
@@ -192,9 +192,9 @@ class StepwiseSegmentor(Segmentor):
         return FixedNoise(self, images)
 
     def answers(self, steps: Steps, images: int, accumulate: bool | None = None) -> Answers:
-        """Yield the answers of a run of `images` images: the mean over their noise starts of a step's logits.
+        """Yield the outputs of a run of `images` images: a step's logits, averaged over the noise starts.
 
-        With `accumulate`, by default as configured, of the mean probability over the steps so far.
+        With `accumulate` (as configured by default), the mean probability over the steps so far instead.
         """
         accumulate = self.accumulation if accumulate is None else accumulate
         total, count, step = torch.zeros(()), 1, next(steps, None)
@@ -223,7 +223,7 @@ class StepwiseSegmentor(Segmentor):
         return self.denoising_steps(features, *self.draw(features, seeds)), len(images)
 
     def _shown(self, images: Tensor, steps: Steps, count: int) -> dict[str, Tensor]:
-        """Return the answers at the images' size by step, of more than `SHOWN` evenly spread ones."""
+        """Return the outputs at the images' size by step; if there are more than `SHOWN`, evenly spaced ones."""
         keys, unit = self.step_keys, self.step_unit.removesuffix("s")
         if len(keys) > SHOWN:
             keys = [keys[round(i * (len(keys) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
@@ -233,7 +233,7 @@ class StepwiseSegmentor(Segmentor):
 
 
 class FixedNoise(nn.Module):
-    """A stepwise model whose random draws are constants, those of seed 0, for images of the shape of `images`."""
+    """A stepwise model whose random draws are constants, those of seed 0, for images with the shape of `images`."""
 
     start: Tensor
     noise: Tensor
@@ -258,7 +258,7 @@ class FixedNoise(nn.Module):
 def predict_entries(
     model: Segmentor, images: Tensor, steps: Sequence[int] = (), seeds: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Return the logits (N, K, H, W) of any model by entry: the steps of a stepwise one, "final" of another."""
+    """Return the logits (N, K, H, W) of any model by entry: the steps of a stepwise model, "final" otherwise."""
     if isinstance(model, StepwiseSegmentor):
         return model.predict_steps(images, steps or None, seeds)
     return {"final": model(images, seeds)}
@@ -272,13 +272,13 @@ def require_stepwise(model: Segmentor, options: str) -> StepwiseSegmentor:
 
 
 def average_entries(entries: Mapping[str, Tensor]) -> None:
-    """Replace the probabilities of every entry, in place, by the mean of its own and those of the entries before."""
+    """Replace the probabilities of every entry, in place, by their mean with those of all previous entries."""
     for number, (before, entry) in enumerate(pairwise(entries), 1):
         entries[entry].add_(entries[before], alpha=number).div_(number + 1)
 
 
 def generators(seeds: Sequence[int] | None, images: int, run: int = 0) -> Iterator[torch.Generator]:
-    """Yield a CPU generator per image, from its seed and, after the first run of it, the number of the run."""
+    """Yield a CPU generator per image, seeded with its seed and, after a seed's first run, the run number."""
     if seeds is not None and len(seeds) != images:
         raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
     for seed in seeds or [0] * images:
@@ -286,7 +286,7 @@ def generators(seeds: Sequence[int] | None, images: int, run: int = 0) -> Iterat
 
 
 def last(answers: Answers) -> Tensor:
-    """Return the last answer of a run; none of the others is kept."""
+    """Return the last output of a run without keeping the others."""
     [(_, answer)] = deque(answers, maxlen=1)
     return answer
 
@@ -297,7 +297,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _mean_over_starts(maps: Tensor, images: int) -> Tensor:
-    """Return (N, …), the means of the noise starts, for maps (N*R, …) of N images."""
+    """Return maps (N*R, …) of N images averaged over their noise starts, (N, …)."""
     return maps if len(maps) == images else maps.unflatten(0, (images, -1)).mean(1)
 
 

@@ -1,4 +1,4 @@
-"""What the rest of segcore expects of a `Segmentor` and a `StepwiseSegmentor`, as functions that raise AssertionError.
+"""The contract of a `Segmentor` and a `StepwiseSegmentor`, as functions that raise AssertionError.
 
 A method's `tests/test_contract.py` calls them with small models built from its own dataclass.
 """
@@ -42,7 +42,7 @@ def labels(model: Segmentor, count: int, height: int = 64, width: int = 96) -> T
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """Return what the ValueError says that `call` must raise."""
+    """Return the message of the ValueError that `call` must raise."""
     try:
         call()
     except ValueError as error:
@@ -52,9 +52,9 @@ def refusal(call: Callable[[], object]) -> str:
 
 @torch.no_grad()
 def check_forward(model: Segmentor) -> None:
-    """Batches of 1 and 3, odd sizes, finite logits at the input's size; too small images are refused.
+    """Check batches of 1 and 3, odd sizes, and finite logits at the input's size; too small images raise ValueError.
 
-    The logits are those at the network's own resolution, brought to the input's size. `fuse` answers alike.
+    The logits equal those at the network's own resolution, resized to the input's size. `fuse` gives the same logits.
     """
     model.eval()
     for count in (1, 3):
@@ -74,7 +74,7 @@ def check_forward(model: Segmentor) -> None:
 
 @torch.no_grad()
 def check_seeds(model: Segmentor, atol: float = 1e-4) -> None:
-    """An image answers alike alone and in a batch; the same seeds repeat, None is seed 0, a wrong number is refused."""
+    """An image's logits are equal alone and in a batch; equal seeds repeat, None is seed 0, a wrong number raises."""
     model.eval()
     batch, seeds = images(3), [5, 6, 5]
     together = model(batch, seeds=seeds)
@@ -87,7 +87,7 @@ def check_seeds(model: Segmentor, atol: float = 1e-4) -> None:
 
 @torch.no_grad()
 def check_plain(model: Segmentor) -> None:
-    """A model without steps has nothing of a stepwise one, and one entry."""
+    """A model without steps has no stepwise attributes and exactly one entry."""
     assert not isinstance(model, StepwiseSegmentor)
     assert not hasattr(model, "predict_steps")
     batch = images(2)
@@ -99,7 +99,7 @@ def check_plain(model: Segmentor) -> None:
 
 @torch.no_grad()
 def check_steps(model: StepwiseSegmentor, steps: tuple[int, ...]) -> None:
-    """Entries are answers at the input's size; the configured one is the last; trajectories have one per step."""
+    """Entries are outputs at the input's size; the configured one is the last; trajectories have one per step."""
     model.eval()
     batch, seeds = images(2), [1, 2]
     answer = model(batch, seeds=seeds)
@@ -121,7 +121,7 @@ def check_steps(model: StepwiseSegmentor, steps: tuple[int, ...]) -> None:
 
 @torch.no_grad()
 def check_denoising(model: StepwiseSegmentor) -> None:
-    """Mean probabilities are log-probabilities that depend on the noise; a run may end early or not."""
+    """Mean probabilities are log-probabilities that depend on the noise; a run may stop early or not."""
     model.eval()
     batch, seeds = images(2), [1, 2]
     steps = list(model.denoising_trajectory(batch, seeds=seeds).values())
@@ -139,9 +139,9 @@ def check_denoising(model: StepwiseSegmentor) -> None:
 
 
 def check_backward(model: Segmentor) -> None:
-    """Batches of 2 and 3, in float32 and bfloat16: a loss that is the sum of its parts, and a finite gradient each.
+    """Batches of 2 and 3, float32 and bfloat16: the loss is the sum of its parts, and each gradient is finite.
 
-    Nothing on the way makes the host wait for the device.
+    No operation makes the host wait for the device.
     """
     model.train()
     for count, half in ((2, False), (3, True)):
@@ -160,7 +160,7 @@ def check_backward(model: Segmentor) -> None:
 
 def check_training_draws(model: Segmentor) -> None:
     """Training draws follow from the seeds, image by image."""
-    model.eval()  # no stochastic layers: what is left to chance are the seeds
+    model.eval()  # no stochastic layers: only the seeds are random
     batch, target = images(2), labels(model, 2)
     first, again = (model.losses(batch, target, seeds=[3, 4])["loss"] for _ in range(2))
     assert torch.equal(first, again)
@@ -178,7 +178,7 @@ def check_all_ignored(model: Segmentor) -> None:
 
 
 def check_losses(model: Segmentor, kinds: Sequence[str] = tuple(LOSSES)) -> None:
-    """The losses heed `loss.kind` and `loss.class_weight`, which leaves no trace in the model; others are refused."""
+    """The losses use `loss.kind` and `loss.class_weight` without storing it in the model; unsupported ones raise."""
     model.eval()
     names, batch, target = set(model.state_dict()), images(2), labels(model, 2)
 
@@ -205,7 +205,7 @@ def check_arguments(config: type[ModelConfig], model: type[Segmentor]) -> None:
 
 
 def check_state_dict(build: Callable[[], Segmentor]) -> None:
-    """Weights make the round trip under our names and under the published ones, which are unique; a gap is refused."""
+    """Weights round-trip under our names and under the published ones, which are unique; missing tensors raise."""
     first, second, third = build().eval(), build().eval(), build().eval()
     state, names = first.state_dict(), first.key_map()
     assert set(names) == set(state)
@@ -220,7 +220,7 @@ def check_state_dict(build: Callable[[], Segmentor]) -> None:
 
 
 def check_configs(package: str) -> None:
-    """Every configuration builds (on the meta device) under its own name and fits its data set."""
+    """Every configuration builds (on the meta device) under its own name and matches its data set."""
     for name in experiments(package):
         exp = load_experiment(name)
         assert exp.name.replace("-", "_") == name

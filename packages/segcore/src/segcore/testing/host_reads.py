@@ -1,4 +1,4 @@
-"""What makes the host wait for the device, seen on the CPU."""
+"""Detects, on the CPU, operations that make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class HostReads(TorchDispatchMode):
-    """Counts, in a `with` block, the operators whose result the host has to know: each one waits for a GPU.
+    """Counts, in a `with` block, operators whose result the host must read; on a GPU, each one synchronizes.
 
-    `item`, `bool` and `float` of a tensor, boolean indexing, `nonzero`, `unique`. Not seen are copies, such as `cpu`.
+    `item`, `bool` and `float` of a tensor, boolean indexing, `nonzero`, `unique`. Copies, such as `cpu`, do not count.
     """
 
     WAITING = (

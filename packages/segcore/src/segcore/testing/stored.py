@@ -1,6 +1,6 @@
-"""Small stored values of a method's parts, so that a clone without the reference numbers still notices a changed one.
+"""Small stored values of a method's parts, which detect changes even in a clone without the reference numbers.
 
-A method's `tests/test_reference.py` computes them with weights that `filled` gives, and calls `check`.
+A method's `tests/test_reference.py` computes them with the weights from `filled`, and calls `check`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 def normal(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal numbers in float32 that follow from a name; numpy's legacy stream is frozen."""
+    """Return standard normal float32 numbers determined by a name; numpy's legacy stream is frozen."""
     return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype("float32"))
 
 
 @torch.no_grad()
 def filled(model: Any) -> Any:
-    """Return the model in evaluation mode, with weights that follow from the published names, at their usual scales.
+    """Return the model in evaluation mode, with weights determined by the published names, at their usual scales.
 
-    `model` is a Segmentor or has its `key_map`. Tables whose name begins with `log_` stay as they are.
+    `model` is a Segmentor or has its `key_map`. Tables whose name begins with `log_` keep their values.
     """
     names = model.key_map()
     convert = getattr(model, "convert", lambda _, tensor: tensor)
@@ -42,7 +42,7 @@ def filled(model: Any) -> Any:
 
 
 def check(values: Mapping[str, Tensor], file: Path) -> None:
-    """Raise AssertionError unless `values` are those of `file`: the same names, and numbers alike but for rounding."""
+    """Raise AssertionError unless `values` match `file`: the same names, and equal numbers up to rounding."""
     with np.load(file) as expected:
         assert set(values) == set(expected), f"other names than in {file}: {set(values) ^ set(expected)}"
         for name, value in values.items():

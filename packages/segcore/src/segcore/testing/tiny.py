@@ -1,4 +1,4 @@
-"""The smallest models that keep the contract, for tests of whatever works with a model."""
+"""The smallest models that satisfy the contract, for tests of code that takes a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = Callable[[Tensor], Tensor]
 
 
 class Tiny(Segmentor):
-    """Two convolutions around a norm and dropout, or the function `answer` of the images; with noise by seed."""
+    """Two convolutions around a norm and dropout, or the function `answer` of the images; with seeded noise."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Tiny(Segmentor):
 
 
 class TinyStepwise(Tiny, StepwiseSegmentor):
-    """The same in steps: the logits of step k are k times the answer to the images with k times the noise."""
+    """The stepwise version: the logits of step k are k times the output for the images with k times the noise."""
 
     step_unit = "steps"
     run_per_entry = True
@@ -85,7 +85,7 @@ class TinyStepwise(Tiny, StepwiseSegmentor):
     def draw(
         self, features: Tensor, seeds: Sequence[int] | None, *, steps: int | None = None, run: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return standard normal numbers (N, C, H, W); nothing is drawn in later steps."""
+        """Return standard normal numbers (N, C, H, W); later steps draw nothing."""
         self.calls.append((features, None if seeds is None else list(seeds)))
         return draw(features, seeds, run), []
 
@@ -102,6 +102,6 @@ class TinyStepwise(Tiny, StepwiseSegmentor):
 
 
 def draw(images: Tensor, seeds: Sequence[int] | None, run: int = 0) -> Tensor:
-    """Return standard normal numbers of the images' shape (N, C, H, W), image by image from its seed."""
+    """Return standard normal numbers of the images' shape (N, C, H, W); each image draws from its own seed."""
     drawn = [torch.randn(images.shape[1:], generator=g) for g in generators(seeds, len(images), run)]
     return torch.stack(drawn).to(images)
