@@ -41,7 +41,7 @@ PUBLISHED = {
         "DDRNet23_cityscapes.pth", "16viDZhbmuc3y7OSsUo2vhA7V6kYO0KX6", "79.4 on test", single_scale=79.5
     ),
     "ddrnet_39_cityscapes": Published({}, note="80.4 on test, 81.9 multi-scale; no figure on val, no weights"),
-    "ddrnet_23_cityscapes_pyradd": Published({"single scale": 77.382}, note="by the seed project, no weights"),
+    "ddrnet_23_cityscapes_pyradd": Published({"single scale": 77.382}, note="by pyradd/DDRNet-pytorch, no weights"),
     **dict(
         [
             _mmseg("ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024", 77.84, 80.15, "20230426_145312-6a5e5174"),

@@ -37,7 +37,7 @@ def setting(
 
     `nonempty` refuses an empty tuple. `stated` settings are written out by `segcore.config.source` even where they have
     their default. `stepwise` settings are for models that answer in steps. `commands` are the commands that read the
-    setting besides `TRAIN`; None: those of its dataclass.
+    setting in addition to `TRAIN`; None: those of its dataclass.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below, "commands": commands}
     given: dict[str, Any] = {key: value for key, value in bounds.items() if value is not None}
@@ -52,7 +52,7 @@ class Section:
     section: ClassVar[str] = ""
     """Dotted name of the section in messages and on the command line."""
     commands: ClassVar[tuple[str, ...]] = INFERENCE
-    """Commands that read the section's settings besides `TRAIN`, where a field does not say it."""
+    """Commands that read the section's settings in addition to `TRAIN`, unless a field says otherwise."""
 
     def __post_init__(self) -> None:
         check(self, self.section)
