@@ -19,8 +19,7 @@ import dgmn2_plain
 import torch
 from torch import Tensor
 
-from dgmn2_seg.backbone import Backbone
-from dgmn2_seg.configs import VARIANTS
+from dgmn2_seg.backbone import VARIANTS, Backbone
 from segcore import ops
 from segcore.deploy import bench
 from segcore.environment import environment

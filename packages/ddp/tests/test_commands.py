@@ -187,7 +187,7 @@ def test_a_checkpoint_with_other_settings_names_them(run, toy, tmp_path, capsys)
     words = ["test", CONFIG, run, f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
     line = refused(capsys, *words, "--data.mean", "1", "2", "3")
     options = "--model.width 32 --model.decoder-layers 1 --data.mean 123.675 116.28 103.53"
-    assert line == f"error: {newest(run)}: was trained with {options}; give this folder in place of {CONFIG}"
+    assert line == f"error: {newest(run)}: was trained with {options}; give this folder as CONFIG, without other values"
     other = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
     line = refused(capsys, "predict", other, run, toy, tmp_path / "out", "--device=cpu")
     assert f"was trained with {CONFIG} --model.backbone resnet18" in line

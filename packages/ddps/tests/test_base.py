@@ -9,7 +9,7 @@ import torch
 import segcore
 from ddps_seg.backbones import build
 from ddps_seg.configs.base_models import rows
-from ddps_seg.official import IMAGENET, STOCK
+from ddps_seg.official import BASE_MODELS, IMAGENET
 from segcore.config.registry import published
 from segcore.training.optimizer import param_settings
 
@@ -116,7 +116,7 @@ def test_learning_rates_follow_the_published_names():
 
 def test_figures_equal_the_published_list(reference):
     found = [r for r in json.loads((reference / "published.json").read_text()) if "stock_base" in r]
-    assert {r["stock_base"].replace("-", "_") for r in found} == set(STOCK)
+    assert {r["stock_base"].replace("-", "_") for r in found} == set(BASE_MODELS)
     for row in found:
         ours = published(row["stock_base"])
         assert list(ours.miou.values()) == list(row["metrics"].values())

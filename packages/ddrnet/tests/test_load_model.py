@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import segcore
 from ddrnet_seg.configs import DDRNetConfig
 from segcore.checkpoints import run_checkpoint
 from segcore.cli.main import COMMANDS, main
-from segcore.config.record import describe
+from segcore.config.record import ConfigDiff, describe
 from segcore.data.images import read_image, read_label
 
 README = Path(__file__).parents[3] / "README.md"
@@ -79,6 +80,15 @@ def test_every_kind_of_image_gives_the_same_result(seg, photo):
     assert first.overlay().size == (90, 70)
 
 
+def test_a_pil_image_is_turned_by_its_exif_tag_as_its_file_is(seg, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.open(photo).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    first, second = seg([tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")])
+    assert np.array_equal(first.classes, second.classes)
+    assert first.classes.shape == (90, 70)
+
+
 def test_the_command_line_writes_the_same(seg, run, photo, tmp_path):
     main("ddrnet_seg", ["predict", str(run), str(photo), str(tmp_path / "cli"), "--device=cpu"])
     for path in seg(photo).save(tmp_path / "python"):
@@ -86,10 +96,15 @@ def test_the_command_line_writes_the_same(seg, run, photo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((4, 4)), np.zeros((70, 90, 4), np.uint8), torch.zeros(70, 90, 3, dtype=torch.uint8), "none.png"]
+    "image",
+    [
+        *(np.zeros((4, 4)), np.zeros((70, 90, 4), np.uint8), torch.zeros(70, 90, 3, dtype=torch.uint8), "none.png"),
+        *(Image.new("I;16", (90, 70)), Image.new("F", (90, 70)), 5, None, {"a": 1}, [["a.png"]]),
+    ],
+    ids=str,
 )
 def test_a_non_image_is_refused(seg, image):
-    with pytest.raises(ValueError, match=r"give an array \(H, W, 3\)|none\.png") as caught:
+    with pytest.raises(ValueError, match=r"give an array \(H, W, 3\)|give a path|none\.png") as caught:
         seg(image)
     assert "\n" not in str(caught.value)
 
@@ -99,7 +114,7 @@ def test_missing_weights_and_devices(run):
         segcore.load_model("ddrnet_23_slim_cityscapes")
     with pytest.raises(ValueError, match="device nonsense is not available"):
         segcore.load_model(run, device="nonsense")
-    with pytest.raises(ValueError, match=r"iter_1: was trained with .*num-classes 3.*; give this folder in place"):
+    with pytest.raises(ValueError, match=r"iter_1: was trained with .*num-classes 3.*; give this folder as CONFIG"):
         segcore.load_model("ddrnet_23_slim_toy", run)
 
 
@@ -139,6 +154,8 @@ HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit(
         {"dataset": "my.py:data"},
         {"name": "my.py:mine"},
         {"name": "../../my"},
+        {"name": ".."},
+        {"name": "two\nlines"},
         {"dataset": 3},
         {"extra": 1},
         {},
@@ -182,6 +199,42 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     assert not (tmp_path / "imported").exists()
 
 
+def test_a_stored_run_does_not_choose_where_files_are_generated(run, tmp_path, capsys):
+    exp = segcore.load_experiment(str(run)).with_overrides([f"data.root={tmp_path / 'scenes'}"])
+    exp = replace(exp, data=replace(exp.data, dataset="toy", classes=()), model=replace(exp.model, num_classes=19))
+    checkpoint = run_checkpoint.folder_of(tmp_path / "run", 1)
+    run_checkpoint.save(checkpoint, exp.model.build().state_dict(), {}, describe(exp))
+    for words in (["test", checkpoint], ["train", checkpoint, "--work-dir", tmp_path / "work"]):
+        with pytest.raises(SystemExit):
+            main("ddrnet_seg", [str(word) for word in words])
+        assert "scenes: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "scenes").exists()
+
+
+def test_training_from_a_checkpoint_resumes_its_run(run):
+    exp, checkpoint = segcore.load_experiment(str(run)), run_checkpoint.folder_of(run, 1)
+    assert COMMANDS["train"](exp, folder=checkpoint).run_dir == run
+    assert COMMANDS["train"](exp, folder=run).run_dir == run
+    assert COMMANDS["train"](exp).run_dir == Path("runs") / exp.name
+
+
+def test_incomplete_records_of_weights_compare_as_unknown(run, tmp_path):
+    for text in ('{"experiment": {"name": "a"}}', '{"experiment": 3}', "[]", '{"experiment": {"model": []}}'):
+        (tmp_path / "experiment.json").write_text(text)
+        assert ConfigDiff.of(tmp_path, segcore.load_experiment(str(run))) == ConfigDiff()
+
+
+def test_a_published_configuration_on_own_data(tmp_path, capsys):
+    """The first of the README's commands for own data: its class weights are for training, and of the other classes."""
+    for split in ("train", "val"):
+        for folder, array in (("images", np.zeros((64, 64, 3), np.uint8)), ("masks", np.eye(64, dtype=np.uint8))):
+            (tmp_path / folder / split).mkdir(parents=True)
+            Image.fromarray(array).save(tmp_path / folder / split / "a.png")
+    own = ["--data.dataset", "folder", "--data.root", str(tmp_path), "--data.classes", "road", "water"]
+    main("ddrnet_seg", ["check", "ddrnet_23_slim_cityscapes", *own, "--model.num-classes", "2"])
+    assert "water" in capsys.readouterr().out
+
+
 def test_a_model_defined_in_a_user_file_names_that_file(run, tmp_path):
     (tmp_path / "my.py").write_text(
         "from dataclasses import dataclass, replace\nfrom ddrnet_seg.configs import DDRNetConfig\nimport segcore\n\n"
@@ -192,7 +245,7 @@ def test_a_model_defined_in_a_user_file_names_that_file(run, tmp_path):
     exp = segcore.load_experiment(f"{tmp_path / 'my.py'}:mine")
     checkpoint = run_checkpoint.folder_of(tmp_path / "run", 1)
     run_checkpoint.save(checkpoint, exp.model.build().state_dict(), {}, describe(exp))
-    with pytest.raises(ValueError, match=r"model Mine is defined in .* `my\.py:mine ") as caught:
+    with pytest.raises(ValueError, match=r"model Mine is defined in .* `my\.py:FUNCTION ") as caught:
         segcore.load_model(checkpoint)
     assert "\n" not in str(caught.value)
     assert segcore.load_model(f"{tmp_path / 'my.py'}:mine", checkpoint).experiment.name == "mine"

@@ -1,6 +1,7 @@
 """The layout of the packages: who may import whom, how long files are, what imports torch, what a wheel holds."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -188,6 +189,15 @@ def test_wheel_is_pure_and_complete(package, tmp_path):
     files = [path for path in PACKAGES[package].rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {path.relative_to(PACKAGES[package].parent).as_posix() for path in files} <= names
     assert license == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_versions_agree():

@@ -232,6 +232,11 @@ def test_given_weights_stay_unchanged(data: DataConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_another_number_of_weights_than_classes_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss.class_weight has 2 values for 3 classes; give one per class, auto"):
+        resolve_loss(experiment(data, (1.0, 2.0)), open_dataset(data, "train"), tmp_path / "run")
+
+
 def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exp, run = experiment(data, "auto"), tmp_path / "run"
     weights = weights_of(exp, open_dataset(data, "train"), run)

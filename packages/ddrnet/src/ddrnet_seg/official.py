@@ -161,4 +161,4 @@ def recognize(state: Mapping[str, Tensor]) -> Source:
         return Source("MMSegmentation", tensors, dropped)
     if any(name.startswith("linear.") for name in tensors):
         return Source("ImageNet", tensors, dropped)
-    return Source("official" if tensors.keys() != state.keys() else "official or seed", tensors, dropped)
+    return Source("official" if tensors.keys() != state.keys() else "official or pyradd", tensors, dropped)

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from segcore import distributed
@@ -75,7 +75,9 @@ def load_model(
         if differs.remedy:
             read_state(path)  # raises if the file is damaged, and no other setting would help
             then = " ".join(filter(None, (differs.name, differs.options)))
-            raise UserError(f"{path}: was trained with {then}; give this folder in place of {exp.name}") from None
+            raise UserError(
+                f"{path}: was trained with {then}; give this folder as CONFIG, without other values"
+            ) from None
         raise
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
@@ -158,6 +160,10 @@ class LoadedModel:
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
             return self([images])[0]
+        if not isinstance(images, Sequence):
+            raise UserError(
+                f"{type(images).__name__} is no image; give a path, a PIL image, an array, a tensor or a list"
+            )
         results: list[Result] = []
         step = self.experiment.evaluate.batch_size
         for start in range(0, len(images), step):
@@ -168,7 +174,7 @@ class LoadedModel:
             for image, array, entries in zip(chunk, arrays, answers, strict=True):
                 name = Path(image).stem if isinstance(image, (str, Path)) else f"image_{len(results)}"
                 classes = list(entries.values())[-1].cpu().numpy().astype(self._dtype)
-                results.append(Result(self, array, classes, name, sum(used) / len(arrays) if used else None))
+                results.append(Result(self, array, classes, name, sum(used) / len(used) if used else None))
         return results
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
@@ -299,6 +305,10 @@ class Result:
         figures.write_image(overlay, np.array(self.overlay(opacity=opacity)))
 
 
+_TO_RGB = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+"""Modes of PIL with 8 bits or fewer per channel: those beyond would lose theirs."""
+
+
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
     """Return an image as (H, W, C) uint8 or uint16, according to `data.channels` and `data.bit_depth`.
 
@@ -306,14 +316,17 @@ def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
     """
     if isinstance(image, (str, Path)):
         return read_image(image, data.channels, data.bit_depth)
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB") if data.channels == 3 and image.mode != "RGB" else image)
+    if isinstance(
+        image, Image.Image
+    ):  # as `read_image` reads the file: turned by its EXIF tag, gray and palettes as RGB
+        image = ImageOps.exif_transpose(image)
+        image = np.asarray(image.convert("RGB") if data.channels == 3 and image.mode in _TO_RGB else image)
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     wanted = np.dtype(np.uint8 if data.bit_depth == 8 else np.uint16)
     if array.ndim != 3 or array.shape[2] != data.channels or array.dtype != wanted or not array.size:
         raise UserError(
-            f"an image of shape {tuple(image.shape)} and type {array.dtype}; give an array (H, W, {data.channels}) or "
+            f"an image of shape {np.shape(array)} and type {array.dtype}; give an array (H, W, {data.channels}) or "
             f"a tensor ({data.channels}, H, W), {wanted}, in the units of the files"
         )
     return np.ascontiguousarray(array)

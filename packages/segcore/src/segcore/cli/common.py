@@ -34,7 +34,10 @@ class Command:
         """Do it; `package` is the method's import package, None for `segcore`."""
 
     @property
-    def default_dir(self) -> Path:
+    def run_dir(self) -> Path:
+        """The run that CONFIG is or, as a checkpoint, belongs to; by default runs/<configuration>."""
+        if self.folder and self.folder.parent.name == "checkpoints":
+            return self.folder.parent.parent
         return self.folder or Path("runs") / self.experiment.name
 
 
@@ -74,9 +77,10 @@ def load(command: Command, checkpoint: str | None, ensemble: tuple[str, ...] = (
     return seg
 
 
-def complete_toy_set(exp: Experiment) -> None:
-    """Generate what the toy set of `exp` lacks; nothing for other data sets."""
-    if exp.data.dataset == "toy":
+def complete_toy_set(command: Command) -> None:
+    """Generate what the command's toy set lacks; nothing for other data sets, nor where a stored run says to."""
+    exp = command.experiment
+    if exp.data.dataset == "toy" and command.folder is None:
         from segcore import distributed
         from segcore.demo import toy
 

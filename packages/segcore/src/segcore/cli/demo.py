@@ -20,4 +20,4 @@ class Demo(Command):
         from segcore.inference import find_device
 
         work_dir = self.work_dir or Path("runs/demo", self.experiment.name)
-        demo.run(self.experiment, work_dir, device=find_device(self.device), package=package)
+        demo.run(self.experiment, work_dir, device=find_device(self.device), package=package, offline=self.offline)

@@ -42,6 +42,8 @@ COMMANDS: dict[str, type[Any]] = {
     "demo": Demo,
     "env": Env,
 }
+NOT_READ = {"check": ("device", "offline"), "export": ("device",), "bench": ("offline",)}
+"""Options of all commands with a configuration that one of them has no use for."""
 OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
 HELP = """usage: {prog} COMMAND …
 
@@ -150,7 +152,7 @@ def offers(command: Any) -> options.Offered:
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     experiment = getattr(command, "experiment", None)
     stepwise = experiment is not None and experiment.model.stepwise
-    hidden = {"folder"} | ({"checkpoint"} if getattr(command, "folder", None) else set())
+    hidden = {"folder", *NOT_READ.get(name, ())} | ({"checkpoint"} if getattr(command, "folder", None) else set())
 
     def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
         read = not issubclass(owner, Section) or reads(name, owner, item)

@@ -25,7 +25,8 @@ class Test(Parallel):
     ensemble: tuple[str, ...] = ()
     """Average in a second model's class probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     json: Path | None = None
-    """File for the figures at full precision; by default runs/<configuration>.test.json."""
+    """File for the figures at full precision; by default test.json in the run that CONFIG is, otherwise
+    runs/<configuration>.test.json."""
 
     def run_in_process(self) -> None:
         from segcore import distributed
@@ -34,7 +35,7 @@ class Test(Parallel):
         from segcore.progress import progress
         from segcore.reporting import tables as report
 
-        complete_toy_set(self.experiment)
+        complete_toy_set(self)
         exp = self.experiment
         seg = load(self, self.checkpoint, self.ensemble)
         predictor, metrics = seg.predictor, exp.evaluate.metrics
@@ -51,7 +52,7 @@ class Test(Parallel):
         row = published(exp.name)
         if row and row.miou and is_row(exp):
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
-        path = self.json or Path("runs") / f"{exp.name}.test.json"
+        path = self.json or (self.run_dir / "test.json" if self.folder else Path("runs") / f"{exp.name}.test.json")
         report.write_json(
             path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
         )

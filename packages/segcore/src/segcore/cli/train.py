@@ -25,8 +25,8 @@ class Train(Parallel):
         from segcore.inference import find_device
         from segcore.training.loop import train
 
-        complete_toy_set(self.experiment)
-        work_dir = self.work_dir or self.default_dir
+        complete_toy_set(self)
+        work_dir = self.work_dir or self.run_dir
         # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
         record = work_dir / "experiment.json"
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()

@@ -66,16 +66,18 @@ class ConfigDiff(NamedTuple):
     def of(cls, folder: Path, exp: Experiment) -> ConfigDiff:
         """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
         try:
-            then = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["experiment"]
-        except (OSError, ValueError, KeyError):
+            then, now = (
+                json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["experiment"],
+                settings_of(exp),
+            )
+            name = "" if then["name"] == now["name"] else str(then["name"])
+            if then["model"]["class"] != now["model"]["class"]:
+                return cls(name)
+            keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
+            other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
+            return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or damaged
             return cls()
-        now = settings_of(exp)
-        name = "" if then["name"] == now["name"] else then["name"]
-        if then["model"]["class"] != now["model"]["class"]:
-            return cls(name)
-        keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
-        other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
-        return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
 
     @property
     def remedy(self) -> str:

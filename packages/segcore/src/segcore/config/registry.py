@@ -105,13 +105,13 @@ def read_experiment(folder: Path) -> Experiment:
         file = f"{module.removeprefix(FROM_FILE)}.py"
         raise UserError(
             f"{path}: its model {title} is defined in a file of yours, which is not imported unless you name it: "
-            f"write `{file}:{name} {folder}` instead of {folder}, with the path of {file}"
+            f"write `{file}:FUNCTION {folder}` instead of {folder}, with the path of {file}"
         )
     known = _model_configs()
     if kind not in known:
         raise UserError(f"{path}: its model {kind} is of no installed method; install it, or name a configuration")
     try:
-        if Path(name).name != name:  # files are named by it
+        if Path(name).name != name or name in ("", "..") or not name.isprintable():  # files are named by it
             raise VersionError(f"name is {name!r}")
         typed = from_plain(known[kind], model, "model")
         return cast(Experiment, from_plain(Experiment, {**stored, "model": typed}))

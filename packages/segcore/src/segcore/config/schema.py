@@ -322,15 +322,10 @@ class Experiment(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        classes, weights = self.model.num_classes, self.loss.class_weight
         if self.model.in_channels != self.data.channels:
             raise UserError(
                 f"model.in_channels is {self.model.in_channels} but data.channels is {self.data.channels}; "
                 "set both alike"
-            )
-        if isinstance(weights, tuple) and len(weights) != classes:
-            raise UserError(
-                f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, or auto"
             )
 
     def with_overrides(self, overrides: Sequence[str]) -> Experiment:

@@ -54,7 +54,9 @@ class Answer:
     """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None for a model without steps."""
 
 
-def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None) -> Path:
+def run(
+    exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None, offline: bool = False
+) -> Path:
     """Run the demo in `work_dir` and return its page. Finished parts are kept, so an interrupted demo continues.
 
     If the experiment starts from the run of a base model, that model is trained first; `<package>.demo.compare`, of the
@@ -68,10 +70,10 @@ def run(exp: Experiment, work_dir: Path, *, device: torch.device, package: str |
     if base is not None:
         if not (base_dir / "results.json").exists():
             print(f"training the base model, {base.name}:")
-            train(base, base_dir, device=device, resume=True)
+            train(base, base_dir, device=device, resume=True, offline=offline)
         exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init_from=str(base_dir)))
         print(f"training on top of it, {exp.name}:")
-    train(exp, work_dir / "run", device=device, resume=True)
+    train(exp, work_dir / "run", device=device, resume=True, offline=offline)
     predictor = Predictor.of(trained_model(exp, work_dir / "run").to(device), exp)
     val_set = open_dataset(exp.data, "val")
     print("fitting the linear baseline …")

@@ -22,9 +22,15 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
     """Return `exp.loss` with a number per class if its `class_weight` is "auto".
 
     "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
-    resumed run gets the same weights without reading them again. Raises UserError about a label that cannot be used.
+    resumed run gets the same weights without reading them again. Raises UserError about a label that cannot be used
+    and another number of weights than classes.
     """
-    if exp.loss.class_weight != "auto":
+    weights, classes = exp.loss.class_weight, len(dataset.classes)
+    if isinstance(weights, tuple) and len(weights) != classes:
+        raise UserError(
+            f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, auto or None"
+        )
+    if weights != "auto":
         return exp.loss
     path, key = work_dir / HISTOGRAM, _key(dataset)
     pixels = _read(path, key)

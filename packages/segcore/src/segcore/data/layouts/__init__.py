@@ -32,7 +32,7 @@ LAYOUTS = {
     "folder": Layout(folder.open_split, folder.classes),
     "toy": Layout(toy.open_split, lambda data: (cityscapes.CLASSES, cityscapes.PALETTE)),
 }
-"""Layouts by the name in `data.dataset`. To add a data set, add its module and a line here."""
+"""Layouts by name. To add a data set, add its module, a line here and the name to `DataConfig.dataset`."""
 
 
 def open_dataset(data: DataConfig, split: Split) -> Dataset:
