@@ -30,7 +30,7 @@ from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 
 MAX_DIFFERENCE = 1e-3
-"""Maximum difference of a logit from the model's own."""
+"""Maximum difference of a logit from the model's own, relative to the largest logit if that exceeds 1."""
 MIN_AGREEMENT = 0.999
 """Minimum share of the pixels with the same class as the model's own."""
 MAX_SIDE = 8192
@@ -57,7 +57,7 @@ class Check:
 
     shape: tuple[int, ...]
     difference: float
-    """Largest absolute difference of a logit from the model's own."""
+    """Largest difference of a logit from the model's own, relative to the largest logit if that exceeds 1."""
     agreement: float
     """Share of the pixels with the same class."""
 
@@ -181,7 +181,8 @@ def _save_program(program: torch.export.ExportedProgram, path: Path, text: str) 
 def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
     expected, found = module(images), run(images)
     same = (expected.argmax(1) == found.argmax(1)).double().mean().item()
-    return Check(tuple(images.shape), (expected - found).abs().max().item(), same)
+    scale = expected.abs().max().clamp(min=1)
+    return Check(tuple(images.shape), ((expected - found).abs().max() / scale).item(), same)
 
 
 def _refuse(checks: list[Check], path: Path) -> None:
@@ -189,7 +190,7 @@ def _refuse(checks: list[Check], path: Path) -> None:
     for check in checks:
         if not (check.difference <= MAX_DIFFERENCE and check.agreement >= MIN_AGREEMENT):
             raise UserError(
-                f"{path}: not written, it does not answer as the model does ({check}; allowed are {MAX_DIFFERENCE} and "
+                f"{path}: not written, its outputs differ from the model's ({check}; allowed are {MAX_DIFFERENCE} and "
                 f"{MIN_AGREEMENT:.1%}); report this with the versions that `env` prints"
             )
 
