@@ -101,7 +101,6 @@ def test_the_command_line_writes_the_same(seg, run, photo, tmp_path):
         *(np.zeros((4, 4)), np.zeros((70, 90, 4), np.uint8), torch.zeros(70, 90, 3, dtype=torch.uint8), "none.png"),
         *(Image.new("I;16", (90, 70)), Image.new("F", (90, 70)), 5, None, {"a": 1}, [["a.png"]]),
     ],
-    ids=str,
 )
 def test_a_non_image_is_refused(seg, image):
     with pytest.raises(ValueError, match=r"give an array \(H, W, 3\)|give a path|none\.png") as caught:
