@@ -1,4 +1,4 @@
-"""OHEM without boolean indexing is OHEM with it: MMSegmentation's, whose plain form is kept here."""
+"""OHEM without boolean indexing equals OHEM with it: both published forms, whose plain versions are kept here."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from segcore.models.losses import ohem_cross_entropy
+from segcore.models.losses import ohem_cross_entropy, ohem_pyradd
 from segcore.testing.host_reads import HostReads
 
 IGNORE = 255
 
 
-def plain(logits: Tensor, labels: Tensor, threshold: float, min_kept: int, class_weight: Tensor | None) -> Tensor:
-    """Return the loss as published: pick the labeled pixels, sort them, pick the hard ones."""
+def plain_ohem(logits: Tensor, labels: Tensor, threshold: float, min_kept: int, class_weight: Tensor | None) -> Tensor:
+    """Return MMSegmentation's loss: pick the labeled pixels, sort them, pick the hard ones."""
     valid = labels != IGNORE
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[valid]
     weights = torch.ones_like(losses) if class_weight is None else class_weight.to(logits)[labels[valid]]
@@ -26,6 +26,24 @@ def plain(logits: Tensor, labels: Tensor, threshold: float, min_kept: int, class
     return (losses * weights)[hard].sum() / hard.sum().clamp(min=1)
 
 
+def plain_pyradd(
+    logits: Tensor, labels: Tensor, threshold: float, min_kept: int, class_weight: Tensor | None
+) -> Tensor:
+    """Return pyradd/DDRNet-pytorch's loss: likewise, with a mean by weight."""
+    valid = labels != IGNORE
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[valid]
+    weights = torch.ones_like(losses) if class_weight is None else class_weight.to(logits)[labels[valid]]
+    if len(losses) >= min_kept:
+        probabilities = (-losses.detach()).exp()
+        hard = probabilities <= probabilities.sort().values[min_kept - 1].clamp(min=threshold)
+        losses, weights = losses[hard], weights[hard]
+    return (losses * weights).sum() / weights.sum() if len(losses) else losses.sum()
+
+
+FORMS = pytest.mark.parametrize(("ohem", "plain"), [(ohem_cross_entropy, plain_ohem), (ohem_pyradd, plain_pyradd)])
+
+
+@FORMS
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 7)),
@@ -35,7 +53,9 @@ def plain(logits: Tensor, labels: Tensor, threshold: float, min_kept: int, class
     weighted=st.booleans(),
     ties=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_plain_form(seed, shape, ignored, threshold, min_kept, weighted, ties):
+def test_value_and_gradient_are_those_of_the_plain_form(
+    ohem, plain, seed, shape, ignored, threshold, min_kept, weighted, ties
+):
     generator = torch.Generator().manual_seed(seed)
     batch, height, width = shape
     logits = 2 * torch.randn(batch, 4, height, width, generator=generator, dtype=torch.float64)
@@ -45,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_plain_form(seed, shape, ignored, th
     weight = torch.rand(4, generator=generator) + 0.1 if weighted else None
     options = {"threshold": threshold, "min_kept": min_kept, "class_weight": weight}
     with HostReads() as reads:
-        ours, _ = ohem_cross_entropy(logits, labels, ignore_index=IGNORE, **options)
+        ours, _ = ohem(logits, labels, ignore_index=IGNORE, **options)
         [gradient] = torch.autograd.grad(ours, logits)
     assert reads.found == []
     theirs = plain(logits, labels, **options)
@@ -66,11 +86,12 @@ def test_host_reads_are_seen():
     assert reads.found == []
 
 
+@FORMS
 @pytest.mark.parametrize("min_kept", [5, 100])
-def test_a_batch_without_labels_has_loss_0(min_kept):
+def test_a_batch_without_labels_has_loss_0(ohem, plain, min_kept):
     logits = torch.randn(1, 4, 3, 5, requires_grad=True)
     labels = torch.full((1, 3, 5), IGNORE)
-    loss, _ = ohem_cross_entropy(logits, labels, ignore_index=IGNORE, min_kept=min_kept)
+    loss, _ = ohem(logits, labels, ignore_index=IGNORE, min_kept=min_kept)
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
