@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from segcore.cli.main import main
+from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.check import check, check_headers, label_pixels
 from segcore.data.dataset import Dataset
@@ -19,7 +20,7 @@ from segcore.data.layouts import open_dataset
 from segcore.demo import toy
 from segcore.errors import UserError
 from segcore.training import class_weight
-from segcore.training.class_weight import balanced, resolve_loss
+from segcore.training.class_weight import balanced, resolve_loss, weights_are_of_row
 
 CLASSES = ("sea", "land", "sky")
 
@@ -235,6 +236,16 @@ def test_given_weights_stay_unchanged(data: DataConfig, tmp_path: Path) -> None:
 def test_another_number_of_weights_than_classes_is_refused(data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss.class_weight has 2 values for 3 classes; give one per class, auto"):
         resolve_loss(experiment(data, (1.0, 2.0)), open_dataset(data, "train"), tmp_path / "run")
+
+
+def test_weights_that_a_row_states_for_its_classes_are_left_out_for_others(data: DataConfig, tmp_path: Path) -> None:
+    row = load_experiment("ddrnet_23_slim_cityscapes_pyradd")
+    assert isinstance(row.loss.class_weight, tuple)
+    other = replace(row, model=replace(row.model, num_classes=3))
+    assert weights_are_of_row(other)
+    assert not weights_are_of_row(row)
+    loss = resolve_loss(other, open_dataset(data, "train"), tmp_path / "run")
+    assert loss == replace(row.loss, class_weight=None)
 
 
 def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

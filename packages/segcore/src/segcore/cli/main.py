@@ -28,7 +28,7 @@ from segcore.cli.train import Train
 from segcore.config import options
 from segcore.config.fields import Section, reads
 from segcore.config.registry import experiments, find_experiment, program
-from segcore.config.schema import Experiment
+from segcore.config.schema import Experiment, with_class_count
 from segcore.errors import UsageError, UserError
 
 COMMANDS: dict[str, type[Any]] = {
@@ -143,8 +143,10 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
     if missing := [key for key in required if key in places[len(free) :]]:
         raise UsageError(f"missing: {', '.join(missing).upper()}; {order}")
     given |= {key: [word] for key, word in zip(places, free, strict=False)}
-    values = {key if key in fields else f"experiment.{key}": v for key, v in options.read(given, kinds).items()}
-    return options.change(command, values)
+    values = options.read(given, kinds)
+    if experiment := getattr(command, "experiment", None):
+        values = with_class_count(experiment, values)
+    return options.change(command, {key if key in fields else f"experiment.{key}": v for key, v in values.items()})
 
 
 def offers(command: Any) -> options.Offered:

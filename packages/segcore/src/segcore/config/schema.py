@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.fields import INPUT, Section, setting
-from segcore.config.options import override
+from segcore.config.options import change, read_overrides
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -333,8 +333,16 @@ class Experiment(Section):
 
         Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
         """
-        changed: Experiment = override(self, overrides)
+        changed: Experiment = change(self, with_class_count(self, read_overrides(self, overrides)))
         return changed
+
+
+def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changed settings by dotted name; `data.classes` of a folder alone also sets `model.num_classes`."""
+    data = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in ("dataset", "add_background_class")}
+    if data["dataset"] != "folder" or "data.classes" not in values:
+        return dict(values)
+    return {"model.num_classes": len(values["data.classes"]) + data["add_background_class"], **values}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
-from segcore.training.class_weight import resolve_loss
+from segcore.training.class_weight import resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
 from segcore.training.optimizer import build_optimizer
@@ -52,6 +53,9 @@ def setup(
     if val and isinstance(state.model, StepwiseSegmentor):
         state.model.check_steps(exp.evaluate.steps)
     notes += _notes(state)
+    if weights_are_of_row(exp):
+        given = len(exp.loss.class_weight or ())
+        notes.append(f"loss.class_weight: left out, {exp.name} states it for its {given} classes; auto counts yours")
     if found:
         notes += load_state(exp, state, found)
     elif resume:
@@ -59,8 +63,9 @@ def setup(
     if exp.train.init_from and not found:
         from segcore.checkpoints.load import load_init
 
-        start = exp.train.init_from
-        notes.append(distributed.main_process_first(lambda: load_init(state.model, start, offline=offline)))
+        start, classes = exp.train.init_from, dataset.classes
+        load = partial(load_init, state.model, start, exp=exp, classes=classes, offline=offline)
+        notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     return state, dataset, val, notes
