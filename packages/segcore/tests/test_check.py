@@ -89,8 +89,8 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
     (root / "images/train/8.png").write_text("no picture")
     report = check(data, "train", 19)
     wanted = [
-        ("images/train/4.png", "remove the image"),
-        ("images/train/7.png", "remove the image"),
+        ("images/train/4.png", "images/train/*", "masks/train/*"),
+        ("images/train/7.png", "data.train_masks"),
         (str(root), "3 classes", "model.num_classes is 19"),
         ("images/train/0.png", "the file is empty"),
         ("images/train/1.png", "damaged"),
@@ -105,7 +105,7 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
         assert all(part in problem for part in parts), problem
         assert "\n" not in problem
     assert report.notes[0] == f"{root / 'masks/train/6.png'}: a label without an image"
-    with pytest.raises(UserError, match=r"4.png: .*add one or remove the image \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"4.png: .*add one, remove the image, .*data.train_masks \(and 1 more; `check` lists them\)"):
         open_dataset(data, "train")
 
 
@@ -273,7 +273,7 @@ def test_auto_names_labels_that_cannot_be_used(data: DataConfig, tmp_path: Path)
     write(data.root / "masks/train/5.png", np.full((20, 30), 78))
     dataset = open_dataset(data, "train")
     assert len(label_pixels(dataset)[1]) == 2
-    with pytest.raises(UserError, match=r"3.png: label values 77 .*data.classes \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"3.png: label values 77 .*data.unlisted to ignore \(and 1 more; `check` lists them\)"):
         resolve_loss(experiment(data, "auto"), dataset, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -27,8 +27,9 @@ from segcore.cli.test import Test
 from segcore.cli.train import Train
 from segcore.config import options
 from segcore.config.fields import Section, reads
+from segcore.config.label_rows import with_class_count
 from segcore.config.registry import experiments, find_experiment, program
-from segcore.config.schema import Experiment, with_class_count
+from segcore.config.schema import Experiment
 from segcore.errors import UsageError, UserError
 
 COMMANDS: dict[str, type[Any]] = {

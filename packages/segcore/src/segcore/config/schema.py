@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.fields import INPUT, Section, setting
+from segcore.config.label_rows import class_names, with_class_count
 from segcore.config.options import change, read_overrides
 from segcore.errors import UserError
 
@@ -68,8 +69,23 @@ class DataConfig(Section):
     """`folder` only: glob of the validation images."""
     val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
+    train_list: Path | None = setting(None, commands=("check",))
+    """`folder` only: text file with one training image per line: its stem, or image and mask relative to the root."""
+    val_list: Path | None = setting(None, commands=_SPLIT)
+    """`folder` only: the same for validation, which may then share the folders of training."""
+    val_share: float = setting(0.0, least=0, below=1, commands=_SPLIT)
+    """`folder` only: share of the training images that is held out for validation, drawn by `data.val_seed`. 0: none,
+    validation has images of its own."""
+    val_seed: int = setting(0, commands=_SPLIT)
+    """`folder` only: seed of that draw."""
     classes: tuple[str, ...] = setting((), commands=_CLASSES)
-    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
+    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored (65535 above 255 classes).
+    Alone, it also sets `model.num_classes`."""
+    labels: tuple[str, ...] = setting((), commands=_CLASSES)
+    """`folder` only, for other mask values: rows `value=name` or `#rrggbb=name` (`0=road 7=car 255=ignore`), or a CSV
+    file of `value,name` rows. Several values may have one name; `ignore` leaves pixels out. It sets `data.classes`."""
+    unlisted: Literal["stop", "ignore"] = setting("stop", commands=_CLASSES)
+    """`folder` only: mask values that are no class end the run, or are ignored."""
     add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
     channels: int = setting(3, least=1, commands=INPUT)
@@ -101,6 +117,7 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_labels()
         low, high = self.ratio_range
         if low > high:
             raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
@@ -113,6 +130,16 @@ class DataConfig(Section):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
         if self.bit_depth == 16 and self.mean == DataConfig.mean:
             raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
+
+    def _check_labels(self) -> None:
+        if not self.labels:
+            return
+        names = class_names(self.labels)
+        if self.classes and sorted(names) != sorted(self.classes):
+            other = ", ".join(sorted({*names} ^ {*self.classes}))
+            raise UserError(
+                f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes"
+            )
 
 
 @dataclass(frozen=True)
@@ -335,14 +362,6 @@ class Experiment(Section):
         """
         changed: Experiment = change(self, with_class_count(self, read_overrides(self, overrides)))
         return changed
-
-
-def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changed settings by dotted name; `data.classes` of a folder alone also sets `model.num_classes`."""
-    data = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in ("dataset", "add_background_class")}
-    if data["dataset"] != "folder" or "data.classes" not in values:
-        return dict(values)
-    return {"model.num_classes": len(values["data.classes"]) + data["add_background_class"], **values}
 
 
 @dataclass(frozen=True)

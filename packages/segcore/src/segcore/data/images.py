@@ -40,22 +40,59 @@ def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.nd
 
 
 def read_label(path: Path | str) -> np.ndarray:
-    """Return the values of a label file, (H, W) uint8, unchanged: a palette PNG yields its indices.
+    """Return the values of a label file, (H, W) uint8 or uint16, unchanged: a palette PNG yields its indices.
 
-    Raises UserError for a file that is missing, damaged, has more than one channel or values beyond 255.
+    Raises UserError for a file that is missing, damaged, has more than one channel, or values that are not whole
+    numbers 0 .. 65535.
     """
+    label = np.array(_open_label(path))
+    if label.ndim != 2:
+        raise UserError(
+            f"{path}: label of shape {label.shape}; save one channel of class indices, or set data.labels to its colors"
+        )
+    if label.dtype in (np.uint8, np.uint16):
+        return label
+    if not (np.isfinite(label).all() and (label == np.round(label)).all()):
+        raise UserError(
+            f"{path}: holds numbers that are not whole, such as {label[label != np.round(label)][0]:g}; "
+            "save class indices as 8-bit or 16-bit integers"
+        )
+    if label.min() < 0 or label.max() >= 1 << 16:
+        raise UserError(f"{path}: label values {label.min():g} to {label.max():g}; save class indices 0 to 65535")
+    return label.astype(np.uint8 if label.max() < 256 else np.uint16)
+
+
+def read_colors(path: Path | str, colors: np.ndarray) -> np.ndarray:
+    """Return which of `colors` (n, 3) each pixel of a label file has, (H, W) uint16, and n for another color.
+
+    The file holds gray values, a palette, RGB or RGBA; transparency does not count.
+    """
+    codes, wanted = _color_codes(_open_label(path).convert("RGB")), _color_codes(colors)
+    order = np.argsort(wanted)
+    places = np.minimum(np.searchsorted(wanted[order], codes), len(wanted) - 1)
+    return np.where(wanted[order][places] == codes, order[places], len(wanted)).astype(np.uint16)
+
+
+def hex_colors(path: Path | str, known: np.ndarray, most: int = 5) -> str:
+    """Return the first colors of a label file that are not among `known` (n, 3), as text: `#804080, …`."""
+    found = np.setdiff1d(_color_codes(_open_label(path).convert("RGB")), _color_codes(known))
+    return ", ".join(f"#{code:06x}" for code in found[:most]) + (" …" if len(found) > most else "")
+
+
+def _color_codes(rgb: Image.Image | np.ndarray) -> np.ndarray:
+    """Return colors (..., 3) as numbers 0xRRGGBB."""
+    red, green, blue = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
+    codes: np.ndarray = red << 16 | green << 8 | blue
+    return codes
+
+
+def _open_label(path: Path | str) -> Image.Image:
     try:
         with Image.open(path) as file:
-            label = np.array(file)
+            file.load()
+            return file
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a label ({_reason(error)}); replace the file") from None
-    if label.ndim != 2:
-        raise UserError(f"{path}: label of shape {label.shape}; save one channel of class indices, not colors")
-    if label.dtype not in (np.uint8, np.bool_) and (label.min() < 0 or label.max() > 255):
-        raise UserError(
-            f"{path}: label values {label.min()} to {label.max()}; save class indices 0 to 254, and 255 to ignore"
-        )
-    return label.astype(np.uint8, copy=False)
 
 
 def _decode(data: bytes, channels: int) -> np.ndarray:
