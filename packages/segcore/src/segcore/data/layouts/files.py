@@ -16,7 +16,7 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack the dataset there, or set data.root")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}") if not path.is_dir())
     return {name.removesuffix(suffix): folder / name for name in names}
 
 

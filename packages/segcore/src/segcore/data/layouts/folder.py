@@ -59,8 +59,8 @@ def classes(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
 def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
     """Return the files of these types that match `pattern` below `root`, keyed by stem and sorted by path as text.
 
-    Hidden files and files of other types are left out. Raises UserError when two share a stem or the pattern is not
-    a relative glob.
+    Hidden files, files of other types and folders are left out. Raises UserError when two share a stem or the pattern
+    is not a relative glob.
     """
     try:
         paths = sorted(root.glob(pattern), key=lambda path: path.relative_to(root).as_posix())
@@ -70,7 +70,7 @@ def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUF
         ) from None
     found: dict[str, Path] = {}
     for path in paths:
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir():
             relative = path.relative_to(root / fixed_part(pattern))
             key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
             if key in found:
