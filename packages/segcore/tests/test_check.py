@@ -105,7 +105,7 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
         assert all(part in problem for part in parts), problem
         assert "\n" not in problem
     assert report.notes[0] == f"{root / 'masks/train/6.png'}: a label without an image"
-    with pytest.raises(UserError, match=r"4.png: .*add one, remove the image, .*data.train_masks \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"4.png: .*add one, .*data.train_masks \(and 1 more; `check` lists them\)"):
         open_dataset(data, "train")
 
 
@@ -273,7 +273,7 @@ def test_auto_names_labels_that_cannot_be_used(data: DataConfig, tmp_path: Path)
     write(data.root / "masks/train/5.png", np.full((20, 30), 78))
     dataset = open_dataset(data, "train")
     assert len(label_pixels(dataset)[1]) == 2
-    with pytest.raises(UserError, match=r"3.png: label values 77 .*data.unlisted to ignore \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"3.png: label values 77 .* to ignore \(and 1 more; `check` lists them\)"):
         resolve_loss(experiment(data, "auto"), dataset, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

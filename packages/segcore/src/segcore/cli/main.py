@@ -7,6 +7,7 @@ and what takes time to import is imported where a Ctrl-C is answered already.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -63,6 +64,9 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is shown escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
     try:
         command = parse(words, package)

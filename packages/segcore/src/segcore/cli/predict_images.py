@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
+from segcore.data.layouts.files import walk
 from segcore.errors import UserError
 from segcore.inference import LoadedModel, Result
 from segcore.progress import progress
@@ -55,16 +56,16 @@ def plan(
     if source.is_dir():
         if kind in (".png", *JPEG):
             raise UserError(f"{target}: one file for all images of the folder {source}; give a folder")
-        if target.resolve() == source.resolve():
+        if realpath(target) == realpath(source):
             raise UserError(f"{target}: is the folder of the images; choose another output folder")
-        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        inside = source.resolve() in target.resolve().parents  # then leave out the results of an earlier run
-        images = [p for p in found if not (inside and target.resolve() in p.resolve().parents)]
+        found = sorted(p for p in walk(source) if p.suffix.lower() in IMAGE_SUFFIXES)
+        inside = realpath(source) in realpath(target).parents  # then leave out the results of an earlier run
+        images = [p for p in found if not (inside and realpath(target) in realpath(p).parents)]
         if not images:
             raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
         names = [p.relative_to(source).with_suffix(".png") for p in images]
         masks = [target / name for name in names]
-    elif source.is_file():
+    elif source.exists():
         images = [source]
         masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / f"{source.stem}.png"]
         names = [Path(masks[0].name)]
@@ -82,10 +83,15 @@ def plan(
     written = Counter(path for job in jobs for path in job.written)
     if twice := next((path for path, count in written.items() if count > 1), None):
         raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
-    results = {path.resolve() for path in written}
-    if same := next((image for image in images if image.resolve() in results), None):
+    results = {realpath(path) for path in written}
+    if same := next((image for image in images if realpath(image) in results), None):
         raise UserError(f"{same}: a result would overwrite this image; choose another output folder")
     return jobs
+
+
+def realpath(path: Path) -> Path:
+    """Return the path without links, as far as they lead anywhere: `Path.resolve` raises for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
+from segcore.data.images import read_size
 from segcore.data.layouts import find_files
 from segcore.errors import UserError
 from segcore.progress import progress
@@ -126,7 +125,7 @@ def check_sample(dataset: Dataset, index: int) -> SampleCheck:
     """Read a sample's image and label completely; return problems with the files instead of raising them."""
     sample, problems = dataset.samples[index], list[str]()
     image = _collect(problems, lambda: dataset.image(index))
-    label = _collect(problems, lambda: _label(dataset, index)) if sample.label else None
+    label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
     if image is not None and label is not None:
         _collect(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
     pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
@@ -151,7 +150,7 @@ def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
 
     def count(index: int) -> tuple[np.ndarray | None, list[str]]:
         lines = list[str]()
-        label = _collect(lines, lambda: _label(dataset, index))
+        label = _collect(lines, lambda: dataset.label(index))
         return None if label is None else np.bincount(label.ravel(), minlength=256), lines
 
     for pixels, lines in _each(count, len(dataset), "counting label pixels"):
@@ -160,32 +159,15 @@ def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
     return total, problems
 
 
-def _label(dataset: Dataset, index: int) -> np.ndarray:
-    """Return `Dataset.label` after verifying a PNG's checksums, which Pillow does not do when it decodes."""
-    label, path = dataset.label(index), dataset.samples[index].label
-    assert path is not None
-    try:
-        with Image.open(path) as file:
-            file.verify()
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a label ({error}); replace the file") from None
-    return label
-
-
 def _headers(dataset: Dataset, index: int) -> list[str]:
     problems, sample = list[str](), dataset.samples[index]
     try:
-        image, label = _header_size(sample.image), _header_size(sample.label or sample.image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        image, label = read_size(sample.image), read_size(sample.label or sample.image)
+    except UserError:
         return list(check_sample(dataset, index).problems)  # only OpenCV or NumPy can read it, or it is damaged
     if sorted(image) != sorted(label):  # the EXIF orientation may turn the image
         _collect(problems, lambda: check_sizes(sample, image, label))
     return problems
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as file:
-        return file.height, file.width
 
 
 def _collect(problems: list[str], read: Callable[[], T]) -> T | None:

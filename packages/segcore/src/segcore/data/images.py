@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from segcore.data.silence import silent_codecs
 from segcore.errors import UserError
+from segcore.files import regular_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".gif", ".npy")
 """Suffixes, in lower case, of the files that count as images when a folder is searched."""
@@ -25,10 +31,8 @@ def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8) -> np.nd
     Raises UserError for a file that is missing, empty, damaged, or does not match `channels` and `bit_depth`.
     """
     path = Path(path)
-    try:
-        image = _load_npy(path) if path.suffix.lower() == ".npy" else _decode(path.read_bytes(), channels)
-    except (OSError, ValueError, EOFError, cv2.error) as error:
-        raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); replace the file") from None
+    with _reading(path, "an image"):
+        image = _load_npy(path) if path.suffix.lower() == ".npy" else _decode(_checked(path.read_bytes()), channels)
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[2:] != (channels,) or image.dtype != (np.uint8 if bit_depth == 8 else np.uint16):
@@ -87,22 +91,72 @@ def _color_codes(rgb: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _open_label(path: Path | str) -> Image.Image:
+    path = Path(path)
+    with _reading(path, "a label"), Image.open(io.BytesIO(_checked(path.read_bytes()))) as file:
+        file.load()
+        return file
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return the (height, width) in the header of an image or label file. Raises UserError where Pillow finds none."""
+    with _reading(path, "an image"), Image.open(path) as file:
+        return file.height, file.width
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Every file is opened and decoded inside this block, which turns whatever that raises into one UserError.
+
+    Libraries raise errors of any type for a damaged file, and MemoryError for one that is too large.
+    """
     try:
-        with Image.open(path) as file:
-            file.load()
-            return file
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a label ({_reason(error)}); replace the file") from None
+        regular_file(path)
+        with silent_codecs():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as {kind} ({_reason(error)}); replace the file") from None
+
+
+def _checked(data: bytes) -> bytes:
+    """Return an encoded image that is complete, of a PNG only what its pixels follow from.
+
+    Decoders fill what is missing of a file with zeros or gray. Raises ValueError with the reason.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    if data.startswith(_PNG):
+        return _checked_png(data)
+    if data.startswith(b"\xff\xd8") and data.find(b"\xff\xd9", _first_scan(data)) < 0:
+        raise ValueError("the file is truncated")
+    return data
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_OF_THE_PIXELS = (b"tRNS", b"eXIf")
+"""Optional chunks that decoders need: alpha and orientation. libpng warns about damage in the others, such as iCCP."""
+
+
+def _checked_png(data: bytes) -> bytes:
+    """Return a PNG's chunks that concern the pixels, after a check of their CRCs."""
+    kept, start, name = [_PNG], len(_PNG), b""
+    while name != b"IEND":
+        name, end = data[start + 4 : start + 8], start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data):
+            raise ValueError("the file is truncated")
+        if name[:1].isupper() or name in _OF_THE_PIXELS:
+            if zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise ValueError("the file is damaged: wrong checksum")
+            kept.append(data[start:end])
+        elif not name.isalpha():
+            raise ValueError("the file is damaged: not a PNG chunk")
+        start = end
+    return b"".join(kept)
 
 
 def _decode(data: bytes, channels: int) -> np.ndarray:
     """Return the pixels of an encoded image in RGB order; raises ValueError with the reason on failure."""
-    if not data:
-        raise ValueError("the file is empty")
-    # OpenCV 4 fills the missing part of a truncated file with gray.
-    is_jpeg, is_png = data.startswith(b"\xff\xd8"), data.startswith(b"\x89PNG")
-    if (is_jpeg and data.find(b"\xff\xd9", _first_scan(data)) < 0) or (is_png and b"IEND" not in data):
-        raise ValueError("the file is truncated")
     color = {1: cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH}
     buffer = np.frombuffer(data, np.uint8)
     image = cv2.imdecode(buffer, color.get(channels, cv2.IMREAD_UNCHANGED))
@@ -125,6 +179,7 @@ def _first_scan(data: bytes) -> int:
 
 
 def _load_npy(path: Path) -> np.ndarray:
+    np.lib.format.open_memmap(path, "r")  # refuses a header that promises more than the file holds, unlike read_array
     with path.open("rb") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -133,4 +188,6 @@ def _reason(error: Exception) -> str:
     """Return the first line of the error's message, shortened."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnidentifiedImageError):  # its message names an object in memory
+        return "not an image, or damaged"
     return (str(error) or type(error).__name__).splitlines()[0][:120]

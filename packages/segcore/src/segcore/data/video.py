@@ -45,7 +45,7 @@ def plan(source: Path, target: Path) -> Path:
         raise UserError(f"{source}: cameras work on Linux and macOS only; record a video and pass its file")
     name = f"camera{source}" if is_camera(source) else source.stem
     path = target if target.suffix.lower() in SUFFIXES else target / f"{name}_overlay.mp4"
-    if path.resolve() == source.resolve():
+    if os.path.realpath(path) == os.path.realpath(source):  # `Path.resolve` raises for a link to itself
         raise UserError(f"{path}: would overwrite the video; choose another output")
     return path
 

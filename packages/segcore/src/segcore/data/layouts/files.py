@@ -26,7 +26,8 @@ def walk(folder: Path, depth: float = math.inf, above: frozenset[tuple[int, int]
     for entry in found:
         if entry.name.startswith(".") or entry.name in SYSTEM:
             continue
-        if not entry.is_dir():
+        folder_link = entry.is_symlink() and Path(entry.path).is_dir()  # unlike `entry.is_dir`, never raises
+        if not entry.is_dir(follow_symlinks=False) and not folder_link:
             yield Path(entry.path)
         elif depth > 1:
             status = entry.stat()

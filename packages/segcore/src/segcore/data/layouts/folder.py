@@ -27,7 +27,8 @@ from segcore.errors import UserError
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif"), (".jpg", ".jpeg")
 """Suffixes of masks: lossless formats, else JPEG, whose values are refused where it has changed them."""
-MAX_CLASSES = FORBIDDEN
+MAX_CLASSES = 8190
+"""The metrics pack a class and two bits into 16 bits."""
 _ENDING = re.compile(
     r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
     re.IGNORECASE,
