@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from segcore.cli.main import main
 from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
-from segcore.data.check import check, check_headers, label_pixels
+from segcore.data.check import check, check_headers, label_pixels, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo import toy
@@ -166,7 +168,7 @@ def test_check_headers_accepts_exif_rotation_and_files_that_pillow_cannot_read(t
     exif = photo.getexif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     photo.save(tmp_path / "images/train/a.jpg", exif=exif)
-    write(tmp_path / "masks/train/a.png", np.zeros((30, 20)))
+    write(tmp_path / "masks/train/a.png", np.eye(30, 20))
     np.save(tmp_path / "images/train/b.npy", np.zeros((20, 30, 3), np.uint8))
     write(tmp_path / "masks/train/b.png", np.zeros((20, 30)))
     data = DataConfig("folder", tmp_path, classes=CLASSES)
@@ -285,3 +287,54 @@ def test_real_labels_are_counted_as_opencv_does(real_data: Path) -> None:
     expected = sum(cv2.calcHist([label], [0], None, [256], [0, 256]).ravel() for label in labels)
     assert problems == []
     np.testing.assert_array_equal(counted, expected)
+
+
+# Labels from which nothing can be learned
+
+TWO = ("sea", "land")
+
+
+def mask_set(root: Path, *masks: np.ndarray, **settings: Any) -> DataConfig:
+    """Return a folder whose training and validation masks are these, with gray images."""
+    for split in ("train", "val"):
+        for i, mask in enumerate(masks):
+            write(root / f"masks/{split}/{i}.png", mask)
+            write(root / f"images/{split}/{i}.png", np.full((*mask.shape, 3), 99))
+    return DataConfig("folder", root, **{"classes": TWO, **settings})
+
+
+HALF = np.repeat([0, 1], 20)[None].repeat(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "settings", "words"),
+    [
+        (HALF * 255, {}, "only 0 and 255, which is ignored.*--data.labels 0=sea 255=land"),
+        (HALF * 0, {}, "only 'sea' has pixels in train"),
+        (HALF * 0 + 1, {}, "only 'land' has pixels in train"),
+        (HALF * 0 + 255, {}, "every label pixel of train is ignored; .*data.labels"),
+        (HALF * 0, {"classes": ("sea",)}, "'sea' is the only class"),
+    ],
+)
+def test_training_that_would_mean_nothing_is_a_problem(tmp_path: Path, mask, settings, words: str) -> None:
+    data = mask_set(tmp_path, mask, mask, **settings)
+    [problem] = check(data, "train").problems
+    assert re.search(words, problem), problem
+    assert problem.startswith(f"{tmp_path}: ")
+    with pytest.raises(UserError, match=words):
+        require_meaning(open_dataset(data, "train"), "train", data.root)
+
+
+def test_a_few_suspicious_labels_of_many_are_no_problem(tmp_path: Path) -> None:
+    dataset = open_dataset(mask_set(tmp_path, HALF * 255, HALF * 255, HALF), "train")
+    assert require_meaning(dataset, "train", tmp_path, most=1) == []
+    assert require_meaning(dataset, "val", tmp_path) == []
+
+
+def test_doubtful_labels_are_remarked_by_name(tmp_path: Path) -> None:
+    data = mask_set(tmp_path, HALF, np.full((8, 80), 255), classes=(*TWO, "ice"))
+    report = check(data, "val")
+    assert report.problems == []
+    assert report.notes == [f"{tmp_path}: no pixel is labeled ice", f"{tmp_path}: 67% of the label pixels are ignored"]
+    remarks = require_meaning(open_dataset(data, "val"), "val", tmp_path)
+    assert remarks == [note.replace(": ", ": val: ", 1) for note in report.notes]

@@ -13,7 +13,7 @@ from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
-from segcore.data.check import check_headers
+from segcore.data.check import check_headers, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.errors import UserError
@@ -139,7 +139,11 @@ def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
         raise UserError(f"{broken[0]} (and {len(broken) - 1} more; `check` lists all)" if broken[1:] else broken[0])
     if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
-    return dataset, val, broken
+    parts = {"train": dataset} | ({"val": val} if val else {})
+    doubts = distributed.on_main_process(
+        lambda: [line for split, part in parts.items() for line in require_meaning(part, split, exp.data.root)]
+    )
+    return dataset, val, [*broken, *doubts]
 
 
 def _notes(state: TrainState) -> Iterator[str]:

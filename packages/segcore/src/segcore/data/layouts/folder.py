@@ -111,9 +111,11 @@ def _of_list(
         pair = [root / word for word in words] if len(words) == 2 else []
         if pair and all(file.is_file() for file in pair):
             found.append(Sample(*pair))
-        elif (stem := PurePosixPath(line).stem) in known or line in known:
-            found.append(known.get(line) or known[stem])
-        elif stem in lost:
+        elif line in known:  # a stem with blanks
+            found.append(known[line])
+        elif len(words) == 1 and (stem := PurePosixPath(line).stem) in known:
+            found.append(known[stem])
+        elif len(words) == 1 and stem in lost:
             left.append(lost[stem])
         else:
             raise UserError(
