@@ -11,10 +11,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
+from segcore.data.images import IMAGE_SUFFIXES, read_label
 from segcore.data.layouts.files import walk
 from segcore.errors import UserError
-from segcore.inference import LoadedModel, Result
+from segcore.inference import LoadedModel, Result, as_array
 from segcore.progress import progress
 from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
 
@@ -105,7 +105,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
     with progress("predicting") as advance:
         for done, job in enumerate(jobs):
             try:
-                image = read_image(job.image, seg.experiment.data.channels, seg.experiment.data.bit_depth)
+                image = as_array(job.image, seg.experiment.data)
             except UserError as error:
                 failures.append(str(error))
                 continue

@@ -90,8 +90,10 @@ class DataConfig(Section):
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
     channels: int = setting(3, least=1, commands=INPUT)
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
-    bit_depth: Literal[8, 16] = setting(8, commands=INPUT)
-    """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
+    bit_depth: Literal[8, 16, 32] = setting(8, commands=INPUT)
+    """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""
+    max_pixels: int = setting(1 << 28, least=1, most=1 << 30, commands=INPUT)
+    """Pixels that an image or label may have at most: a small file can claim to hold any number."""
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
     ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
@@ -107,7 +109,7 @@ class DataConfig(Section):
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
-    """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits); the default is ImageNet's."""
+    """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
     workers: int = setting(4, least=0, commands=("test",))
@@ -128,8 +130,9 @@ class DataConfig(Section):
             )
         if self.photometric and (self.channels != 3 or self.bit_depth != 8):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
-        if self.bit_depth == 16 and self.mean == DataConfig.mean:
-            raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
+        if self.bit_depth > 8 and self.mean == DataConfig.mean:
+            bits = self.bit_depth
+            raise UserError(f"data.mean and data.std are those of 8-bit images; give those of your {bits}-bit images")
 
     def _check_labels(self) -> None:
         if not self.labels:

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segcore.data.images import hex_colors, read_colors, read_image, read_label
+from segcore.data.images import MAX_PIXELS, hex_colors, read_colors, read_image, read_label
 from segcore.data.labels import FORBIDDEN, ranges
 from segcore.errors import UserError
 
@@ -39,6 +39,7 @@ class Dataset:
         table: (65536,) uint16, value in the label file -> train id; see `label_lut`.
         colors: (n, 3) uint8, the colors in label files that hold colors: their values are the rows; else None.
         channels, bit_depth: required of the image files.
+        max_pixels: size limit of images and labels.
         missing: one line per image without a label (it is left out of `samples`); `open_dataset` raises for these.
         unmatched_labels: label files without an image.
     """
@@ -51,6 +52,7 @@ class Dataset:
     table: np.ndarray
     channels: int = 3
     bit_depth: int = 8
+    max_pixels: int = MAX_PIXELS
     colors: np.ndarray | None = None
     missing: tuple[str, ...] = ()
     unmatched_labels: tuple[Path, ...] = ()
@@ -63,8 +65,8 @@ class Dataset:
         return self.samples[index].image.relative_to(self.image_root).with_suffix("").as_posix()
 
     def image(self, index: int) -> np.ndarray:
-        """Return (H, W, C) RGB, uint8 or uint16 by bit depth. Raises UserError as `read_image` does."""
-        return read_image(self.samples[index].image, self.channels, self.bit_depth)
+        """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""
+        return read_image(self.samples[index].image, self.channels, self.bit_depth, self.max_pixels)
 
     @property
     def label_values(self) -> int:
@@ -79,7 +81,8 @@ class Dataset:
         path = self.samples[index].label
         if path is None:
             raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
-        raw = read_label(path) if self.colors is None else read_colors(path, self.colors)
+        colors, limit = self.colors, self.max_pixels
+        raw = read_label(path, limit) if colors is None else read_colors(path, colors, limit)
         label = cv2.LUT(raw, self.table[:256]) if raw.dtype == np.uint8 else self.table[raw]
         if (label == FORBIDDEN).any():
             raise UserError(f"{path}: {self._unlisted(path, raw[label == FORBIDDEN])}")
@@ -88,7 +91,8 @@ class Dataset:
     def _unlisted(self, path: Path, values: np.ndarray) -> str:
         """Return what is wrong with a label file that holds these values, and the remedy."""
         if self.colors is not None:
-            return f"colors {hex_colors(path, self.colors)} are not classes; add them to data.labels, or {_IGNORE_THEM}"
+            found = hex_colors(path, self.colors, self.max_pixels)
+            return f"colors {found} are not classes; add them to data.labels, or {_IGNORE_THEM}"
         lossy = " (JPEG changes values: save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
         allowed = ranges(np.flatnonzero(self.table != FORBIDDEN))
         return (

@@ -61,6 +61,7 @@ class Segmentor(nn.Module, ABC):
     """
 
     num_classes: int
+    _ignore_index: int | None = None
     align_corners: bool = False
     min_size: int = 1
     pad_to: int = 1
@@ -69,7 +70,11 @@ class Segmentor(nn.Module, ABC):
 
     @property
     def ignore_index(self) -> int:
-        return ignored_label(self.num_classes)
+        return self._ignore_index if self._ignore_index is not None else ignored_label(self.num_classes)
+
+    @ignore_index.setter
+    def ignore_index(self, label: int) -> None:
+        self._ignore_index = label
 
     @abstractmethod
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:

@@ -55,7 +55,7 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
             + (", or let `train` generate it there" if data.dataset == "toy" else "")
         )
     dataset = LAYOUTS[data.dataset].open_split(data, split)
-    dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth)
+    dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth, max_pixels=data.max_pixels)
     return with_background(dataset) if data.add_background_class else dataset
 
 
