@@ -5,11 +5,14 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import segcore
@@ -17,6 +20,7 @@ from ddrnet_seg.configs import DDRNetConfig
 from segcore.checkpoints import run_checkpoint
 from segcore.cli.main import COMMANDS, main
 from segcore.config.record import ConfigDiff, describe
+from segcore.config.schema import Experiment
 from segcore.data.images import read_image, read_label
 
 README = Path(__file__).parents[3] / "README.md"
@@ -250,10 +254,51 @@ def test_a_model_defined_in_a_user_file_names_that_file(run, tmp_path):
     assert segcore.load_model(f"{tmp_path / 'my.py'}:mine", checkpoint).experiment.name == "mine"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"experiment": 3}', '{"experiment": {"name": "x"}}', "\udcff"])
+DAMAGED = ["", "{", "[]", '{"experiment": 3}', '{"experiment": {"name": "x"}}', "\udcff", 100_000 * '{"experiment":']
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_record_gives_a_one_line_error(run, tmp_path, text):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "experiment.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"experiment\.json: cannot be read .*; name the configuration") as caught:
+    copy = run_checkpoint.folder_of(tmp_path / "run", 1)
+    remedy = f"give {copy}, whose copy is intact, or name the configuration instead"
+    with pytest.raises(ValueError, match=rf"run/experiment\.json: damaged \(.*\); {remedy}$") as caught:
         segcore.load_model(tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert segcore.load_experiment(copy).name == segcore.load_experiment(run).name
+    (copy / "experiment.json").write_bytes(text.encode(errors="surrogateescape"))
+    for folder in (tmp_path / "run", copy):
+        with pytest.raises(ValueError, match=r"experiment\.json: damaged \(.*\); name the configuration instead$"):
+            segcore.load_experiment(folder)
+
+
+def paths_of(value, path=()):
+    """Yield the path of every value in plain data."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths_of(item, (*path, key))
+
+
+ODD = [None, True, -1, 10**19, 1e308, "", "\0", "a\nb", "\udc80", [], [[]], {}, {"a": {"class": 3}}]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_record_with_any_other_value_loads_or_is_one_line(run, tmp_path, data):
+    record = json.loads((run / "experiment.json").read_text())
+    *path, last = data.draw(st.sampled_from([path for path in paths_of(record) if path]))
+    parent = reduce(lambda value, key: value[key], path, record)
+    if data.draw(st.booleans()):
+        parent[last] = data.draw(st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=3))
+    else:
+        del parent[last]
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    said = ""
+    try:
+        assert isinstance(segcore.load_experiment(tmp_path), Experiment)
+    except ValueError as error:
+        said = str(error)
+    assert not said or said.startswith(str(tmp_path / "experiment.json"))
+    assert said.isprintable()

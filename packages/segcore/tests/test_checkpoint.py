@@ -1,6 +1,6 @@
 """Checkpoints: saved state is restored exactly, and any damage is detected."""
 
-import json
+import errno
 import os
 import pickle
 import shutil
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from segcore.checkpoints import manifest
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.errors import UserError
-from segcore.files import sha256
 
 MODEL = {
     "conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last),
@@ -111,14 +113,15 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
+def forge(folder: Path) -> None:
+    """Write a valid manifest for what is in the folder, as an attacker can."""
+    (folder / checkpoint.MANIFEST).write_text(manifest.text_of([folder / name for name in checkpoint.FILES]))
+
+
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
-    """An attacker creates a checkpoint with a valid manifest."""
     (folder,) = saved(tmp_path, 1)
     torch.save({"iteration": Code(tmp_path / "executed")}, folder / "state.pt", pickle_module=pickle)
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    digest = sha256(folder / "state.pt")
-    manifest["files"]["state.pt"] = {"size": (folder / "state.pt").stat().st_size, "sha256": digest}
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    forge(folder)
     with pytest.raises(UserError, match=r"state.pt: refused, nothing was executed"):
         checkpoint.load(folder)
     assert not (tmp_path / "executed").exists()
@@ -137,9 +140,168 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) is None
     checkpoint.mark_best(tmp_path, 2, 0.25)
     assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
-    checkpoint.prune(tmp_path, 1, 4)  # 12 precedes a resume from an older checkpoint
+    (checkpoint.folder_of(tmp_path, 12) / "state.pt").write_bytes(b"")  # which is why the run resumed from an older one
+    assert checkpoint.prune(tmp_path, 1, 4) == ""
     assert names(tmp_path) == ["iter_2", "iter_4"]
     shutil.rmtree(checkpoint.folder_of(tmp_path, 2))
     assert checkpoint.best(tmp_path) is None
     (tmp_path / "best.json").write_text("[]")
     assert checkpoint.best(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("state.pt", content)
+            for content in (b"", b"not a pickle", b"\x80\x02]q\x00.", b"(" * 10_000, b"\x80\x04\x8c")
+        ),
+        *(("experiment.json", content) for content in (b"", b"[]", b"[" * 10_000, b'{"a": Infinity}', b"\xff")),
+        *(("model.safetensors", content) for content in (b"", b"\xff" * 8, b"\x02" + 7 * b"\0" + b"{}")),
+    ],
+)
+def test_damage_with_a_valid_manifest_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    older, folder = saved(tmp_path, 1, 2)
+    (folder / name).write_bytes(content)
+    forge(folder)
+    if content == b"\x02" + 7 * b"\0" + b"{}":  # whole, but without a tensor
+        assert checkpoint.load(folder).model == {}
+        return
+    with pytest.raises(UserError, match=rf"iter_2/{name}: .*; use {older} instead$") as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+MALFORMED = [
+    b"", b"[]", b"3", b"null", b"[" * 100_000, b'{"format": NaN}', b'{"format": 1}', b'{"format": 1, "files": []}',
+    b'{"format": 1, "files": {"state.pt": 3}}', b"\xff\xfe{}", b'{"format": 1e999}', b" " * (1 << 25),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
+def test_a_malformed_manifest_is_one_line_and_pruned_by_nobody(tmp_path: Path, capsys, content: bytes) -> None:
+    older, folder = saved(tmp_path, 2, 3)
+    (folder / checkpoint.MANIFEST).write_bytes(content)
+    assert checkpoint.newest(tmp_path) == older
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder / checkpoint.MANIFEST}: damaged")
+    for read in (checkpoint.load, checkpoint.read_model_state):
+        with pytest.raises(UserError, match=rf"manifest\.json: damaged.*; use {older} instead$"):
+            read(folder)
+    saved(tmp_path, 5)
+    assert "manifest.json: damaged" in checkpoint.prune(tmp_path, 1, 5)
+    assert names(tmp_path) == ["iter_3", "iter_5"]
+
+
+RECORDS = [
+    b"", b"[]", b"[" * 100_000, b"\xff", b"{}", b'{"iteration": 2}', b'{"iteration": Infinity, "mIoU": 0.5}',
+    b'{"iteration": 2, "mIoU": NaN}', b'{"iteration": [2], "mIoU": 0.5}', b'{"iteration": "two", "mIoU": 0.5}',
+    b'{"iteration": -2, "mIoU": 0.5}', b'{"iteration": 2, "mIoU": 50}', b'{"iteration": 9999999999999999999, "mIoU": 1}'
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", RECORDS, ids=range(len(RECORDS)))
+def test_a_malformed_record_of_the_best_is_one_line(tmp_path: Path, capsys, content: bytes) -> None:
+    saved(tmp_path, 2, 3, 4)
+    (tmp_path / "best.json").write_bytes(content)
+    assert checkpoint.best(tmp_path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'best.json'}: damaged (")
+    assert line.endswith("using the newest checkpoint, the next evaluation writes it again")
+    assert "newest" in checkpoint.standing(checkpoint.folder_of(tmp_path, 4))
+    assert "best.json: damaged" in checkpoint.prune(tmp_path, 1, 4)  # which one to keep is not known
+    assert names(tmp_path) == ["iter_2", "iter_3", "iter_4"]
+    checkpoint.mark_best(tmp_path, 3, 0.5)
+    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 3)
+    assert checkpoint.prune(tmp_path, 1, 4) == ""
+    assert names(tmp_path) == ["iter_3", "iter_4"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_change_of_a_json_file_raises_anything_else(tmp_path: Path, data: st.DataObject) -> None:
+    (folder,) = saved(tmp_path, 1) if not (tmp_path / "checkpoints").exists() else [checkpoint.folder_of(tmp_path, 1)]
+    checkpoint.mark_best(tmp_path, 1, 0.5)
+    path = data.draw(
+        st.sampled_from([tmp_path / "best.json", folder / checkpoint.MANIFEST, folder / "experiment.json"])
+    )
+    whole = path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=8) | st.sampled_from(MALFORMED[:-1])) + whole[stop:])
+    try:
+        assert checkpoint.best(tmp_path) in (folder, None)
+        assert checkpoint.newest(tmp_path) in (folder, None)
+        checkpoint.prune(tmp_path, 1, 1)
+        assert folder.exists()
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.MANIFEST, ""])
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, capsys, name: str, kind: str) -> None:
+    older, folder = saved(tmp_path, 1, 2)
+    path = folder / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert checkpoint.newest(tmp_path) == older
+    problem = f"is not a regular file (a {kind})" if name else "missing"
+    assert f"{problem}; skipping this checkpoint" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"use {older} instead"):
+        checkpoint.load(folder)
+    os.mkfifo(tmp_path / "best.json")
+    assert checkpoint.best(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.MANIFEST])
+@pytest.mark.parametrize("at", [2, 4])
+def test_pruning_keeps_what_it_cannot_read(tmp_path: Path, monkeypatch, name: str, at: int) -> None:
+    """A checkpoint that a disk error hides for a while, older or newer than the one just saved."""
+    saved(tmp_path, 1, 2, 3, 4)
+    broken, opened = checkpoint.folder_of(tmp_path, at) / name, Path.open
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fails)
+        kept = checkpoint.prune(tmp_path, 1, 3)
+    assert kept.startswith(f"{broken}: cannot be read (Input/output error): kept beyond train.keep_last")
+    assert "\n" not in kept
+    assert names(tmp_path) == sorted({"iter_3", "iter_4", f"iter_{at}"})  # a later one that is whole also stays
+    checkpoint.load(checkpoint.folder_of(tmp_path, at))
+    saved(tmp_path, 5)
+    assert checkpoint.prune(tmp_path, 1, 5) == ""
+    assert names(tmp_path) == ["iter_5"]
+
+
+def test_pruning_keeps_what_it_did_not_make(tmp_path: Path, capsys) -> None:
+    saved(tmp_path, 1, 2, 3, 4, 5)
+    folder = tmp_path / "checkpoints"
+    newer = folder / "iter_1" / checkpoint.MANIFEST
+    newer.write_text(newer.read_text().replace('"format": 1', '"format": 99'))
+    (folder / "iter_2" / "notes.txt").touch()
+    (folder / "iter_3").rename(tmp_path / "elsewhere")
+    (folder / "iter_3").symlink_to(tmp_path / "elsewhere")
+    (folder / "iter_6").mkdir()
+    (folder / "iter_7").write_text("not a folder")
+    (folder / "iter_8").symlink_to("nowhere")
+    before, left = names(tmp_path), [path.name for path in (tmp_path / "elsewhere").iterdir()]
+    kept = checkpoint.prune(tmp_path, 1, 5)
+    assert "and 3 more: kept" in kept
+    assert "\n" not in kept
+    assert names(tmp_path) == [name for name in before if name != "iter_4"]
+    for iteration in (1, 2, 3, 6, 7, 8):  # nor does a save replace one of them
+        saved(tmp_path, iteration)
+        assert f"kept as {folder}/iter_{iteration}.kept" in capsys.readouterr().err
+        checkpoint.load(folder / f"iter_{iteration}")
+    assert '"format": 99' in (folder / "iter_1.kept" / checkpoint.MANIFEST).read_text()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == left
+    assert checkpoint.load(tmp_path / "elsewhere").state["iteration"] == 3

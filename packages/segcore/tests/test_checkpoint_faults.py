@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from segcore import files
+from segcore.checkpoints import manifest
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.errors import UserError
 
@@ -60,7 +61,7 @@ class Faults:
     def __init__(self, patch: pytest.MonkeyPatch, at: int, fault: Callable[[], BaseException], dead: bool) -> None:
         self.patch, self.at, self.fault, self.dead, self.steps = patch, at, fault, dead, 0
         for owner, name in (
-            (Path, "mkdir"), (checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (checkpoint, "sha256"),
+            (Path, "mkdir"), (checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (manifest, "sha256"),
             (checkpoint, "sync"), (Path, "rename"),
         ):  # fmt: skip
             patch.setattr(owner, name, self.failing(getattr(owner, name)))

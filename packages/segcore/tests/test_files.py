@@ -1,14 +1,23 @@
-"""Reading and writing files: what is no regular file is refused before anything opens it."""
+"""Files: what is no regular file is refused, stored JSON is untrusted, and permissions are those of the umask."""
 
 import contextlib
+import errno
+import json
 import os
 import socket
+import stat
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import zeros
 
-from segcore.errors import UserError
-from segcore.files import regular_file
+from segcore.checkpoints import hub
+from segcore.errors import UnreadError, UserError
+from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, write
 
 
 def special(path: Path, kind: str) -> Path:
@@ -28,7 +37,7 @@ def special(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device", "a folder"])
 def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
     path = special(tmp_path / "a.pth", kind)
-    with pytest.raises(UserError, match=rf"a\.pth: is not a regular file \({kind}\); give a file"):
+    with pytest.raises(UserError, match=rf"a\.pth: is not a regular file \({kind}\)$"):
         regular_file(path)
 
 
@@ -41,3 +50,102 @@ def test_a_file_and_a_link_to_one_pass_and_nothing_there_is_an_oserror(tmp_path:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="loop"):
         regular_file(tmp_path / "loop")
+
+
+def nested(depth: int) -> str:
+    """Return an object with `depth` levels."""
+    return (depth - 1) * '{"a":' + "{}" + (depth - 1) * "}"
+
+
+DAMAGED = {
+    "": "Expecting value",
+    "{": "Expecting property name",
+    "[1]": "a list instead of an object",
+    "null": "a NoneType instead of an object",
+    '{"a": NaN}': "NaN is not a finite number",
+    '{"a": [-Infinity]}': "-Infinity is not a finite number",
+    '{"a": 1e999}': "1e999 is not a finite number",
+    f'{{"a": {10**400}}}': "is too large",
+    '{"a": "\\ud800"}': "not UTF-8",
+    '{"a": 1} b': "Extra data",
+    100_000 * "[": "nested too deeply",
+    100_000 * '{"a":': "nested too deeply",
+    nested(MAX_DEPTH + 1): "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=rf"a\.json: damaged \(.*{DAMAGED[text]}.*\)$") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_that_is_no_text_or_huge_or_cannot_be_read(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.json"
+    for content, problem in ((b'{"a": "\xff"}', "not UTF-8"), ("{}".encode("utf-16"), "not UTF-8"), (b"", "Expecting")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=problem):
+            read_json(path)
+    os.truncate(path, 1 << 40)  # without a block on the disk
+    with pytest.raises(UserError, match=r"damaged \(larger than 16 MiB\)"):
+        read_json(path)
+    for missing in (tmp_path / "none.json", path / "a.json"):
+        with pytest.raises((FileNotFoundError, NotADirectoryError)):
+            read_json(missing)
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # without the name of a file, as Python's reads
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(UnreadError, match=r"a\.json: cannot be read \(Input/output error\)"):
+        read_json(path)
+
+
+TEXT = st.text(st.characters(codec="utf-8"))
+NUMBER = st.integers(-(10**18), 10**18) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBER | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(TEXT, JSON))
+def test_whole_json_is_read_unchanged(value: dict[str, object]) -> None:
+    assert parse_json(json.dumps(value)) == value
+    assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+@given(JSON, st.data())
+def test_any_damage_to_json_is_a_value_error(value: object, data: st.DataObject) -> None:
+    whole = json.dumps({"a": value}).encode()
+    start = data.draw(st.integers(0, len(whole)))
+    changed = whole[:start] + data.draw(st.binary(max_size=6)) + whole[data.draw(st.integers(start, len(whole))) :]
+    with contextlib.suppress(ValueError):
+        assert isinstance(parse_json(changed), dict)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, monkeypatch, mask: int) -> None:
+    """Also those that a library makes private, as safetensors and gdown do."""
+
+    def download(url: str, folder: Path, *_: object) -> Path:
+        return Path(tempfile.mkstemp(dir=folder)[1])
+
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr(hub, "_download", download)
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "a/report.html", "")
+        hub.fetch("https://example.org/a.pth")
+        save_file({"a": zeros(1)}, tmp_path / "a.safetensors")
+        umask_permissions(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {
+        **dict.fromkeys(("a", "weights"), 0o777 & ~mask),
+        **dict.fromkeys(("report.html", "a.pth", "a.safetensors"), 0o666 & ~mask),
+    }

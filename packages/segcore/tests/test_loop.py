@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import signal
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,6 +296,46 @@ def test_files_of_a_finished_run(exp: Experiment, tmp_path: Path) -> None:
     assert first["lr"] == pytest.approx(0.01 * (1 - 3 / 6))
     assert last["images_per_second"] * last["seconds"] == pytest.approx(3)
     assert last["data_seconds"] <= last["seconds"]
+
+
+def test_files_of_a_run_have_the_permissions_of_the_umask(exp: Experiment, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        train(replace(exp, loss=replace(exp.loss, class_weight="auto")), tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*")}
+    assert len(modes) > 18
+    assert {path: mode for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
+
+
+def test_what_pruning_keeps_is_reported_once(exp: Experiment, tmp_path: Path, capsys) -> None:
+    """A checkpoint of a newer version at iteration 1 and, at iteration 3, none of this program's."""
+    short = replace(exp, schedule=replace(exp.schedule, iterations=2), train=replace(exp.train, save_every=1))
+    train(short, tmp_path)
+    path = tmp_path / "checkpoints/iter_1/manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    (tmp_path / "checkpoints/iter_3").mkdir()
+    (tmp_path / "checkpoints/iter_3/notes.txt").touch()
+    capsys.readouterr()
+    train(replace(exp, train=replace(exp.train, save_every=1, keep_last=1)), tmp_path, resume=True)
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "iter_1/manifest.json: format 99 instead of 1" in line]) == 1
+    assert len([line for line in said if "iter_3/manifest.json: missing; kept as" in line]) == 1
+    assert path.exists()
+    assert (tmp_path / "checkpoints/iter_3.kept/notes.txt").exists()
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"iteration": None}, {"best_miou": "a"}, {"optimizer": 3}, {"skipped": [1]}], ids=str
+)
+def test_a_state_with_other_content_is_one_line(exp: Experiment, tmp_path: Path, change: dict[str, Any]) -> None:
+    train(replace(exp, schedule=replace(exp.schedule, iterations=2)), tmp_path)
+    found = checkpoint.load(checkpoint.folder_of(tmp_path, 2))
+    checkpoint.save(checkpoint.folder_of(tmp_path, 2), found.model, found.state | change, found.experiment)
+    with pytest.raises(UserError, match=rf"state\.pt: has no usable {next(iter(change))}; choose"):
+        train(exp, tmp_path, resume=True)
 
 
 def test_training_learns_the_task(exp: Experiment, tmp_path: Path) -> None:

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Whether all processes know of the error, so that they can still save together."""
 
 
+class UnreadError(UserError):
+    """A file could not be read, by this version or at the moment; unlike a damaged one it may be intact."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or a signal, whose number this holds, stops the run; raised where its state is consistent."""
 

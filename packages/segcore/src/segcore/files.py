@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from segcore.errors import UserError
+from segcore.errors import UnreadError, UserError
 
 
 def write(path: Path | str, content: str | bytes) -> None:
@@ -39,6 +42,20 @@ def writing(path: Path, remedy: str = "free space or choose another folder") -> 
         raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError into an UnreadError naming `path`, which Python does not name when the disk fails.
+
+    What says that there is no such file, FileNotFoundError and NotADirectoryError, stays.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UnreadError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -46,6 +63,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+MAX_JSON, MAX_DEPTH = 1 << 24, 64
+"""Bytes and levels of nesting beyond which a stored JSON file counts as damaged."""
 
 
 def regular_file(path: Path | str) -> None:
@@ -56,7 +75,76 @@ def regular_file(path: Path | str) -> None:
     """
     kind = stat.S_IFMT(Path(path).stat().st_mode)
     if kind != stat.S_IFREG:
-        raise UserError(f"{path}: is not a regular file ({_KINDS.get(kind, 'of an unknown kind')}); give a file")
+        raise UserError(f"{path}: is not a regular file ({_KINDS.get(kind, 'of an unknown kind')})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a stored JSON file holds.
+
+    Raises FileNotFoundError or NotADirectoryError when there is none, UnreadError when it cannot be read, and UserError
+    when it is no regular file or is damaged (see `parse_json`): one line, to which the caller adds the remedy.
+    """
+    with reading(path):
+        regular_file(path)
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def parse_json(data: str | bytes) -> dict[str, Any]:
+    """Return the object in a JSON text, which is untrusted.
+
+    Raises ValueError with the reason for what is no JSON, not UTF-8, larger than MAX_JSON or nested deeper than
+    MAX_DEPTH, has a number that is not finite or beyond 20 digits, or a text that cannot be printed, or is not an
+    object.
+    """
+    if len(data) > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level for child in _children(item)]
+    if level:
+        raise ValueError("nested too deeply")
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} instead of an object")  # NoneType, str …
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"{text[:20]}… is too large")
+    return int(text)
+
+
+def _children(item: Any) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+
+
+def umask_permissions(path: Path) -> None:
+    """Give a file that a library made private (0600) the permissions of any new file in its folder."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()  # the umask can only be read by changing it, for all threads
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
 
 
 def sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
+from segcore.files import regular_file
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, require_stepwise
 from segcore.reporting import figures
@@ -343,6 +344,7 @@ def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[
         colors = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
     elif palette != "auto":
         try:
+            regular_file(palette)
             lines = Path(palette).read_text(encoding="utf-8").splitlines()
             rows = np.array([[int(v) for v in line.replace(",", " ").split()] for line in lines if line.strip()])
             colors = rows.astype(np.uint8)

@@ -81,6 +81,7 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
                 raise UserError(f"{url}: the server sent {kind}, not weights (a login or a proxy?); {by_hand}")
             if sha256 and files.sha256(part) != sha256:
                 raise UserError(f"{url}: the SHA-256 of the download is not {sha256}; try again, or {by_hand}")
+            files.umask_permissions(part)  # gdown makes its files private
             files.sync(part)
             part.replace(target)
     return target

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from segcore.checkpoints.foreign import ACCEPTED, read_state
 from segcore.checkpoints.hub import official_file, timm_state
+from segcore.checkpoints.manifest import MANIFEST
 from segcore.checkpoints.other_classes import fitting_count, load_other_classes, trained_classes
-from segcore.checkpoints.run_checkpoint import MANIFEST, best, newest
+from segcore.checkpoints.run_checkpoint import best, newest
 from segcore.config.schema import Experiment
 from segcore.errors import UserError
+from segcore.files import regular_file
 from segcore.models.segmentor import LoadReport, Segmentor
 
 
@@ -88,7 +90,9 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
         return found
     if not path.exists():
         raise UserError(f"{checkpoint}: no such file or folder (looked at {path.absolute()}); {ACCEPTED}")
-    if path.is_dir() and not (path / MANIFEST).exists():
+    if not path.is_dir():
+        regular_file(path)
+    elif not (path / MANIFEST).exists():
         raise UserError(f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}")
     return path
 

@@ -6,7 +6,6 @@ Which tensors these are follows from the model itself: their shapes change with 
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from segcore.config.registry import experiments
 from segcore.config.schema import DataConfig, ModelConfig
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
+from segcore.files import read_json
 from segcore.models.segmentor import LoadReport, Segmentor
 
 Load = Callable[[Segmentor], LoadReport]
@@ -37,9 +37,9 @@ def trained_classes(init: str, path: Path, name: str) -> tuple[str, ...] | None:
         if official == "official":
             build = experiments().get((row or name).replace("-", "_"))
             return palette_of(build().data)[0] if build else None
-        record = json.loads((path / "experiment.json").read_text(encoding="utf-8"))
+        record = read_json(path / "experiment.json")
         return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,16 +1,18 @@
 """Checkpoints: folders `<work_dir>/checkpoints/iter_<N>/` after N finished iterations, each complete or absent.
 
 A checkpoint holds model.safetensors (weights and buffers under the model's own names), state.pt (the rest of the state
-that a run needs to continue), experiment.json (settings, versions and git hash) and manifest.json (size and SHA-256 of
-the other three). `save` writes it under a temporary name, syncs it to disk with the manifest last, then renames it. To
-save a checkpoint again, it first renames the old one; after a kill between the two renames, readers rename it back.
+that a run needs to continue), experiment.json (settings, versions and git hash) and manifest.json, by which damage to
+the other three is found. `save` writes it under a temporary name, syncs it to disk with the manifest last, then renames
+it. To save a checkpoint again, it first renames the old one; after a kill between the two renames, readers rename it
+back. What is not certainly a checkpoint of this format, or could not be read, is never removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import pickle
+import os
 import re
 import shutil
 import sys
@@ -24,12 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from segcore.errors import UserError
-from segcore.files import sha256, sync, write
-
-FILES = ("model.safetensors", "state.pt", "experiment.json")
-MANIFEST = "manifest.json"
-FORMAT = 1
+from segcore.checkpoints import manifest
+from segcore.checkpoints.manifest import FILES, MANIFEST
+from segcore.errors import UnreadError, UserError
+from segcore.files import read_json, sync, umask_permissions, write
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ def save(folder: Path, model: Mapping[str, Tensor], state: Mapping[str, Any], ex
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_separate(model), temporary / FILES[0])
+        umask_permissions(temporary / FILES[0])
         torch.save(dict(state), temporary / FILES[1])
         (temporary / FILES[2]).write_text(json.dumps(experiment, indent=1) + "\n", encoding="utf-8")
         paths = [temporary / name for name in FILES]
-        files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-        (temporary / MANIFEST).write_text(_text({"format": FORMAT, "files": files}), encoding="utf-8")
+        (temporary / MANIFEST).write_text(manifest.text_of(paths), encoding="utf-8")
         for path in (*paths, temporary / MANIFEST, temporary):
             sync(path)
-        if folder.exists():
-            folder.rename(replaced)
+        if os.path.lexists(folder):
+            _put_aside(folder, replaced)
         temporary.rename(folder)
         sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -88,28 +88,39 @@ def load(folder: Path) -> Checkpoint:
 
     Raises UserError that names the damaged file and the checkpoint to use instead.
     """
-    _require_whole(folder)
+    model = read_model_state(folder)
     try:
         state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # a crafted pickle can fail in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{folder / FILES[1]}: refused, nothing was executed ({reason}); {_instead(folder)}") from None
-    experiment = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-    return Checkpoint(load_file(folder / FILES[0]), state, experiment)
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / FILES[1]}: holds {type(state).__name__}, not a run's state; {_instead(folder)}")
+    try:
+        return Checkpoint(model, state, read_json(folder / FILES[2]))
+    except UserError as error:
+        raise UserError(f"{error}; {_instead(folder)}") from None
 
 
 def read_model_state(folder: Path) -> dict[str, Tensor]:
     """Return the model's state dict of a checkpoint, on the CPU; raises UserError when any of its files is damaged."""
-    _require_whole(folder)
-    return load_file(folder / FILES[0])
+    _recover(folder.parent)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint; {_instead(folder)}")
+    if fault := manifest.damage(folder):
+        raise UserError(f"{fault}; {_instead(folder)}")
+    try:
+        return load_file(folder / FILES[0])
+    except SafetensorError as error:
+        raise UserError(f"{folder / FILES[0]}: not a safetensors file ({error}); {_instead(folder)}") from None
 
 
 def newest(work_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None. Reports on stderr which damaged ones it skips."""
     _recover(work_dir / "checkpoints")
     for _, folder in _numbered(work_dir / "checkpoints"):
-        if damage := _damage(folder):
-            print(f"{damage}; skipping this checkpoint", file=sys.stderr)
+        if fault := manifest.damage(folder):
+            print(f"{fault}; skipping this checkpoint", file=sys.stderr)
         else:
             return folder
     return None
@@ -121,39 +132,93 @@ def mark_best(work_dir: Path, iteration: int, figure: float) -> None:
 
 
 def best(work_dir: Path) -> Path | None:
-    """Return the checkpoint recorded as the best, None when there is none or it was removed."""
+    """Return the checkpoint recorded as the best, None when there is none or it was removed.
+
+    Reports on stderr a record that is damaged.
+    """
     _recover(work_dir / "checkpoints")
-    folder, _ = _best(work_dir)
+    try:
+        folder, _ = _best(work_dir)
+    except UserError as error:
+        print(f"{error}; using the newest checkpoint, the next evaluation writes it again", file=sys.stderr)
+        return None
     return folder if folder and folder.is_dir() else None
 
 
 def standing(folder: Path) -> str:
     """Return a phrase for a checkpoint of a run: "the run's best" with its mIoU, or "the run's newest"."""
-    found, figure = _best(folder.parents[1])
-    return f"the run's best, mIoU {100 * figure:.2f}" if found == folder else "the run's newest; no best recorded"
+    with contextlib.suppress(UserError):
+        found, figure = _best(folder.parents[1])
+        if found == folder:
+            return f"the run's best, mIoU {100 * figure:.2f}"
+    return "the run's newest; no best recorded"
 
 
 def _best(work_dir: Path) -> tuple[Path | None, float]:
-    """Return the checkpoint that best.json names, which may have been removed, and its mIoU (0..1)."""
+    """Return the checkpoint that best.json names, which may have been removed, and its mIoU (0..1).
+
+    Raises UserError when best.json cannot be read or is damaged.
+    """
+    path = work_dir / "best.json"
     try:
-        record = json.loads((work_dir / "best.json").read_text(encoding="utf-8"))
-        return folder_of(work_dir, int(record["iteration"])), float(record["mIoU"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(path)
+        iteration, figure = int(record["iteration"]), float(record["mIoU"])
+        if 0 <= iteration < 1 << 63 and 0 <= figure <= 1:
+            return folder_of(work_dir, iteration), figure
+    except (FileNotFoundError, NotADirectoryError):
         return None, 0.0
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+    raise UserError(f"{path}: damaged (no iteration and mIoU)")
 
 
-def prune(work_dir: Path, keep: int, iteration: int) -> None:
+def prune(work_dir: Path, keep: int, iteration: int) -> str:
     """Remove all but the best checkpoint and the `keep` newest up to `iteration`, the one just saved.
 
-    Later ones are removed because resume found them damaged; leftovers of interrupted saves are also removed.
+    Later ones are removed only if damaged; leftovers of interrupted saves are also removed. Returns a line about those
+    that are kept because they could not be read or may not be this program's, "" without any.
     """
-    folders = _numbered(work_dir / "checkpoints")
-    kept = [folder for number, folder in folders if number <= iteration][:keep]
-    extra = [folder for _, folder in folders if folder not in kept and folder != best(work_dir)]
-    for folder in (*extra, *(work_dir / "checkpoints").glob(".*.tmp")):
-        with contextlib.suppress(OSError):  # an interrupted removal leaves nothing that looks complete
-            (folder / MANIFEST).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        best_folder, _ = _best(work_dir)
+    except UserError as error:
+        return f"{error}; no checkpoint is removed before the next evaluation writes it again"
+    counted, kept = 0, list[UserError]()
+    for number, folder in _numbered(work_dir / "checkpoints"):
+        foreign = manifest.foreign(folder)
+        if number <= iteration and counted < keep and not foreign:
+            counted += 1
+        elif folder != best_folder:
+            fault = foreign or manifest.damage(folder)
+            if isinstance(fault, UnreadError):
+                kept.append(fault)
+            elif fault or number <= iteration:
+                _remove(folder)
+    for leftover in (work_dir / "checkpoints").glob(".iter_*.tmp"):
+        if isinstance(fault := manifest.damage(leftover), UnreadError):
+            kept.append(fault)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    more = f" and {len(kept) - 3} more" * (len(kept) > 3)
+    what = "; ".join(map(str, kept[:3]))
+    return f"{what}{more}: kept beyond train.keep_last; remove by hand what is not needed" if kept else ""
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if the folder permits it. One whose removal is interrupted has a temporary name."""
+    doomed = folder.with_name(f".{folder.name}.pruned.tmp")
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _put_aside(folder: Path, replaced: Path) -> None:
+    """Rename what has the name of a new checkpoint, to `replaced`; to a name that stays if it may not be removed."""
+    if foreign := manifest.foreign(folder):
+        names = (folder.with_name(f"{folder.name}.kept{number or ''}") for number in itertools.count())
+        replaced = next(path for path in names if not os.path.lexists(path))
+        print(f"{foreign}; kept as {replaced}", file=sys.stderr)
+    folder.rename(replaced)
 
 
 def _separate(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,13 +243,9 @@ def _recover(folder: Path) -> None:
     for path in folder.glob(".iter_*.old.tmp"):
         place = folder / path.name.removeprefix(".").removesuffix(".old.tmp")
         for left in _beside(place):
-            if not place.exists() and not _damage(left):
+            if not place.exists() and not manifest.damage(left):
                 with contextlib.suppress(OSError):  # a read-only folder, or another process was faster
                     left.rename(place)
-
-
-def _text(manifest: Any) -> str:
-    return json.dumps(manifest, indent=1) + "\n"
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -193,42 +254,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def _damage(folder: Path) -> str | None:
-    """Return the fault of a checkpoint, naming the file, or None when it is complete."""
-    path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if text != _text(manifest):
-            return f"{path}: damaged"
-        if manifest["format"] != FORMAT:
-            return f"{path}: format {manifest['format']!r} instead of {FORMAT}"
-        for name in FILES:
-            path = folder / name
-            listed = manifest["files"][name]
-            if path.stat().st_size != listed["size"]:
-                return f"{path}: has {path.stat().st_size} bytes instead of {listed['size']}"
-            if sha256(path) != listed["sha256"]:
-                return f"{path}: damaged, its SHA-256 is not the one in {MANIFEST}"
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
-        return f"{folder / MANIFEST}: damaged"
-    return None
-
-
-def _require_whole(folder: Path) -> None:
-    _recover(folder.parent)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint; {_instead(folder)}")
-    if damage := _damage(folder):
-        raise UserError(f"{damage}; {_instead(folder)}")
-
-
 def _instead(folder: Path) -> str:
     """Return the remedy: the newest other complete checkpoint in the folder of `folder`."""
-    others = (path for _, path in _numbered(folder.parent) if path.name != folder.name and not _damage(path))
+    others = (path for _, path in _numbered(folder.parent) if path.name != folder.name and not manifest.damage(path))
     other = next(others, None)
     return f"use {other} instead" if other else "there is no other complete checkpoint: train again"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from segcore.cli.common import Parallel, complete_toy_set
 from segcore.config.options import Flag
+from segcore.files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,5 @@ class Train(Parallel):
         # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
         record = work_dir / "experiment.json"
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()
-        own = (
-            restarted and json.loads(record.read_text(encoding="utf-8")).get("torchrun") == distributed.elastic_run_id()
-        )
-        resume = self.resume or own
+        resume = self.resume or (restarted and read_json(record).get("torchrun") == distributed.elastic_run_id())
         train(self.experiment, work_dir, device=find_device(self.device), resume=resume, offline=self.offline)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_
 
 from segcore.config.schema import Experiment
 from segcore.environment import git_hash, versions
+from segcore.files import read_json
 
 
 def describe(exp: Experiment) -> dict[str, Any]:
@@ -66,17 +67,14 @@ class ConfigDiff(NamedTuple):
     def of(cls, folder: Path, exp: Experiment) -> ConfigDiff:
         """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
         try:
-            then, now = (
-                json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["experiment"],
-                settings_of(exp),
-            )
+            then, now = read_json(folder / "experiment.json")["experiment"], settings_of(exp)
             name = "" if then["name"] == now["name"] else str(then["name"])
             if then["model"]["class"] != now["model"]["class"]:
                 return cls(name)
             keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
             other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
             return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or damaged
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
             return cls()
 
     @property

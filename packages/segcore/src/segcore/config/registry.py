@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from segcore.config.options import nearest
 from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.errors import UserError
+from segcore.files import read_json
 
 FROM_FILE = "segcore_config_"
 """How the module name of an imported configuration file begins."""
@@ -93,13 +94,15 @@ def read_experiment(folder: Path) -> Experiment:
     """
     path = folder / "experiment.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["experiment"]
-        name, model = str(stored["name"]), dict(stored["model"])
-        kind = str(model.pop("class"))
+        stored = _stored(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: no run or checkpoint (it has no experiment.json); give one, or a name") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}); name the configuration instead") from None
+    except UserError as error:
+        copy = _intact_copy(folder)
+        remedy = f"give {copy}, whose copy is intact, or name the configuration" if copy else "name the configuration"
+        raise UserError(f"{error}; {remedy} instead") from None
+    name, model = stored["name"], dict(stored["model"])
+    kind = model.pop("class")
     module, _, title = kind.partition(":")
     if module.startswith(FROM_FILE):
         file = f"{module.removeprefix(FROM_FILE)}.py"
@@ -121,6 +124,25 @@ def read_experiment(folder: Path) -> Experiment:
         ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """Return the settings in an experiment.json; raises UserError without a remedy when there are none in it."""
+    settings = read_json(path).get("experiment")
+    match settings:
+        case {"name": str(), "model": {"class": str()}}:
+            return dict(settings)
+    raise UserError(f"{path}: damaged (without the settings of a run)")
+
+
+def _intact_copy(folder: Path) -> Path | None:
+    """Return the newest other checkpoint of the run that has a readable experiment.json."""
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    for copy in sorted(run.glob("checkpoints/iter_*"), key=lambda path: (len(path.name), path.name), reverse=True):
+        with contextlib.suppress(OSError, UserError):
+            if copy != folder and _stored(copy / "experiment.json"):
+                return copy
+    return None
 
 
 def _model_configs() -> dict[str, type[ModelConfig]]:

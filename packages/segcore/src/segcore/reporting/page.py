@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.evaluate import Results
+from segcore.files import parse_json
 from segcore.reporting.figures import colormap, loss_curve, png_data_uri, step_title
 
 RAMP = np.tile(np.linspace(0, 1, 200), (12, 1))
@@ -48,7 +48,7 @@ def render(
         images=results.images,
         notes="\n".join(f"<li>{escape(note)}.</li>" for note in notes),
         figures=_table(("", "mIoU", "aAcc", "mAcc"), rows),
-        curve=loss_curve(map(json.loads, log.read_text(encoding="utf-8").splitlines())),
+        curve=loss_curve(map(parse_json, log.read_text(encoding="utf-8").splitlines())),
         classes=_table(("IoU", *(step for step, _ in figures)), classes),
         legend="\n".join(_color(*pair) for pair in [*colors, ([0, 0, 0], "ignored")]),
         scale=_scale() if any("uncertainty" in panels for panels in shown) else "",

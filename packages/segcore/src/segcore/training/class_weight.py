@@ -14,7 +14,7 @@ from segcore.config.schema import Experiment, LossConfig
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.errors import UserError
-from segcore.files import write
+from segcore.files import read_json, write
 
 HISTOGRAM = "label_histogram.json"
 
@@ -78,7 +78,7 @@ def _key(dataset: Dataset) -> str:
 def _read(path: Path, key: str) -> list[int] | None:
     """Return the pixels per class from a histogram of the same data set, or None."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return [int(count) for count in content["pixels"]] if content["dataset"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from segcore.files import write, writing
+from segcore.files import parse_json, regular_file, write, writing
 from segcore.reporting.figures import write_image
 
 
@@ -50,6 +50,7 @@ class Logger:
         self.began = time.perf_counter()
         self.said = set[str]()
         if self.path and self.path.exists():
+            regular_file(self.path)
             write(self.path, _until(self.path, start))
         self.plain = self.console.quiet or not self.console.is_terminal
         name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
@@ -197,7 +198,7 @@ def _until(path: Path, iteration: int) -> str:
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            wanted = json.loads(line)["iteration"] <= iteration
+            wanted = parse_json(line)["iteration"] <= iteration
         except (ValueError, KeyError, TypeError):
             continue
         if wanted:

@@ -37,6 +37,7 @@ from segcore.reporting.prediction_grid import PredictionGrid
 from segcore.seeds import dropout_seed
 from segcore.training.ema import averaged, update_ema
 from segcore.training.guard import HostCopy, enough_memory, guarded_passes
+from segcore.training.lock import run_lock
 from segcore.training.logger import Logger, MetricLogger
 from segcore.training.schedule import learning_rate
 from segcore.training.setup import batch_shares, setup
@@ -54,14 +55,21 @@ def train(
 
     `work_dir` gets experiment.json, log.jsonl, figures/, checkpoints/, best.json and results.json. `resume` continues
     from its newest complete checkpoint, or starts if there is none yet; without it `work_dir` must be new or
-    empty. `offline` forbids downloading start weights. Inside `distributed.process_group` each rank trains on its share
-    of the batch and returns the same results.
+    empty. A folder where another run lives is refused. `offline` forbids downloading start weights. Inside
+    `distributed.process_group` each rank trains on its share of the batch and returns the same results.
 
     Raises UserError for anything unusable, after saving the training state. Ctrl-C and SIGTERM raise KeyboardInterrupt
     with the signal's number once the current iteration (with several ranks, the next one) is finished and saved; a
     second Ctrl-C raises it at once.
     """
-    state, dataset, val, notes = setup(exp, work_dir, torch.device(device), resume=resume, offline=offline)
+    with run_lock(work_dir):
+        return _train(exp, work_dir, torch.device(device), resume=resume, offline=offline)
+
+
+def _train(
+    exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
+) -> Results | None:  # fmt: skip
+    state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
     record = {**state.description, "torchrun": distributed.elastic_run_id()}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints

@@ -23,6 +23,7 @@ from segcore.models.stepwise import StepwiseSegmentor
 from segcore.training.class_weight import resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
+from segcore.training.lock import LOCK
 from segcore.training.optimizer import build_optimizer
 from segcore.training.state import TrainState, load_state
 
@@ -116,10 +117,8 @@ def batch_shares(exp: Experiment) -> tuple[int, int]:
 
 def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
     """Return the checkpoint to resume from, None to start anew; raises UserError when the folder permits neither."""
-    if work_dir.exists() and not work_dir.is_dir():
-        raise UserError(f"{work_dir}: is a file; choose another --work-dir")
     if not resume:
-        if work_dir.exists() and next(work_dir.iterdir(), None) is not None:
+        if work_dir.exists() and any(path.name != LOCK for path in work_dir.iterdir()):
             raise UserError(f"{work_dir}: is not empty; add --resume to resume its run, or choose another --work-dir")
         return None
     found = checkpoint.newest(work_dir)

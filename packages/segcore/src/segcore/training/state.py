@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from segcore.training.optimizer import load_optimizer_state, optimizer_state
 
 @dataclass
 class TrainState:
-    """Everything that changes during training. A checkpoint holds it, except `buffers` and `failures`."""
+    """Everything that changes during training. A checkpoint holds it, except `buffers`, `failures` and `kept`."""
 
     model: Segmentor
     losses: nn.Module
@@ -49,6 +50,8 @@ class TrainState:
     """`iteration` of the newest checkpoint."""
     skipped: int = 0
     """Training samples that could not be read, over all processes."""
+    kept: str = ""
+    """The last report about checkpoints that pruning kept."""
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +81,10 @@ def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
         checkpoint.save(checkpoint.folder_of(work_dir, state.iteration), model, rest, state.description)
         if state.best_iteration:
             checkpoint.mark_best(work_dir, state.best_iteration, state.best_miou)
-        checkpoint.prune(work_dir, exp.train.keep_last, state.iteration)
+        kept = checkpoint.prune(work_dir, exp.train.keep_last, state.iteration)
+        if kept not in ("", state.kept):
+            print(kept, file=sys.stderr)
+        state.kept = kept
 
     distributed.on_main_process(write)
     state.saved = state.iteration
@@ -97,6 +103,9 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
             f"{folder}: {len(wrong)} tensors do not fit the model (first: {wrong[0]}); "
             f"{remedy}, or choose another --work-dir"
         )
+    kinds = dict.fromkeys(_COUNTS, int) | {"best_miou": float, "optimizer": dict, "scaler": dict}
+    if damaged := [name for name, kind in kinds.items() if not isinstance(rest.get(name), kind)]:
+        raise UserError(f"{folder / 'state.pt'}: has no usable {', '.join(damaged)}; choose another --work-dir")
     if rest["iteration"] > exp.schedule.iterations:
         raise UserError(f"{folder}: is beyond schedule.iterations {exp.schedule.iterations}; raise that number")
     state.model.load_state_dict({**found.model, **rest.get("trained", {})})
@@ -106,14 +115,18 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
     load_optimizer_state(state.model, state.optimizer, rest["optimizer"])
     if rest["scaler"]:
         state.scaler.load_state_dict(rest["scaler"])
-    for name in ("iteration", "evaluated", "best_iteration", "best_miou", "skipped"):
+    for name in (*_COUNTS, "best_miou"):
         setattr(state, name, rest[name])
     state.saved = state.iteration
-    changed = differences(found.experiment["experiment"], state.description["experiment"])
+    changed = differences(found.experiment.get("experiment", {}), state.description["experiment"])
     where = f"resuming from iteration {state.iteration}"
     if state.iteration == exp.schedule.iterations:
         where = f"already finished; to train longer, raise schedule.iterations above {state.iteration}"
     return [f"{folder}: {where}", *(f"changed since then: {line}" for line in changed)]
+
+
+_COUNTS = ("iteration", "evaluated", "best_iteration", "skipped")
+"""Names of the whole numbers in a checkpoint's state."""
 
 
 def _shape(state: Mapping[str, Any], name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,10 @@ from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import cityscapes
 from segcore.errors import UserError
+from segcore.files import read_json
 
 CITY, MARKER, SPLITS = "toytown", "toy.json", ("train", "val")
+MAX_SCENES = 1_000_000
 
 
 def open_split(data: DataConfig, split: str) -> Dataset:
@@ -58,13 +59,12 @@ def files_of(root: Path, split: str, index: int) -> tuple[Path, Path, Path]:
 def read_marker(marker: Path) -> dict[str, Any]:
     """Return the content of the marker, empty if there is no marker."""
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        if not all(isinstance(content[split], int) for split in SPLITS):
-            raise ValueError("counts are not integers")
+        content = read_json(marker)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{marker}: not a valid toy set marker ({error!r}); delete the folder or choose another one"
-        ) from None
-    return dict(content)
+    except UserError as error:
+        raise UserError(f"{error}; delete the folder or choose another one") from None
+    counts = [content.get(split) for split in SPLITS]
+    if not all(isinstance(count, int) and 0 <= count < MAX_SCENES for count in counts):
+        raise UserError(f"{marker}: not a valid toy set marker; delete the folder or choose another one")
+    return content
