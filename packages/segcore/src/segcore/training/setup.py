@@ -19,10 +19,13 @@ from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
+from segcore.training.activations import checkpoint_activations
 from segcore.training.class_weight import resolve_loss
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
 from segcore.training.optimizer import build_optimizer
+from segcore.training.parameters import freeze, frozen_note
+from segcore.training.schedule import resolve_epochs
 from segcore.training.state import TrainState, load_state
 
 
@@ -39,19 +42,22 @@ class LossModule(nn.Module):
 
 def setup(
     exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
-) -> tuple[TrainState, Dataset, Dataset | None, list[str]]:
-    """Return the state to train from, the training and the validation set, and lines for the user.
+) -> tuple[Experiment, TrainState, Dataset, Dataset | None, list[str]]:
+    """Return `exp` with its epochs resolved, the state to train from, both data sets, and lines for the user.
 
     Writes only `label_histogram.json`, as the last action. Raises UserError for anything unusable.
     """
     batch_shares(exp)  # raises for a batch that does not divide
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
+    exp, length = resolve_epochs(exp, len(dataset))
     state = init_state(exp, device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
         state.model.check_steps(exp.evaluate.steps)
-    notes += _notes(state)
+    notes += [*length, *_notes(state)]
+    if exp.train.freeze:
+        notes.append(frozen_note(exp, state.model, resumed=found is not None))
     if found:
         notes += load_state(exp, state, found)
     elif resume:
@@ -63,7 +69,7 @@ def setup(
         notes.append(distributed.main_process_first(lambda: load_init(state.model, start, offline=offline)))
         state.average = None if state.average is None else start_ema(state.model)
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
-    return state, dataset, val, notes
+    return exp, state, dataset, val, notes
 
 
 def init_state(exp: Experiment, device: torch.device) -> TrainState:
@@ -77,6 +83,9 @@ def init_state(exp: Experiment, device: torch.device) -> TrainState:
         from timm.layers import convert_sync_batchnorm  # unlike torch's, it supports timm's norms with an activation
 
         model = convert_sync_batchnorm(model)
+    frozen = freeze(model, exp.train.freeze)
+    if exp.train.checkpoint_activations:
+        checkpoint_activations(model)
     return TrainState(
         model,
         LossModule(model, exp.loss),
@@ -86,6 +95,7 @@ def init_state(exp: Experiment, device: torch.device) -> TrainState:
         KeptBuffers(model),
         torch.zeros((), dtype=torch.int32, device=device),
         describe(exp),
+        frozen,
     )
 
 
