@@ -1,5 +1,7 @@
 """DDP satisfies the contract of every segmentor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,9 +20,9 @@ VARIANTS = {
 }
 
 
-def build(variant):
+def build(variant, **settings):
     torch.manual_seed(0)
-    return VARIANTS[variant].build()
+    return replace(VARIANTS[variant], **settings).build()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -61,6 +63,11 @@ def test_zero_steps_are_refused():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backward(variant):
     contract.check_backward(build(variant))
+
+
+@pytest.mark.parametrize("variant", ["resnet", "convnext", "swin", "aligned"])
+def test_recomputed_activations(variant):
+    contract.check_recomputation(lambda: build(variant, drop_path=0.3))
 
 
 @pytest.mark.parametrize("variant", ["resnet", "aligned"])

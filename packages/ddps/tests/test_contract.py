@@ -1,5 +1,7 @@
 """DDPS and its base models satisfy the contract of every segmentor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,9 +31,9 @@ PLAIN = ["segformer", "deeplab", "small base"]
 PRIORS = [name for name, config in VARIANTS.items() if isinstance(config, DDPSConfig) and not config.single_step]
 
 
-def build(variant):
+def build(variant, **settings):
     torch.manual_seed(0)
-    return VARIANTS[variant].build()
+    return replace(VARIANTS[variant], **settings).build()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -77,6 +79,14 @@ def test_training(variant):
     contract.check_training_draws(build(variant))
     contract.check_all_ignored(build(variant))
     contract.check_losses(build(variant), tuple(LOSSES) if variant in PLAIN else ("cross_entropy",))
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [("segformer", {}), ("deeplab", {}), ("prior on mit", {}), ("prior on mit", {"freeze": "published"})],
+)
+def test_recomputed_activations(variant, settings):
+    contract.check_recomputation(lambda: build(variant, drop_path=0.3, **settings))
 
 
 @pytest.mark.parametrize("variant", ["segformer", "deeplab", "prior on mit", "single-step"])

@@ -49,6 +49,10 @@ def test_training(variant):
     contract.check_losses(build(variant))
 
 
+def test_recomputed_activations():
+    contract.check_recomputation(lambda: build("23_slim"))
+
+
 def test_arguments():
     contract.check_arguments(DDRNetConfig, DDRNet)
 

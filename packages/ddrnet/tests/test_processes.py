@@ -1,4 +1,7 @@
-"""Training on two processes equals one at the same global batch: plain cross entropy, frozen batch norms."""
+"""Training on two processes equals one at the same global batch: plain cross entropy, frozen batch norms.
+
+The two also compute their activations again in the backward pass, and part of the network is frozen.
+"""
 
 import json
 import os
@@ -21,6 +24,7 @@ def test_two_processes_match_one(tmp_path):
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
         folder = tmp_path / f"run{len(start)}"
         words = ["train", CONFIG, f"--data.root={tmp_path / 'toy'}", f"--work-dir={folder}", "--device=cpu"]
+        words += ["--train.freeze", "backbone.conv1", f"--train.checkpoint-activations={bool(start)}"]
         command = [sys.executable, *start, "-m", "ddrnet_seg", *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)

@@ -42,6 +42,11 @@ def test_training(head):
 
 
 @every_head
+def test_recomputed_activations(head):
+    contract.check_recomputation(lambda: build(head, drop_path=0.3))
+
+
+@every_head
 def test_state_dict(head):
     contract.check_state_dict(lambda: build(head))
 

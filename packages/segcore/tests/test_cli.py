@@ -67,7 +67,7 @@ def test_wrong_words(capsys, monkeypatch, words, expected, columns):
     [
         ("--eval", "--evaluate.metrics"),
         ("--cfg-options", "--optimizer.lr 1e-4"),
-        ("--epochs", "--schedule.iterations"),
+        ("--epochs", "--schedule.epochs"),
         ("--model", "the configuration comes first"),
         ("--batch-size", "--train.batch-size"),
     ],

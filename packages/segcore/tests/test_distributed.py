@@ -64,6 +64,21 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work_dir
 
 
+def test_patience_ends_both_processes(root: Path, tmp_path: Path) -> None:
+    """And a frozen part is not waited for: the weights of the optimizer's state are those of one process."""
+    options = ("--train.patience", 1, "--train.evaluate-every", 4, "--optimizer.lr", 0, "--train.freeze", "conv")
+    for processes in (1, 2):
+        done = train(root, tmp_path / str(processes), *options, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("finished at iteration 8 of 20, no better mIoU in 1 evaluation (train.patience)") == 1
+    one, two = (checkpoint.load(tmp_path / processes / "checkpoints/iter_8").state["optimizer"] for processes in "12")
+    assert set(one) == set(two) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    for name, moments in one.items():
+        torch.testing.assert_close(two[name]["momentum_buffer"], moments["momentum_buffer"], rtol=1e-9, atol=1e-12)
+    results = [json.loads((tmp_path / processes / "results.json").read_text()) for processes in "12"]
+    assert results[0] == results[1]
+
+
 FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 

@@ -8,6 +8,7 @@ from segcore.config.schema import OptimizerConfig, ParamRule
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 from segcore.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, param_settings
+from segcore.training.parameters import freeze
 
 RULES = {
     "ddp": (ParamRule("pos_block", decay_mult=0), ParamRule("norm", decay_mult=0), ParamRule("head")),
@@ -138,6 +139,79 @@ def test_state_by_name_survives_another_grouping(kind: str) -> None:
     steps(other, regrouped, 1)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)
+
+
+def rates(model: Tiny, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Return (learning rate, weight decay) by parameter name."""
+    groups = {p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    return {name: groups[p] for name, p in model.named_parameters() if p in groups}
+
+
+def test_factors_by_prefix_multiply_those_of_the_rules() -> None:
+    """The longest prefix counts, of own names (`bn`) or published ones (`backbone`), in whole words."""
+    rules = (ParamRule("norm", lr_mult=2, decay_mult=0),)
+    factors = (("first.weight", 5.0), ("first", 0.5), ("backbone", 0.25))
+    found = rates(*tiny(OptimizerConfig(lr=1.0, weight_decay=0.1, rules=rules, lr_mult=factors)))
+    assert found == {
+        "first.weight": (5.0, 0.1),
+        "first.bias": (0.5, 0.1),
+        "second.weight": (1.0, 0.1),
+        "bn.weight": (0.5, 0.0),
+        "bn.bias": (0.5, 0.0),
+    }
+    assert found == rates(*tiny(OptimizerConfig(lr=1.0, weight_decay=0.1, rules=rules, lr_mult=factors[::-1])))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "near"),
+    [("firs", " (did you mean first?)"), ("bakbone.norm", " (did you mean backbone.norm?)"), ("zzz", "")],
+)
+def test_a_prefix_without_parameters_is_one_line(prefix: str, near: str) -> None:
+    text = f"{prefix}: no parameter's name begins with it{near}; the model's parts are scale, first, second, bn"
+    with pytest.raises(UserError) as caught:
+        tiny(OptimizerConfig(lr_mult=((prefix, 0.1),)))
+    assert str(caught.value) == f"optimizer.lr_mult {text}"
+    with pytest.raises(UserError) as caught:
+        freeze(Tiny(), ["first", prefix])
+    assert str(caught.value) == f"train.freeze {text}"
+
+
+def test_frozen_parts_are_not_trained() -> None:
+    """A module whose parameters are all frozen is returned, also one frozen by published name; no other one."""
+    model = Tiny()
+    assert freeze(model, []) == []
+    assert freeze(model, ["first.weight"]) == []
+    assert freeze(model, ["backbone"]) == [model.bn]
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert set(rates(model, optimizer)) == {"first.bias", "second.weight"}
+    with pytest.raises(UserError, match=r"^train.freeze first second: leaves no parameter to train; freeze fewer"):
+        freeze(model, ["first", "second"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_state_is_restored_when_other_parts_are_frozen(kind: str) -> None:
+    """Parts that train later start as at the first step, even if that step is skipped; frozen ones lose their state."""
+    settings = OptimizerConfig(kind, lr=0.01, momentum=0.9)
+    model, _ = tiny(settings)
+    freeze(model, ["bn"])
+    optimizer = build_optimizer(model, settings)
+    steps(model, optimizer, 1)
+    saved = optimizer_state(model, optimizer)
+    later, _ = tiny(settings)
+    freeze(later, ["second"])
+    optimizer = build_optimizer(later, settings)
+    load_optimizer_state(later, optimizer, saved)
+    key = {"adamw": "exp_avg", "sgd": "momentum_buffer"}[kind]
+    assert torch.equal(optimizer.state[later.first.bias][key], saved["first.bias"][key])
+    before = later.bn.weight.clone()
+    optimizer.found_inf = torch.tensor(1.0)
+    steps(later, optimizer, 1)
+    assert torch.equal(later.bn.weight, before)
+    optimizer.found_inf = torch.tensor(0.0)
+    steps(later, optimizer, 1)
+    assert not torch.equal(later.bn.weight, before)
+    assert later.bn.weight.isfinite().all()
+    assert set(optimizer_state(later, optimizer)) == {"first.weight", "first.bias", "bn.weight", "bn.bias"}
 
 
 def test_state_of_another_model_is_refused() -> None:

@@ -1,6 +1,8 @@
 """Learning rates equal those of the published schedulers."""
 
 import pytest
+import torch
+from torch import nn
 
 from segcore.config.schema import ScheduleConfig
 from segcore.training.schedule import learning_rate
@@ -50,3 +52,18 @@ def test_rates_of_the_published_schedulers(golden) -> None:
     )
     for i, row in zip(rates["groups_iters"], rates["groups_lr_minlr1e-6_power0.9"], strict=True):
         assert [learning_rate(groups, base, int(i)) for base in rates["groups_base"]] == pytest.approx(row, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("base", [0.5, 0.01])
+def test_cosine_is_that_of_torch(warmup: int, base: float) -> None:
+    """From the base rate after the warm-up to the lowest one, also below it, at the end."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.02)
+    schedule = ScheduleConfig(20 + warmup, "cosine", min_lr=0.02, warmup_iterations=warmup)
+    for iteration in range(21):
+        expected = optimizer.param_groups[0]["lr"]
+        assert learning_rate(schedule, base, warmup + iteration) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        oracle.step()
+    assert all(learning_rate(schedule, base, i) <= max(base, 0.02) for i in range(warmup))

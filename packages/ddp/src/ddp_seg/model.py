@@ -248,6 +248,10 @@ class DDP(StepwiseSegmentor):
             noise.append(torch.randn(1, *features.shape[1:], generator=generator))
         return torch.cat(times), torch.cat(noise)
 
+    def recomputed_blocks(self) -> list[nn.Module]:
+        heads = [] if self.auxiliary_head is None else [self.auxiliary_head]
+        return [*self.backbone.recomputed_blocks(), *self.decoder.layers, *heads]
+
     # Weights
 
     def key_map(self) -> dict[str, str]:

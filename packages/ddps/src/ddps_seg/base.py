@@ -47,6 +47,10 @@ class EncoderSegmentor(Segmentor):
         if isinstance(self.head, heads.DeepLabHead) and self.head.training and len(images) == 1:
             raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
 
+    def recomputed_blocks(self) -> list[nn.Module]:
+        convs = [part for part in self.head.modules() if isinstance(part, heads.ConvBNReLU)]
+        return [*self.backbone.recomputed_blocks(), *convs]
+
     def key_map(self) -> dict[str, str]:
         backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
         return {name: backbone.get(name) or self.published_name(name) for name in self.state_dict()}

@@ -305,6 +305,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
                 drawn["uniforms"].append(torch.rand(shape, generator=g))
         return {name: torch.stack(values) for name, values in drawn.items() if values}
 
+    def recomputed_blocks(self) -> list[nn.Module]:
+        return [*super().recomputed_blocks(), *(part for part in self.unet.modules() if isinstance(part, unet.BLOCKS))]
+
     # Weights
 
     def published_name(self, name: str) -> str:

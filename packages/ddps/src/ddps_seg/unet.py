@@ -171,6 +171,9 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+BLOCKS = (ResidualBlock, LinearAttention, FullAttention)
+
+
 class UNetStage(nn.Module):
     """One resolution: two blocks, linear attention, and the convolution to the next resolution or width."""
 

@@ -255,6 +255,9 @@ class DDRNet(Segmentor):
         losses["loss"] = torch.stack([value for name, value in losses.items() if "loss" in name]).sum()
         return losses
 
+    def recomputed_blocks(self) -> list[nn.Module]:
+        return [self.backbone.conv1, *(part for part in self.modules() if isinstance(part, Residual | Head))]
+
     def fuse(self) -> DDRNet:
         """Return a copy for inference: batch norms folded into the convolutions before them, no auxiliary head."""
         copied = fused(self)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgmn2_seg.backbone import VARIANTS, Backbone
 from dgmn2_seg.heads import SETRMLA, SETRPUP, SemanticFPN, SETRNaive
 from dgmn2_seg.official import RULES
 from segcore.config.schema import LossConfig
 from segcore.models.key_map import rename
-from segcore.models.layers import fused
+from segcore.models.layers import ConvNorm, fused, residual_blocks
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -63,6 +63,11 @@ class DGMN2(Segmentor):
             self.logits(images), labels, loss, ignore_index=self.ignore_index, align_corners=True
         )
         return {"decode.loss_ce": value, "decode.acc_seg": accuracy, "loss": value}
+
+    def recomputed_blocks(self) -> list[nn.Module]:
+        embeds = [stage.get_submodule("embed") for stage in self.backbone.stages]
+        convs = [part for part in self.head.modules() if isinstance(part, ConvNorm)]
+        return [*embeds, *residual_blocks(self.backbone), *convs]
 
     def fuse(self) -> DGMN2:
         """Return a copy for inference: the batch norms are folded into the preceding convolutions."""

@@ -29,7 +29,7 @@ Offered = Callable[[type, "dataclasses.Field[Any]"], bool]
 OF_OTHER_TOOLS = {
     "eval": "metrics are chosen by --evaluate.metrics mIoU",
     "cfg_options": "every setting is an option of its own: --SECTION.FIELD VALUE, such as --optimizer.lr 1e-4",
-    "epochs": "training is counted in iterations: --schedule.iterations N",
+    "epochs": "write --schedule.epochs",
     "model": "the configuration comes first, without an option: COMMAND CONFIG",
     "config": "the configuration comes first, without an option: COMMAND CONFIG",
     "checkpoint": "the checkpoint follows CONFIG, without an option: COMMAND CONFIG CHECKPOINT",

@@ -184,18 +184,21 @@ class OptimizerConfig(Section):
     """Clip the gradients' total L2 norm to this; None: no clipping."""
     rules: tuple[ParamRule, ...] = ()
     """Per-parameter multipliers, matched against published parameter names."""
+    lr_mult: tuple[tuple[str, float], ...] = setting((), above=0)
+    """PREFIX FACTOR …: factors of the learning rate, on top of those of `rules`; prefixes as for `train.freeze`, of
+    which the longest counts."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(Section):
-    """Learning rate over iterations: poly decay or steps, after a linear warm-up."""
+    """Length of the run, and the learning rate over iterations: poly or cosine decay, or steps, after a warm-up."""
 
     section: ClassVar[str] = "schedule"
     commands: ClassVar[tuple[str, ...]] = ()
 
     iterations: int = setting(10_000, least=1, stated=True)
     """Optimizer steps of the whole run."""
-    kind: Literal["poly", "step"] = setting("poly", stated=True)
+    kind: Literal["poly", "cosine", "step"] = setting("poly", stated=True)
     """How the learning rate falls after the warm-up."""
     power: float = setting(1.0, least=0)
     """poly only: lr = (base - min) * (1 - i / iterations) ^ power + min. 1: linear decay; 0: a constant rate."""
@@ -204,7 +207,7 @@ class ScheduleConfig(Section):
     gamma: float = setting(0.1, above=0)
     """step only: the factor."""
     min_lr: float = setting(0.0, least=0)
-    """Lowest learning rate: where poly ends, and what step never goes below."""
+    """Lowest learning rate: where poly and cosine (half a period) end, and what step never goes below."""
     warmup_iterations: int = setting(0, least=0, stated=True)
     """Iterations of the warm-up; 0: none."""
     warmup_ratio: float = setting(0.1, least=0, most=1)
@@ -212,6 +215,9 @@ class ScheduleConfig(Section):
     warmup: Literal["scheduled", "linear", "constant"] = "linear"
     """scheduled: linearly to the schedule's rate, which decays from iteration 0, as in MMSegmentation; linear: to the
     base rate, then decay; constant: at the fraction of the base rate, then decay."""
+    epochs: int | None = setting(None, least=1)
+    """Passes over the training images: replaces `iterations` by epochs * images / `train.batch_size`, rounded up. The
+    warm-up stays in iterations. None: `iterations` counts."""
 
 
 @dataclass(frozen=True)
@@ -259,12 +265,20 @@ class TrainConfig(Section):
     """Decay, 0..1, of an average of the weights over the iterations: what is evaluated and saved then. None: off."""
     ema_every: int = setting(1, least=1)
     """Iterations between two updates of that average."""
+    freeze: tuple[str, ...] = ()
+    """PREFIX …: parts of the model that keep their weights, with batch norm and dropout in evaluation mode: all whose
+    own or published name begins with the prefix, in whole words between dots: `backbone`, `backbone.layer1`."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the model's blocks and compute the rest again in the backward pass: less memory, more
+    time, the same gradients."""
     timeout: float = setting(600.0, above=0)
     """Timeout in seconds of distributed communication; the run ends if a process does not respond in time."""
     log_every: int = setting(50, least=1)
     """Iterations between lines of the log."""
     evaluate_every: int = setting(1000, least=0)
     """Iterations between evaluations on the validation set; 0: never."""
+    patience: int | None = setting(None, least=1)
+    """End the run after this number of evaluations in a row without a better mIoU. None: never."""
     save_every: int = setting(1000, least=1)
     """Iterations between checkpoints; the last iteration is always saved."""
     keep_last: int = setting(2, least=1)
@@ -277,6 +291,10 @@ class TrainConfig(Section):
                 f"train.batch_size {self.batch_size} does not divide into passes of train.device_batch_size "
                 f"{self.device_batch_size}"
             )
+        if self.patience and not self.evaluate_every:
+            raise UserError("train.patience counts evaluations, but train.evaluate_every is 0; set it to iterations")
+        if self.checkpoint_activations and self.compile:
+            raise UserError("train.checkpoint_activations does not work with train.compile; set one of them to False")
 
 
 @dataclass(frozen=True)

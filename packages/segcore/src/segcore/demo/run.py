@@ -74,6 +74,10 @@ def run(
         exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init_from=str(base_dir)))
         print(f"training on top of it, {exp.name}:")
     train(exp, work_dir / "run", device=device, resume=True, offline=offline)
+    newest = run_checkpoint.newest(work_dir / "run")
+    assert newest is not None
+    iterations = int(newest.name.removeprefix("iter_"))  # of schedule.epochs, or fewer by train.patience
+    exp = dataclasses.replace(exp, schedule=dataclasses.replace(exp.schedule, iterations=iterations))
     predictor = Predictor.of(trained_model(exp, work_dir / "run").to(device), exp)
     val_set = open_dataset(exp.data, "val")
     print("fitting the linear baseline …")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from segcore.errors import UserError
 from segcore.models.key_map import Rules, rename
+from segcore.models.layers import residual_blocks
 from segcore.models.segmentor import RECOMPUTABLE, LoadReport
 
 # Families and sizes as the published configurations name them.
@@ -69,6 +70,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the four maps (N, C_i, H_i, W_i), finest first."""
+
+    def recomputed_blocks(self) -> list[nn.Module]:
+        """Return the modules that may run again in the backward pass; see `Segmentor.recomputed_blocks`."""
+        return residual_blocks(self)
 
     def key_map(self) -> dict[str, str]:
         """Return the published name (without `backbone.`) of every entry of `state_dict()`."""
@@ -188,6 +193,10 @@ class Swin(Backbone):
                 x = x + block.drop_path2(block.mlp(block.norm2(x)))
             maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
         return maps
+
+    def recomputed_blocks(self) -> list[nn.Module]:
+        # `forward` does not call the blocks themselves.
+        return [block.get_submodule(name) for block in residual_blocks(self) for name in ("attn", "mlp")]
 
     def key_map(self) -> dict[str, str]:
         rules: Rules = (

@@ -54,6 +54,11 @@ class DropPath(nn.Module):
         return x * (kept / (1 - self.rate) if self.rate < 1 else kept)
 
 
+def residual_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks with stochastic depth, at any rate, inside a module; timm also has `drop_path1` in them."""
+    return [part for part in module.modules() if hasattr(part, "drop_path") or hasattr(part, "drop_path1")]
+
+
 class ConvNorm(nn.Sequential):
     """Convolution padded by half its kernel, a norm and an optional activation: `conv`, `norm`, `act`."""
 

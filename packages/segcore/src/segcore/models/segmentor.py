@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from segcore.config.schema import LossConfig
 from segcore.data.labels import ignored_label
 from segcore.errors import UserError
+from segcore.models.layers import residual_blocks
 from segcore.models.layers import resize as resize_bilinear
 
 
@@ -126,6 +127,13 @@ class Segmentor(nn.Module, ABC):
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
         """Return the module to export: it maps images of this shape, or with `dynamic` of any shape, to logits."""
         return self
+
+    def recomputed_blocks(self) -> list[nn.Module]:
+        """Return the modules that `train.checkpoint_activations` runs again in the backward pass.
+
+        They are called as modules and do not change their inputs. By default the residual blocks of backbones.
+        """
+        return residual_blocks(self)
 
     def key_map(self) -> dict[str, str]:
         """Return the published name of every entry of `state_dict()`. Optimizer rules are matched against these."""

@@ -29,6 +29,7 @@ from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
 from segcore.testing.host_reads import HostReads
+from segcore.training.activations import checkpoint_activations
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
 
@@ -277,3 +278,31 @@ def check_help(package: str) -> None:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert command in result.stdout
+
+
+def check_recomputation(build: Callable[[], Segmentor]) -> None:
+    """Checkpointed activations: the same losses, gradients and running statistics, bit for bit, from less memory."""
+    found, sizes = [], []
+    for recompute in (False, True):
+        model = build().train()
+        if recompute:
+            assert checkpoint_activations(model) > 1
+        torch.manual_seed(0)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = model.losses(images(2), labels(model, 2), seeds=[1, 2])
+        losses["loss"].backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append((losses, gradients, model.state_dict(), {"draw": torch.rand(1)}))
+        sizes.append(sum(saved.values()))
+    for plain, recomputed in zip(*found, strict=True):
+        assert plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            other = recomputed[name]
+            assert other is None if value is None else torch.equal(value, other), name
+    assert sizes[1] < 0.6 * sizes[0], sizes

@@ -69,7 +69,7 @@ def train(
 def _train(
     exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
 ) -> Results | None:  # fmt: skip
-    state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
+    exp, state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
     record = {**state.description, "torchrun": distributed.elastic_run_id()}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints
@@ -94,8 +94,10 @@ def _train(
             raise
         except torch.OutOfMemoryError:  # in the optimizer, which may have changed some weights: do not save
             raise UserError(_out_of_memory(exp)) from None
+        early = state.early_end(exp)
+        where = f" at iteration {state.iteration} of {exp.schedule.iterations}, {early}" if early else ""
         best = f"; best: iteration {state.best_iteration}, mIoU {100 * state.best_miou:.2f}"
-        log.line(f"{work_dir}: finished{best if state.best_iteration else ''}")
+        log.line(f"{work_dir}: finished{where}{best if state.best_iteration else ''}")
         return results
 
 
@@ -103,21 +105,28 @@ def train_loop(
     exp: Experiment, state: TrainState, dataset: Dataset, val: Dataset | None, work_dir: Path, log: Logger,
     signals: SignalHandler,
 ) -> Results | None:  # fmt: skip
-    """Train from `state.iteration` to the end, evaluating and saving on the way; return the last results."""
+    """Train from `state.iteration` to the end, evaluating and saving on the way; return the last results.
+
+    The end is the last iteration, or the evaluation at which `train.patience` is exhausted.
+    """
     settings, total = exp.train, exp.schedule.iterations
     results, metrics, failures = None, MetricLogger(), None
     state.model.train()
+    for module in state.frozen:
+        module.eval()
     with closing(_micro_batches(exp, state, dataset)) as batches:
         steps = _agreed(batches, range(state.iteration, total), state, metrics, log, signals)
         while True:
-            last, new, best = state.iteration == total, state.evaluated < state.iteration, state.best_iteration
-            if _due(state.iteration, settings.save_every, total) and state.saved < state.iteration:
+            last = state.iteration == total or bool(state.early_end(exp))
+            new, best = state.evaluated < state.iteration, state.best_iteration
+            if _due(state.iteration, settings.save_every, last) and state.saved < state.iteration:
                 _check(failures, work_dir)
                 save_state(exp, state, work_dir)  # before the evaluation, which a single bad file can abort
-            if val and _due(state.iteration, settings.evaluate_every, total) and (new or last):
+            if val and _due(state.iteration, settings.evaluate_every, last) and (new or last):
                 _check(failures, work_dir)
                 results = validate(exp, state, val, log, signals)
-                if state.best_iteration != best or (new and state.saved == state.iteration):
+                last = last or bool(state.early_end(exp))
+                if state.best_iteration != best or (new and (last or state.saved == state.iteration)):
                     save_state(exp, state, work_dir)  # again, to record this evaluation for a resumed run
             if last:
                 _check(failures, work_dir)
@@ -131,7 +140,7 @@ def train_loop(
             failures = state.iteration, HostCopy(state.failures)
             metrics.seconds += time.perf_counter() - began
             log.advance(state.iteration)
-            if _due(state.iteration, settings.log_every, total):
+            if _due(state.iteration, settings.log_every, state.iteration == total):
                 lr = state.optimizer.param_groups[0]["lr"]
                 log.train(state.iteration, {"lr": lr, **metrics.read(settings.batch_size, state.device)})
                 metrics.reset()
@@ -139,7 +148,8 @@ def train_loop(
         log.line(f"{state.skipped} training samples could not be read and were skipped; `check` names the files")
     if results:
         found = results
-        extra = {"name": exp.name, "iteration": state.iteration, "skipped_training_samples": state.skipped}
+        extra: dict[str, object] = {"name": exp.name, "iteration": state.iteration}
+        extra |= {"stopped_early": state.early_end(exp), "skipped_training_samples": state.skipped}
         distributed.on_main_process(lambda: report.write_json(work_dir / "results.json", found, extra))
     return results
 
@@ -208,10 +218,11 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
             on_progress=on_progress,
             on_prediction=gallery.add if log.path else None,
         )
+    state.not_better += state.evaluated < state.iteration
     state.evaluated = state.iteration
     figures = {name: float(results.final[name]) for name in ("aAcc", "mIoU", "mAcc")}
     if figures["mIoU"] > state.best_miou:
-        state.best_iteration, state.best_miou = state.iteration, figures["mIoU"]
+        state.best_iteration, state.best_miou, state.not_better = state.iteration, figures["mIoU"], 0
     metrics = exp.evaluate.metrics
     text = f"{report.per_class(results, metrics)}\n\n{report.summary(results, metrics)}"
     log.val(state.iteration, {**figures, **results.to_json()}, text)
@@ -300,9 +311,10 @@ def _check(failures: tuple[int, HostCopy] | None, work_dir: Path) -> None:
 
 def _out_of_memory(exp: Experiment) -> str:
     (height, width), micro = exp.data.crop, batch_shares(exp)[1]
-    return f"out of GPU memory: lower train.device_batch_size ({micro}) or data.crop ({height} {width})"
+    more = "" if exp.train.checkpoint_activations else ", or set train.checkpoint_activations to True"
+    return f"out of GPU memory: lower train.device_batch_size ({micro}) or data.crop ({height} {width}){more}"
 
 
-def _due(iteration: int, every: int, total: int) -> bool:
-    """Return whether an action due every `every` iterations (0: never) and at the end is due now."""
-    return every > 0 and iteration > 0 and (iteration == total or iteration % every == 0)
+def _due(iteration: int, every: int, last: bool) -> bool:
+    """Return whether an action due every `every` iterations (0: never) and at the last one is due now."""
+    return every > 0 and iteration > 0 and (last or iteration % every == 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from segcore.config.schema import OptimizerConfig, ParamRule
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
+from segcore.training.parameters import lr_factors
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> the optimizer's state for it, such as moments."""
@@ -37,15 +38,17 @@ def build_optimizer(model: Segmentor, optimizer: OptimizerConfig) -> torch.optim
 
     Parameters with equal settings share a group, which makes the fused kernels faster; the result is the same as with a
     group per parameter. A group has `initial_lr`, from which the schedule computes `lr`. A tied parameter follows the
-    rule for its first name. Frozen parameters are left out. The fused kernels skip a step, on the device, when the
-    optimizer's attribute `found_inf` is 1.
+    rule for its first name. The factors of `lr_mult` multiply those of the rules. Frozen parameters are left out. The
+    fused kernels skip a step, on the device, when the optimizer's attribute `found_inf` is 1.
     """
     official = model.key_map()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = param_settings((official[name] for name in parameters), optimizer)
+    factors = lr_factors(model, optimizer)
     groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
-        groups[settings[official[name]]].append(parameter)
+        lr, decay = settings[official[name]]
+        groups[lr * factors.get(name, 1), decay].append(parameter)
     param_groups = [
         {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
     ]
@@ -68,15 +71,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Optim
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Restore the state that `optimizer_state` returned. Groups and their settings do not change.
 
-    Raises UserError when the state belongs to other parameters.
+    The state of parameters that are frozen by now is dropped, and those that were frozen then start without any. Raises
+    UserError when the state belongs to another model's parameters.
     """
     names = {p: name for name, p in model.named_parameters()}
     trained = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    if unknown := sorted(set(state) - set(trained)):
+    if unknown := sorted(set(state) - set(names.values())):
         raise UserError(
             f"the optimizer state is for {len(unknown)} parameters that are not trained here (first: {unknown[0]}); "
             "resume with the configuration of the original run"
         )
     own = optimizer.state_dict()
-    own["state"] = {index: state[name] for index, name in enumerate(trained) if name in state}
+    own["state"] |= {index: state[name] for index, name in enumerate(trained) if name in state}
     optimizer.load_state_dict(own)

@@ -20,11 +20,14 @@ from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
+from segcore.training.activations import checkpoint_activations
 from segcore.training.class_weight import resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
 from segcore.training.lock import LOCK
 from segcore.training.optimizer import build_optimizer
+from segcore.training.parameters import freeze, frozen_note
+from segcore.training.schedule import resolve_epochs
 from segcore.training.state import TrainState, load_state
 
 
@@ -41,22 +44,25 @@ class LossModule(nn.Module):
 
 def setup(
     exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
-) -> tuple[TrainState, Dataset, Dataset | None, list[str]]:
-    """Return the state to train from, the training and the validation set, and lines for the user.
+) -> tuple[Experiment, TrainState, Dataset, Dataset | None, list[str]]:
+    """Return `exp` with its epochs resolved, the state to train from, both data sets, and lines for the user.
 
     Writes only `label_histogram.json`, as the last action. Raises UserError for anything unusable.
     """
     batch_shares(exp)  # raises for a batch that does not divide
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
+    exp, length = resolve_epochs(exp, len(dataset))
     state = init_state(exp, device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
         state.model.check_steps(exp.evaluate.steps)
-    notes += _notes(state)
+    notes += [*length, *_notes(state)]
     if weights_are_of_row(exp):
         given = len(exp.loss.class_weight or ())
         notes.append(f"loss.class_weight: left out, {exp.name} states it for its {given} classes; auto counts yours")
+    if exp.train.freeze:
+        notes.append(frozen_note(exp, state.model, resumed=found is not None))
     if found:
         notes += load_state(exp, state, found)
     elif resume:
@@ -69,7 +75,7 @@ def setup(
         notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
-    return state, dataset, val, notes
+    return exp, state, dataset, val, notes
 
 
 def init_state(exp: Experiment, device: torch.device) -> TrainState:
@@ -83,6 +89,9 @@ def init_state(exp: Experiment, device: torch.device) -> TrainState:
         from timm.layers import convert_sync_batchnorm  # unlike torch's, it supports timm's norms with an activation
 
         model = convert_sync_batchnorm(model)
+    frozen = freeze(model, exp.train.freeze)
+    if exp.train.checkpoint_activations:
+        checkpoint_activations(model)
     return TrainState(
         model,
         LossModule(model, exp.loss),
@@ -92,6 +101,7 @@ def init_state(exp: Experiment, device: torch.device) -> TrainState:
         KeptBuffers(model),
         torch.zeros((), dtype=torch.int32, device=device),
         describe(exp),
+        frozen,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
-from segcore.config.record import ConfigDiff, differences
+from segcore.config.record import ConfigDiff, differences, with_defaults
 from segcore.config.schema import Experiment
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
@@ -40,12 +40,16 @@ class TrainState:
     """() int32, on the device: consecutive last steps with a loss or gradient that was not finite."""
     description: dict[str, Any]
     """Settings and versions."""
+    frozen: list[nn.Module]
+    """Parts of the model that stay in evaluation mode, see `train.freeze`."""
     iteration: int = 0
     """Finished iterations."""
     evaluated: int = 0
     """`iteration` at the last evaluation, and at the best one below."""
     best_iteration: int = 0
     best_miou: float = -math.inf
+    not_better: int = 0
+    """Evaluations since the best one."""
     saved: int = 0
     """`iteration` of the newest checkpoint."""
     skipped: int = 0
@@ -56,6 +60,13 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def early_end(self, exp: Experiment) -> str:
+        """Return why the run ends here, before its last iteration, by `train.patience`; empty if it does not."""
+        patience, count = exp.train.patience, self.not_better
+        if patience is None or count < patience or not self.evaluated == self.iteration < exp.schedule.iterations:
+            return ""
+        return f"no better mIoU in {count} evaluation{'s' * (count > 1)} (train.patience)"
 
 
 def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
@@ -68,6 +79,7 @@ def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
         "evaluated": state.evaluated,
         "best_iteration": state.best_iteration,
         "best_miou": state.best_miou,
+        "not_better": state.not_better,
         "skipped": state.skipped,
         "optimizer": optimizer_state(state.model, state.optimizer),
         "scaler": state.scaler.state_dict(),
@@ -106,8 +118,10 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
     kinds = dict.fromkeys(_COUNTS, int) | {"best_miou": float, "optimizer": dict, "scaler": dict}
     if damaged := [name for name, kind in kinds.items() if not isinstance(rest.get(name), kind)]:
         raise UserError(f"{folder / 'state.pt'}: has no usable {', '.join(damaged)}; choose another --work-dir")
-    if rest["iteration"] > exp.schedule.iterations:
-        raise UserError(f"{folder}: is beyond schedule.iterations {exp.schedule.iterations}; raise that number")
+    total, epochs = exp.schedule.iterations, exp.schedule.epochs
+    setting, length = ("iterations", total) if epochs is None else ("epochs", epochs)
+    if rest["iteration"] > total:
+        raise UserError(f"{folder}: is beyond schedule.{setting} {length}; raise that number")
     state.model.load_state_dict({**found.model, **rest.get("trained", {})})
     if state.average is not None:
         with averaged(state.model, found.model):
@@ -117,11 +131,14 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
         state.scaler.load_state_dict(rest["scaler"])
     for name in (*_COUNTS, "best_miou"):
         setattr(state, name, rest[name])
+    state.not_better = rest.get("not_better", 0)
     state.saved = state.iteration
-    changed = differences(found.experiment.get("experiment", {}), state.description["experiment"])
+    changed = differences(with_defaults(found.experiment.get("experiment", {}), exp), state.description["experiment"])
     where = f"resuming from iteration {state.iteration}"
-    if state.iteration == exp.schedule.iterations:
-        where = f"already finished; to train longer, raise schedule.iterations above {state.iteration}"
+    if state.iteration == total:
+        where = f"already finished; to train longer, raise schedule.{setting} above {length}"
+    elif early := state.early_end(exp):
+        where = f"already finished, {early}; to train longer, raise train.patience above {state.not_better} or to None"
     return [f"{folder}: {where}", *(f"changed since then: {line}" for line in changed)]
 
 
