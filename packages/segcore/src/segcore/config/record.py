@@ -34,15 +34,18 @@ class VersionError(ValueError):
 def from_plain(kind: Any, value: Any, name: str = "") -> Any:
     """Return what `settings_of` turned into plain data, by its annotation; the dataclasses check the values themselves.
 
-    Raises VersionError naming a setting that is missing or unknown.
+    A setting that was stored before it existed has its default. Raises VersionError naming one that is unknown, or
+    missing without a default.
     """
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints, prefix = get_type_hints(kind), f"{name}." if name else ""
-        names = [item.name for item in dataclasses.fields(kind)]
-        for key in (*names, *value):
-            if (key in names) != (key in value):
-                raise VersionError(f"{prefix}{key} is {'missing' if key in names else 'unknown'}")
-        return cast(Any, kind)(**{key: from_plain(hints[key], value[key], prefix + key) for key in names})
+        known = {item.name: item for item in dataclasses.fields(kind)}
+        for key in (*known, *value):
+            if key not in known:
+                raise VersionError(f"{prefix}{key} is unknown")
+            if key not in value and known[key].default is known[key].default_factory is dataclasses.MISSING:
+                raise VersionError(f"{prefix}{key} is missing")
+        return cast(Any, kind)(**{key: from_plain(hints[key], value[key], prefix + key) for key in value})
     for option in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
         if isinstance(value, list) and get_origin(option) is tuple:
             parts = get_args(option)
