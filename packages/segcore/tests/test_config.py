@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.metadata
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from segcore.cli.main import parse
 from segcore.config import options, registry
+from segcore.config.record import VersionError, from_plain, settings_of
 from segcore.config.registry import load_experiment
 from segcore.config.schema import (
     DataConfig,
@@ -428,3 +430,29 @@ def test_a_configuration_function_that_raises_is_one_line(tmp_path, monkeypatch)
         load_experiment("mine.py:divides")
     with pytest.raises(UserError, match=r"^mine.py: cannot be run, line 8: set ROOT first$"):
         load_experiment("mine.py:refuses")
+
+
+def test_a_record_of_an_earlier_version_has_the_defaults_of_newer_settings(tmp_path):
+    exp = load_experiment("ddrnet_23_slim_toy")
+    stored = settings_of(exp)
+    for name in ("weights", "label_smoothing", "focal_gamma", "focal_alpha"):
+        del stored["loss"][name]
+    assert stored["loss"]["kind"] == "ohem"
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps({"experiment": stored}))
+    assert load_experiment(tmp_path) == exp
+    path.write_text(json.dumps({"experiment": stored | {"gone": 1}}))
+    with pytest.raises(UserError, match="gone is unknown, as in no run of this version"):
+        load_experiment(tmp_path)
+    with pytest.raises(VersionError, match="key is missing"):
+        from_plain(ParamRule, {"lr_mult": 1.0})
+
+
+@pytest.mark.parametrize("kind", ["lovasz", ("cross_entropy", "dice")])
+def test_one_loss_or_several_are_written_and_stored_alike(tmp_path, kind):
+    words = [kind] if isinstance(kind, str) else kind
+    exp = load_experiment("ddrnet_23_slim_toy").with_overrides([f"loss.kind={' '.join(words)}", "loss.focal_gamma=1"])
+    assert (exp.loss.kind, exp.loss.kinds) == (kind, tuple(words))
+    (tmp_path / "my.py").write_text(source(exp))
+    (tmp_path / "experiment.json").write_text(json.dumps({"experiment": settings_of(exp)}))
+    assert load_experiment(tmp_path / "my.py") == load_experiment(tmp_path) == exp

@@ -258,8 +258,11 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         (N,), "masks" (N, h, w) random labels, "uniforms" (N, K, h, w) in [0, 1), and "condition" (N,) in [0, 1): images
         below `condition_dropout` lose their condition. The single-step variant needs the masks only.
         """
-        if loss.kind != "cross_entropy":
-            raise UserError(f"loss.kind is {loss.kind}, but DDPS trains with cross_entropy; set loss.kind to that")
+        if loss.terms != (("cross_entropy", 1.0),) or loss.label_smoothing:
+            raise UserError(
+                f"loss.kind is {' '.join(loss.kinds)}, but DDPS trains with cross_entropy alone, without factor or "
+                "loss.label_smoothing; set loss.kind to that"
+            )
         self.check_batch(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.freeze == "none"):
             condition = self._features(images)

@@ -109,6 +109,8 @@ def allowed(hint: Any) -> str:
     """Return an annotation in words."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
+        if get_args(parts[1]) == (parts[0], ...):
+            return f"one or more of {allowed(parts[0]).replace(' or ', ', ')}"
         return " or ".join(allowed(part) for part in parts)
     if kind is Literal:
         return " or ".join(filter(None, (", ".join(map(str, parts[:-1])), str(parts[-1]))))

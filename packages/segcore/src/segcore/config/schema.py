@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.fields import INPUT, Section, setting
 from segcore.config.label_rows import class_names, with_class_count
+from segcore.config.loss import LossConfig as LossConfig
 from segcore.config.options import change, read_overrides
 from segcore.errors import UserError
 
@@ -218,27 +219,6 @@ class ScheduleConfig(Section):
     epochs: int | None = setting(None, least=1)
     """Passes over the training images: replaces `iterations` by epochs * images / `train.batch_size`, rounded up. The
     warm-up stays in iterations. None: `iterations` counts."""
-
-
-@dataclass(frozen=True)
-class LossConfig(Section):
-    """The loss on the pixels of every head."""
-
-    section: ClassVar[str] = "loss"
-    commands: ClassVar[tuple[str, ...]] = ()
-
-    kind: Literal["cross_entropy", "ohem", "ohem_pyradd"] = setting("cross_entropy", stated=True)
-    """Cross entropy on all pixels, or on hard ones (online hard example mining): ohem as in MMSegmentation,
-    ohem_pyradd as in pyradd/DDRNet-pytorch."""
-    class_weight: tuple[float, ...] | Literal["auto"] | None = setting(None, above=0)
-    """Weight of each class in the cross entropy, a number per class. auto: the rarer, the heavier: 1 / ln(1.02 + share
-    of the training labels' pixels), scaled so that the loss keeps its size."""
-    ohem_threshold: float = setting(0.9, above=0, most=1)
-    """ohem and ohem_pyradd: pixels whose true class has a lower probability are hard."""
-    ohem_min_kept: int = setting(131_072, least=1)
-    """ohem and ohem_pyradd: at least this many pixels of a forward pass on one device count as hard."""
-    avg_non_ignore: bool = False
-    """cross_entropy: divide by the number of labeled pixels; False: by that of all pixels, as published."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ def segmentation_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the configured loss and the accuracy of logits (N, K, h, w) for labels (N, H, W) int64.
 
-    See `cross_entropy`, `ohem_cross_entropy` and `ohem_pyradd`.
+    It is the sum of `loss.terms`, each times its factor; every function of this module describes one.
     """
     weight = None if loss.class_weight is None else class_weight_tensor(loss.class_weight, logits.device)
     options = {"ignore_index": ignore_index, "align_corners": align_corners, "class_weight": weight}
-    return LOSSES[loss.kind](loss)(logits, labels, **options)
+    logits = _resized(logits, labels, align_corners)  # once for all terms
+    found = [LOSSES[kind](loss)(logits, labels, **options) for kind in loss.kinds]
+    values = [factor * value for (_, factor), (value, _) in zip(loss.terms, found, strict=True)]
+    return torch.stack(values).sum(), found[0][1]
 
 
 @cache
@@ -44,18 +47,22 @@ def cross_entropy(
     align_corners: bool = False,
     class_weight: Tensor | None = None,
     avg_non_ignore: bool = False,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the accuracy of logits (N, K, h, w), resized bilinearly to the labels (N, H, W) int64.
 
     The loss is the mean cross entropy over **all** pixels, as the published systems trained: ignored pixels count as
     zero, so it is 0 when all are ignored. With `avg_non_ignore` it is the mean over the labeled pixels. It is computed
     in at least float32. `class_weight` (K,) multiplies each pixel's loss by the weight of its class; the mean is still
-    over pixels, not over weights. The accuracy is the percentage of correct pixels among the non-ignored ones, without
+    over pixels, not over weights. `label_smoothing` spreads this share of every pixel's target evenly over the classes
+    (arXiv 1512.00567, section 7). The accuracy is the percentage of correct pixels among the non-ignored ones, without
     gradient; NaN when all are ignored.
     """
     logits = _resized(logits, labels, align_corners)
     weight = None if class_weight is None else class_weight.to(logits)
-    loss = F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="sum")
+    loss = F.cross_entropy(
+        logits, labels, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
     count = (labels != ignore_index).sum().clamp(min=1) if avg_non_ignore else labels.numel()
     return loss / count, _accuracy(logits, labels, ignore_index)
 
@@ -128,14 +135,122 @@ def ohem_pyradd(
     return total / weights.where(hard, 0).sum().where(valid.any(), 1), accuracy
 
 
+def focal(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+    gamma: float = 2.0,
+    alpha: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the focal loss (arXiv 1708.02002, section 3), as segmentation_models_pytorch defines it, and the accuracy.
+
+    Every class is a binary decision by the sigmoid of its logit: a pixel's loss is its binary cross entropy times
+    (1 - p)^gamma, p being the probability of the right decision; `alpha` multiplies that of the pixel's own class and
+    1 - alpha those of the others. The loss is the mean over the labeled pixels and over the classes, which
+    `class_weight` weights; 0 if all pixels are ignored. Otherwise as `cross_entropy`.
+    """
+    logits = _resized(logits, labels, align_corners)
+    valid = labels != ignore_index
+    own = labels.where(valid, 0)[:, None]
+    wrong = logits.scatter(1, own, -logits.gather(1, own))  # the logit of deciding wrongly
+    losses = -(gamma * F.logsigmoid(wrong)).exp() * F.logsigmoid(-wrong)
+    if alpha is not None:
+        losses = losses * torch.full_like(losses, 1 - alpha).scatter(1, own, alpha)
+    by_class = losses.where(valid[:, None], 0).sum((0, 2, 3)) / valid.sum().clamp(min=1)
+    return _mean_over_classes(by_class, class_weight), _accuracy(logits, labels, ignore_index)
+
+
+def dice(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the Dice loss (arXiv 1606.04797), as segmentation_models_pytorch defines it, and the accuracy.
+
+    It is 1 - 2 sum(p t) / (sum(p) + sum(t)) of each class over the labeled pixels of the batch on this device, p being
+    the softmax probability and t 1 where the label is the class, else 0. The loss is the mean over all K classes, which
+    `class_weight` weights; a class without a pixel counts as 0. Otherwise as `cross_entropy`.
+    """
+    logits = _resized(logits, labels, align_corners)
+    valid = labels != ignore_index
+    classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
+    own = labels.where(valid, -1)[:, None] == classes  # a byte per logit, an eighth of what F.one_hot takes
+    probabilities = logits.softmax(1).where(valid[:, None], 0)
+    pixels, overlap = own.sum((0, 2, 3)), probabilities.where(own, 0).sum((0, 2, 3))
+    by_class = 1 - 2 * overlap / (probabilities.sum((0, 2, 3)) + pixels).clamp(min=1)
+    return _mean_over_classes(by_class.where(pixels > 0, 0), class_weight), _accuracy(logits, labels, ignore_index)
+
+
+def lovasz_softmax(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    align_corners: bool = False,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the Lovász-softmax loss (arXiv 1705.08790) and the accuracy.
+
+    It is a convex surrogate of 1 - IoU of each class over the labeled pixels of the batch on this device. The loss is
+    the mean over the classes that the labels have, which `class_weight` weights; 0 if all pixels are ignored. It sorts
+    the pixels once per class. Otherwise as `cross_entropy`.
+    """
+    logits = _resized(logits, labels, align_corners)
+    valid = labels != ignore_index
+    by_class, present = [], []
+    for k, probability in enumerate(logits.softmax(1).where(valid[:, None], 0).unbind(1)):
+        own = valid & (labels == k)
+        errors = torch.where(own, 1 - probability, probability).flatten()
+        by_class.append((errors * _lovasz_gradient(errors.detach(), own.flatten())).sum())
+        present.append(own.any())
+    loss = _mean_over_classes(torch.stack(by_class), class_weight, torch.stack(present))
+    return loss, _accuracy(logits, labels, ignore_index)
+
+
+def _lovasz_gradient(errors: Tensor, own: Tensor) -> Tensor:
+    """Return by how much each pixel (P,), from the greatest error on, raises the Jaccard loss of a class (algorithm 1).
+
+    `own` (P,) tells the pixels of the class. Each step is computed for itself, not as the difference of two losses,
+    which float32 would round away among millions of pixels.
+    """
+    order = errors.argsort(descending=True)
+    missed = own[order]
+    before = missed.cumsum(0)
+    rest = (before[-1] - before).to(errors.dtype)  # pixels of the class that still count as found
+    union = before[-1] + torch.arange(1, len(own) + 1, device=own.device) - before
+    union = union.to(errors.dtype)
+    steps = torch.where(missed, 1 / union, rest / (union * (union - 1).clamp(min=1)))
+    return torch.empty_like(errors).scatter(0, order, steps)
+
+
+def _mean_over_classes(losses: Tensor, class_weight: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    """Return the weighted mean of losses (K,) over the classes that are `counted` (K,); 0 if none is."""
+    weights = torch.ones_like(losses) if class_weight is None else class_weight.to(losses)
+    if counted is not None:
+        weights = weights.where(counted, 0)
+    total = weights.sum()
+    return (losses * weights).sum() / total.where(total > 0, 1)
+
+
 def _mined(function: Callable[..., Any], loss: LossConfig) -> Callable[..., Any]:
     return partial(function, threshold=loss.ohem_threshold, min_kept=loss.ohem_min_kept)
 
 
 LOSSES: dict[str, Callable[[LossConfig], Callable[..., tuple[Tensor, Tensor]]]] = {
-    "cross_entropy": lambda loss: partial(cross_entropy, avg_non_ignore=loss.avg_non_ignore),
+    "cross_entropy": lambda loss: partial(
+        cross_entropy, avg_non_ignore=loss.avg_non_ignore, label_smoothing=loss.label_smoothing
+    ),
     "ohem": partial(_mined, ohem_cross_entropy),
     "ohem_pyradd": partial(_mined, ohem_pyradd),
+    "focal": lambda loss: partial(focal, gamma=loss.focal_gamma, alpha=loss.focal_alpha),
+    "dice": lambda loss: dice,
+    "lovasz": lambda loss: lovasz_softmax,
 }
 """`loss.kind` -> the function of logits, labels and the other settings."""
 

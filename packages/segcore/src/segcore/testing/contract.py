@@ -198,6 +198,13 @@ def check_losses(model: Segmentor, kinds: Sequence[str] = tuple(LOSSES)) -> None
             assert not torch.equal(plain, weighted)
         else:
             assert f"loss.kind is {kind}" in refusal(partial(loss, kind=kind))
+    mixed = partial(loss, kind=("cross_entropy", "dice"), weights=(1.0, 0.5))
+    if "dice" in kinds:
+        torch.testing.assert_close(mixed(), loss() + 0.5 * loss(kind="dice"))
+        assert loss(label_smoothing=0.5) != loss()
+    else:
+        assert "loss.kind is cross_entropy dice" in refusal(mixed)
+        assert "loss.label_smoothing" in refusal(partial(loss, label_smoothing=0.5))
     assert torch.equal(loss(), model.losses(batch, target, seeds=[3, 4])["loss"])
     assert loss(avg_non_ignore=True) > loss(), "ignored pixels count"
     assert set(model.state_dict()) == names

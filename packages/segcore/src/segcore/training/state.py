@@ -108,7 +108,7 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
     Raises UserError when the checkpoint does not fit the model or is beyond the end of the schedule.
     """
     found = checkpoint.load(folder)
-    own, rest = state.model.state_dict(), found.state
+    own, rest = state.model.state_dict(), {"not_better": 0, **found.state}
     if wrong := sorted(n for n in {*own, *found.model} if _shape(own, n) != _shape(found.model, n)):
         remedy = ConfigDiff.of(folder, exp).remedy or "resume with the settings in its experiment.json"
         raise UserError(
@@ -131,7 +131,6 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
         state.scaler.load_state_dict(rest["scaler"])
     for name in (*_COUNTS, "best_miou"):
         setattr(state, name, rest[name])
-    state.not_better = rest.get("not_better", 0)
     state.saved = state.iteration
     changed = differences(with_defaults(found.experiment.get("experiment", {}), exp), state.description["experiment"])
     where = f"resuming from iteration {state.iteration}"
@@ -142,7 +141,7 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
     return [f"{folder}: {where}", *(f"changed since then: {line}" for line in changed)]
 
 
-_COUNTS = ("iteration", "evaluated", "best_iteration", "skipped")
+_COUNTS = ("iteration", "evaluated", "best_iteration", "not_better", "skipped")
 """Names of the whole numbers in a checkpoint's state."""
 
 
