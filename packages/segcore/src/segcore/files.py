@@ -1,10 +1,11 @@
-"""Writing files so that a reader never sees a partial one."""
+"""Writing files so that a reader never sees a partial one, and reading only what is a file."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,26 @@ def writing(path: Path, remedy: str = "free space or choose another folder") -> 
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from None
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular_file(path: Path | str) -> None:
+    """Raise UserError unless the path, or what it links to, is a regular file; call it before opening a user's file.
+
+    Opening a FIFO waits for ever, and a device such as /dev/zero has no end. Raises OSError when there is nothing at
+    the path or it cannot be reached, as opening it would.
+    """
+    kind = stat.S_IFMT(Path(path).stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise UserError(f"{path}: is not a regular file ({_KINDS.get(kind, 'of an unknown kind')}); give a file")
 
 
 def sha256(path: Path) -> str:
