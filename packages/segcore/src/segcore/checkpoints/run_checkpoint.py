@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import re
 import shutil
 import sys
@@ -21,9 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from segcore.checkpoints.tensor_files import load_safetensors, load_torch
 from segcore.errors import UserError
 from segcore.files import sha256, sync, write
 
@@ -89,19 +89,20 @@ def load(folder: Path) -> Checkpoint:
     Raises UserError that names the damaged file and the checkpoint to use instead.
     """
     _require_whole(folder)
-    try:
-        state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{folder / FILES[1]}: refused, nothing was executed ({reason}); {_instead(folder)}") from None
     experiment = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-    return Checkpoint(load_file(folder / FILES[0]), state, experiment)
+    try:
+        return Checkpoint(load_safetensors(folder / FILES[0]), load_torch(folder / FILES[1]), experiment)
+    except UserError as error:
+        raise UserError(f"{error}; {_instead(folder)}") from None
 
 
 def read_model_state(folder: Path) -> dict[str, Tensor]:
     """Return the model's state dict of a checkpoint, on the CPU; raises UserError when any of its files is damaged."""
     _require_whole(folder)
-    return load_file(folder / FILES[0])
+    try:
+        return load_safetensors(folder / FILES[0])
+    except UserError as error:
+        raise UserError(f"{error}; {_instead(folder)}") from None
 
 
 def newest(work_dir: Path) -> Path | None:
