@@ -140,7 +140,8 @@ def test_content_other_than_a_state_dict_is_refused(tmp_path, content, words):
         (b"\n<!DOCTYPE html><html>Sign in</html>", "web page"),
         (b"<html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "LFS"),
-        (b"", "damaged"),
+        (b"", "an empty file"),
+        (b'{"error": 404}', "a JSON text"),
         (b"PK\x03\x04 not really", "damaged"),
         (pickle.dumps({}, 2), "not a PyTorch weights file"),
         (bytes(range(256)), "damaged"),
@@ -253,14 +254,14 @@ LIST_DAG = b"]" + b"".join(put(i) + b"](" + get(i) + get(i) + b"e" for i in rang
 STEPS, DAMAGED, LESS = "takes more steps", "damaged, truncated or not", "declares more data than it holds"
 BOMBS = {
     "pushes and pops": (b"N0" * 600_000 + b"}", STEPS),
-    "a key of shared tuples": (b"}" + DAG + b"Ns", "a key of type tuple is NoneType"),
+    "a key of shared tuples": (b"}" + DAG + b"Ns", "a key other than a name is NoneType"),
     "a set of shared tuples": (b"\x8f(" + DAG + b"\x90", "holds set"),
     "a call of shared lists": (LIST_DAG + b")R", DAMAGED),
     "a call of a name with shared lists": (call("builtins.set", LIST_DAG), "holds builtins.set"),
-    "a deeply nested key": (b"})" + b"\x85" * 300_000 + b"Ns", "a key of type tuple is NoneType"),
+    "a deeply nested key": (b"})" + b"\x85" * 300_000 + b"Ns", "a key other than a name is NoneType"),
     "keys of one hash": (
         b"}(" + b"".join(plain(n * (2**61 - 1)) + b"N" for n in range(40_000)) + b"u",
-        "a key of type int is NoneType",
+        "a key other than a name is NoneType",
     ),
     "zeros by number": (call("builtins.bytearray", plain(10**12)), "holds builtins.bytearray"),
     "copies of a text": (

@@ -35,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{path}: no such weights file (looked at {path.absolute()}); {ACCEPTED}")
     regular_file(path)
-    if kind := not_weights(path):
+    if kind := _not_weights(path):
         raise UserError(f"{path}: this is {kind}, not weights; delete it and download the actual file")
     try:
         state = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path, mapped=True)
@@ -58,15 +58,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {names[name]: tensor for name, tensor in state.items() if not names[name].startswith("ema_")}
 
 
-def not_weights(path: Path) -> str:
-    """Return "a web page" or "a Git LFS pointer" if the file begins like one, else ""."""
+def _not_weights(path: Path) -> str:
+    """Return what else the file is if that can be told from how it begins, else ""."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    text = re.match(rb"\s*<(!doctype|html|\?xml)|version https://git-lfs", head, re.IGNORECASE)
-    return "" if text is None else "a web page" if text[1] else "a Git LFS pointer"
+    beginnings = {
+        "an empty file": rb"$",
+        "a web page": rb"\s*<(!doctype|html|\?xml)",
+        "a Git LFS pointer": rb"version https://git-lfs",
+        "a JSON text": rb"\s*[\[{][\s -~]*$",
+    }
+    return next((kind for kind, text in beginnings.items() if re.match(text, head, re.IGNORECASE)), "")
 
 
 def _is_weight(name: object, value: object) -> bool:

@@ -33,11 +33,14 @@ def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
     """
     import timm  # takes seconds, and only start weights need it
 
-    if ":" not in init and not Path(init).expanduser().exists() and timm.is_model(init):
-        state, source = timm_state(init, offline=offline), init
-    else:
-        path = find_weights(init, "", offline=offline)
-        state, source = read_state(path), str(path)
+    try:
+        if ":" not in init and timm.is_model(init) and not Path(init).exists():
+            state, source = timm_state(init, offline=offline), init
+        else:
+            path = find_weights(init, "", offline=offline)
+            state, source = read_state(path), str(path)
+    except UserError as error:
+        raise UserError(f"{error}; --train.init-from None starts from random weights") from None
     if model.is_full_checkpoint(state):
         return f"{source}: {_load(model, state, source)}"
     with _naming(source):
@@ -54,8 +57,12 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
     """
     if checkpoint == "official" or checkpoint.startswith("official:"):
         return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
-    path = Path(checkpoint).expanduser()
-    if (path / "checkpoints").is_dir():
+    try:
+        path = Path(checkpoint).expanduser()
+        is_run = (path / "checkpoints").is_dir()
+    except (RuntimeError, OSError) as error:  # no home folder, a folder that may not be read, a name that is too long
+        raise UserError(f"{checkpoint:.200}: no such file or folder ({error!s:.200}); {ACCEPTED}") from None
+    if is_run:
         found = best(path) or newest(path)
         if found is None:
             raise UserError(f"{path}: this work_dir holds no complete checkpoint; train first, or {ACCEPTED}")

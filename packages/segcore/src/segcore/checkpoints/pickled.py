@@ -250,8 +250,11 @@ class Unpickler(_Unpickler):
     }  # fmt: skip
 
 
+_OTHER_KEY = StandIn("a key other than a name")
+
+
 def _key(key: Any) -> Any:
     """Return a key if hashing and comparing it takes constant time, else a stand-in for it."""
     if (type(key) is str and len(key) <= LONGEST_NAME) or (type(key) is int and abs(key) < 2**60):
         return key
-    return StandIn(f"a key of type {type(key).__name__}")
+    return _OTHER_KEY
