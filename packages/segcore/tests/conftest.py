@@ -3,6 +3,7 @@
 Also a server of weights within this machine.
 """
 
+import io
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from segcore import ops
 
@@ -52,11 +54,7 @@ class Weights(BaseHTTPRequestHandler):
         server.seen.append((path, self.headers.get("Range")))
         body = server.files["/w.pth"]
         if path in server.files:
-            self.answer(server.files[path])
-        elif path == "/page.pth":
-            self.answer(b"<html>", {"Content-Type": "text/html; charset=utf-8"})
-        elif path == "/untyped_page.pth":
-            self.answer(b"<!DOCTYPE html><html>Sign in</html>")
+            self.answer(server.files[path], server.headers, server.status)
         elif path == "/moved.pth":
             self.answer(b"", {"Location": "/w.pth"}, status=302)
         elif path == "/unsafe.pth":
@@ -64,21 +62,27 @@ class Weights(BaseHTTPRequestHandler):
         elif path == "/restart.pth":  # complete from the second request on
             self.answer(body, send=None if len(server.seen) > 1 else 1000)
         elif path == "/busy.pth":
-            self.answer(body) if len(server.seen) > 2 else self.answer(b"", status=503)
+            status, pause = {1: (429, "1000000"), 2: (503, "7")}.get(len(server.seen), (200, ""))
+            self.answer(body, {"Retry-After": pause}, status)
+        elif path == "/both.pth":  # for two requests at once
+            server.both.wait()
+            self.answer(body)
         elif path == "/broken.pth":
             self.answer(body, send=len(body) // 2)
         else:
             self.send_error(404)
 
     def do_HEAD(self) -> None:
-        self.answer(self.server.files[self.path], send=0) if self.path in self.server.files else self.send_error(404)
+        known = self.path in self.server.files
+        self.answer(self.server.files[self.path], self.server.headers, send=0) if known else self.send_error(404)
 
     def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, send: int | None = None):
         """Send the head and the first `send` bytes of the body; the hub's responses also name a commit and an ETag."""
         self.send_response(status)
         hub = {"ETag": '"v1"', "X-Repo-Commit": "0" * 40}
         for name, value in {"Content-Length": str(len(body)), **hub, **(headers or {})}.items():
-            self.send_header(name, value)
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[:send])
 
@@ -88,14 +92,22 @@ class Weights(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    """A server at `server.url` with the files `server.files` (path -> content); `server.seen` lists (path, Range)."""
-    from segcore.checkpoints import hub
+    """A server at `server.url` with the files `server.files` (path -> content).
+
+    They are sent with `server.headers` and `server.status`; `server.seen` lists (path, Range).
+    """
+    from segcore.checkpoints import download
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    monkeypatch.setattr(download, "PAUSE", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Weights)
     server.url, server.seen = f"http://127.0.0.1:{server.server_port}", []
-    server.files = {"/w.pth": bytes(range(256)) * 4096}  # 1 MiB
+    torch.save({"w": torch.arange(1 << 18, dtype=torch.float32)}, weights := io.BytesIO())
+    server.files, server.headers, server.status = (
+        {"/w.pth": weights.getvalue()},
+        {},
+        200,
+    )  # 1 MiB and some hundred bytes
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server

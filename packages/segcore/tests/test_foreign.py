@@ -1,8 +1,10 @@
 """Reading weights files without executing anything in them."""
 
 import contextlib
+import io
 import os
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from segcore import UserError
-from segcore.checkpoints import foreign
+from segcore.checkpoints import foreign, pickled, tensor_files
 
 
 def refused(path, *words):
@@ -119,7 +121,7 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, form, protocol):
         ({"net": {"a": torch.ones(2)}}, ["'net' is dict", "state_dict"]),
         ({3: torch.ones(2)}, [": 3 is a"]),
         ([torch.ones(2)], ["list"]),
-        ({"a": np.ones(2)}, ["'a' is NumpyValue"]),
+        ({"a": np.ones(2)}, ["'a' is numpy"]),
         ({"state_dict": {}}, ["nothing"]),
         ({"a": torch.ones(2).to_sparse()}, ["sparse"]),
         ({"a": torch.ones(2, device="meta")}, ["meta"]),
@@ -138,7 +140,8 @@ def test_content_other_than_a_state_dict_is_refused(tmp_path, content, words):
         (b"\n<!DOCTYPE html><html>Sign in</html>", "web page"),
         (b"<html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "LFS"),
-        (b"", "damaged"),
+        (b"", "an empty file"),
+        (b'{"error": 404}', "a JSON text"),
         (b"PK\x03\x04 not really", "damaged"),
         (pickle.dumps({}, 2), "not a PyTorch weights file"),
         (bytes(range(256)), "damaged"),
@@ -208,3 +211,165 @@ def test_a_damaged_safetensors_header_is_refused(tmp_path):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x04]) + content[position + 1 :])
         with contextlib.suppress(UserError):
             foreign.read_state(path)
+
+
+# Files that take hours or the whole memory to read: each is refused at once
+
+
+def plain(value):
+    """Pickle data without memo numbers."""
+    pickler = pickle.Pickler(file := io.BytesIO(), 2)
+    pickler.fast = True
+    pickler.dump(value)
+    return file.getvalue()[2:-1]
+
+
+def put(index):
+    return pickle.LONG_BINPUT + struct.pack("<I", index)
+
+
+def get(index):
+    return pickle.LONG_BINGET + struct.pack("<I", index)
+
+
+def call(name, *arguments):
+    module, _, name = name.rpartition(".")
+    return f"c{module}\n{name}\n(".encode() + b"".join(arguments) + b"tR"
+
+
+def storage(count, key="0"):
+    return b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + plain(key) + plain("cpu") + plain(count) + b"tQ"
+
+
+def view(offset, size, stride):
+    """Pickle a view of a storage of four elements."""
+    return call(
+        "torch._utils._rebuild_tensor_v2", storage(4), plain(offset), plain(size), plain(stride), plain(False), b"N"
+    )
+
+
+DAG = b")" + b"".join(put(i) + get(i) + b"\x86" for i in range(60))
+"""A tuple of two tuples that are one object, 60 times: 2**60 parts for whoever walks through it."""
+LIST_DAG = b"]" + b"".join(put(i) + b"](" + get(i) + get(i) + b"e" for i in range(60))
+STEPS, DAMAGED, LESS = "takes more steps", "damaged, truncated or not", "declares more data than it holds"
+BOMBS = {
+    "pushes and pops": (b"N0" * 600_000 + b"}", STEPS),
+    "a key of shared tuples": (b"}" + DAG + b"Ns", "a key other than a name is NoneType"),
+    "a set of shared tuples": (b"\x8f(" + DAG + b"\x90", "holds set"),
+    "a call of shared lists": (LIST_DAG + b")R", DAMAGED),
+    "a call of a name with shared lists": (call("builtins.set", LIST_DAG), "holds builtins.set"),
+    "a deeply nested key": (b"})" + b"\x85" * 300_000 + b"Ns", "a key other than a name is NoneType"),
+    "keys of one hash": (
+        b"}(" + b"".join(plain(n * (2**61 - 1)) + b"N" for n in range(40_000)) + b"u",
+        "a key other than a name is NoneType",
+    ),
+    "zeros by number": (call("builtins.bytearray", plain(10**12)), "holds builtins.bytearray"),
+    "copies of a text": (
+        plain("0" * 100_000) + put(0) + b"0" + call("_codecs.encode", get(0), plain("latin1")) * 40_000,
+        "_codecs.encode",
+    ),
+    "copies of a list": (
+        b"](" + b"](NNe" * 1000 + b"e" + put(0) + b"0" + call("collections.OrderedDict", get(0)) * 2000,
+        STEPS,
+    ),
+    "copies of arguments": (
+        b"(" + b"N" * 1000 + b"t" + put(0) + b"0" + (b"cbuiltins\nset\n" + get(0) + b"R") * 2000,
+        STEPS,
+    ),
+    "a long text": (b"X" + struct.pack("<I", 2**32 - 1), STEPS),
+    "a long number": (b"\x8b" + struct.pack("<i", 2**31 - 1), DAMAGED),
+    "a long array": (b"\x96" + struct.pack("<Q", 2**62), DAMAGED),
+    "a high memo number": (b"}" + put(2**32 - 1), "holds nothing"),
+    "a long name": (b"\x80\x04" + plain("os") + plain("a\nb" * 100_000) + b"\x93", "it requires 'os.a\\nb"),
+    "a storage beyond the file": (storage(10**15), LESS),
+    "a storage beyond its data": (storage(5), LESS),
+    "a negative storage": (storage(-1), DAMAGED),
+    "a key of a storage": (storage(4, ((),) * 9), DAMAGED),
+    "a view of all bytes a million times": (view(0, (10**6, 4), (0, 1)), "tensors of more than 16 times its size"),
+    "a view beyond its data": (view(1, (4,), (1,)), "reaches beyond its data"),
+    "a view beyond its data by steps": (view(0, (2, 2), (3, 1)), "reaches beyond its data"),
+    "a view backwards": (view(3, (4,), (-1,)), DAMAGED),
+    "a view of overflowing size": (view(0, (2**62, 2**62, 0), (1, 1, 1)), DAMAGED),
+    "a view of many dimensions": (view(0, (2**2000,) * 100_000, (1,) * 100_000), DAMAGED),
+}  # fmt: skip
+
+
+@pytest.fixture
+def write_pickle(tmp_path):
+    """A function that writes a PyTorch file of a given pickle, with one storage of four floats."""
+
+    def write(content, form):
+        path = tmp_path / f"{form}.pth"
+        torch.save({"w": torch.zeros(4)}, path, _use_new_zipfile_serialization=form == "zip")
+        if form == "zip":
+            with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old, zipfile.ZipFile(path, "w") as new:
+                for name in old.namelist():
+                    new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+        else:
+            parts = (tensor_files.MAGIC, tensor_files.PROTOCOL, {})
+            head = b"".join(pickle.dumps(part, 2) for part in parts)
+            keys = ["0"] if b"FloatStorage" in content else []
+            path.write_bytes(head + content + pickle.dumps(keys, 2) + struct.pack("<q", 4) + bytes(16))
+        return path
+
+    return write
+
+
+@pytest.mark.timeout(60)  # without the bounds, most take far longer
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_that_explodes_is_refused(write_pickle, bomb, form):
+    content, words = BOMBS[bomb]
+    if form == "legacy" and bomb == "a storage beyond its data":
+        words = DAMAGED
+    refused(write_pickle(b"\x80\x02" + content + b".", form), words)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_views_of_one_storage_are_read(write_pickle, form):
+    content = b"\x80\x02}(" + plain("a") + view(1, (3,), (1,)) + plain("b") + view(0, (2, 2), (1, 2)) + b"u."
+    state = foreign.read_state(write_pickle(content, form))
+    assert (state["a"].shape, state["b"].shape) == ((3,), (2, 2))
+    assert state["a"].untyped_storage().data_ptr() == state["b"].untyped_storage().data_ptr()
+
+
+@pytest.mark.timeout(60)
+def test_a_zip_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path, monkeypatch):
+    path, bomb = tmp_path / "w.pth", tmp_path / "bomb.pth"
+    torch.save({"w": torch.zeros(1000)}, path)
+    entries = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, bytes(10**7) if name.endswith("data/0") else content)
+    refused(bomb, "declares 10000", "bytes in a file of 1")
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    refused(bomb, "compressed in an unusual way")
+    with zipfile.ZipFile(bomb, "w") as archive:  # a hundred entries in one place
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        archive.filelist += [entry for entry in archive.filelist if entry.file_size == 4000] * 100
+    refused(bomb, "declares")
+    monkeypatch.setattr(tensor_files, "DIRECTORY", 50)
+    refused(path, "more entries than weights have")
+
+
+def test_the_header_of_a_safetensors_file_is_bounded(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 10**8))
+        file.truncate(10**9)
+    refused(path, "its header is too long")
+
+
+def test_many_tensors_are_not_too_many(tmp_path):
+    """Each storage adds to what a pickle may cost; a large optimizer has several for each weight."""
+    path = tmp_path / "w.pth"
+    weights = {f"backbone.stages.2.blocks.{i}.attention.weight": torch.zeros(1) for i in range(400)}
+    optimizer = {i: {"step": torch.zeros(()), "exp_avg": torch.zeros(1)} for i in range(400)}
+    for new_format in (True, False):
+        torch.save({"state_dict": weights, "optimizer": optimizer}, path, _use_new_zipfile_serialization=new_format)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pickled, "UNITS", 1000)
+            assert len(foreign.read_state(path)) == 400

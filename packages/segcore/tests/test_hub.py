@@ -1,12 +1,19 @@
 """Downloads from misbehaving servers: a file appears complete, or one line says which file to put where."""
 
+import base64
+import errno
 import hashlib
 import inspect
+import os
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from segcore import UserError
 from segcore.checkpoints import hub
@@ -40,13 +47,13 @@ def test_a_file_is_downloaded_once(server, folder, capsys):
     assert hub.fetch(f"{server.url}/w.pth", offline=True) == path
     assert len(server.seen) == 1
     assert names_in(folder) == ["w.pth"]
-    assert "downloading w.pth (kB): 1048/1048" in capsys.readouterr().err
+    assert "downloading w.pth (kB): 1050/1050" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_bar(server, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     hub.fetch(f"{server.url}/w.pth")
-    assert "1048/1048" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "1050/1050" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
 
 
 def test_a_redirect_is_followed_and_the_name_kept(server, folder):
@@ -54,27 +61,116 @@ def test_a_redirect_is_followed_and_the_name_kept(server, folder):
     assert names_in(folder) == ["moved.pth"]
 
 
-@pytest.mark.parametrize(("name", "requests"), [("restart.pth", 2), ("busy.pth", 3)])
-def test_a_broken_download_starts_again_from_the_beginning(server, name, requests):
-    assert hub.fetch(f"{server.url}/{name}").read_bytes() == server.files["/w.pth"]
-    assert server.seen == [(f"/{name}", None)] * requests
+def test_a_broken_download_starts_again_from_the_beginning(server):
+    assert hub.fetch(f"{server.url}/restart.pth").read_bytes() == server.files["/w.pth"]
+    assert server.seen == [("/restart.pth", None)] * 2
+
+
+def test_a_busy_server_is_asked_again_after_the_pause_that_it_wants_but_no_longer_than_a_minute(server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    assert hub.fetch(f"{server.url}/busy.pth").read_bytes() == server.files["/w.pth"]
+    assert pauses == [60, 7]
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("broken.pth", ["broke 4 times", " of 1048576 bytes"]),
-        ("none.pth", ["404"]),
-        ("page.pth", ["web page"]),
-        ("untyped_page.pth", ["web page"]),
-    ],
+    ("name", "words"), [("broken.pth", ["broke 4 times", " of 1050153 bytes"]), ("none.pth", ["404"])]
 )
 def test_a_failed_download_leaves_nothing_behind(server, folder, name, words):
     refused(f"{server.url}/{name}", folder, *words)
 
 
+PAGE = b"<!DOCTYPE html><html>Sign in</html>"
+PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
+UNSIZED = {"Content-Length": ""}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        (b"", {}, 200, "an empty file"),
+        (b"", UNSIZED, 200, "an empty file"),
+        (PAGE, {"Content-Type": "text/html; charset=utf-8"}, 200, "a web page"),
+        (PAGE, {}, 200, "a web page"),
+        (b'{"error": "sign in"}', {"Content-Type": "application/json"}, 200, "a JSON text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", {}, 200, "a Git LFS pointer"),
+        (PICTURE, {}, 200, "damaged"),
+        ("short", {}, 200, "damaged"),
+        ("short", UNSIZED, 200, "damaged"),
+        ("whole", {}, 206, "the server returned 206 Partial Content"),
+    ],
+)
+def test_only_whole_weights_are_kept(server, folder, body, headers, status, words, suffix):
+    weights = server.files["/w.pth"] if suffix == ".pth" else save({"w": torch.zeros(1000)})
+    body = {"short": weights[:-10], "whole": weights}.get(body, body)
+    server.files[f"/w{suffix}"], server.headers, server.status = body, headers, status
+    refused(f"{server.url}/w{suffix}", folder, words)
+
+
+def encoded(digest):
+    return base64.b64encode(digest).decode()
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(
+    ("name", "headers"),
+    [
+        ("w-{sha256:.8}.pth", {}),
+        ("w_20210811_100655-{sha256:.8}.pth", {}),
+        ("w.pth", {"Content-MD5": "{base64}"}),
+        ("w.pth", {"x-goog-hash": "crc32c=n03x6A==, md5={base64}"}),
+        ("w.pth", {"x-amz-request-id": "1", "ETag": '"{md5}"'}),
+        ("w.pth", {"X-Linked-ETag": '"{sha256}"'}),
+    ],
+)
+def test_the_hash_that_the_host_states_is_checked(server, folder, name, headers, right):
+    body = server.files["/w.pth"]
+    hashed = body if right else body + b"changed"
+    values = {kind: hashlib.new(kind, hashed).hexdigest() for kind in ("sha256", "md5")}
+    values["base64"] = encoded(hashlib.md5(hashed).digest())
+    name = name.format(**values)
+    server.files[f"/{name}"] = body
+    server.headers = {key: text.format(**values) for key, text in headers.items()}
+    if right:
+        assert hub.fetch(f"{server.url}/{name}").read_bytes() == body
+    else:
+        refused(f"{server.url}/{name}", folder, " as stated; try again")
+
+
+def test_texts_in_the_place_of_hashes_are_no_hashes(server):
+    server.headers = {"Content-MD5": "none", "x-goog-hash": "crc32c=n03x6A==", "ETag": f'"{"0" * 32}"'}
+    hub.fetch(f"{server.url}/w.pth")
+
+
+def test_a_file_that_no_longer_has_the_hash_in_its_name_is_noticed(server, folder):
+    folder.mkdir()
+    (folder / "w-01234567.pth").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"w-01234567\.pth: its SHA-256 is not 01234567; delete it"):
+        hub.fetch(f"{server.url}/w-01234567.pth")
+
+
+def test_leftovers_of_killed_downloads_are_removed(server, folder):
+    for name in (".w.pth.old.part", ".v.pth.old.part", ".w.pth.new.part"):
+        (folder / name / ".cache").mkdir(parents=True)
+        (folder / name / ".cache" / "w.pth").write_bytes(b"part")
+        for path in (folder / name, *(folder / name).rglob("*")):
+            os.utime(path, times=(1e9, 1e9) if "old" in name else None)
+    hub.fetch(f"{server.url}/w.pth")
+    assert names_in(folder) == [".w.pth.new.part", "w.pth"]
+
+
+def test_two_downloads_of_one_file_at_once(server, folder):
+    server.both = threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(hub.fetch, [f"{server.url}/both.pth"] * 2))
+    assert paths == [folder / "both.pth"] * 2
+    assert paths[0].read_bytes() == server.files["/w.pth"]
+    assert names_in(folder) == ["both.pth"]
+
+
 def test_content_with_another_hash_is_refused(server, folder):
-    with pytest.raises(UserError, match="SHA-256"):
+    with pytest.raises(UserError, match="its sha256 is"):
         hub.fetch(f"{server.url}/w.pth", sha256="0" * 64)
     assert names_in(folder) == []
     (folder / "w.pth").write_bytes(b"other")
@@ -85,9 +181,9 @@ def test_content_with_another_hash_is_refused(server, folder):
 @pytest.mark.parametrize("path", ["w.pth", "authors/model/resolve/main/w.pth"])
 def test_without_network_it_says_which_file_goes_where(server, folder, monkeypatch, path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 23 s
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))  # huggingface_hub would, for 23 s
     server.server_close()  # nothing listens on the port now
-    refused(f"{server.url}/{path}", folder, "cannot be downloaded")
+    refused(f"{server.url}/{path}", folder, "cannot be downloaded (Connection refused)")
     with pytest.raises(UserError, match=r"w\.pth: missing") as error:
         hub.fetch(f"{server.url}/{path}", offline=True)
     assert f"download {server.url}/{path} and put the file at {folder / 'w.pth'}" in str(error.value)
@@ -107,6 +203,24 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path, monkeypatch)
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"file.*SEGCORE_WEIGHTS"):
         hub.fetch(f"{server.url}/w.pth")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written_is_one_line(server, folder, monkeypatch, code):
+    def mkdir(path, *rest):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr("os.mkdir", mkdir)
+    with pytest.raises(UserError, match=rf"w\.pth: cannot be written \({os.strerror(code)}\).*SEGCORE_WEIGHTS"):
+        hub.fetch(f"{server.url}/w.pth")
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch):
+    for name in ("SEGCORE_WEIGHTS", "XDG_CACHE_HOME", "LOCALAPPDATA", "HOME", "USERPROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without an entry in /etc/passwd
+    with pytest.raises(UserError, match=r"no home folder.*set HOME, or SEGCORE_WEIGHTS"):
+        hub.weights_dir()
 
 
 @pytest.mark.parametrize("path", ["w.pth", "authors/model/resolve/main/w.pth"])
@@ -146,6 +260,15 @@ def test_files_of_the_hub_come_from_its_mirror(server, folder, monkeypatch):
     assert names_in(folder) == ["w.pth"]
 
 
+def test_the_hash_that_the_hub_states_is_checked(server, folder, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.files["/authors/model/resolve/v2/w.pth"] = server.files["/w.pth"]
+    server.headers = {"X-Linked-ETag": f'"{"0" * 64}"'}
+    with pytest.raises(UserError, match=r"its sha256 is \w+, not 0+ as stated"):
+        hub.fetch("https://huggingface.co/authors/model/resolve/v2/w.pth")
+    assert names_in(folder) == []
+
+
 # Google Drive
 
 DRIVE = "https://drive.google.com/uc?export=download&id=KEY"
@@ -160,7 +283,10 @@ def test_google_drive_without_gdown_names_the_extra(folder, monkeypatch):
     assert names_in(folder) == []
 
 
-@pytest.mark.parametrize("given", [b"weights", b"<html>sign in", None, RuntimeError("too many accesses\nto the file")])
+WEIGHTS = save({"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("given", [WEIGHTS, b"<html>sign in", None, RuntimeError("too many accesses\nto the file")])
 def test_google_drive_through_gdown(folder, monkeypatch, given):
     def download(*, id, output):
         assert id == "KEY"
@@ -172,9 +298,9 @@ def test_google_drive_through_gdown(folder, monkeypatch, given):
         return given and output
 
     monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
-    if given == b"weights":
-        assert hub.fetch(DRIVE, name="w.pth").read_bytes() == given
-        assert names_in(folder) == ["w.pth"]
+    if given == WEIGHTS:
+        assert hub.fetch(DRIVE, name="w.safetensors").read_bytes() == given
+        assert names_in(folder) == ["w.safetensors"]
         return
     with pytest.raises(UserError) as error:
         hub.fetch(DRIVE, name="w.pth")

@@ -46,11 +46,14 @@ def load_init(
     """
     import timm  # takes seconds, and only start weights need it
 
-    if ":" not in init and not Path(init).expanduser().exists() and timm.is_model(init):
-        path, state, source = Path(), timm_state(init, offline=offline), init
-    else:
-        path = find_weights(init, exp.name if exp else "", offline=offline)
-        state, source = read_state(path), str(path)
+    try:
+        if ":" not in init and timm.is_model(init) and not Path(init).expanduser().exists():
+            path, state, source = Path(), timm_state(init, offline=offline), init
+        else:
+            path = find_weights(init, exp.name if exp else "", offline=offline)
+            state, source = read_state(path), str(path)
+    except UserError as error:
+        raise UserError(f"{error}; --train.init-from None starts from random weights") from None
     if not model.is_full_checkpoint(state):
         with _naming(source):
             part, report = model.load_pretrained(state)
@@ -82,8 +85,12 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
     """
     if checkpoint == "official" or checkpoint.startswith("official:"):
         return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
-    path = Path(checkpoint).expanduser()
-    if (path / "checkpoints").is_dir():
+    try:
+        path = Path(checkpoint).expanduser()
+        is_run = (path / "checkpoints").is_dir()
+    except (RuntimeError, OSError) as error:  # no home folder, a folder that may not be read, a name that is too long
+        raise UserError(f"{checkpoint:.200}: no such file or folder ({error!s:.200}); {ACCEPTED}") from None
+    if is_run:
         found = best(path) or newest(path)
         if found is None:
             raise UserError(f"{path}: this work_dir holds no complete checkpoint; train first, or {ACCEPTED}")

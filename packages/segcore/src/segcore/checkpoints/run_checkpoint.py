@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from segcore.checkpoints import manifest
 from segcore.checkpoints.manifest import FILES, MANIFEST
+from segcore.checkpoints.tensor_files import load_safetensors, load_torch
 from segcore.errors import UnreadError, UserError
 from segcore.files import read_json, sync, umask_permissions, write
 
@@ -90,16 +91,12 @@ def load(folder: Path) -> Checkpoint:
     """
     model = read_model_state(folder)
     try:
-        state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-    except Exception as error:  # a crafted pickle can fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{folder / FILES[1]}: refused, nothing was executed ({reason}); {_instead(folder)}") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{folder / FILES[1]}: holds {type(state).__name__}, not a run's state; {_instead(folder)}")
-    try:
-        return Checkpoint(model, state, read_json(folder / FILES[2]))
+        state, experiment = load_torch(folder / FILES[1]), read_json(folder / FILES[2])
     except UserError as error:
         raise UserError(f"{error}; {_instead(folder)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{folder / FILES[1]}: holds {type(state).__name__}, not a run's state; {_instead(folder)}")
+    return Checkpoint(model, state, experiment)
 
 
 def read_model_state(folder: Path) -> dict[str, Tensor]:
@@ -110,9 +107,9 @@ def read_model_state(folder: Path) -> dict[str, Tensor]:
     if fault := manifest.damage(folder):
         raise UserError(f"{fault}; {_instead(folder)}")
     try:
-        return load_file(folder / FILES[0])
-    except SafetensorError as error:
-        raise UserError(f"{folder / FILES[0]}: not a safetensors file ({error}); {_instead(folder)}") from None
+        return load_safetensors(folder / FILES[0])
+    except UserError as error:
+        raise UserError(f"{error}; {_instead(folder)}") from None
 
 
 def newest(work_dir: Path) -> Path | None:
