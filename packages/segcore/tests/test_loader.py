@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -17,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segcore.config.schema import DataConfig
-from segcore.data import loader
+from segcore.data import workers
 from segcore.data.layouts import open_dataset
 from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
 from segcore.data.transforms import TrainTransform
-from segcore.errors import UserError
+from segcore.errors import Stopped, UserError
 from segcore.seeds import augmentation_seed, noise_seed
+from segcore.training.signals import SignalHandler
 
 LENGTH = 7
 
@@ -112,10 +117,9 @@ def test_a_run_resumes_at_any_iteration_and_micro_batches_only_divide_the_batch(
         batches(data, micro=3)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_workers_change_nothing_and_end(data, workers):
+def test_workers_change_nothing_and_end(data):
     state = torch.get_rng_state()
-    assert_equal(list(batches(data)), list(batches(data, workers=workers)))
+    assert_equal(list(batches(data)), list(batches(data, workers=3)))
     assert torch.equal(torch.get_rng_state(), state)
     assert not multiprocessing.active_children()
 
@@ -126,6 +130,49 @@ def test_closing_early_ends_the_workers(data):
     assert multiprocessing.active_children()
     loader.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no SIGKILL")
+def test_a_worker_that_dies_is_one_line(data):
+    found = batches(data, stop=1000, workers=2)
+    next(found)
+    if Path("/proc/self/maps").exists():
+        assert "/torch_" not in Path("/proc/self/maps").read_text(), "/dev/shm, of 64 MB in containers, is used"
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(UserError, match=r"process was ended by SIGKILL; if memory ran out, lower data.workers \(2\)"):
+        list(found)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="stops a process")
+def test_waiting_for_a_worker_can_be_ended(data):
+    signals = SignalHandler()
+    found = batches(data, stop=1000, workers=1, on_wait=signals.check)
+    next(found)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+    signals.signal = signal.SIGTERM
+    with pytest.raises(Stopped):
+        list(found)
+    assert not multiprocessing.active_children()
+
+
+def test_a_message_that_ends_early_is_no_item():
+    sent = io.BytesIO()
+    batch = Batch(torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64), [1, 2], 3)
+    workers._send(sent, (None, batch))
+    _, found = workers._receive(io.BytesIO(sent.getvalue()))
+    assert_equal([found], [batch])
+    for end in range(len(sent.getvalue())):
+        with pytest.raises((EOFError, pickle.UnpicklingError)):
+            workers._receive(io.BytesIO(sent.getvalue()[:end]))
+
+
+def test_no_memory_is_one_line():
+    def fail(_):
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"^no memory left to load data; "):
+        next(workers.read_ahead(fail, [0], 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -162,7 +209,7 @@ def test_eval_samples_come_in_order(data, workers):
         np.testing.assert_array_equal(label, dataset.label(index))
 
 
-INTERRUPTED = """
+SCRIPT = """
 import sys
 from pathlib import Path
 from segcore.data import layouts, loader, transforms
@@ -172,29 +219,33 @@ if __name__ == "__main__":
     augment = {"ratio_range": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": 0.5, "photometric": True}
     data = DataConfig("folder", Path(sys.argv[1]), classes=("a", "b", "c"), crop=(24, 32), **augment)
     opened, transform = layouts.open_dataset(data, "train"), transforms.TrainTransform(data)
+    batches = loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=1)
     try:
-        for _ in loader.train_batches(opened, transform, batch=2, micro=2, seed=0, start=0, stop=10**9, workers=2):
+        for _ in batches:
             print("batch", flush=True)
+            if sys.argv[2] == "exit":
+                sys.exit()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
 """
 
 
 def test_a_signal_while_workers_start_is_not_lost(data, monkeypatch):
-    def start(*_, **__):
+    def start(*_):
         signal.raise_signal(signal.SIGINT)
-        return []
+        return Mock()
 
-    monkeypatch.setattr(loader, "DataLoader", start)
+    monkeypatch.setattr(workers, "_Worker", start)
     with pytest.raises(KeyboardInterrupt):
         next(eval_samples(open_dataset(data, "train"), 2), None)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
-def test_interrupt_ends_everything_quietly(data, tmp_path):
-    (tmp_path / "script.py").write_text(INTERRUPTED)
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to a process group")
+@pytest.mark.parametrize("how", ["interrupt", "kill", "exit"])
+def test_workers_end_quietly_with_the_main_process(data, tmp_path, how):
+    (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, "script.py", str(data.root)],
+        [sys.executable, "script.py", str(data.root), how],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -202,10 +253,13 @@ def test_interrupt_ends_everything_quietly(data, tmp_path):
         start_new_session=True,
     )
     assert process.stdout.readline() == "batch\n"
-    os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C, to every process of the group
+    if how == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C, to every process of the group
+    elif how == "kill":
+        process.kill()
     out, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (0, "")
-    assert out.endswith("interrupted\n")
+    assert (process.returncode, errors) == (-signal.SIGKILL if how == "kill" else 0, "")
+    assert out.endswith("interrupted\n") == (how == "interrupt")
     for _ in range(100):  # helper processes may need a moment to exit
         if not group_alive(process.pid):
             return

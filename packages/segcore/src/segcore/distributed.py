@@ -246,12 +246,12 @@ def collective(counted: bool = True) -> Iterator[None]:
     except RuntimeError as error:
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
-        names = _missing()
-        if not names:
+        missing = _missing()
+        if not missing:
             raise LostError(f"communication failed ({str(error).strip().splitlines()[0][:200]})") from None
         raise LostError(
-            f"process{'es' * (len(names) > 1)} {', '.join(map(str, names))} of 0-{world_size() - 1} did not respond "
-            "(ended, or busy for longer than train.timeout); see its output, then continue with --resume"
+            f"{missing} did not respond (ended, or busy for longer than train.timeout); see its output, then continue "
+            "with --resume"
         ) from None
 
 
@@ -268,11 +268,15 @@ def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _missing() -> list[int]:
-    """Return the ranks that are behind this one."""
+def _missing() -> str:
+    """Return the names of the ranks that are behind this one, or of whoever held the store; "" if there are none."""
     assert _store is not None
+    keys = [f"entered {other}" for other in range(world_size())]
     try:
-        keys = [f"entered {other}" for other in range(world_size())]
-        return [n for n, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < _entered]
-    except RuntimeError:  # process 0 holds the store when torchrun does not
-        return [0]
+        late = [n for n, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < _entered]
+    except RuntimeError:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return "the launcher of the processes"
+        late = [0]
+    names = f"process{'es' * (len(late) > 1)} {', '.join(map(str, late))}"
+    return f"{names} of 0-{world_size() - 1}" if late else ""

@@ -61,6 +61,11 @@ file.py:function, or the folder of a run or checkpoint, after which CHECKPOINT i
 def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 for what the user must fix, 2 for wrong usage, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Python looks for modules in the current folder: `python -m` for this process, and by default for those it starts.
+    # Libraries would run a file there that has the name of an optional dependency, such as h2.py.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if argv is None and not sys.flags.safe_path and sys.path[0] == str(Path.cwd()):
+        del sys.path[0]
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
@@ -68,6 +73,7 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of torch's when communication fails; we say it
     try:
         command = parse(words, package)
         if getattr(command, "gpus", None) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.data.loader import eval_samples
+from segcore.data.loader import Loaded, eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
@@ -104,29 +104,30 @@ def evaluate(
     `evaluate.batch_size`, `workers` and the number of processes do not change the results: each of several processes
     takes every n-th image, and all return the same result. Predictions are not kept.
 
-    `on_progress(done, total)` is called after every batch (it may raise Stopped, which ends all processes), and assumes
-    that all processes are equally far. `on_prediction(index, image, label, entries)` is called for each image of this
-    process with the classes (H, W) by entry.
+    `on_progress(done, total)` is called after every batch, and every second without data (it may raise Stopped, which
+    ends all processes). It assumes that all processes are equally far. `on_prediction(index, image, label, entries)` is
+    called for each image of this process with the classes (H, W) by entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
     """
     model, settings = predictor.model, predictor.evaluate
     check_fit(model, dataset)
-    if isinstance(model, StepwiseSegmentor):
-        model.check_steps(settings.steps)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
     counts = _Counts(model, predictor.device, boundaries="mBIoU" in settings.metrics)
-    steps_used: list[int] = []
-    network = _network(predictor, steps_used)
+    done, skipped, steps_used = 0, list[tuple[int, str]](), list[int]()
+    network, failed = _network(predictor, steps_used), None
     own = range(distributed.rank(), total, distributed.world_size())
-    done, skipped = 0, list[tuple[int, str]]()
-    failed: UserError | Stopped | None = None
+
+    def progress() -> None:
+        if on_progress:
+            on_progress(min(distributed.world_size() * (done + len(skipped)), total), total)
+
     try:
-        with evaluation_mode(model):
-            samples = _readable(dataset, own, workers, skipped if predictor.data.on_error == "skip" else None)
+        with evaluation_mode(model), closing(eval_samples(dataset, workers, own, on_wait=progress)) as loaded:
+            samples = _readable(dataset, own, loaded, skipped if predictor.data.on_error == "skip" else None)
             for batch in _equal_sized(samples, settings.batch_size):
                 seeds = [evaluation_seed(seed, index) for index, *_ in batch]
                 predictions = predictor.classes([image for _, image, _ in batch], seeds, network=network)
@@ -135,8 +136,7 @@ def evaluate(
                     if on_prediction:
                         on_prediction(index, image, label, entries)
                 done += len(batch)
-                if on_progress:
-                    on_progress(min(distributed.world_size() * (done + len(skipped)), total), total)
+                progress()
     except (UserError, Stopped) as error:
         failed = error
     images, steps, runs = distributed.sync_status(failed, done, sum(steps_used), len(steps_used))
@@ -154,6 +154,8 @@ def _network(predictor: Predictor, steps_used: list[int]) -> Network:
     """Return the model's outputs by entry, including the early-exit entry if `evaluate.early_exit_threshold` is set."""
     model, settings = predictor.model, predictor.evaluate
     percent = settings.early_exit_threshold
+    if isinstance(model, StepwiseSegmentor):
+        model.check_steps(settings.steps)
     if percent is None:
         return lambda images, seeds: predict_entries(model, images, settings.steps, seeds)
     stepwise = require_stepwise(model, "early_exit_threshold")
@@ -195,10 +197,10 @@ class _Counts:
 
 
 def _readable(
-    dataset: Dataset, indices: Sequence[int], workers: int, skipped: list[tuple[int, str]] | None
+    dataset: Dataset, indices: Sequence[int], loaded: Iterable[Loaded], skipped: list[tuple[int, str]] | None
 ) -> Iterator[Sample]:
     """Yield the readable samples; the others are recorded in `skipped`, or raise UserError if it is None."""
-    for index, sample in zip(indices, eval_samples(dataset, workers, indices), strict=False):
+    for index, sample in zip(indices, loaded, strict=True):
         if not isinstance(sample, UserError):
             _, image, label = sample
             if label is None:

@@ -82,15 +82,13 @@ def _train(
         try:
             results = train_loop(exp, state, dataset, val, work_dir, log, signals)
         except Stopped as error:
-            if state.saved < state.iteration:
-                save_state(exp, state, work_dir)
-            log.line(f"{work_dir}: stopped after iteration {state.iteration}; continue with `train --resume`")
+            _stop(exp, state, work_dir, log)
             raise KeyboardInterrupt(*error.args) from None
         except UserError as error:  # such as an unreadable file: save the progress before it
             together = distributed.world_size() == 1 or error.agreed
             if state.saved < state.iteration and together and not isinstance(error, DivergedError):
                 with contextlib.suppress(UserError):
-                    save_state(exp, state, work_dir)
+                    _stop(exp, state, work_dir, log)
             raise
         except torch.OutOfMemoryError:  # in the optimizer, which may have changed some weights: do not save
             raise UserError(_out_of_memory(exp)) from None
@@ -99,6 +97,13 @@ def _train(
         best = f"; best: iteration {state.best_iteration}, mIoU {100 * state.best_miou:.2f}"
         log.line(f"{work_dir}: finished{where}{best if state.best_iteration else ''}")
         return results
+
+
+def _stop(exp: Experiment, state: TrainState, work_dir: Path, log: Logger) -> None:
+    """Save what a run has reached that ends early."""
+    if state.saved < state.iteration:
+        save_state(exp, state, work_dir)
+    log.line(f"{work_dir}: stopped after iteration {state.iteration}; continue with `train --resume`")
 
 
 def train_loop(
@@ -114,7 +119,7 @@ def train_loop(
     state.model.train()
     for module in state.frozen:
         module.eval()
-    with closing(_micro_batches(exp, state, dataset)) as batches:
+    with closing(_micro_batches(exp, state, dataset, signals)) as batches:
         steps = _agreed(batches, range(state.iteration, total), state, metrics, log, signals)
         while True:
             last = state.iteration == total or bool(state.early_end(exp))
@@ -278,8 +283,10 @@ def _agreed(
         began = time.perf_counter()
 
 
-def _micro_batches(exp: Experiment, state: TrainState, dataset: Dataset) -> Generator[list[Batch], None, None]:
-    """Yield the micro-batches of this rank, step by step."""
+def _micro_batches(
+    exp: Experiment, state: TrainState, dataset: Dataset, signals: SignalHandler
+) -> Generator[list[Batch], None, None]:
+    """Yield the micro-batches of this rank, step by step. A signal ends the wait for them, too."""
     share, micro = batch_shares(exp)
     batches = train_batches(
         dataset,
@@ -294,9 +301,11 @@ def _micro_batches(exp: Experiment, state: TrainState, dataset: Dataset) -> Gene
         world=distributed.world_size(),
         on_error=exp.data.on_error,
         pin_memory=state.device.type == "cuda",
+        on_wait=signals.check,
     )
-    while micro_batches := list(islice(batches, share // micro)):
-        yield micro_batches
+    with closing(batches):
+        while micro_batches := list(islice(batches, share // micro)):
+            yield micro_batches
 
 
 def _check(failures: tuple[int, HostCopy] | None, work_dir: Path) -> None:
