@@ -75,6 +75,10 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
+def test_other_classes(tmp_path):
+    contract.check_other_classes(VARIANTS["resnet"], tmp_path)
+
+
 def test_configs():
     contract.check_configs("ddp_seg")
 

@@ -84,6 +84,11 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
+@pytest.mark.parametrize("variant", ["deeplab", "prior on mit"])
+def test_other_classes(variant, tmp_path):
+    contract.check_other_classes(VARIANTS[variant], tmp_path)
+
+
 def test_configs():
     contract.check_configs("ddps_seg")
 

@@ -58,6 +58,10 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
+def test_other_classes(tmp_path):
+    contract.check_other_classes(VARIANTS["23_slim"], tmp_path)
+
+
 def test_configs():
     contract.check_configs("ddrnet_seg")
 

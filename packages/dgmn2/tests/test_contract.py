@@ -46,6 +46,11 @@ def test_state_dict(head):
     contract.check_state_dict(lambda: build(head))
 
 
+@every_head
+def test_other_classes(head, tmp_path):
+    contract.check_other_classes(HEADS[head], tmp_path)
+
+
 def test_configs():
     contract.check_configs("dgmn2_seg")
 

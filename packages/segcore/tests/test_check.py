@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,14 +14,15 @@ import pytest
 from PIL import Image
 
 from segcore.cli.main import main
+from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
-from segcore.data.check import check, check_headers, label_pixels
+from segcore.data.check import check, check_headers, label_pixels, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo import toy
 from segcore.errors import UserError
 from segcore.training import class_weight
-from segcore.training.class_weight import balanced, resolve_loss
+from segcore.training.class_weight import balanced, resolve_loss, weights_are_of_row
 
 CLASSES = ("sea", "land", "sky")
 
@@ -88,8 +91,8 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
     (root / "images/train/8.png").write_text("no picture")
     report = check(data, "train", 19)
     wanted = [
-        ("images/train/4.png", "remove the image"),
-        ("images/train/7.png", "remove the image"),
+        ("images/train/4.png", "images/train/*", "masks/train/*"),
+        ("images/train/7.png", "data.train_masks"),
         (str(root), "3 classes", "model.num_classes is 19"),
         ("images/train/0.png", "the file is empty"),
         ("images/train/1.png", "damaged"),
@@ -104,7 +107,7 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
         assert all(part in problem for part in parts), problem
         assert "\n" not in problem
     assert report.notes[0] == f"{root / 'masks/train/6.png'}: a label without an image"
-    with pytest.raises(UserError, match=r"4.png: .*add one or remove the image \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"4.png: .*add one, .*data.train_masks \(and 1 more; `check` lists them\)"):
         open_dataset(data, "train")
 
 
@@ -165,7 +168,7 @@ def test_check_headers_accepts_exif_rotation_and_files_that_pillow_cannot_read(t
     exif = photo.getexif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     photo.save(tmp_path / "images/train/a.jpg", exif=exif)
-    write(tmp_path / "masks/train/a.png", np.zeros((30, 20)))
+    write(tmp_path / "masks/train/a.png", np.eye(30, 20))
     np.save(tmp_path / "images/train/b.npy", np.zeros((20, 30, 3), np.uint8))
     write(tmp_path / "masks/train/b.png", np.zeros((20, 30)))
     data = DataConfig("folder", tmp_path, classes=CLASSES)
@@ -237,6 +240,16 @@ def test_another_number_of_weights_than_classes_is_refused(data: DataConfig, tmp
         resolve_loss(experiment(data, (1.0, 2.0)), open_dataset(data, "train"), tmp_path / "run")
 
 
+def test_weights_that_a_row_states_for_its_classes_are_left_out_for_others(data: DataConfig, tmp_path: Path) -> None:
+    row = load_experiment("ddrnet_23_slim_cityscapes_pyradd")
+    assert isinstance(row.loss.class_weight, tuple)
+    other = replace(row, model=replace(row.model, num_classes=3))
+    assert weights_are_of_row(other)
+    assert not weights_are_of_row(row)
+    loss = resolve_loss(other, open_dataset(data, "train"), tmp_path / "run")
+    assert loss == replace(row.loss, class_weight=None)
+
+
 def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exp, run = experiment(data, "auto"), tmp_path / "run"
     weights = weights_of(exp, open_dataset(data, "train"), run)
@@ -262,7 +275,7 @@ def test_auto_names_labels_that_cannot_be_used(data: DataConfig, tmp_path: Path)
     write(data.root / "masks/train/5.png", np.full((20, 30), 78))
     dataset = open_dataset(data, "train")
     assert len(label_pixels(dataset)[1]) == 2
-    with pytest.raises(UserError, match=r"3.png: label values 77 .*data.classes \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"3.png: label values 77 .* to ignore \(and 1 more; `check` lists them\)"):
         resolve_loss(experiment(data, "auto"), dataset, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -274,3 +287,54 @@ def test_real_labels_are_counted_as_opencv_does(real_data: Path) -> None:
     expected = sum(cv2.calcHist([label], [0], None, [256], [0, 256]).ravel() for label in labels)
     assert problems == []
     np.testing.assert_array_equal(counted, expected)
+
+
+# Labels from which nothing can be learned
+
+TWO = ("sea", "land")
+
+
+def mask_set(root: Path, *masks: np.ndarray, **settings: Any) -> DataConfig:
+    """Return a folder whose training and validation masks are these, with gray images."""
+    for split in ("train", "val"):
+        for i, mask in enumerate(masks):
+            write(root / f"masks/{split}/{i}.png", mask)
+            write(root / f"images/{split}/{i}.png", np.full((*mask.shape, 3), 99))
+    return DataConfig("folder", root, **{"classes": TWO, **settings})
+
+
+HALF = np.repeat([0, 1], 20)[None].repeat(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "settings", "words"),
+    [
+        (HALF * 255, {}, "only 0 and 255, which is ignored.*--data.labels 0=sea 255=land"),
+        (HALF * 0, {}, "only 'sea' has pixels in train"),
+        (HALF * 0 + 1, {}, "only 'land' has pixels in train"),
+        (HALF * 0 + 255, {}, "every label pixel of train is ignored; .*data.labels"),
+        (HALF * 0, {"classes": ("sea",)}, "'sea' is the only class"),
+    ],
+)
+def test_training_that_would_mean_nothing_is_a_problem(tmp_path: Path, mask, settings, words: str) -> None:
+    data = mask_set(tmp_path, mask, mask, **settings)
+    [problem] = check(data, "train").problems
+    assert re.search(words, problem), problem
+    assert problem.startswith(f"{tmp_path}: ")
+    with pytest.raises(UserError, match=words):
+        require_meaning(open_dataset(data, "train"), "train", data.root)
+
+
+def test_a_few_suspicious_labels_of_many_are_no_problem(tmp_path: Path) -> None:
+    dataset = open_dataset(mask_set(tmp_path, HALF * 255, HALF * 255, HALF), "train")
+    assert require_meaning(dataset, "train", tmp_path, most=1) == []
+    assert require_meaning(dataset, "val", tmp_path) == []
+
+
+def test_doubtful_labels_are_remarked_by_name(tmp_path: Path) -> None:
+    data = mask_set(tmp_path, HALF, np.full((8, 80), 255), classes=(*TWO, "ice"))
+    report = check(data, "val")
+    assert report.problems == []
+    assert report.notes == [f"{tmp_path}: no pixel is labeled ice", f"{tmp_path}: 67% of the label pixels are ignored"]
+    remarks = require_meaning(open_dataset(data, "val"), "val", tmp_path)
+    assert remarks == [note.replace(": ", ": val: ", 1) for note in report.notes]

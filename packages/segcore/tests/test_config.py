@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from segcore.cli.main import parse
 from segcore.config import options, registry
 from segcore.config.registry import load_experiment
 from segcore.config.schema import (
@@ -152,6 +153,16 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
 def test_settings_that_contradict_are_refused(override, text):
     with pytest.raises(UserError, match=text):
         EXPERIMENT.with_overrides([override])
+
+
+def test_class_names_alone_set_the_number_of_classes():
+    folder = EXPERIMENT.with_overrides(["data.dataset=folder", "data.classes=a b c"])
+    assert folder.model.num_classes == 3
+    assert folder.with_overrides(["data.classes=a b", "data.add_background_class=True"]).model.num_classes == 3
+    assert folder.with_overrides(["data.classes=a b", "model.num_classes=5"]).model.num_classes == 5
+    assert EXPERIMENT.with_overrides(["data.classes=a b"]).model.num_classes == EXPERIMENT.model.num_classes
+    command = parse(["check", "ddrnet_23_slim_toy", "--data.dataset", "folder", "--data.classes", "a", "b"])
+    assert command.experiment.model.num_classes == 2
 
 
 def test_more_bands_are_accepted_when_every_setting_says_so():

@@ -169,14 +169,14 @@ def test_folder_with_sub_folders(tmp_path):
     assert [dataset.name(i) for i in range(2)] == ["x/train/a", "y/train/a"]
     assert "/y/" in str(dataset.samples[1].label)
     twice = DataConfig("folder", data.root, "images/*/train/*", "m*/x/train/*", classes=data.classes)
-    with pytest.raises(UserError, match=r"x/train/a.png: .*remove the image \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"x/train/a.png: .*data.train_masks \(and 1 more; `check` lists them\)"):
         open_dataset(twice, "train")
 
 
 def test_files_that_cannot_be_masks_are_left_out(tmp_path):
     data = write_folder(tmp_path)
     for suffix in (".npy", ".jpg"):
-        (tmp_path / f"masks/train/a{suffix}").touch()
+        (tmp_path / f"masks/train/a{suffix}").touch()  # JPEG counts only where there is nothing better
     assert open_dataset(data, "train").samples[0].label == tmp_path / "masks/train/a.png"
 
 
@@ -362,18 +362,27 @@ def test_palette_labels_and_invalid_labels(tmp_path):
     np.testing.assert_array_equal(read_label(tmp_path / "palette.png"), values)
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_label(tmp_path / "deep.png"), values)
-    Image.fromarray(values.astype(np.uint16) + 250).save(tmp_path / "large.png")
+    large = values.astype(np.uint16) + 250
+    Image.fromarray(large).save(tmp_path / "large.png")
+    np.testing.assert_array_equal(read_label(tmp_path / "large.png"), large)
+    for name, number in (("half", 0.5), ("nan", np.nan), ("negative", -1.0), ("huge", 70000.0)):
+        Image.fromarray(np.full((6, 8), number, np.float32)).save(tmp_path / f"{name}.tif")
+    Image.fromarray(np.full((6, 8), 3, np.float32)).save(tmp_path / "whole.tif")
+    np.testing.assert_array_equal(read_label(tmp_path / "whole.tif"), np.full((6, 8), 3))
     write(tmp_path / "color.png", IMAGE)
     (tmp_path / "cut.png").write_bytes((tmp_path / "palette.png").read_bytes()[:-30])
     for name, part in (
-        ("large", "250 to 297"),
-        ("color", "not colors"),
-        ("cut", "replace"),
-        ("none", "No such file"),
+        ("color.png", "data.labels"),
+        ("cut.png", "replace"),
+        ("none.png", "No such file"),
+        ("half.tif", "not whole, such as 0.5"),
+        ("nan.tif", "not whole, such as nan"),
+        ("negative.tif", "-1 to -1"),
+        ("huge.tif", "70000"),
     ):
         with pytest.raises(UserError) as caught:
-            read_label(tmp_path / f"{name}.png")
-        one_line(caught, f"{name}.png", part)
+            read_label(tmp_path / name)
+        one_line(caught, name, part)
 
 
 def test_label_values_and_sizes_are_checked(tmp_path):

@@ -138,7 +138,7 @@ def test_a_file_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytes
         raise MemoryError
 
     (tmp_path / "a.png").write_bytes(encode(RGB))
-    monkeypatch.setattr(images, "_decode", full)
+    monkeypatch.setattr(images, "decode", full)
     assert "MemoryError" in refused(read_image, tmp_path / "a.png")
 
 

@@ -20,7 +20,7 @@ from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
-from segcore.data.images import read_image
+from segcore.data.images import DTYPES, read_image
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor, early_exit_entry
@@ -31,7 +31,7 @@ from segcore.reporting import figures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are uint8
-or uint16 depending on `data.bit_depth`; three channels are RGB."""
+uint16 or float32 depending on `data.bit_depth`; three channels are RGB."""
 
 
 def load_model(
@@ -310,12 +310,12 @@ _TO_RGB = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "L
 
 
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
-    """Return an image as (H, W, C) uint8 or uint16, according to `data.channels` and `data.bit_depth`.
+    """Return an image as (H, W, C) uint8, uint16 or float32, according to `data.channels` and `data.bit_depth`.
 
     Raises UserError for a file that cannot be read and for other shapes and types.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image, data.channels, data.bit_depth)
+        return read_image(image, data.channels, data.bit_depth, data.max_pixels)
     if isinstance(
         image, Image.Image
     ):  # as `read_image` reads the file: turned by its EXIF tag, gray and palettes as RGB
@@ -323,7 +323,7 @@ def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
         image = np.asarray(image.convert("RGB") if data.channels == 3 and image.mode in _TO_RGB else image)
     array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
-    wanted = np.dtype(np.uint8 if data.bit_depth == 8 else np.uint16)
+    wanted = np.dtype(DTYPES[data.bit_depth])
     if array.ndim != 3 or array.shape[2] != data.channels or array.dtype != wanted or not array.size:
         raise UserError(
             f"an image of shape {np.shape(array)} and type {array.dtype}; give an array (H, W, {data.channels}) or "

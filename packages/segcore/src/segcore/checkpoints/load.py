@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from segcore.checkpoints.foreign import ACCEPTED, read_state
 from segcore.checkpoints.hub import official_file, timm_state
+from segcore.checkpoints.other_classes import fitting_count, load_other_classes, trained_classes
 from segcore.checkpoints.run_checkpoint import MANIFEST, best, newest
+from segcore.config.schema import Experiment
 from segcore.errors import UserError
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -24,25 +26,49 @@ def load_weights(model: Segmentor, path: Path) -> LoadReport:
     return _load(model, read_state(path), path)
 
 
-def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
+def load_init(
+    model: Segmentor,
+    init: str,
+    *,
+    exp: Experiment | None = None,
+    classes: Sequence[str] = (),
+    offline: bool = False,
+) -> str:
     """Load the start weights that `train.init_from` names and return a one-line report.
 
-    `init` is a file, checkpoint folder or work_dir, `official:CONFIG`, or a timm tag. A file with weights of the
-    backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to `model.load_pretrained`.
-    Raises ValueError when the weights are not found, cannot be downloaded, or do not fit the model.
+    `init` is a file, checkpoint folder or work_dir, `official`, `official:CONFIG`, or a timm tag. A file with weights
+    of the backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to
+    `model.load_pretrained`. With the experiment that `model` was built from and its class names, the weights may be
+    those of other classes, see `load_other_classes`. Raises ValueError when the weights are not found, cannot be
+    downloaded, or do not fit the model.
     """
     import timm  # takes seconds, and only start weights need it
 
     if ":" not in init and not Path(init).expanduser().exists() and timm.is_model(init):
-        state, source = timm_state(init, offline=offline), init
+        path, state, source = Path(), timm_state(init, offline=offline), init
     else:
-        path = find_weights(init, "", offline=offline)
+        path = find_weights(init, exp.name if exp else "", offline=offline)
         state, source = read_state(path), str(path)
-    if model.is_full_checkpoint(state):
-        return f"{source}: {_load(model, state, source)}"
-    with _naming(source):
-        part, report = model.load_pretrained(state)
-    return f"{source}: {part}: {report}"
+    if not model.is_full_checkpoint(state):
+        with _naming(source):
+            part, report = model.load_pretrained(state)
+        return f"{source}: {part}: {report}"
+
+    def load(target: Segmentor) -> LoadReport:
+        return _load(target, state, source)
+
+    before = trained_classes(init, path, exp.name) if exp else None
+    try:
+        if exp is None or before in (None, tuple(classes)):
+            return f"{source}: {load(model)}"
+    except UserError:
+        count = fitting_count(exp.model, state, load) if exp and not before else None
+        if count is None:
+            raise
+        before = ("",) * count
+    assert exp is not None
+    assert before is not None
+    return f"{source}: {load_other_classes(model, exp.model, load, before, classes)}"
 
 
 def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:

@@ -7,6 +7,7 @@ and what takes time to import is imported where a Ctrl-C is answered already.
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from segcore.cli.test import Test
 from segcore.cli.train import Train
 from segcore.config import options
 from segcore.config.fields import Section, reads
+from segcore.config.label_rows import with_class_count
 from segcore.config.registry import experiments, find_experiment, program
 from segcore.config.schema import Experiment
 from segcore.errors import UsageError, UserError
@@ -68,6 +70,9 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is shown escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
     try:
         command = parse(words, package)
@@ -113,7 +118,7 @@ def _show_only_our_lines() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "TORCH_LOGS" not in os.environ:
         logging.disable(logging.WARNING)
-    if sys.stderr is not None:  # not the number 2, which is silent while images are decoded (segcore.data.images)
+    if sys.stderr is not None:  # not the number 2, which is silent while images are decoded (segcore.data.silence)
         sys.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, sys.stderr.encoding, sys.stderr.errors)
 
 
@@ -170,8 +175,10 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
     if missing := [key for key in required if key in places[len(free) :]]:
         raise UsageError(f"missing: {', '.join(missing).upper()}; {order}")
     given |= {key: [word] for key, word in zip(places, free, strict=False)}
-    values = {key if key in fields else f"experiment.{key}": v for key, v in options.read(given, kinds).items()}
-    return options.change(command, values)
+    values = options.read(given, kinds)
+    if experiment := getattr(command, "experiment", None):
+        values = with_class_count(experiment, values)
+    return options.change(command, {key if key in fields else f"experiment.{key}": v for key, v in values.items()})
 
 
 def offers(command: Any) -> options.Offered:

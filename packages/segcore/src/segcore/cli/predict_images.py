@@ -11,9 +11,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from segcore.data.images import IMAGE_SUFFIXES, read_image, read_label
+from segcore.data.images import IMAGE_SUFFIXES, read_label
+from segcore.data.layouts.files import walk
 from segcore.errors import UserError
-from segcore.inference import LoadedModel, Result
+from segcore.inference import LoadedModel, Result, as_array
 from segcore.progress import progress
 from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
 
@@ -57,7 +58,7 @@ def plan(
             raise UserError(f"{target}: one file for all images of the folder {source}; give a folder")
         if realpath(target) == realpath(source):
             raise UserError(f"{target}: is the folder of the images; choose another output folder")
-        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+        found = sorted(p for p in walk(source) if p.suffix.lower() in IMAGE_SUFFIXES)
         inside = realpath(source) in realpath(target).parents  # then leave out the results of an earlier run
         images = [p for p in found if not (inside and realpath(target) in realpath(p).parents)]
         if not images:
@@ -104,7 +105,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
     with progress("predicting") as advance:
         for done, job in enumerate(jobs):
             try:
-                image = read_image(job.image, seg.experiment.data.channels, seg.experiment.data.bit_depth)
+                image = as_array(job.image, seg.experiment.data)
             except UserError as error:
                 failures.append(str(error))
                 continue

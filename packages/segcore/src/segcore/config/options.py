@@ -74,8 +74,8 @@ def change(node: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(node, **new)
 
 
-def override(default: Any, overrides: Sequence[str]) -> Any:
-    """Return a copy of a dataclass instance with `name=value` changes, see `Experiment.with_overrides`."""
+def read_overrides(default: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `name=value` changes to a dataclass instance, see `Experiment.with_overrides`."""
     known = settings(default)
     given: dict[str, list[str]] = {}
     for text in overrides:
@@ -86,7 +86,7 @@ def override(default: Any, overrides: Sequence[str]) -> Any:
         if name not in known:
             raise UsageError(f"there is no setting {name!r}{nearest(name, known)}")
         given[name] = _parts(name, value, known[name])
-    return change(default, read(given, known))
+    return read(given, known)
 
 
 def split(

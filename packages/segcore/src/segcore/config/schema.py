@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.fields import INPUT, Section, setting
-from segcore.config.options import override
+from segcore.config.label_rows import class_names, with_class_count
+from segcore.config.options import change, read_overrides
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,14 +69,31 @@ class DataConfig(Section):
     """`folder` only: glob of the validation images."""
     val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
+    train_list: Path | None = setting(None, commands=("check",))
+    """`folder` only: text file with one training image per line: its stem, or image and mask relative to the root."""
+    val_list: Path | None = setting(None, commands=_SPLIT)
+    """`folder` only: the same for validation, which may then share the folders of training."""
+    val_share: float = setting(0.0, least=0, below=1, commands=_SPLIT)
+    """`folder` only: share of the training images that is held out for validation, drawn by `data.val_seed`. 0: none,
+    validation has images of its own."""
+    val_seed: int = setting(0, commands=_SPLIT)
+    """`folder` only: seed of that draw."""
     classes: tuple[str, ...] = setting((), commands=_CLASSES)
-    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored."""
+    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored (65535 above 255 classes).
+    Alone, it also sets `model.num_classes`."""
+    labels: tuple[str, ...] = setting((), commands=_CLASSES)
+    """`folder` only, for other mask values: rows `value=name` or `#rrggbb=name` (`0=road 7=car 255=ignore`), or a CSV
+    file of `value,name` rows. Several values may have one name; `ignore` leaves pixels out. It sets `data.classes`."""
+    unlisted: Literal["stop", "ignore"] = setting("stop", commands=_CLASSES)
+    """`folder` only: mask values that are no class end the run, or are ignored."""
     add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
     channels: int = setting(3, least=1, commands=INPUT)
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
-    bit_depth: Literal[8, 16] = setting(8, commands=INPUT)
-    """Bits per channel of the files. Images keep this range (0..255 or 0..65535) until they are normalized."""
+    bit_depth: Literal[8, 16, 32] = setting(8, commands=INPUT)
+    """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""
+    max_pixels: int = setting(1 << 28, least=1, most=1 << 30, commands=INPUT)
+    """Pixels that an image or label may have at most: a small file can claim to hold any number."""
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
     ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
@@ -91,7 +109,7 @@ class DataConfig(Section):
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
-    """Mean per channel, RGB, in units of the file (0..255, or 0..65535 with 16 bits); the default is ImageNet's."""
+    """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
     workers: int = setting(4, least=0, commands=("test",))
@@ -101,6 +119,7 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_labels()
         low, high = self.ratio_range
         if low > high:
             raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
@@ -111,8 +130,19 @@ class DataConfig(Section):
             )
         if self.photometric and (self.channels != 3 or self.bit_depth != 8):
             raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
-        if self.bit_depth == 16 and self.mean == DataConfig.mean:
-            raise UserError("data.mean and data.std are those of 8-bit images; give those of your 16-bit images")
+        if self.bit_depth > 8 and self.mean == DataConfig.mean:
+            bits = self.bit_depth
+            raise UserError(f"data.mean and data.std are those of 8-bit images; give those of your {bits}-bit images")
+
+    def _check_labels(self) -> None:
+        if not self.labels:
+            return
+        names = class_names(self.labels)
+        if self.classes and sorted(names) != sorted(self.classes):
+            other = ", ".join(sorted({*names} ^ {*self.classes}))
+            raise UserError(
+                f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes"
+            )
 
 
 @dataclass(frozen=True)
@@ -333,7 +363,7 @@ class Experiment(Section):
 
         Raises ValueError, naming the field and the nearest known one, on a wrong name or value.
         """
-        changed: Experiment = override(self, overrides)
+        changed: Experiment = change(self, with_class_count(self, read_overrides(self, overrides)))
         return changed
 
 

@@ -6,7 +6,7 @@ Files are read in threads: decoding, nearly all of the work, releases the interp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -76,7 +76,7 @@ class Report:
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """One sample: the image's (H, W) and the pixels per train id (256,), each None if it cannot be read."""
+    """One sample: the image's (H, W) and the pixels per train id, each None if it cannot be read."""
 
     size: tuple[int, int] | None
     pixels: np.ndarray | None
@@ -98,7 +98,7 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         report.problems.append(
             f"{data.root}: has {count} classes but model.num_classes is {num_classes}; make them equal"
         )
-    pixels, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    pixels, present = np.zeros((2, dataset.label_values), np.int64)
     for sample in _each(lambda index: check_sample(dataset, index), len(dataset), f"reading {split}"):
         report.problems += sample.problems
         if sample.size:
@@ -106,6 +106,8 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         if sample.pixels is not None:
             pixels += sample.pixels
             present += sample.pixels > 0
+    if has_label and (fault := useless(dataset, pixels, split)) and pixels.any():
+        report.problems.append(f"{data.root}: {fault}")
     report.ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
     report.pixels, report.present = pixels[:count].tolist(), present[:count].tolist()
     if dataset.ignore_index < count:
@@ -115,10 +117,60 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         report.notes.append(f"{dataset.unmatched_labels[0]}: a label without an image{more}")
     if not has_label:
         report.notes.append(f"{data.root}: no labels, so this split cannot be evaluated")
-    elif absent := [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        report.notes.append(f"{data.root}: no pixel is labeled {', '.join(absent[:5])}{more}")
+    elif pixels.any():
+        report.notes += [f"{data.root}: {note}" for note in doubtful(dataset, pixels, report.ignored)]
     return report
+
+
+def useless(dataset: Dataset, pixels: np.ndarray, split: str) -> str | None:
+    """Return why a run on labels with these pixels per train id would mean nothing, and the remedy; None if it may."""
+    known = np.delete(pixels, dataset.ignore_index)
+    names = [name for i, name in enumerate(dataset.classes) if i != dataset.ignore_index]
+    (labeled,) = known.nonzero()
+    if split == "train" and len(names) == 1:
+        return f"{names[0]!r} is the only class, so there is nothing to tell apart; name the background as a class too"
+    if not len(labeled):
+        return f"every label pixel of {split} is ignored; name the values of the masks in data.labels"
+    if split == "val" or len(labeled) > 1:
+        return None
+    ignored = dataset.ignore_index
+    if ignored >= len(names) and pixels[ignored] and not labeled[0]:
+        return (
+            f"the masks of {split} hold only 0 and {ignored}, which is ignored; if it is a class, say so: "
+            f"--data.labels 0={names[0]} {ignored}={names[1]}"
+        )
+    return f"only {names[labeled[0]]!r} has pixels in {split}, so there is nothing to tell apart; correct the masks"
+
+
+def doubtful(dataset: Dataset, pixels: np.ndarray, ignored: int) -> Iterator[str]:
+    """Yield remarks on the label pixels per train id, which do not count the ignored ones, of a whole split."""
+    absent = [name for i, name in enumerate(dataset.classes) if not pixels[i] and i != dataset.ignore_index]
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        yield f"no pixel is labeled {', '.join(absent[:5])}{more}"
+    if ignored > pixels.sum():
+        yield f"{ignored / (ignored + pixels.sum()):.0%} of the label pixels are ignored"
+
+
+def require_meaning(dataset: Dataset, split: str, root: object, most: int = 64) -> list[str]:
+    """Check the label pixels of a split before training and return remarks, one per line.
+
+    Reads `most` labels spread over the split, and all of them where those are suspicious. Raises UserError when
+    training, or evaluation on `val`, would mean nothing.
+    """
+    every = range(len(dataset))
+    part = every[:: -(-len(every) // most)]
+    pixels, _ = label_pixels(dataset, part)
+    if useless(dataset, pixels, split) and len(part) < len(every):
+        part, (pixels, _) = every, label_pixels(dataset)
+    if not pixels.any():
+        return []  # none of them can be read, which is reported elsewhere
+    if fault := useless(dataset, pixels, split):
+        raise UserError(f"{root}: {fault}")
+    ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
+    return (
+        [f"{root}: {split}: {note}" for note in doubtful(dataset, pixels, ignored)] if len(part) == len(every) else []
+    )
 
 
 def check_sample(dataset: Dataset, index: int) -> SampleCheck:
@@ -128,7 +180,7 @@ def check_sample(dataset: Dataset, index: int) -> SampleCheck:
     label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
     if image is not None and label is not None:
         _collect(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
-    pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
+    pixels = None if label is None else np.bincount(label.ravel(), minlength=dataset.label_values)
     return SampleCheck(None if image is None else image.shape[:2], pixels, tuple(problems))
 
 
@@ -144,16 +196,20 @@ def check_headers(dataset: Dataset) -> list[str]:
     ]
 
 
-def label_pixels(dataset: Dataset) -> tuple[np.ndarray, list[str]]:
-    """Return the pixels per train id (256,) int64 of all readable labels, and one line per unreadable one."""
-    total, problems = np.zeros(256, np.int64), list[str]()
+def label_pixels(dataset: Dataset, indices: Sequence[int] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Return the pixels per train id, int64, of readable labels, and one line per unreadable one; None: of all labels.
 
-    def count(index: int) -> tuple[np.ndarray | None, list[str]]:
+    The array has `dataset.label_values` entries.
+    """
+    total, problems = np.zeros(dataset.label_values, np.int64), list[str]()
+    indices = range(len(dataset)) if indices is None else indices
+
+    def count(position: int) -> tuple[np.ndarray | None, list[str]]:
         lines = list[str]()
-        label = _collect(lines, lambda: dataset.label(index))
-        return None if label is None else np.bincount(label.ravel(), minlength=256), lines
+        label = _collect(lines, lambda: dataset.label(indices[position]))
+        return None if label is None else np.bincount(label.ravel(), minlength=len(total)), lines
 
-    for pixels, lines in _each(count, len(dataset), "counting label pixels"):
+    for pixels, lines in _each(count, len(indices), "counting label pixels"):
         problems += lines
         total += 0 if pixels is None else pixels
     return total, problems

@@ -11,9 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segcore.data.images import read_image, read_label
+from segcore.data.images import MAX_PIXELS, hex_colors, read_colors, read_image, read_label
 from segcore.data.labels import FORBIDDEN, ranges
 from segcore.errors import UserError
+
+_IGNORE_THEM = "set data.unlisted to ignore"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Dataset:
         ignore_index: the train id that loss and metrics exclude.
         samples: the files, in a fixed order.
         image_root: folder that `name` is relative to.
-        table: (256,) uint8, value in the label file -> train id; see `label_lut`.
+        table: (65536,) uint16, value in the label file -> train id; see `label_lut`.
+        colors: (n, 3) uint8, the colors in label files that hold colors: their values are the rows; else None.
         channels, bit_depth: required of the image files.
+        max_pixels: size limit of images and labels.
         missing: one line per image without a label (it is left out of `samples`); `open_dataset` raises for these.
         unmatched_labels: label files without an image.
     """
@@ -48,6 +52,8 @@ class Dataset:
     table: np.ndarray
     channels: int = 3
     bit_depth: int = 8
+    max_pixels: int = MAX_PIXELS
+    colors: np.ndarray | None = None
     missing: tuple[str, ...] = ()
     unmatched_labels: tuple[Path, ...] = ()
 
@@ -59,27 +65,40 @@ class Dataset:
         return self.samples[index].image.relative_to(self.image_root).with_suffix("").as_posix()
 
     def image(self, index: int) -> np.ndarray:
-        """Return (H, W, C) RGB, uint8 or uint16 by bit depth. Raises UserError as `read_image` does."""
-        return read_image(self.samples[index].image, self.channels, self.bit_depth)
+        """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""
+        return read_image(self.samples[index].image, self.channels, self.bit_depth, self.max_pixels)
+
+    @property
+    def label_values(self) -> int:
+        """Train ids, ignored ones included, are below this number."""
+        return max(len(self.classes), self.ignore_index + 1)
 
     def label(self, index: int) -> np.ndarray:
-        """Return (H, W) uint8 train ids: 0 .. K-1 and `ignore_index`.
+        """Return (H, W) train ids, 0 .. K-1 and `ignore_index`: uint8, or uint16 where these do not fit.
 
         Raises UserError naming the file and the values when some are neither a class nor ignored.
         """
         path = self.samples[index].label
         if path is None:
             raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
-        raw = read_label(path)
-        label = cv2.LUT(raw, self.table)
+        colors, limit = self.colors, self.max_pixels
+        raw = read_label(path, limit) if colors is None else read_colors(path, colors, limit)
+        label = cv2.LUT(raw, self.table[:256]) if raw.dtype == np.uint8 else self.table[raw]
         if (label == FORBIDDEN).any():
-            found = np.unique(raw[label == FORBIDDEN])
-            allowed = np.flatnonzero(self.table != FORBIDDEN)
-            raise UserError(
-                f"{path}: label values {ranges(found)} are not classes; allowed are {ranges(allowed)}: "
-                "correct the mask or data.dataset and data.classes"
-            )
-        return label
+            raise UserError(f"{path}: {self._unlisted(path, raw[label == FORBIDDEN])}")
+        return label.astype(np.uint8 if self.label_values <= 256 else np.uint16)
+
+    def _unlisted(self, path: Path, values: np.ndarray) -> str:
+        """Return what is wrong with a label file that holds these values, and the remedy."""
+        if self.colors is not None:
+            found = hex_colors(path, self.colors, self.max_pixels)
+            return f"colors {found} are not classes; add them to data.labels, or {_IGNORE_THEM}"
+        lossy = " (JPEG changes values: save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
+        allowed = ranges(np.flatnonzero(self.table != FORBIDDEN))
+        return (
+            f"label values {ranges(np.unique(values))} are not classes; allowed are {allowed}{lossy}: "
+            f"correct the mask or data.classes, name the values in data.labels, or {_IGNORE_THEM}"
+        )
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return (image, label) as `image` and `label` do; label is None for a sample without a label file.

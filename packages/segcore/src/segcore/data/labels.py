@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 
 IGNORE = 255
-FORBIDDEN = 254  # entry of a label table for values that must not occur
+VALUES = 1 << 16
+"""A label file holds values 0 .. 65535."""
+FORBIDDEN = VALUES - 2
+"""Entry of a label table for values that must not occur."""
+
+
+def ignored_label(num_classes: int) -> int:
+    """Return the train id of ignored pixels: 255, or 65535 above 255 classes."""
+    return IGNORE if num_classes <= IGNORE else VALUES - 1
 
 
 def add_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
@@ -16,14 +24,15 @@ def add_background(classes: tuple[str, ...], palette: np.ndarray) -> tuple[tuple
     return ("background", *classes), np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
 
-def label_lut(values: Mapping[int, int] | int) -> np.ndarray:
-    """Return the (256,) uint8 table of label values -> train ids; values that are not given must not occur.
+def label_lut(values: Mapping[int, int] | int, unlisted: int = FORBIDDEN) -> np.ndarray:
+    """Return the (65536,) uint16 table of label values -> train ids; values that are not given become `unlisted`.
 
-    An integer K keeps 0 .. K-1 unchanged and ignores 255.
+    An integer K keeps 0 .. K-1 unchanged and ignores `ignored_label(K)`.
     """
     if isinstance(values, int):
-        values = {IGNORE: IGNORE} | {index: index for index in range(values)}
-    table = np.full(256, FORBIDDEN, np.uint8)
+        ignored = ignored_label(values)
+        values = {ignored: ignored} | {index: index for index in range(values)}
+    table = np.full(VALUES, unlisted, np.uint16)
     table[list(values)] = list(values.values())
     return table
 

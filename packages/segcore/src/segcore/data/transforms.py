@@ -72,8 +72,12 @@ def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = Non
 
 
 def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
-    """Return whether the label has two or more values (255 excluded), the most frequent one below `cat_max_ratio`."""
-    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE].astype(np.int64)
+    """Return whether the label has two or more values, the most frequent one below `cat_max_ratio`.
+
+    255 does not count, or 65535 in a label of 16 bits.
+    """
+    values = 1 << 8 * label.itemsize
+    counts = cv2.calcHist([label], [0], None, [values], [0, values]).ravel()[:-1].astype(np.int64)
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 

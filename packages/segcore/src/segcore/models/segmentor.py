@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.config.schema import LossConfig
+from segcore.data.labels import ignored_label
 from segcore.errors import UserError
 from segcore.models.layers import resize as resize_bilinear
 
@@ -48,7 +49,7 @@ class Segmentor(nn.Module, ABC):
 
     Attributes:
         num_classes: number of classes K.
-        ignore_index: label value excluded from loss and metrics.
+        ignore_index: label value excluded from loss and metrics: 255, or 65535 above 255 classes.
         align_corners: convention for resizing from the network's resolution to the input's and the image's.
         min_size: shortest image side in pixels; smaller images raise ValueError.
         pad_to: images are padded at the right and bottom with zeros (the mean color) to multiples of it.
@@ -60,12 +61,20 @@ class Segmentor(nn.Module, ABC):
     """
 
     num_classes: int
-    ignore_index: int = 255
+    _ignore_index: int | None = None
     align_corners: bool = False
     min_size: int = 1
     pad_to: int = 1
     size_divisor: int = 32
     auxiliary_names: tuple[str, ...] = ("auxiliary_head.",)
+
+    @property
+    def ignore_index(self) -> int:
+        return self._ignore_index if self._ignore_index is not None else ignored_label(self.num_classes)
+
+    @ignore_index.setter
+    def ignore_index(self, label: int) -> None:
+        self._ignore_index = label
 
     @abstractmethod
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:

@@ -123,7 +123,7 @@ def to_uint8_rgb(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 from an image of any channel count and depth."""
     image = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2)
     if image.dtype != np.uint8:  # by its own maximum: 16-bit files often use fewer bits
-        image = (image / max(int(image.max()), 1) * 255).astype(np.uint8)
+        image = (image.clip(0) / max(float(image.max()), 1e-6) * 255).astype(np.uint8)
     return image
 
 

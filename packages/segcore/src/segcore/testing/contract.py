@@ -5,20 +5,25 @@ A method's `tests/test_contract.py` calls them with small models built from its 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from segcore.checkpoints.load import find_weights, load_init, load_weights
+from segcore.checkpoints.run_checkpoint import folder_of, save
 from segcore.cli.main import COMMANDS
+from segcore.config.record import describe
 from segcore.config.registry import experiments, load_experiment
-from segcore.config.schema import LossConfig, ModelConfig
+from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.layouts import palette_of
 from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
@@ -217,6 +222,36 @@ def check_state_dict(build: Callable[[], Segmentor]) -> None:
     missing = {names[n]: t for n, t in state.items()}
     missing.pop(next(names[n] for n, _ in first.named_parameters()))
     assert "1 tensors missing" in refusal(lambda: third.load_official(missing))
+
+
+def check_other_classes(config: ModelConfig, folder: Path) -> None:
+    """Start weights of five classes, in a file or a run, start a model of three; those with the same name are kept."""
+    before, after = ("a", "b", "c", "d", "e"), ("D", "new", "b")
+    source = dataclasses.replace(config, num_classes=5).build()
+    data = DataConfig(dataset="folder", classes=after)
+    exp = Experiment("mine", dataclasses.replace(config, num_classes=3), data)
+    record = describe(dataclasses.replace(exp, data=dataclasses.replace(data, classes=before)))
+    checkpoint = folder_of(folder, 1)
+    save(checkpoint, source.state_dict(), {}, record)
+    file = folder / "weights.pth"
+    torch.save({source.key_map()[name]: tensor for name, tensor in source.state_dict().items()}, file)
+    for init, rows in ((folder, (3, None, 1)), (file, (None, None, None))):
+        model = exp.model.build()
+        fresh, given = (copy.deepcopy(net.state_dict()) for net in (model, source))
+        report = load_init(model, str(init), exp=exp, classes=after)
+        kept = sum(row is not None for row in rows)
+        assert f"classifier: {'D, b' if kept else 'none'} kept, {3 - kept} of 3 classes new" in report
+        assert "shapes differ" in refusal(partial(load_weights, model, find_weights(str(init), "")))
+        different = 0
+        for name, tensor in model.state_dict().items():
+            if tensor.shape == given[name].shape:
+                assert torch.equal(tensor, given[name]), name
+                continue
+            different += 1
+            for i, row in enumerate(rows):
+                assert torch.equal(tensor[i], fresh[name][i] if row is None else given[name][row]), name
+            assert torch.equal(tensor[3:], given[name][5:]), f"{name}: rows that are no class"
+        assert different, "no tensor depends on the classes"
 
 
 def check_configs(package: str) -> None:

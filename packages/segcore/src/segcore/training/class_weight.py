@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segcore.config.registry import experiments
 from segcore.config.schema import Experiment, LossConfig
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
@@ -22,10 +23,13 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
     """Return `exp.loss` with a number per class if its `class_weight` is "auto".
 
     "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
-    resumed run gets the same weights without reading them again. Raises UserError about a label that cannot be used
-    and another number of weights than classes.
+    resumed run gets the same weights without reading them again. The weights of a published row are left out for other
+    classes than the row's, see `weights_are_of_row`. Raises UserError about a label that cannot be used and another
+    number of weights than classes.
     """
     weights, classes = exp.loss.class_weight, len(dataset.classes)
+    if weights_are_of_row(exp):
+        return replace(exp.loss, class_weight=None)
     if isinstance(weights, tuple) and len(weights) != classes:
         raise UserError(
             f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, auto or None"
@@ -43,6 +47,14 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
         pixels = found[: len(dataset.classes)].tolist()
         write(path, json.dumps({"dataset": key, "classes": dataset.classes, "pixels": pixels}, indent=1) + "\n")
     return replace(exp.loss, class_weight=tuple(balanced(np.array(pixels)).tolist()))
+
+
+def weights_are_of_row(exp: Experiment) -> bool:
+    """Return whether the class weights are those that a published row states for another number of classes."""
+    weights, build = exp.loss.class_weight, experiments().get(exp.name.replace("-", "_"))
+    if not isinstance(weights, tuple) or len(weights) == exp.model.num_classes or build is None:
+        return False
+    return weights == build().loss.class_weight
 
 
 def balanced(pixels: np.ndarray) -> np.ndarray:

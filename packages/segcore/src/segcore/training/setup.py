@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,14 +13,14 @@ from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
-from segcore.data.check import check_headers
+from segcore.data.check import check_headers, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
-from segcore.training.class_weight import resolve_loss
+from segcore.training.class_weight import resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
 from segcore.training.optimizer import build_optimizer
@@ -52,6 +53,9 @@ def setup(
     if val and isinstance(state.model, StepwiseSegmentor):
         state.model.check_steps(exp.evaluate.steps)
     notes += _notes(state)
+    if weights_are_of_row(exp):
+        given = len(exp.loss.class_weight or ())
+        notes.append(f"loss.class_weight: left out, {exp.name} states it for its {given} classes; auto counts yours")
     if found:
         notes += load_state(exp, state, found)
     elif resume:
@@ -59,8 +63,9 @@ def setup(
     if exp.train.init_from and not found:
         from segcore.checkpoints.load import load_init
 
-        start = exp.train.init_from
-        notes.append(distributed.main_process_first(lambda: load_init(state.model, start, offline=offline)))
+        start, classes = exp.train.init_from, dataset.classes
+        load = partial(load_init, state.model, start, exp=exp, classes=classes, offline=offline)
+        notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     return state, dataset, val, notes
@@ -134,7 +139,11 @@ def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
         raise UserError(f"{broken[0]} (and {len(broken) - 1} more; `check` lists all)" if broken[1:] else broken[0])
     if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
-    return dataset, val, broken
+    parts = {"train": dataset} | ({"val": val} if val else {})
+    doubts = distributed.on_main_process(
+        lambda: [line for split, part in parts.items() for line in require_meaning(part, split, exp.data.root)]
+    )
+    return dataset, val, [*broken, *doubts]
 
 
 def _notes(state: TrainState) -> Iterator[str]:

@@ -55,7 +55,7 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
             + (", or let `train` generate it there" if data.dataset == "toy" else "")
         )
     dataset = LAYOUTS[data.dataset].open_split(data, split)
-    dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth)
+    dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth, max_pixels=data.max_pixels)
     return with_background(dataset) if data.add_background_class else dataset
 
 
@@ -71,6 +71,6 @@ def with_background(dataset: Dataset) -> Dataset:
     Background is then the ignored class. DDPS does this to ADE20K (raw values 0 .. 150), Cityscapes (train ids + 1).
     """
     classes, palette = add_background(dataset.classes, dataset.palette)
-    table = np.where(dataset.table == FORBIDDEN, FORBIDDEN, dataset.table + 1).astype(np.uint8)
+    table = np.where(dataset.table == FORBIDDEN, FORBIDDEN, dataset.table + 1).astype(np.uint16)
     table[dataset.table == dataset.ignore_index] = 0
     return replace(dataset, classes=classes, palette=palette, ignore_index=0, table=table)

@@ -1,28 +1,34 @@
-"""A user's own images and masks: two globs per split and a list of class names.
+"""A user's own images and masks: two globs per split, and what the mask values mean.
 
 A mask belongs to the image of the same stem. Endings that only state the kind of a file do not count: an `_`,
 `-` or `.` followed by image(s), img, rgb, leftImg8bit, mask(s), label(s), labelIds, labelTrainIds, gtFine, gt, seg,
 annotation(s), in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a `**`, sub-folders
-count as well: `x/a.jpg` matches `x/a.png`.
+count as well: `x/a.jpg` matches `x/a.png`. Both may lie in one folder: a file that matches the masks' glob is no image.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
+from numpy.random import RandomState
 
+from segcore.config.label_rows import IGNORED, class_names, parse_rows
 from segcore.config.schema import DataConfig
-from segcore.data.dataset import Dataset
+from segcore.data.dataset import Dataset, Sample
 from segcore.data.images import IMAGE_SUFFIXES
-from segcore.data.labels import IGNORE, label_lut
-from segcore.data.layouts.files import pair_files
+from segcore.data.labels import FORBIDDEN, ignored_label, label_lut
+from segcore.data.layouts.files import fixed_part, glob_files, pair_files
 from segcore.errors import UserError
 
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of masks: lossless formats, read as indices."""
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif"), (".jpg", ".jpeg")
+"""Suffixes of masks: lossless formats, else JPEG, whose values are refused where it has changed them."""
+MAX_CLASSES = 8190
+"""The metrics pack a class and two bits into 16 bits."""
 _ENDING = re.compile(
     r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
     re.IGNORECASE,
@@ -30,47 +36,116 @@ _ENDING = re.compile(
 
 
 def open_split(data: DataConfig, split: str) -> Dataset:
-    """Return the split `train` or `val` that the globs of `data` name; mask values are 0 .. K-1 and 255 (ignored).
+    """Return the split `train` or `val` that the globs, lists and `data.val_share` name.
 
     An empty `data.val_masks` gives samples without labels. Raises UserError when classes are missing, when nothing
-    matches, or when two files share a stem.
+    matches, when a list names what is not there, or when two files share a stem.
     """
-    if not 1 <= len(data.classes) <= 253:
-        raise UserError(
-            f"data.classes has {len(data.classes)} names; give 1 to 253, in the order of the mask values 0, 1, 2 …"
-        )
-    train = split == "train"
-    image_glob, mask_glob = (data.train_images, data.train_masks) if train else (data.val_images, data.val_masks)
-    masks = find_by_stem(data.root, mask_glob, MASK_SUFFIXES) if mask_glob or train else None
-    wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
-    samples, missing, unmatched = pair_files(find_by_stem(data.root, image_glob), masks, wanted)
     names, palette = classes(data)
-    return Dataset(
-        names, palette, IGNORE, samples, data.root / fixed_part(image_glob), label_lut(len(names)),
+    if not 1 <= len(names) <= MAX_CLASSES:
+        raise UserError(
+            f"data.classes has {len(names)} names; give 1 to {MAX_CLASSES}, in the order of the mask values 0, 1, 2 …, "
+            "or set data.labels"
+        )
+    own = split == "train" or bool(data.val_share)  # of the training images
+    which = "train" if own else "val"
+    image_glob, mask_glob, listed = (getattr(data, f"{which}_{name}") for name in ("images", "masks", "list"))
+    masks = None
+    if mask_glob or own:
+        lossless, lossy = MASK_SUFFIXES
+        masks = find_by_stem(data.root, mask_glob, lossless) or find_by_stem(data.root, mask_glob, lossy)
+    images = find_by_stem(data.root, image_glob, without={*(masks or {}).values()})
+    wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
+    remedy = f"set data.root, data.{which}_images and data.{which}_masks"
+    if not own:
+        remedy += ", or data.val_share to hold out training images"
+    samples, missing, unmatched = pair_files(images, masks, wanted, remedy)
+    if listed:
+        samples, missing = _of_list(listed, data.root, samples, missing)
+        unmatched = ()
+    if data.val_share:
+        samples = _share(samples, data, split)
+    ignored = ignored_label(len(names))
+    unlisted = ignored if data.unlisted == "ignore" else FORBIDDEN
+    dataset = Dataset(
+        names, palette, ignored, samples, data.root / fixed_part(image_glob), label_lut(len(names), unlisted),
         missing=missing, unmatched_labels=unmatched,
     )  # fmt: skip
+    return _with_table(dataset, data, unlisted) if data.labels else dataset
 
 
 def classes(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the class names of `data` and (K, 3) uint8 RGB colors."""
-    return data.classes, distinct_colors(len(data.classes))
+    """Return the class names of `data` and (K, 3) uint8 RGB colors: those of the masks, if these hold colors."""
+    names = data.classes or class_names(data.labels)
+    palette = distinct_colors(len(names))
+    for row in reversed(parse_rows(data.labels)):
+        if isinstance(row.key, str) and row.name != IGNORED:
+            palette[names.index(row.name)] = list(bytes.fromhex(row.key[1:]))
+    return names, palette
 
 
-def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+def _with_table(dataset: Dataset, data: DataConfig, unlisted: int) -> Dataset:
+    """Return the dataset with the label table of `data.labels`."""
+    rows = parse_rows(data.labels)
+    ids = [dataset.ignore_index if row.name == IGNORED else dataset.classes.index(row.name) for row in rows]
+    colors = [list(bytes.fromhex(row.key[1:])) for row in rows if isinstance(row.key, str)]
+    keys = [index if isinstance(row.key, str) else row.key for index, row in enumerate(rows)]
+    table = label_lut(dict(zip(keys, ids, strict=True)), unlisted)
+    return replace(dataset, table=table, colors=np.array(colors, np.uint8) if colors else None)
+
+
+def _of_list(
+    path: Path, root: Path, samples: Sequence[Sample], missing: Sequence[str]
+) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Return the samples that a list names, in its order, and the lines of `missing` about images that it names."""
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise UserError(f"{path}: cannot be read as a list of images ({reason})") from None
+    known = {sample.image.stem: sample for sample in samples}
+    lost = {Path(line.partition(": ")[0]).stem: line for line in missing}
+    found, left = list[Sample](), list[str]()
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        pair = [root / word for word in words] if len(words) == 2 else []
+        if pair and all(file.is_file() for file in pair):
+            found.append(Sample(*pair))
+        elif line in known:  # a stem with blanks
+            found.append(known[line])
+        elif len(words) == 1 and (stem := PurePosixPath(line).stem) in known:
+            found.append(known[stem])
+        elif len(words) == 1 and stem in lost:
+            left.append(lost[stem])
+        else:
+            raise UserError(
+                f"{path}, line {number}: {line!r} is neither the stem of an image and mask nor two files below {root}"
+            )
+    if not found and not left:
+        raise UserError(f"{path}: names no image")
+    return tuple(found), tuple(left)
+
+
+def _share(samples: tuple[Sample, ...], data: DataConfig, split: str) -> tuple[Sample, ...]:
+    """Return the part of the training samples that is held out for validation, or the rest, in their order."""
+    count = max(round(data.val_share * len(samples)), 1)
+    if count >= len(samples):
+        raise UserError(f"data.val_share {data.val_share} of {len(samples)} images leaves none to train on")
+    held = {*RandomState(data.val_seed).permutation(len(samples))[:count].tolist()}
+    return tuple(sample for i, sample in enumerate(samples) if (i in held) == (split == "val"))
+
+
+def find_by_stem(
+    root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, without: Collection[Path] = ()
+) -> dict[str, Path]:
     """Return the files of these types that match `pattern` below `root`, keyed by stem and sorted by path as text.
 
-    Hidden files, files of other types and folders are left out. Raises UserError when two share a stem or the pattern
-    is not a relative glob.
+    Hidden files, files of other types and those in `without` are left out. Raises UserError when two share a stem or
+    the pattern is not a relative glob.
     """
-    try:
-        paths = sorted(root.glob(pattern), key=lambda path: path.relative_to(root).as_posix())
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(
-            f"{pattern!r} is not a file pattern below {root} ({error}); write it like images/train/*.png"
-        ) from None
     found: dict[str, Path] = {}
-    for path in paths:
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir():
+    for path in glob_files(root, pattern):
+        if path.suffix.lower() in suffixes and path not in without:
             relative = path.relative_to(root / fixed_part(pattern))
             key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
             if key in found:
@@ -81,23 +156,16 @@ def find_by_stem(root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUF
     return found
 
 
-def fixed_part(pattern: str) -> PurePosixPath:
-    """Return the folder part of a glob before its first wildcard."""
-    parts = PurePosixPath(pattern).parent.parts
-    wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
-    return PurePosixPath(*parts[:wild])
-
-
 def distinct_colors(count: int) -> np.ndarray:
     """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and earlier ones.
 
-    Color i does not depend on `count`, which is at most 511.
+    Color i does not depend on `count`. From the 512th on they are there again.
     """
     levels = np.linspace(0, 255, 8).astype(np.uint8)
     colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
     lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
     chosen, distance = [0], np.full(len(colors), np.inf)
-    for _ in range(count):
+    for _ in range(min(count, len(colors) - 1)):
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(distance.argmax()))
-    return colors[chosen[1:]]
+    return np.resize(colors[chosen[1:]], (count, 3))

@@ -1,0 +1,87 @@
+"""`data.labels`: which values or colors of a mask mean which class, as rows `value=name` or in a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from segcore.errors import UserError
+
+if TYPE_CHECKING:
+    from segcore.config.schema import Experiment
+
+IGNORED = "ignore"
+"""Name of the pixels that loss and metrics leave out."""
+_KEY = re.compile(r"#[0-9a-f]{6}|\d{1,5}", re.IGNORECASE)
+
+
+class LabelRow(NamedTuple):
+    """A value of the mask files, and what it means."""
+
+    key: int | str
+    """The value, 0 to 65535, or a color as `#rrggbb`."""
+    name: str
+    """Name of the class, or `ignore`."""
+
+
+def read_rows(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return `data.labels` as rows `value=name`; the name of a CSV file is replaced by the rows in it.
+
+    Raises UserError naming the file and the line that is not `value,name`.
+    """
+    if len(labels) != 1 or not labels[0].lower().endswith(".csv"):
+        return tuple(labels)
+    path, rows = Path(labels[0]).expanduser(), list[str]()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, words in enumerate(csv.reader(file), 1):
+                words = [word.strip() for word in words]
+                if not any(words) or (number == 1 and words[:2] == ["value", "name"]):
+                    continue
+                if len(words) != 2 or not _KEY.fullmatch(words[0]) or not words[1]:
+                    raise UserError(f"{path}, line {number}: is {','.join(words)!r}; write value,name or #rrggbb,name")
+                rows.append("=".join(words))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it is not a CSV file in UTF-8"
+        raise UserError(f"{path}: cannot be read ({reason}); set data.labels to a file of value,name rows") from None
+    return tuple(rows)
+
+
+def parse_rows(labels: Sequence[str]) -> list[LabelRow]:
+    """Return the rows of `data.labels`, see `read_rows`. Raises UserError for one that is wrong or there twice."""
+    rows: dict[int | str, LabelRow] = {}
+    for text in read_rows(labels):
+        key, sign, name = text.partition("=")
+        if not sign or not _KEY.fullmatch(key) or not name.strip() or (key.isdigit() and int(key) > 65535):
+            raise UserError(
+                f"data.labels has {text!r}; write value=name or #rrggbb=name, such as 1=road, or name a .csv file"
+            )
+        row = LabelRow(int(key) if key.isdigit() else key.lower(), name.strip())
+        if row.key in rows:
+            raise UserError(f"data.labels has {key} twice, for {rows[row.key].name!r} and {row.name!r}; keep one")
+        rows[row.key] = row
+    if len({type(key) for key in rows}) > 1:
+        raise UserError("data.labels has both values and colors; give the one that the masks hold")
+    return list(rows.values())
+
+
+def class_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the classes, in the order of their first rows."""
+    return tuple(dict.fromkeys(row.name for row in parse_rows(labels) if row.name != IGNORED))
+
+
+def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changed settings by dotted name, completed for a folder: classes follow from labels, their number too."""
+    names = ("dataset", "add_background_class", "classes", "labels")
+    new = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in names}
+    if new["dataset"] != "folder" or not {"data.classes", "data.labels"} & set(values):
+        return dict(values)
+    new["labels"] = read_rows(new["labels"])
+    if new["labels"] and "data.classes" not in values:
+        new["classes"] = class_names(new["labels"])
+    count = len(new["classes"]) + new["add_background_class"]
+    known = {"model.num_classes": count, "data.classes": new["classes"]}
+    return {**known, **values, "data.labels": new["labels"]}
