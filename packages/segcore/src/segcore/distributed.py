@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -225,6 +226,9 @@ def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    # Torch compares strides of sizes that are 1, too, which mean nothing; of all others, autograd makes a gradient's
+    # strides those of its parameter (`obeys_layout_contract` in accumulate_grad.h).
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 

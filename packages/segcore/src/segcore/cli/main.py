@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ COMMANDS: dict[str, type[Any]] = {
 NOT_READ = {"check": ("device", "offline"), "export": ("device",), "bench": ("offline",)}
 """Options of all commands with a configuration that one of them has no use for."""
 OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
+OUR_WARNINGS = ("segcore", "seg-cuda-ops")
+"""How the messages of our own warnings begin."""
 HELP = """usage: {prog} COMMAND …
 
 {commands}
@@ -66,6 +70,8 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if argv is None and not sys.flags.safe_path and sys.path[0] == str(Path.cwd()):
         del sys.path[0]
+    if argv is None:
+        _show_only_our_lines()
     # torch's CPU threads otherwise spin while they wait, and take the cores from each other beside any busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors of 2 MB and more on huge pages: fewer page faults
@@ -99,6 +105,27 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
             raise
         _exit(f"error: {OUT_OF_MEMORY}", 1)
+
+
+def _show_only_our_lines() -> None:
+    """Hide what libraries say about their own internals, here and in the processes that this one starts.
+
+    Errors are still shown. The usual variables PYTHONWARNINGS, TORCH_CPP_LOG_LEVEL and TORCH_LOGS show the rest again.
+    """
+    if not sys.warnoptions:
+        os.environ["PYTHONWARNINGS"] = ",".join(["ignore", *(f"default:{name}" for name in OUR_WARNINGS)])
+        warnings.simplefilter("ignore")
+        for name in OUR_WARNINGS:
+            warnings.filterwarnings("default", name)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: (
+        f"warning: {message}\n" if str(message).startswith(OUR_WARNINGS) else usual(message, *where)
+    )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "TORCH_LOGS" not in os.environ:
+        logging.disable(logging.WARNING)
+    if sys.stderr is not None:  # not the number 2, which is silent while images are decoded (segcore.data.silence)
+        sys.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, sys.stderr.encoding, sys.stderr.errors)
 
 
 def parse(words: list[str], package: str | None = None) -> Any:
