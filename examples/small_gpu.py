@@ -30,7 +30,7 @@ def small_gpu() -> Experiment:
             lr_mult=(("backbone", 0.1),),  # the rest starts from random weights
         ),
         schedule=ScheduleConfig(kind="cosine", epochs=100, warmup_iterations=100),
-        loss=replace(published.loss, kind="ohem", class_weight=None),
+        loss=replace(published.loss, class_weight=None),
         train=replace(
             published.train,
             freeze=("backbone.conv1", "backbone.layer1", "backbone.layer2"),

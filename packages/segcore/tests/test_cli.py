@@ -44,7 +44,7 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> 
         ("--data.img-scale 3 None", "--data.img-scale 3 None: expected (a whole number, a whole number) or None"),
         ("--train.batch-size=3.5", "--train.batch-size 3.5: expected a whole number"),
         ("--train.channels-last maybe", "--train.channels-last maybe: expected True or False"),
-        ("--schedule.kind poli", "--schedule.kind poli: expected poly or step"),
+        ("--schedule.kind poli", "--schedule.kind poli: expected poly, cosine or step"),
         ("--data.crop 64", "--data.crop 64: expected (a whole number, a whole number)"),
         ("--work-dir", "--work-dir: expected a Path or None"),
         ("--train.bach 4", "there is no option --train.bach (did you mean --train.batch-size?); `--help` lists all"),

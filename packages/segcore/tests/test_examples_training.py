@@ -33,9 +33,10 @@ def test_small_gpu(tmp_path: Path, capsys) -> None:
     main(None, ["train", f"{EXAMPLES / 'small_gpu.py'}:small_gpu", *small, "--work-dir", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert (
-        "schedule.epochs 2: 2 iterations (5 images, train.batch_size 8) in place of schedule.iterations 10000" in shown
+        "schedule.epochs 2: 2 iterations (5 images, train.batch_size 8) in place of schedule.iterations 10000, "
+        "all of them within the 100 of the warm-up\n" in shown
     )
-    assert "frozen: backbone.conv1, backbone.layer1, backbone.layer2 (0.2 M of 5.7 M parameters)\n" in shown
+    assert "frozen: backbone.conv1, backbone.layer1, backbone.layer2 (0.179 M of 5.73 M parameters)\n" in shown
     assert json.loads((tmp_path / "run/results.json").read_text())["images"] == 2
     trained = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 2)).model
     fixed = {name for name, tensor in start.items() if torch.equal(tensor, trained[name])}

@@ -224,8 +224,9 @@ def test_a_frozen_part_keeps_its_weights_and_statistics(exp: Experiment, tmp_pat
     """Also over evaluations, which change the mode, and in the averaged weights."""
     exp = changed(exp, "train.freeze=conv norm", "train.ema=0.9", "schedule.iterations=4")
     train(exp, tmp_path / "a")
-    assert "frozen: conv, norm (0.0 M of 0.0 M parameters) with random weights, as train.init_from is None\n" in (
-        capsys.readouterr().out
+    assert (
+        "frozen: conv, norm (0.00024 M of 0.000258 M parameters) with random weights, as train.init_from is None\n"
+        in (capsys.readouterr().out)
     )
     torch.manual_seed(exp.seed)
     before, after = TinyModel().build().state_dict(), checkpoint.load(checkpoint.folder_of(tmp_path / "a", 4))
@@ -247,7 +248,7 @@ def test_changed_parts_are_reported_on_resume(exp: Experiment, tmp_path: Path, c
     capsys.readouterr()
     train(changed(exp, *longer), tmp_path, resume=True)
     shown = capsys.readouterr().out
-    assert "frozen: norm (0.0 M of 0.0 M parameters)\n" in shown
+    assert "frozen: norm (1.6e-05 M of 0.000258 M parameters)\n" in shown
     assert "changed since then: train.freeze: ['conv', 'norm'] -> ['norm']\n" in shown
     assert "changed since then: optimizer.lr_mult: [['head', 2.0]] -> [['head', 2.0], ['conv', 0.1]]\n" in shown
     assert shown.count("changed since then") == 3

@@ -51,7 +51,7 @@ def frozen_note(exp: Experiment, model: Segmentor, *, resumed: bool) -> str:
     frozen = _union(model, exp.train.freeze)
     part, whole = (sum(p.numel() for p in some) / 1e6 for some in (frozen, model.parameters()))
     random = "" if resumed or exp.train.init_from else " with random weights, as train.init_from is None"
-    return f"frozen: {', '.join(exp.train.freeze)} ({part:.1f} M of {whole:.1f} M parameters){random}"
+    return f"frozen: {', '.join(exp.train.freeze)} ({part:.3g} M of {whole:.3g} M parameters){random}"
 
 
 def _union(model: Segmentor, prefixes: Sequence[str]) -> set[nn.Parameter]:
