@@ -21,7 +21,7 @@ def load_weights(model: Segmentor, path: Path) -> LoadReport:
     Tensor names distinguish our own checkpoints from published ones. Strict: raises ValueError, and changes
     nothing, unless every tensor is used and every parameter is set (see `Segmentor.load_official`).
     """
-    return _load(model, read_state(path), path)
+    return _load(model, read_state(path, _names(model)), path)
 
 
 def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
@@ -38,7 +38,7 @@ def load_init(model: Segmentor, init: str, *, offline: bool = False) -> str:
             state, source = timm_state(init, offline=offline), init
         else:
             path = find_weights(init, "", offline=offline)
-            state, source = read_state(path), str(path)
+            state, source = read_state(path, _names(model)), str(path)
     except UserError as error:
         raise UserError(f"{error}; --train.init-from None starts from random weights") from None
     if model.is_full_checkpoint(state):
@@ -81,6 +81,11 @@ def _naming(source: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _names(model: Segmentor) -> set[str]:
+    """Return the model's own and published names of tensors."""
+    return {*model.state_dict(), *model.key_map().values()}
 
 
 def _load(model: Segmentor, state: Mapping[str, Tensor], source: object) -> LoadReport:
