@@ -1,5 +1,12 @@
 """Finding the weights that the user names, and loading them strictly."""
 
+import argparse
+import sys
+from collections import deque
+from datetime import datetime
+from pathlib import PurePosixPath
+from types import ModuleType
+
 import pytest
 import timm
 import torch
@@ -101,6 +108,78 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, model, same, n
         assert all(word in str(error.value) for word in (str(path), "Tiny", *words)), str(error.value)
         assert "\n" not in str(error.value)
         assert same(model)
+
+
+def named(name):
+    """Return a class of another program that pickle finds under `name`."""
+    module, _, kind = name.rpartition(".")
+    return type(kind, (), {"__module__": module})
+
+
+NAMES = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "omegaconf.dictconfig.DictConfig",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "yacs.config.CfgNode",
+)
+OTHERS = {
+    "mmengine": lambda state, other: {"meta": {}, "state_dict": state, "message_hub": {"log_scalars": {"loss": other}}},
+    "argparse": lambda state, _: {"model": state, "args": argparse.Namespace(lr=1, path=PurePosixPath("/x"))},
+    "dates and sets": lambda state, _: {
+        "net": state,
+        "when": datetime(2024, 1, 1),
+        "tags": {"a", "b"},
+        "n": deque([1]),
+    },
+    "compiled": lambda state, _: {"state_dict": prefixed("_orig_mod.", state)},
+    "compiled in parallel": lambda state, _: {"state_dict": prefixed("module._orig_mod.", state)},
+    "compiled in part": lambda state, _: {name.replace(".", "._orig_mod.", 1): t for name, t in state.items()},
+    "lightning": lambda state, other: {"state_dict": prefixed("model.", state), "hyper_parameters": other},
+    "a module in a module": lambda state, _: {"state_dict": prefixed("module.model.net.", state)},
+    "model_state_dict": lambda state, _: {"model_state_dict": state, "epoch": 3},
+    "network": lambda state, _: {"network": state},
+    "params": lambda state, _: {"params": state},
+    "an average only": lambda state, _: {"model": None, "ema": {"module": prefixed("module.", state)}},
+    "another network beside": lambda state, _: {"model": {"teacher.weight": torch.ones(1)}, "state_dict_ema": state},
+    "a state dict in a model": lambda state, _: {"model": {"state_dict": state, "epoch": 3}},
+}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("names", ["own", "official"])
+@pytest.mark.parametrize("program", OTHERS)
+def test_checkpoints_of_other_programs(tmp_path, monkeypatch, model, same, program, names, protocol):
+    """Their classes exist here only while the file is written, so nothing in them can run when it is read."""
+    path, objects = tmp_path / "w.pth", []
+    state = model.state_dict() if names == "own" else official(model)
+    with monkeypatch.context() as patch:
+        for name in NAMES:
+            parts = name.split(".")
+            for end in range(1, len(parts)):
+                patch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+            patch.setattr(sys.modules[".".join(parts[:-1])], parts[-1], named(name), raising=False)
+            objects.append(getattr(sys.modules[".".join(parts[:-1])], parts[-1])())
+            objects[-1].__dict__ = {"lr": 0.1, "parent": objects[0]}
+        torch.save(OTHERS[program](state, objects), path, pickle_protocol=protocol)
+    load.load_weights(other := Tiny(), path)
+    assert same(other)
+
+
+def test_the_trained_weights_are_preferred_to_their_average(tmp_path, model, same):
+    torch.save({"state_dict_ema": Tiny().state_dict(), "state_dict": model.state_dict()}, tmp_path / "w.pth")
+    load.load_weights(other := Tiny(), tmp_path / "w.pth")
+    assert same(other)
+
+
+def test_names_that_would_become_one_are_kept(tmp_path, model):
+    state = model.state_dict()
+    torch.save({**state, **prefixed("module.", state)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"8 unknown.*module\.stem"):
+        load.load_weights(Tiny(), tmp_path / "w.pth")
 
 
 def test_recomputable_buffers_and_the_auxiliary_head_may_be_absent_here(tmp_path, model, same):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,25 @@ from segcore.checkpoints.tensor_files import load_safetensors, load_torch
 from segcore.errors import UserError
 from segcore.files import regular_file
 
-WRAPPERS = ("state_dict", "model", "module")
-"""Entries of a training checkpoint that hold the weights, in the order of preference."""
+WRAPPERS = (
+    *("state_dict", "model", "module", "model_state_dict", "net", "network", "params"),
+    *("ema", "model_ema", "state_dict_ema"),
+)
+"""Entries of a training checkpoint that hold the weights or hold such an entry, in the order of preference."""
+PREFIXES = (r"((module|_orig_mod)\.)*", *(rf"((module|_orig_mod|model|net)\.){{{n}}}" for n in range(1, 5)))
+"""What data parallelism, torch.compile and other programs' modules put before a tensor's name, by preference."""
 ACCEPTED = (
     "give a .safetensors or .pth file, a checkpoint folder, a work_dir, `official` or `official:CONFIG`; "
     "start weights may also be a timm tag"
 )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, known: Set[str] = frozenset()) -> dict[str, Tensor]:
     """Return the weights in a `.safetensors` file, a PyTorch file or one of our checkpoint folders, on the CPU.
 
-    From a file it takes the `state_dict`, `model` or `module` entry, else everything, without a leading `module.` in
-    names and without `ema_*` copies (ddp/SPEC.md section 5). Tensors may be backed by the file: do not write to them.
+    From a file it takes the entry and removes the prefix that yield most of the names `known`, by default the first of
+    `WRAPPERS`, or everything, without `module.` and `_orig_mod.`; `ema_*` copies are left out (ddp/SPEC.md section 5).
+    Tensors may be backed by the file: do not write to them.
     Raises ValueError when the file is missing, damaged, requires code, or holds anything but dense tensors by name.
     """
     if path.is_dir():
@@ -38,24 +45,37 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if kind := _not_weights(path):
         raise UserError(f"{path}: this is {kind}, not weights; delete it and download the actual file")
     try:
-        state = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path, mapped=True)
+        content = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path, mapped=True)
     except UserError as error:
         raise UserError(f"{error}; download it again, or ask its authors for a state dict as safetensors") from None
-    for key in WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not isinstance(state, Mapping) or not state:
+    candidates = (renamed for entry in _entries(content, set()) for renamed in _renamed(entry))
+    state = max(candidates, key=lambda names: len(names.keys() & known), default=content)
+    if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds {_kind(state):.80} instead of tensors by name; give a file with a state dict")
     wrong = [f"{name!r:.80} is {_kind(value)}" for name, value in state.items() if not _is_weight(name, value)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"{path}: contains entries other than dense tensors by text name: {', '.join(wrong[:3])}{more}; "
-            f"give a file that is a state dict or has one under {', '.join(WRAPPERS)}"
+            f"give a file that is a state dict or has one under {', '.join(WRAPPERS[:4])} …"
         )
-    names = {name: str(name).removeprefix("module.") for name in state}
-    return {names[name]: tensor for name, tensor in state.items() if not names[name].startswith("ema_")}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("ema_")}
+
+
+def _entries(content: Any, seen: set[int], depth: int = 3) -> Iterator[dict[Any, Any]]:
+    """Yield the dictionaries that may hold weights, each once, by preference: what is wrapped, then everything."""
+    if isinstance(content, dict) and depth >= 0 and id(content) not in seen:
+        seen.add(id(content))
+        for wrapper in WRAPPERS:
+            yield from _entries(content.get(wrapper), seen, depth - 1)
+        yield content
+
+
+def _renamed(entry: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+    """Yield the entry without each of `PREFIXES` in turn, unchanged where two names would become one."""
+    for prefix in PREFIXES:
+        names = [re.sub(rf"^{prefix}|(?<=\.)_orig_mod\.", "", key) if isinstance(key, str) else key for key in entry]
+        yield dict(zip(names, entry.values(), strict=True)) if len({*names}) == len(names) else entry
 
 
 def _not_weights(path: Path) -> str:
@@ -88,4 +108,4 @@ def _kind(value: object) -> str:
         return f"a {'quantized' if value.is_quantized else value.layout} {value.dtype} tensor on {value.device}"
     if isinstance(value, StandIn):
         return value.name
-    return f"nothing ({type(value).__name__})" if isinstance(value, Mapping) and not value else type(value).__name__
+    return f"nothing ({type(value).__name__})" if value == {} else type(value).__name__

@@ -25,7 +25,7 @@ def load_weights(model: Segmentor, path: Path) -> LoadReport:
     Tensor names distinguish our own checkpoints from published ones. Strict: raises ValueError, and changes
     nothing, unless every tensor is used and every parameter is set (see `Segmentor.load_official`).
     """
-    return _load(model, read_state(path), path)
+    return _load(model, read_state(path, _names(model)), path)
 
 
 def load_init(
@@ -51,7 +51,7 @@ def load_init(
             path, state, source = Path(), timm_state(init, offline=offline), init
         else:
             path = find_weights(init, exp.name if exp else "", offline=offline)
-            state, source = read_state(path), str(path)
+            state, source = read_state(path, _names(model)), str(path)
     except UserError as error:
         raise UserError(f"{error}; --train.init-from None starts from random weights") from None
     if not model.is_full_checkpoint(state):
@@ -111,6 +111,11 @@ def _naming(source: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _names(model: Segmentor) -> set[str]:
+    """Return the model's own and published names of tensors."""
+    return {*model.state_dict(), *model.key_map().values()}
 
 
 def _load(model: Segmentor, state: Mapping[str, Tensor], source: object) -> LoadReport:

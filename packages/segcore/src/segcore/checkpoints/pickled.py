@@ -42,8 +42,18 @@ _INERT = re.compile(
     (builtins | __builtin__)\.(bool | bytearray | bytes | complex | dict | float | frozenset | int | list | object
         | range | set | slice | str | tuple)
     | _codecs\.encode | copyreg\._reconstructor | copy_reg\._reconstructor
-    | collections\.(Counter | deque)
-    | numpy\.(dtype | ndarray | _?core\.(multiarray\.(scalar | _reconstruct) | numeric\._frombuffer))
+    | collections\.(Counter | deque) | types\.SimpleNamespace | typing\.Any
+    | argparse\.Namespace | pathlib(\._local)?\.(Pure)?(Posix | Windows)?Path
+    | datetime\.(date | datetime | time | timedelta | timezone) | decimal\.Decimal | uuid\.UUID
+    | numpy\.(dtype | ndarray | bool_? | u?int\d+ | float\d+ | dtypes\.\w+
+        | _?core\.(multiarray\.(scalar | _reconstruct) | numeric\._frombuffer)
+        | random\.(_pickle\.__(randomstate | bit_generator | generator)_ctor | _mt19937\.MT19937 | _pcg64\.PCG64))
+    | mmengine\.(logging\.history_buffer\.HistoryBuffer | config\.config\.(Config | ConfigDict))
+    | omegaconf\.(base | dictconfig | listconfig | nodes)\.\w+
+    | (lightning | lightning_fabric | pytorch_lightning)(\.\w+)*\.(AttributeDict | EarlyStopping | ModelCheckpoint)
+    | (detectron2\.config\.config | fvcore\.common\.config | yacs\.config)\.CfgNode
+    | addict\.addict\.Dict | easydict\.EasyDict
+    | torch\.torch_version\.TorchVersion
     | torch\.(Size | \w*Tensor | device | per_\w+ | Q\w+Storage | serialization\._get_layout)
     | torch\.nn\.parameter\.(Parameter | Buffer)
     | torch\._utils\._rebuild_\w+
