@@ -257,8 +257,12 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(class_weight, "label_pixels", lambda dataset: pytest.fail("the labels are read again"))
         assert weights_of(exp, open_dataset(data, "train"), run) == weights
-    (run / class_weight.HISTOGRAM).write_text("{")  # damaged: read again
-    assert weights_of(exp, open_dataset(data, "train"), run) == weights
+    histogram = run / class_weight.HISTOGRAM
+    record = json.loads(histogram.read_text())
+    for pixels in ("a", [450, 3300], [450, 3300, -1], [450, 3300, 1e300], [[], [], []]):  # damaged: read again
+        histogram.write_text(json.dumps(record | {"pixels": pixels}))
+        assert weights_of(exp, open_dataset(data, "train"), run) == weights
+        assert json.loads(histogram.read_text()) == record
     (data.root / "images/train/0.png").unlink()  # another data set: read again
     assert weights_of(exp, open_dataset(data, "train"), run) != weights
 

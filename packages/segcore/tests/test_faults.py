@@ -134,6 +134,22 @@ def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: i
     assert_equal(weights(work_dir), weights(tmp_path / "unbroken"))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_in_the_folder_is_refused(root: Path, tmp_path: Path, processes: int) -> None:
+    first = Training(root, tmp_path, "--model.pause", 0.3, "--data.workers", 1, processes=processes)
+    first.wait_for((tmp_path / "log.jsonl").exists)
+    second = Training(root, tmp_path, "--resume", processes=processes)
+    text, _ = second.process.communicate(timeout=120)
+    assert second.process.returncode != 0
+    assert [line for line in text.splitlines() if line.startswith("error: ")] == [
+        line for line in text.splitlines() if "a run is training there (process " in line
+    ]
+    assert text.count("a run is training there") == 1
+    assert first.process.poll() is None
+    first.kill()
+    assert "finished" in Training(root, tmp_path, "--resume", processes=processes).end()
+
+
 def test_sigterm_under_torchrun(root: Path, tmp_path: Path) -> None:
     """A checkpoint within 10 seconds, no process left, and the run resumes."""
     options = ("--train.save-every", 100, "--data.workers", 1)

@@ -1,6 +1,7 @@
 """Finding the weights that the user names, and loading them strictly."""
 
 import argparse
+import os
 import sys
 from collections import deque
 from datetime import datetime
@@ -226,6 +227,9 @@ def test_a_path_is_returned_and_a_wrong_one_is_explained(tmp_path):
     assert load.find_weights(str(path), "row_a") == path
     with pytest.raises(UserError, match=r"no such file or folder.*work_dir.*official:CONFIG"):
         load.find_weights(str(tmp_path / "gone.pth"), "row_a")
+    os.mkfifo(tmp_path / "fifo.pth")
+    with pytest.raises(UserError, match=r"fifo\.pth: is not a regular file \(a FIFO\)"):
+        load.find_weights(str(tmp_path / "fifo.pth"), "row_a")
 
 
 def test_a_work_dir_yields_its_best_else_its_newest_checkpoint(tmp_path, model, same):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
 def test_resume_drops_later_log_entries(tmp_path: Path) -> None:
     write(tmp_path, (50, 100, 150))
     with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(f"{100_000 * '['}\n")
         file.write('{"mode": "train", "itera')  # truncated
     write(tmp_path, (150,), start=100)
     assert [(r["mode"], r["iteration"]) for r in records(tmp_path)] == [
@@ -73,6 +75,12 @@ def test_resume_drops_later_log_entries(tmp_path: Path) -> None:
         ("train", 150),
         ("val", 150),
     ]
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log\.jsonl: is not a regular file \(a FIFO\)"):
+        write(tmp_path, (50,))
 
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

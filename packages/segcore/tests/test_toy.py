@@ -139,7 +139,10 @@ def test_other_parameters_are_refused_and_change_nothing(tmp_path):
     assert toy.is_complete(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "{}", '{"train": "2", "val": 1}', json.dumps({"train": 2})])
+HUGE = '{"train": 1000000000000, "val": 1}'
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{}", '{"train": "2", "val": 1}', json.dumps({"train": 2}), HUGE])
 def test_damaged_marker_is_named(tmp_path, text):
     (tmp_path / "toy.json").write_text(text)
     for call in (toy.is_complete, toy.generate):

@@ -50,10 +50,10 @@ def foreign(path: Path) -> UnreadError | None:
     try:
         _read(path)
         with reading(path):
-            others = sorted({file.name for file in path.iterdir()} - {*FILES, MANIFEST})
+            others = {file.name for file in path.iterdir() if not file.name.startswith(".")} - {*FILES, MANIFEST}
     except UserError as error:
         return UnreadError(str(error))
-    return UnreadError(f"{path / others[0]}: is no file of a checkpoint") if others else None
+    return UnreadError(f"{path / min(others)}: is no file of a checkpoint") if others else None
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:

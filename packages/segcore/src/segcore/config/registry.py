@@ -130,7 +130,7 @@ def _stored(path: Path) -> dict[str, Any]:
     """Return the settings in an experiment.json; raises UserError without a remedy when there are none in it."""
     settings: Any = read_json(path).get("experiment")
     match settings:
-        case {"name": str(), "model": {"class": str()}}:
+        case {"name": str(), "model": {"class": str(kind)}} if kind.isprintable():
             return dict(settings)
     raise UserError(f"{path}: damaged (without the settings of a run)")
 

@@ -37,7 +37,7 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
     if weights != "auto":
         return exp.loss
     path, key = work_dir / HISTOGRAM, _key(dataset)
-    pixels = _read(path, key)
+    pixels = _read(path, key, classes)
     if pixels is None:
         found, problems = label_pixels(dataset)
         if problems and exp.data.on_error == "stop":
@@ -75,10 +75,12 @@ def _key(dataset: Dataset) -> str:
     return hashlib.sha256(names.encode() + dataset.table.tobytes()).hexdigest()
 
 
-def _read(path: Path, key: str) -> list[int] | None:
+def _read(path: Path, key: str, classes: int) -> list[int] | None:
     """Return the pixels per class from a histogram of the same data set, or None."""
     try:
         content = read_json(path)
-        return [int(count) for count in content["pixels"]] if content["dataset"] == key else None
+        pixels = content["pixels"]
+        usable = content["dataset"] == key and len(pixels) == classes
+        return pixels if usable and all(type(count) is int and 0 <= count < 1 << 48 for count in pixels) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
