@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from ddp_seg.configs import DDPConfig
 from ddp_seg.model import DDP
+from segcore.checkpoints.load import load_init
 from segcore.config.schema import LossConfig
+from segcore.errors import UserError
 from segcore.testing import contract
 
 SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 1, "heads": 4, "drop_path": 0.0}
@@ -15,6 +19,7 @@ VARIANTS = {
     "resnet": DDPConfig(backbone="resnet18", **SMALL),
     "convnext": DDPConfig(backbone="convnext_t", **SMALL),
     "swin": DDPConfig(backbone="swin_t", accumulation=True, **SMALL),
+    "timm": DDPConfig(backbone="convnextv2_atto", **SMALL),
     "ddpm": DDPConfig(backbone="resnet18", sampler="ddpm", randsteps=2, **SMALL),
     "aligned": DDPConfig(backbone="resnet18", self_aligned=True, auxiliary=False, **SMALL),
 }
@@ -102,6 +107,21 @@ def test_wrong_number_of_seeds_is_refused():
 def test_other_channel_counts():
     model = DDPConfig(backbone="resnet18", in_channels=5, **SMALL).build().eval()
     assert model(contract.images(1, channels=5)).shape == (1, 5, 64, 96)
+
+
+def test_timm_weights_start_a_backbone_of_timm(tmp_path, monkeypatch):
+    """Tag, file and report are those of the adapted backbones; the stem is adapted to five channels."""
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    save_file(source, tmp_path / "mobilenetv3_small_050.lamb_in1k.safetensors")
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    model = DDPConfig(backbone="mobilenetv3_small_050", in_channels=5, **SMALL).build()
+    report = load_init(model, "mobilenetv3_small_050.lamb_in1k", offline=True)
+    assert report.startswith("mobilenetv3_small_050.lamb_in1k: backbone only: loaded 240 tensors")
+    assert torch.equal(model.backbone.net.blocks[3][0].conv_pw.weight, source["blocks.3.0.conv_pw.weight"])
+    assert model.backbone.net.conv_stem.weight.shape[1] == 5
+    assert model(contract.images(1, 51, 70, channels=5)).shape == (1, 5, 51, 70)
+    with pytest.raises(UserError, match=r"mobilenetv3_small_050.lamb_in1k: the start weights do not fit this backbone"):
+        load_init(build("timm"), "mobilenetv3_small_050.lamb_in1k", offline=True)
 
 
 def test_half_precision_keeps_noise_levels_and_time_embedding_exact():

@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import segcore
 from ddps_seg.backbones import build
+from ddps_seg.configs import BaseModelConfig
 from ddps_seg.configs.base_models import rows
 from ddps_seg.official import BASE_MODELS, IMAGENET
+from segcore.checkpoints.load import load_init
 from segcore.config.registry import published
+from segcore.errors import UserError
 from segcore.training.optimizer import param_settings
 
 GOLDEN = {"r50": "deeplabv3plus_r50-d8_512x512_160k_ade20k", "m-v2": "deeplabv3plus_m-v2-d8_512x512_160k_ade20k"}
@@ -136,3 +141,57 @@ def test_imagenet_weights_load_under_published_names(name):
     report = target.load_pretrained({**state, "head.fc.weight": torch.ones(3)})
     assert report.loaded == len(state)
     assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["deeplabv3plus_m_v2_d8_512x512_160k_ade20k", "deeplabv3plus_r50_d8_512x512_160k_ade20k"]
+)
+def test_timm_weights_start_the_published_recipes(name, tmp_path, monkeypatch):
+    exp = segcore.load_experiment(name)
+    tag = exp.train.init_from
+    source = timm.create_model(tag.partition(".")[0]).state_dict()
+    save_file(source, tmp_path / f"{tag}.safetensors")
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    model = exp.model.build()
+    assert load_init(model, tag, offline=True).startswith(f"{tag}: backbone only: loaded")
+    assert all(torch.equal(tensor, source[key]) for key, tensor in model.backbone.net.state_dict().items())
+
+
+def test_incomplete_start_weights_are_refused():
+    source = build("mit_b0")
+    state = {source.key_map()[k]: v for k, v in source.state_dict().items()}
+    for wrong in ({}, dict(list(state.items())[1:])):
+        with pytest.raises(UserError, match=r"do not fit this backbone: \d+ tensors missing"):
+            build("mit_b0").load_pretrained(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "strides"),
+    [
+        ("mit_b0", "SegFormerHead", (4, 8, 16, 32)),
+        ("resnet18", "SegFormerHead", (4, 8, 16, 32)),
+        ("convnext_t", "SegFormerHead", (4, 8, 16, 32)),
+        ("resnet50", "DeepLabHead", (4, 8, 8, 8)),
+        ("regnetx_002", "DeepLabHead", (4, 8, 8, 8)),
+    ],
+)
+def test_the_backbone_chooses_the_head(name, head, strides):
+    model = BaseModelConfig(num_classes=3, backbone=name, in_channels=5).build().eval()
+    assert (type(model.head).__name__, model.backbone.strides) == (head, strides)
+    images = torch.zeros(1, 5, 51, 70)
+    sides = [(-(-51 // stride), -(-70 // stride)) for stride in strides]
+    if name not in ("mit_b0", "convnext_t"):  # these two leave out pixels that fill no patch
+        assert [tuple(x.shape[2:]) for x in model.backbone(images)] == sides
+    assert model(images).shape == (1, 3, 51, 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mit_b9", r"no backbone 'mit_b9' \(did you mean mit_b\d\?\); known are mit_b0, mit_b1"),
+        ("hgnetv2_b0", "timm's hgnetv2_b0 has no maps at strides 4, 8, 8, 8 for images of any size"),
+    ],
+)
+def test_backbone_that_deeplab_cannot_use_is_named(name, text):
+    with pytest.raises(UserError, match=text):
+        build(name)

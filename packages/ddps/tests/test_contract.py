@@ -19,6 +19,9 @@ TRAINED = {**SMALL, "freeze": "none", "train_labels": True}
 VARIANTS = {
     "segformer": BaseModelConfig(num_classes=5, backbone="mit_b0", drop_path=0.0),
     "deeplab": BaseModelConfig(num_classes=5, backbone="mobilenet_v2", condition_width=64, auxiliary=True),
+    "deeplab on timm": BaseModelConfig(
+        num_classes=5, backbone="mobilenetv3_small_050", condition_width=64, auxiliary=True
+    ),
     "small base": BaseModelConfig(num_classes=5, backbone="resnet18", condition_width=32),
     "prior on mit": DDPSConfig(backbone="mit_b0", **TRAINED),
     "prior on mobilenet": DDPSConfig(backbone="mobilenet_v2", **{**TRAINED, "noise_schedule": "cosine"}),
@@ -27,7 +30,7 @@ VARIANTS = {
     "bayes": DDPSConfig(backbone="resnet18", mode="bayes", **TRAINED),
     "single-step": DDPSConfig(backbone="resnet18", single_step=True, **TRAINED),
 }
-PLAIN = ["segformer", "deeplab", "small base"]
+PLAIN = ["segformer", "deeplab", "deeplab on timm", "small base"]
 PRIORS = [name for name, config in VARIANTS.items() if isinstance(config, DDPSConfig) and not config.single_step]
 
 

@@ -24,9 +24,73 @@ def test_four_maps_at_strides_4_to_32(name):
     ]
 
 
-def test_unknown_backbone_is_named():
-    with pytest.raises(UserError, match="convnext_t, convnext_s"):
-        build_backbone("convnext_xxl")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "convnext_xxl",
+            r"no backbone 'convnext_xxl' .did you mean convnext_\w+\?\); known are convnext_t, convnext_s",
+        ),
+        ("mobilenetv3_smal_050", r"did you mean mobilenetv3_small_050\?"),
+        ("resnet18.a1_in1k", r"did you mean resnet18\?"),
+        ("hf_hub:timm/resnet18.a1_in1k", "there is no backbone"),
+        ("x", "there is no backbone 'x'; known are"),
+        (
+            "vit_tiny_patch16_224",
+            r"no maps at strides 4, 8, 16, 32 .* .its strides are 16, 16, 16, 16.; choose another",
+        ),
+        ("efficientvit_m0", "efficientvit_m0 has no maps at strides 4, 8, 16, 32 for images of any size; choose"),
+        (
+            "coatnet_pico_rw_224",
+            "coatnet_pico_rw_224 has no maps at strides 4, 8, 16, 32 for images of any size; choose",
+        ),
+    ],
+)
+def test_backbone_that_cannot_be_used_is_named(name, text, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    with pytest.raises(UserError, match=text) as caught:
+        build_backbone(name)
+    assert "\n" not in str(caught.value)
+
+
+FAMILIES = ("mobilenetv3_small_050", "regnetx_002", "convnextv2_atto", "mambaout_femto", "swinv2_tiny_window8_256")
+"""Models of timm with other stems, names and layouts: the last two answer (N, H, W, C), Swin is made for one size."""
+
+
+@pytest.mark.parametrize(("name", "in_channels"), [*zip(FAMILIES, (1, 5, 1, 5, 1), strict=True)])
+def test_any_model_of_timm_gives_maps_of_any_image(name, in_channels):
+    backbone = build_backbone(name, in_channels=in_channels)
+    assert backbone.training
+    for height, width in ((51, 70), (33, 64), (64, 96)):
+        images = torch.randn(2, in_channels, height, width)
+        maps = backbone(images)
+        sides = [(math.ceil(height / s), math.ceil(width / s)) for s in backbone.strides]
+        assert [tuple(x.shape) for x in maps] == [(2, c, *hw) for c, hw in zip(backbone.channels, sides, strict=True)]
+    torch.stack([x.mean() for x in maps]).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "resnet18", "hrnet_w18_small", "twins_svt_small"])
+def test_timm_weights_of_any_model_load_strictly(name):
+    options = {"img_size": (64, 96)} if name.startswith("swin") else {}
+    source, backbone = timm.create_model(name, **options).eval(), build_backbone(name).eval()
+    state = timm.create_model(name).state_dict()
+    source.load_state_dict(state)
+    report = backbone.load_pretrained(state)
+    assert report.loaded + len(report.dropped) + len(report.ignored) == len(state)
+    with torch.no_grad():
+        if name != "hrnet_w18_small":  # whose own maps timm gives in no other way
+            expected = source.forward_intermediates(IMAGE, indices=4, intermediates_only=True)
+            torch.testing.assert_close(backbone(IMAGE), expected, atol=1e-4, rtol=1e-4)
+    assert report.dropped, "the classifier is no part of the backbone"
+    used = [name for name, tensor in state.items() if name not in report.dropped and "weight" in name]
+    for wrong in (
+        {name: tensor for name, tensor in state.items() if name != used[0]},
+        state | {used[-1]: torch.ones(3, 3)},
+        state | {used[-1].replace("weight", "more"): torch.ones(3)},  # as of a deeper model
+    ):
+        with pytest.raises(UserError, match="do not fit this backbone"):
+            backbone.load_pretrained(wrong)
 
 
 @pytest.mark.parametrize(("name", "tag"), [("convnext_t", "convnext_tiny"), ("swin_t", "swin_tiny_patch4_window7_224")])

@@ -5,26 +5,36 @@ from __future__ import annotations
 import re
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddps_seg.mit import VARIANTS, MiT
-from segcore.models.backbones import Backbone, build_backbone
+from segcore.models.backbones import CONVNEXT, SWIN, Backbone, TimmBackbone, build_backbone
 
 TIMM = {"resnet50": "resnet50c", "resnet101": "resnet101c"}
 """ResNetV1c, which replaces the 7x7 convolution by three 3x3 ones, under the name of its configurations."""
 
 
 def build(name: str, *, in_channels: int = 3, drop_path: float = 0.1) -> Backbone:
-    """Return the backbone with random weights; only MiT uses `drop_path`. `resnet18` is segcore's plain one."""
+    """Return the backbone with random weights; only MiT uses `drop_path`.
+
+    `resnet18` and the ConvNeXt and Swin of `segcore.models.backbones` are plain, with maps at strides 4 to 32; every
+    other model of timm is dilated. Raises UserError for a name that is unknown or of a model that cannot be used.
+    """
     if name in VARIANTS:
         return MiT(name, in_channels, drop_path)
     if name in TIMM:
         return ResNetV1c(TIMM[name], in_channels)
-    return MobileNetV2(in_channels) if name == "mobilenet_v2" else build_backbone(name, in_channels=in_channels)
+    if name == "mobilenet_v2":
+        return MobileNetV2(in_channels)
+    if name in (*CONVNEXT, *SWIN, "resnet18"):
+        return build_backbone(name, in_channels=in_channels)
+    return TimmBackbone(name, in_channels, output_stride=8, others=(*VARIANTS, *TIMM, "mobilenet_v2"))
 
 
 class ResNetV1c(Backbone):
     """ResNetV1c-50 or -101 at output stride 8: dilations 2 and 4 in the last stages, half that in their first block."""
+
+    strides = (4, 8, 8, 8)
 
     def __init__(self, timm_name: str, in_channels: int = 3) -> None:
         super().__init__()
@@ -34,7 +44,6 @@ class ResNetV1c(Backbone):
         self.channels = tuple(self.net.feature_info.channels())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps (N, C_i, H_i, W_i) at strides 4, 8, 8, 8."""
         return self.net(images)
 
     def key_map(self) -> dict[str, str]:
@@ -44,6 +53,8 @@ class ResNetV1c(Backbone):
 
 class MobileNetV2(Backbone):
     """MobileNetV2 at output stride 8; as in MMSegmentation, only the first block of a group is dilated."""
+
+    strides = (4, 8, 8, 8)
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
@@ -57,7 +68,6 @@ class MobileNetV2(Backbone):
         self.channels = tuple(self.net.feature_info.channels())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps (N, C_i, H_i, W_i) at strides 4, 8, 8, 8."""
         return self.net(images)
 
     def key_map(self) -> dict[str, str]:
@@ -82,8 +92,3 @@ def _mobilenet_name(name: str) -> str:
     group, block, part, leaf = found.groups()
     index, kind = _MOBILENET[group == "0"][part]
     return f"layer{int(group) + 1}.{block}.conv.{index}.{kind}.{leaf}"
-
-
-def is_dilated(backbone: nn.Module) -> bool:
-    """Return whether the backbone belongs to DeepLabV3+."""
-    return isinstance(backbone, ResNetV1c | MobileNetV2)

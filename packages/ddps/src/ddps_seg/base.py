@@ -30,7 +30,7 @@ class EncoderSegmentor(Segmentor):
         self.num_classes = num_classes
         self.backbone = backbones.build(backbone, in_channels=in_channels, drop_path=drop_path)
         self.min_size = self.backbone.min_size
-        dilated = backbones.is_dilated(self.backbone)
+        dilated = self.backbone.strides[-1] == 8
         head, width = (heads.DeepLabHead, 512) if dilated else (heads.SegFormerHead, 256)
         self.head = head(self.backbone.channels, condition_width or width)
         for module in self.head.modules():

@@ -13,29 +13,17 @@ from segcore.errors import UserError
 if TYPE_CHECKING:
     from ddp_seg.model import DDP
 
-Backbone = Literal[
-    "convnext_t",
-    "convnext_s",
-    "convnext_b",
-    "convnext_l",
-    "swin_t",
-    "swin_s",
-    "swin_b",
-    "swin_l",
-    "resnet18",
-    "resnet50",
-]
-
 
 @dataclass(frozen=True)
 class DDPConfig(ModelConfig):
     """Diffusion for dense prediction. The defaults are the published model on Cityscapes with ConvNeXt-T."""
 
     stepwise: ClassVar[bool] = True
-    backbone: Backbone = setting("convnext_t", stated=True, commands=BUILD)
-    """Image encoder, from timm."""
+    backbone: str = setting("convnext_t", stated=True, commands=BUILD)
+    """Image encoder: convnext_{t,s,b,l} or swin_{t,s,b,l} as published, or any model of timm with maps at strides 4, 8,
+    16 and 32, such as resnet18 or regnety_004."""
     drop_path: float = setting(0.4, least=0, below=1, commands=())
-    """Maximum stochastic-depth rate of the backbone."""
+    """Maximum stochastic-depth rate of ConvNeXt and Swin; other backbones ignore it."""
     window: int = setting(7, least=1, commands=BUILD)
     """Swin's window size."""
     width: int = setting(256, least=32, commands=BUILD)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddp_seg.configs import Backbone, DDPConfig
+from ddp_seg.configs import DDPConfig
 from ddp_seg.configs.cityscapes import DECAY_RULES, INIT
 from segcore.config.schema import (
     DataConfig,
@@ -15,7 +15,7 @@ from segcore.config.schema import (
 )
 
 
-def recipe(backbone: Backbone, window: int = 7) -> Experiment:
+def recipe(backbone: str, window: int = 7) -> Experiment:
     """Return the 160k recipe for a Swin backbone."""
     return Experiment(
         name=f"ddp_{backbone}_2x8_512x512_160k_ade20k",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ddp_seg.configs import Backbone, DDPConfig
+from ddp_seg.configs import DDPConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -43,7 +43,7 @@ DATA = DataConfig(
 )
 
 
-def recipe(backbone: Backbone, **model: Any) -> Experiment:
+def recipe(backbone: str, **model: Any) -> Experiment:
     """Return the 160k recipe for a backbone; `model` holds further fields of `DDP`."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_160k_cityscapes",
@@ -65,7 +65,7 @@ def recipe(backbone: Backbone, **model: Any) -> Experiment:
     )
 
 
-def aligned(backbone: Backbone, **model: Any) -> Experiment:
+def aligned(backbone: str, **model: Any) -> Experiment:
     """Return the self-aligned fine-tuning of a trained row: 5k iterations, a tenth of the learning rate, 10 steps."""
     return Experiment(
         name=f"ddp_{backbone}_4x4_512x1024_5k_cityscapes_aligned",

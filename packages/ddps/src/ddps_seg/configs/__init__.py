@@ -14,27 +14,15 @@ if TYPE_CHECKING:
     from ddps_seg.base import BaseModel
     from ddps_seg.model import DDPS
 
-Backbone = Literal[
-    "mit_b0",
-    "mit_b1",
-    "mit_b2",
-    "mit_b3",
-    "mit_b4",
-    "mit_b5",
-    "mobilenet_v2",
-    "resnet50",
-    "resnet101",
-    "resnet18",
-]
-"""`resnet18` is not a published backbone: it is small and plain, for tests and trials."""
-
 
 @dataclass(frozen=True)
 class ConditionEncoderConfig(ModelConfig):
     """Maps images to the condition: a backbone and a head without classifier, SegFormer's or DeepLabV3+'s."""
 
-    backbone: Backbone = setting("mit_b2", stated=True, commands=BUILD)
-    """Image encoder. MiT and resnet18 use SegFormer's head; the others are dilated and use DeepLabV3+'s."""
+    backbone: str = setting("mit_b2", stated=True, commands=BUILD)
+    """Image encoder: mit_{b0..b5}, mobilenet_v2, resnet50 or resnet101 as published, or a model of timm. MiT, resnet18
+    (small and plain, for trials), convnext_{t,s,b,l} and swin_{t,s,b,l} use SegFormer's head; all others are dilated to
+    output stride 8, which not every model of timm can be, and use DeepLabV3+'s."""
     drop_path: float = setting(0.1, least=0, below=1, commands=())
     """MiT's maximum stochastic-depth rate."""
     condition_width: int | None = setting(None, least=1, commands=BUILD)

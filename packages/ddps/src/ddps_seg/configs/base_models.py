@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ddps_seg.configs import Backbone, BaseModelConfig
+from ddps_seg.configs import BaseModelConfig
 from segcore.config.schema import (
     DataConfig,
     EvalConfig,
@@ -20,8 +20,8 @@ from segcore.config.schema import (
 )
 
 Dataset = Literal["ade20k", "cityscapes"]
-MIT: tuple[Backbone, ...] = ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")
-DEEPLAB: dict[Backbone, str] = {"mobilenet_v2": "m-v2", "resnet50": "r50", "resnet101": "r101"}
+MIT: tuple[str, ...] = ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")
+DEEPLAB: dict[str, str] = {"mobilenet_v2": "m-v2", "resnet50": "r50", "resnet101": "r101"}
 """Backbone of DeepLabV3+ -> its part of the configuration names."""
 IMAGENET = {
     "mobilenet_v2": "mobilenetv2_100.ra_in1k",
@@ -52,7 +52,7 @@ def data(
     )
 
 
-def name_of(backbone: Backbone, dataset: Dataset, side: int | None = None) -> str:
+def name_of(backbone: str, dataset: Dataset, side: int | None = None) -> str:
     """Return the published name of a base model; `side` is the side of SegFormer's crop, None: the usual one."""
     side = side or {"ade20k": 512, "cityscapes": 1024}[dataset]
     if backbone in DEEPLAB:
@@ -62,7 +62,7 @@ def name_of(backbone: Backbone, dataset: Dataset, side: int | None = None) -> st
     return f"segformer_{backbone.replace('_', '-')}_{batch}{side}x{side}_160k_{dataset}"
 
 
-def segformer(backbone: Backbone, dataset: Dataset, side: int) -> Experiment:
+def segformer(backbone: str, dataset: Dataset, side: int) -> Experiment:
     """Return SegFormer's recipe: 160k iterations; whole-image testing on ADE20K, sliding windows on Cityscapes."""
     img_scale = {"ade20k": (2048, side), "cityscapes": (2048, 1024)}[dataset]
     batch, device_batch = {"ade20k": (16, 2), "cityscapes": (8, 1)}[dataset]
@@ -89,7 +89,7 @@ def segformer(backbone: Backbone, dataset: Dataset, side: int) -> Experiment:
     )
 
 
-def deeplab(backbone: Backbone, dataset: Dataset) -> Experiment:
+def deeplab(backbone: str, dataset: Dataset) -> Experiment:
     """Return DeepLabV3+'s recipe, output stride 8, tested whole: 160k iterations on ADE20K, 80k on Cityscapes."""
     crop, img_scale = {"ade20k": ((512, 512), (2048, 512)), "cityscapes": ((512, 1024), (2048, 1024))}[dataset]
     batch, device_batch = {"ade20k": (16, 4), "cityscapes": (8, 2)}[dataset]

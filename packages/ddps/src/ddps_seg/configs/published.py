@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from ddps_seg.configs import Backbone, DDPSConfig
+from ddps_seg.configs import DDPSConfig
 from ddps_seg.configs.base_models import DEEPLAB, Dataset, data, name_of
 from segcore.config.schema import (
     DataConfig,
@@ -32,7 +32,7 @@ class Size(NamedTuple):
     """Width of the UNet."""
 
 
-SIZES: dict[Backbone, Size] = {
+SIZES: dict[str, Size] = {
     "mobilenet_v2": Size("deeplabv3plus_m-v2", 128),
     "mit_b0": Size("segformer_mit-b0", 128),
     "resnet50": Size("deeplabv3plus_r50", 128),
@@ -63,14 +63,14 @@ SETS: dict[Dataset, Setting] = {
 OPTIMIZER = OptimizerConfig("adamw", lr=1.5e-4, betas=(0.9, 0.96), weight_decay=0.045)
 
 
-def pipeline(backbone: Backbone, dataset: Dataset) -> DataConfig:
+def pipeline(backbone: str, dataset: Dataset) -> DataConfig:
     """Return the base model's augmentations, with the background class."""
     city = (512, 1024) if backbone in DEEPLAB else (1024, 1024)
     crop = {"ade20k": (512, 512), "cityscapes": city}[dataset]
     return data(dataset, crop, SETS[dataset].img_scale, background=True)
 
 
-def singlestep(backbone: Backbone, dataset: Dataset, name: str | None = None, width: int | None = None) -> Experiment:
+def singlestep(backbone: str, dataset: Dataset, name: str | None = None, width: int | None = None) -> Experiment:
     """Return the recipe of a row's single-step variant, which is initialized from the published base model."""
     values, size = SETS[dataset], SIZES[backbone]
     return Experiment(
@@ -95,7 +95,7 @@ def singlestep(backbone: Backbone, dataset: Dataset, name: str | None = None, wi
 
 
 def multistep(
-    backbone: Backbone,
+    backbone: str,
     dataset: Dataset,
     name: str | None = None,
     *,

@@ -1,23 +1,25 @@
-"""timm backbones, adapted to compute exactly the same features as the published systems.
+"""timm backbones: ConvNeXt and Swin compute exactly the features of the published systems, all others timm's own.
 
-The parameters are timm's own, under timm's names in `net`, plus one LayerNorm per stage output in `norms` (not in
-`ResNet`). `key_map` gives the names of MMClassification / MMSegmentation 0.x, under which published weights are
-stored.
+The parameters are timm's own, under timm's names in `net`; ConvNeXt and Swin have one LayerNorm per stage output in
+`norms`, and their `key_map` gives the names of MMClassification / MMSegmentation 0.x, under which published weights
+are stored.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import Format, LayerNorm2d
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segcore.config.options import nearest
 from segcore.errors import UserError
 from segcore.models.key_map import Rules, rename
 from segcore.models.layers import residual_blocks
@@ -36,34 +38,35 @@ SWIN = {
     "swin_b": "swin_base_patch4_window7_224",
     "swin_l": "swin_large_patch4_window7_224",
 }
-RESNET = ("resnet18", "resnet34", "resnet50", "resnet101")
+CLASSIFIER = ("head.", "fc.")
+"""Prefixes of the classifier's names in the published files."""
 
 
 def build_backbone(name: str, *, in_channels: int = 3, drop_path: float = 0.0, window: int = 7) -> Backbone:
-    """Return the backbone `convnext_{t,s,b,l}`, `swin_{t,s,b,l}` or `resnet{18,34,50,101}` with random weights.
+    """Return the backbone `convnext_{t,s,b,l}`, `swin_{t,s,b,l}` or that timm model, with random weights.
 
-    `drop_path` is the maximum rate, growing linearly over the blocks; `window` is Swin's window size. Other families
-    ignore both.
+    `drop_path` is the maximum rate, growing linearly over the blocks; `window` is Swin's window size. timm's own models
+    ignore both. Raises UserError for a name that is unknown, and for a model that `TimmBackbone` cannot use.
     """
     if name in CONVNEXT:
         return ConvNeXt(CONVNEXT[name], in_channels, drop_path)
     if name in SWIN:
         return Swin(SWIN[name], in_channels, drop_path, window)
-    if name in RESNET:
-        return ResNet(name, in_channels)
-    raise UserError(f"there is no backbone {name!r}; known are {', '.join((*CONVNEXT, *SWIN, *RESNET))}")
+    return TimmBackbone(name, in_channels)
 
 
 class Backbone(nn.Module, ABC):
-    """Maps images (N, C, H, W) to four maps with strides 4, 8, 16, 32.
+    """Maps images (N, C, H, W) to four maps.
 
     Attributes:
         channels: channels of the four maps.
+        strides: strides of the four maps.
         min_size: shortest image side in pixels.
         net: timm's network without its classifier.
     """
 
     channels: tuple[int, ...]
+    strides: tuple[int, ...] = (4, 8, 16, 32)
     min_size: int = 1
     net: Any  # timm's modules have no declared types
 
@@ -83,26 +86,33 @@ class Backbone(nn.Module, ABC):
         """Return a published tensor in timm's layout; `name` is the published one without `backbone.`."""
         return tensor
 
-    def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return timm's ImageNet weights under this project's names, without the classifier."""
-        return {f"net.{name}": t for name, t in state.items() if not name.startswith(("head.", "fc.", "norm."))}
+    def timm_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return our name of each of timm's names, without those of the layers behind the last map.
+
+        timm takes features out of some networks by naming `stages.0` `stages_0`.
+        """
+        own = {_flat(name): name for name in self.state_dict() if name.startswith("net.")}
+        parts = tuple(f"{_timm_name(name).partition('.')[0]}_" for name in own.values())
+        return {n: own.get(_flat(n), f"net.{n}") for n in names if _flat(n) in own or _flat(n).startswith(parts)}
 
     def load_pretrained(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under timm's or the published names (with or without `backbone.`).
 
-        Strict: raises ValueError and changes nothing when a tensor does not fit or one of `net` is missing. The stage
-        output norms keep their initial values unless the file has them. The stem is adapted to other channel counts.
+        Strict: raises ValueError and changes nothing when a tensor does not fit or one is missing. The stage output
+        norms keep their initial values unless the file has them; what follows the last map is dropped. The stem is
+        adapted to other channel counts.
         """
-        official = {official: name for name, official in self.key_map().items()}
-        bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith("head.")}
-        if any(name.startswith("backbone.") for name in state) or sum(n in official for n in bare) > len(bare) / 2:
-            new = {official.get(n, n): self.convert(n, t) for n, t in bare.items()}
+        official, own, timm_names = {v: k for k, v in self.key_map().items()}, self.state_dict(), self.timm_names(state)
+        bare = {name: name.removeprefix("backbone.") for name in state if not name.startswith(CLASSIFIER)}
+        if sum(name in official for name in bare.values()) > sum(name in own for name in timm_names.values()):
+            names = {name: official.get(short, short) for name, short in bare.items()}
+            new = {names[name]: self.convert(short, state[name]) for name, short in bare.items()}
         else:
-            new = self.from_timm(state)
-        own = self.state_dict()
+            names = timm_names
+            new = {own_name: state[name] for name, own_name in names.items()}
         ignored = tuple(n for n in new if n.endswith(RECOMPUTABLE) and n not in own)
         new = {n: self._fit(t, own.get(n)) for n, t in new.items() if n not in ignored}
-        missing = [n for n in own if n.startswith("net.") and n not in new and not n.endswith(RECOMPUTABLE)]
+        missing = [n for n in own if n not in new and not n.startswith("norms.") and not n.endswith(RECOMPUTABLE)]
         wrong = [n for n, t in new.items() if n not in own or own[n].shape != t.shape]
         if missing or wrong:
             raise UserError(
@@ -110,14 +120,21 @@ class Backbone(nn.Module, ABC):
                 f"{len(wrong)} unknown or of another shape {wrong[:2]}; take the file of the same architecture"
             )
         self.load_state_dict(new, strict=False)
-        dropped = tuple(n for n in state if n.startswith(("head.", "fc.", "norm.")) and f"norms.3.{n[10:]}" not in new)
-        return LoadReport(len(new), dropped, ignored, len(new))
+        return LoadReport(len(new), tuple(n for n in state if n not in names), ignored, len(new))
 
     def _fit(self, tensor: Tensor, own: Tensor | None) -> Tensor:
         """Adapt a stem convolution to our number of input channels."""
         if own is not None and tensor.ndim == own.ndim == 4 and tensor.shape[1] == 3 != own.shape[1]:
             return adapt_input_conv(own.shape[1], tensor)
         return tensor
+
+
+def _timm_name(name: str) -> str:
+    return name.removeprefix("net.").removeprefix("model.")
+
+
+def _flat(name: str) -> str:
+    return _timm_name(name).replace(".", "_")
 
 
 class ConvNeXt(Backbone):
@@ -154,10 +171,10 @@ class ConvNeXt(Backbone):
         )
         return {name: rename(name, rules) for name in self.state_dict()}
 
-    def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def timm_names(self, names: Iterable[str]) -> dict[str, str]:
         # The classifier's norm becomes the norm of the last stage output.
-        norm = {f"norms.3.{n.removeprefix('head.norm.')}": t for n, t in state.items() if n.startswith("head.norm.")}
-        return super().from_timm(state) | norm
+        norm = {n: f"norms.3.{n.removeprefix('head.norm.')}" for n in names if n.startswith("head.norm.")}
+        return super().timm_names(names) | norm
 
 
 class Swin(Backbone):
@@ -264,15 +281,67 @@ def shifted_window_mask(height: int, width: int, window: int, device: torch.devi
     return (region[:, None] != region[:, :, None]).float() * -100.0
 
 
-class ResNet(Backbone):
-    """ResNet (He et al. 2016), plain timm: small and quick to train from scratch."""
+class TimmBackbone(Backbone):
+    """A model of timm as it is (`features_only=True`), for images of any size.
 
-    def __init__(self, timm_name: str, in_channels: int = 3) -> None:
+    Images are padded at the right and bottom with zeros to multiples of 32 where the model needs it, and the maps are
+    cropped to the image's side / stride, rounded up. With `output_stride` 8 the model is dilated: strides 4, 8, 8, 8.
+
+    Raises UserError for a name that neither timm nor `others` has, and for a model without such maps, or for images of
+    one size only.
+    """
+
+    def __init__(
+        self, timm_name: str, in_channels: int = 3, output_stride: int = 32, others: Iterable[str] = ()
+    ) -> None:
         super().__init__()
-        self.net = timm.create_model(
-            timm_name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4), in_chans=in_channels
-        )
-        self.channels = tuple(self.net.feature_info.channels())
+        if timm_name not in (models := timm.list_models()):  # timm would look for others on the hub
+            known = (*others, *CONVNEXT, *SWIN)
+            raise UserError(
+                f"there is no backbone {timm_name!r}{nearest(timm_name, [*known, *models])}; "
+                f"known are {', '.join(known)} and the models of timm (in Python: timm.list_models())"
+            )
+        self.strides = tuple(min(stride, output_stride) for stride in self.strides)
+        options: dict[str, Any] = {"features_only": True, "out_indices": (-4, -3, -2, -1), "in_chans": in_channels}
+        options |= {"output_stride": output_stride} if output_stride < 32 else {}
+        try:
+            try:
+                self.net = timm.create_model(timm_name, strict_img_size=False, **options)  # Swin, for other sizes
+            except TypeError:
+                self.net = timm.create_model(timm_name, **options)
+            self.channels, found = tuple(self.net.feature_info.channels()), tuple(self.net.feature_info.reduction())
+        except Exception:  # each family raises its own
+            found = ()
+        if found != self.strides or not self._takes_any_size(in_channels):
+            strides, others = (", ".join(map(str, numbers)) for numbers in (self.strides, found))
+            but = f" (its strides are {others})" if found and found != self.strides else ""
+            raise UserError(
+                f"timm's {timm_name} has no maps at strides {strides} for images of any size{but}; "
+                "choose another model.backbone"
+            )
+
+    @torch.no_grad()
+    def _takes_any_size(self, in_channels: int) -> bool:
+        """Set `pad_to` and return whether one was found, by trying: timm does not state it for all its models."""
+        self.net.eval()
+        for self.pad_to, height, width in ((1, 51, 70), (32, 64, 96)):
+            with contextlib.suppress(Exception):  # each family raises its own
+                shapes = [tuple(x.shape[1:]) for x in self(torch.zeros(1, in_channels, height, width))]
+                if shapes == [(c, *sizes) for c, sizes in zip(self.channels, self._sizes(height, width), strict=True)]:
+                    self.net.train()
+                    return True
+        return False
+
+    def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return self.net(images)
+        height, width = images.shape[-2:]
+        if self.pad_to > 1:
+            images = F.pad(images, (0, -width % self.pad_to, 0, -height % self.pad_to))
+        maps = self.net(images)
+        if getattr(self.net, "output_fmt", None) == Format.NHWC:
+            maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+        if self.pad_to == 1:
+            return maps
+        return [x[..., :h, :w] for x, (h, w) in zip(maps, self._sizes(height, width), strict=True)]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,9 +174,16 @@ class Segmentor(nn.Module, ABC):
         return "backbone only", replace(report, dropped=report.dropped + rest)
 
     def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
-        """Return whether the initial weights `state` cover a whole model, not only a backbone."""
-        known = {*self.state_dict(), *self.key_map().values()}
-        return any(name in known and not name.startswith("backbone.") for name in state)
+        """Return whether the initial weights `state` cover a whole model, not only a backbone.
+
+        A classifier in a backbone's file may have the name of one of ours, so the backbone's names must be there, too.
+        """
+
+        def parts(names: Iterable[str]) -> set[bool]:
+            return {name.startswith("backbone.") for name in names}
+
+        known = self.state_dict().keys(), self.key_map().values()
+        return any(parts(name for name in names if name in state) == parts(names) for names in known)
 
     def _load(
         self, state: Mapping[str, Tensor], names: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]
