@@ -384,7 +384,7 @@ def test_file_with_one_function_needs_no_name(tmp_path):
         ("json.py", "FUNCTION one of .*wide, number"),
         ("json.py:number", "json.py:number: number returned int, not an Experiment"),
         ("absent.py:wide", "absent.py: no such configuration file"),
-        ("empty.py", "empty.py: name the configuration as a function that returns an Experiment"),
+        ("empty.py", "empty.py: name the configuration as a function that the file defines"),
     ],
 )
 def test_wrong_file_is_named_with_the_remedy(config, spec, text):

@@ -123,7 +123,7 @@ def test_defaults_and_rows_are_within_their_own_bounds():
         (lambda: ScheduleConfig(kind="cosinus"), "schedule.kind is 'cosinus'; it must be poly, cosine or step"),
         (lambda: TrainConfig(precision="float16"), "train.precision is 'float16'; it must be fp32, bf16 or fp16"),
         (lambda: EvalConfig(mode="sliding"), "evaluate.mode is 'sliding'; it must be whole or slide"),
-        (lambda: DataConfig("voc"), "data.dataset is 'voc'; it must be cityscapes, ade20k, folder or toy"),
+        (lambda: DataConfig("voc"), "data.dataset is 'voc'; it must be cityscapes, ade20k, folder, toy or file"),
         (lambda: OptimizerConfig(lr=math.nan), "optimizer.lr is nan; it must be at least 0 and finite"),
         (lambda: OptimizerConfig(lr=-1.0), "optimizer.lr is -1.0; it must be at least 0"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "optimizer.betas is 1.0; it must be at least 0 and below 1"),
@@ -196,8 +196,8 @@ def test_commands_read_what_they_need(name):
         found = set(offered(command, exp))
         assert {name.split(".")[0] for name in found} == sections
         assert found < every
-    inference = {f"data.{key}" for key in ("mean", "std", "channels", "bit_depth", "photometric")}
-    labels = {f"data.{key}" for key in ("dataset", "classes", "add_background_class")}
+    inference = {f"data.{key}" for key in ("mean", "std", "channels", "bit_depth", "max_pixels", "photometric")}
+    labels = {f"data.{key}" for key in ("dataset", "classes", "labels", "unlisted", "add_background_class")}
     predict = set(offered("predict", exp))
     assert {name for name in predict if name.startswith("data.")} == inference | labels
     assert {name for name in offered("bench", exp) if name.startswith("data.")} == inference

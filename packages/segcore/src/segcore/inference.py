@@ -20,7 +20,8 @@ from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
-from segcore.data.images import DTYPES, read_image
+from segcore.data import pairs
+from segcore.data.images import read_image
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor, early_exit_entry
@@ -306,10 +307,6 @@ class Result:
         figures.write_image(overlay, np.array(self.overlay(opacity=opacity)))
 
 
-_TO_RGB = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-"""Modes of PIL with 8 bits or fewer per channel: those beyond would lose theirs."""
-
-
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
     """Return an image as (H, W, C) uint8, uint16 or float32, according to `data.channels` and `data.bit_depth`.
 
@@ -317,20 +314,9 @@ def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
     """
     if isinstance(image, (str, Path)):
         return read_image(image, data.channels, data.bit_depth, data.max_pixels)
-    if isinstance(
-        image, Image.Image
-    ):  # as `read_image` reads the file: turned by its EXIF tag, gray and palettes as RGB
+    if isinstance(image, Image.Image):  # as `read_image` reads the file
         image = ImageOps.exif_transpose(image)
-        image = np.asarray(image.convert("RGB") if data.channels == 3 and image.mode in _TO_RGB else image)
-    array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
-    array = array[..., None] if array.ndim == 2 else array
-    wanted = np.dtype(DTYPES[data.bit_depth])
-    if array.ndim != 3 or array.shape[2] != data.channels or array.dtype != wanted or not array.size:
-        raise UserError(
-            f"an image of shape {np.shape(array)} and type {array.dtype}; give an array (H, W, {data.channels}) or "
-            f"a tensor ({data.channels}, H, W), {wanted}, in the units of the files"
-        )
-    return np.ascontiguousarray(array)
+    return pairs.as_array(image, data.channels, data.bit_depth)
 
 
 def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[str, ...], np.ndarray]:

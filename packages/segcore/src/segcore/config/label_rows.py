@@ -73,6 +73,14 @@ def class_names(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.name for row in parse_rows(labels) if row.name != IGNORED))
 
 
+def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise UserError when `data.labels` is wrong, or names other classes than `data.classes`."""
+    names = class_names(labels)
+    if classes and names and sorted(names) != sorted(classes):
+        other = ", ".join(sorted({*names} ^ {*classes}))
+        raise UserError(f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes")
+
+
 def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return changed settings by dotted name, completed for a folder: classes follow from labels, their number too."""
     names = ("dataset", "add_background_class", "classes", "labels")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 from segcore.config.schema import Experiment
+from segcore.config.user_code import Stored, is_reference
 from segcore.environment import git_hash, versions
 from segcore.files import read_json
 
@@ -56,7 +57,7 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
                 return tuple(from_plain(part, item, name) for part, item in zip(parts, value, strict=True))
         if isinstance(value, str) and option is Path:
             return Path(value)
-    return value
+    return Stored(value) if isinstance(value, str) and is_reference(value) else value
 
 
 def with_defaults(settings: Mapping[str, Any], exp: Experiment) -> dict[str, Any]:
@@ -88,6 +89,8 @@ class ConfigDiff(NamedTuple):
             if then["model"]["class"] != now["model"]["class"]:
                 return cls(name)
             keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
+            if is_reference(now["data"]["dataset"]) and not now["data"]["classes"]:  # those that the function states
+                keys.remove(("data", "classes"))
             other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
             return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,11 +13,9 @@ from typing import Any, cast
 from segcore.config.options import nearest
 from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
+from segcore.config.user_code import FROM_FILE, cannot_run, find_function
 from segcore.errors import UserError
 from segcore.files import read_json
-
-FROM_FILE = "segcore_config_"
-"""How the module name of an imported configuration file begins."""
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
@@ -166,43 +161,16 @@ def program(package: str | None) -> str:
 
 def _from_file(path: str, function: str) -> Experiment:
     """Return what a function of a user's file builds; the file is imported."""
-    spec = f"{path}:{function}" if function else path
     if not Path(path).is_file():
         raise UserError(f"{path}: no such configuration file")
-    # Of a name that hides no installed module, and registered because dataclasses look their annotations up there.
-    module_spec = importlib.util.spec_from_file_location(f"{FROM_FILE}{Path(path).stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module.__name__] = module
+    function, build = find_function(path, function, "the configuration")
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise _cannot_run(path, error) from None
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    if not function and len(own) == 1:
-        function = own[0]
-    if function not in own:
-        choice = (
-            f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that returns an Experiment"
-        )
-        raise UserError(f"{spec}: name the configuration as {choice}")
-    try:
-        experiment = getattr(module, function)()
+        experiment = build()
     except Exception as error:
-        raise _cannot_run(path, error) from None
+        raise cannot_run(path, error) from None
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{spec}: {function} returned {type(experiment).__name__}, not an Experiment")
+        raise UserError(f"{path}:{function}: {function} returned {type(experiment).__name__}, not an Experiment")
     return experiment
-
-
-def _cannot_run(path: str, error: Exception) -> UserError:
-    """Return the error about what a user's file raised, naming the innermost of its lines that had a part in it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(path).resolve()]
-    line = lines[-1] if lines else getattr(error, "lineno", "unknown")
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return UserError(f"{path}: cannot be run, line {line}: {kind}{' '.join(str(error).split())}")
 
 
 def _key(name: str) -> str:

@@ -10,18 +10,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from segcore.config.fields import INPUT, Section, setting
-from segcore.config.label_rows import class_names, with_class_count
+from segcore.config.label_rows import check_classes, with_class_count
 from segcore.config.loss import LossConfig as LossConfig
 from segcore.config.options import change, read_overrides
+from segcore.config.user_code import check_reference
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LayoutName = Literal["cityscapes", "ade20k", "folder", "toy"]
 
 _CLASSES = ("test", "predict", "export", "check")
 """Commands that need to know what the classes are."""
@@ -58,8 +60,9 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
     commands: ClassVar[tuple[str, ...]] = ()
 
-    dataset: Literal["cityscapes", "ade20k", "folder", "toy"] = setting("folder", commands=_CLASSES)
-    """Layout of the files. `toy` generates street scenes in the Cityscapes layout when the folder is not there yet."""
+    dataset: LayoutName | str = setting("folder", commands=_CLASSES)
+    """Layout of the files, or `file.py:open_split`, a function of yours that opens a split. `toy` generates street
+    scenes in the Cityscapes layout when the folder is not there yet."""
     root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
     train_images: str = setting("images/train/*", commands=("check",))
@@ -87,6 +90,8 @@ class DataConfig(Section):
     file of `value,name` rows. Several values may have one name; `ignore` leaves pixels out. It sets `data.classes`."""
     unlisted: Literal["stop", "ignore"] = setting("stop", commands=_CLASSES)
     """`folder` only: mask values that are no class end the run, or are ignored."""
+    palette: tuple[str, ...] = ()
+    """Color `rrggbb` of each class in overlays and reports; empty: those of the data set, or distinct ones."""
     add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
     channels: int = setting(3, least=1, commands=INPUT)
@@ -105,10 +110,16 @@ class DataConfig(Section):
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
     flip: float = setting(0.0, least=0, most=1)
     """Probability of the horizontal flip."""
+    vertical_flip: float = setting(0.0, least=0, most=1)
+    """Probability of the vertical flip, for images without an upside such as aerial ones."""
+    quarter_turns: bool = False
+    """Turn each sample by 0, 90, 180 or 270 degrees; the crop keeps its shape."""
     photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
+    augment: str | None = None
+    """`file.py:function`, called last with image, mask and a RandomState; it returns both. None: nothing is added."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
@@ -120,7 +131,9 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_labels()
+        check_reference("data.dataset", self.dataset, get_args(LayoutName))
+        check_reference("data.augment", self.augment)
+        check_classes(self.classes, self.labels)
         low, high = self.ratio_range
         if low > high:
             raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
@@ -134,16 +147,6 @@ class DataConfig(Section):
         if self.bit_depth > 8 and self.mean == DataConfig.mean:
             bits = self.bit_depth
             raise UserError(f"data.mean and data.std are those of 8-bit images; give those of your {bits}-bit images")
-
-    def _check_labels(self) -> None:
-        if not self.labels:
-            return
-        names = class_names(self.labels)
-        if self.classes and sorted(names) != sorted(self.classes):
-            other = ", ".join(sorted({*names} ^ {*self.classes}))
-            raise UserError(
-                f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes"
-            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
 from segcore.data.images import read_size
 from segcore.data.layouts import find_files
+from segcore.data.pairs import PairDataset
 from segcore.errors import UserError
 from segcore.progress import progress
 
@@ -187,8 +188,11 @@ def check_sample(dataset: Dataset, index: int) -> SampleCheck:
 def check_headers(dataset: Dataset) -> list[str]:
     """Return one line per file that is missing or not an image, and per label whose size differs from its image's.
 
-    Reads only the beginning of each file, as a quick check before training; `check` finds damage further inside.
+    Reads only the beginning of each file, as a quick check before training; `check` finds damage further inside. Pairs
+    that a program makes are not read.
     """
+    if isinstance(dataset, PairDataset):
+        return []
     return [
         line
         for lines in _each(lambda i: _headers(dataset, i), len(dataset), "checking that images and labels open")

@@ -5,8 +5,10 @@ Nothing here imports torch, and everything pickles, so that worker processes sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,6 +44,7 @@ class Dataset:
         max_pixels: size limit of images and labels.
         missing: one line per image without a label (it is left out of `samples`); `open_dataset` raises for these.
         unmatched_labels: label files without an image.
+        opened_by: opens the same split in another process, where what a user's function made need not pickle.
     """
 
     classes: tuple[str, ...]
@@ -56,6 +59,10 @@ class Dataset:
     colors: np.ndarray | None = None
     missing: tuple[str, ...] = ()
     unmatched_labels: tuple[Path, ...] = ()
+    opened_by: Callable[[], Dataset] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (self.opened_by, ()) if self.opened_by else super().__reduce_ex__(protocol)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,6 +90,10 @@ class Dataset:
             raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
         colors, limit = self.colors, self.max_pixels
         raw = read_label(path, limit) if colors is None else read_colors(path, colors, limit)
+        return self.train_ids(path, raw)
+
+    def train_ids(self, path: Path, raw: np.ndarray) -> np.ndarray:
+        """Return the train ids of label values (H, W), uint8 or uint16, as `label` does; `path` is what errors name."""
         label = cv2.LUT(raw, self.table[:256]) if raw.dtype == np.uint8 else self.table[raw]
         if (label == FORBIDDEN).any():
             raise UserError(f"{path}: {self._unlisted(path, raw[label == FORBIDDEN])}")

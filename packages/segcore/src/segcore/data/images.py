@@ -58,7 +58,11 @@ def read_label(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises UserError for a file that is missing, damaged, has more than one channel, or values that are not whole
     numbers 0 .. 65535.
     """
-    label = np.array(_open_label(path, max_pixels))
+    return label_values(np.array(_open_label(path, max_pixels)), path)
+
+
+def label_values(label: np.ndarray, path: Path | str) -> np.ndarray:
+    """Return an array of label values as `read_label` does; `path` is what errors name."""
     if label.ndim != 2:
         raise UserError(
             f"{path}: label of shape {label.shape}; save one channel of class indices, or set data.labels to its colors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 IGNORE = 255
@@ -41,6 +42,21 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Return names and (K, 3) uint8 RGB colors from a file with one line per class, such as `804080 road`."""
     colors, names = zip(*(line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()), strict=True)
     return names, np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and earlier ones.
+
+    Color i does not depend on `count`. From the 512th on they are there again.
+    """
+    levels = np.linspace(0, 255, 8).astype(np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
+    lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+    chosen, distance = [0], np.full(len(colors), np.inf)
+    for _ in range(min(count, len(colors) - 1)):
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return np.resize(colors[chosen[1:]], (count, 3))
 
 
 def ranges(values: np.ndarray) -> str:

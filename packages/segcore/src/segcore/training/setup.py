@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
+from segcore.config.user_code import is_reference
 from segcore.data.check import check_headers, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
@@ -53,7 +55,7 @@ def setup(
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
     exp, length = resolve_epochs(exp, len(dataset))
-    state = init_state(exp, device)
+    state = init_state(with_names(exp, dataset), device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
         state.model.check_steps(exp.evaluate.steps)
@@ -76,6 +78,15 @@ def setup(
         state.average = None if state.average is None else start_ema(state.model)
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     return exp, state, dataset, val, notes
+
+
+def with_names(exp: Experiment, dataset: Dataset) -> Experiment:
+    """Return the experiment, with the classes and colors if only a user's function states them: a run stores them."""
+    if not is_reference(exp.data.dataset):
+        return exp
+    first = int(exp.data.add_background_class)
+    palette = tuple(bytes(color).hex() for color in dataset.palette[first:].tolist())
+    return replace(exp, data=replace(exp.data, classes=dataset.classes[first:], palette=palette))
 
 
 def init_state(exp: Experiment, device: torch.device) -> TrainState:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from segcore.config.schema import DataConfig
+from segcore.config.user_code import is_reference
 from segcore.data.dataset import Dataset
 from segcore.data.labels import FORBIDDEN, add_background
-from segcore.data.layouts import ade20k, cityscapes, folder, toy
+from segcore.data.layouts import ade20k, cityscapes, folder, own, toy
 from segcore.errors import UserError
 
 Split = Literal["train", "val"]
@@ -32,7 +35,14 @@ LAYOUTS = {
     "folder": Layout(folder.open_split, folder.classes),
     "toy": Layout(toy.open_split, lambda data: (cityscapes.CLASSES, cityscapes.PALETTE)),
 }
-"""Layouts by name. To add a data set, add its module, a line here and the name to `DataConfig.dataset`."""
+"""Layouts by name. To add a data set, add its module, a line here and the name to `schema.LayoutName`."""
+OWN = Layout(own.open_split, own.classes)
+"""The layout of every `file.py:function`."""
+
+
+def layout_of(data: DataConfig) -> Layout:
+    """Return the layout of a data set."""
+    return OWN if is_reference(data.dataset) else LAYOUTS[data.dataset]
 
 
 def open_dataset(data: DataConfig, split: Split) -> Dataset:
@@ -49,20 +59,42 @@ def open_dataset(data: DataConfig, split: Split) -> Dataset:
 
 def find_files(data: DataConfig, split: Split) -> Dataset:
     """Return the split as `open_dataset` does, but leave out images without a label, which `missing` then lists."""
-    if not data.root.is_dir():
+    layout = layout_of(data)
+    if layout is not OWN and not data.root.is_dir():
         raise UserError(
             f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset"
             + (", or let `train` generate it there" if data.dataset == "toy" else "")
         )
-    dataset = LAYOUTS[data.dataset].open_split(data, split)
-    dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth, max_pixels=data.max_pixels)
+    dataset = layout.open_split(data, split)
+    dataset = replace(
+        dataset,
+        palette=_colors(data, dataset.palette),
+        channels=data.channels,
+        bit_depth=data.bit_depth,
+        max_pixels=data.max_pixels,
+        opened_by=partial(find_files, data, split) if layout is OWN else None,
+    )
     return with_background(dataset) if data.add_background_class else dataset
 
 
 def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the class names and (K, 3) uint8 RGB colors of what `open_dataset` returns; needs no files."""
-    classes, palette = LAYOUTS[data.dataset].classes(data)
+    classes, palette = layout_of(data).classes(data)
+    palette = _colors(data, palette)
     return add_background(classes, palette) if data.add_background_class else (classes, palette)
+
+
+def _colors(data: DataConfig, palette: np.ndarray) -> np.ndarray:
+    """Return the colors that `data.palette` states instead of those of the data set, if it states any."""
+    if not data.palette:
+        return palette
+    wrong = [text for text in data.palette if not re.fullmatch(r"[0-9a-fA-F]{6}", text)]
+    if wrong or len(data.palette) != len(palette):
+        raise UserError(
+            f"data.palette has {len(data.palette)} colors{f', such as {wrong[0]!r}' if wrong else ''}, for "
+            f"{len(palette)} classes; write one per class as rrggbb, such as 804080"
+        )
+    return np.array([list(bytes.fromhex(text)) for text in data.palette], np.uint8)
 
 
 def with_background(dataset: Dataset) -> Dataset:

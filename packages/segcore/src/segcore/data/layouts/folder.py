@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import cv2
 import numpy as np
 from numpy.random import RandomState
 
@@ -21,7 +20,7 @@ from segcore.config.label_rows import IGNORED, class_names, parse_rows
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, Sample
 from segcore.data.images import IMAGE_SUFFIXES
-from segcore.data.labels import FORBIDDEN, ignored_label, label_lut
+from segcore.data.labels import FORBIDDEN, distinct_colors, ignored_label, label_lut
 from segcore.data.layouts.files import fixed_part, glob_files, pair_files
 from segcore.errors import UserError
 
@@ -154,18 +153,3 @@ def find_by_stem(
                 )
             found[key] = path
     return found
-
-
-def distinct_colors(count: int) -> np.ndarray:
-    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and earlier ones.
-
-    Color i does not depend on `count`. From the 512th on they are there again.
-    """
-    levels = np.linspace(0, 255, 8).astype(np.uint8)
-    colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
-    lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
-    chosen, distance = [0], np.full(len(colors), np.inf)
-    for _ in range(min(count, len(colors) - 1)):
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-        chosen.append(int(distance.argmax()))
-    return np.resize(colors[chosen[1:]], (count, 3))
