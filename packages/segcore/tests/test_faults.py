@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc"),
 ]
 TINY = Path(__file__).parent / "runs/tiny.py"
-ITERATIONS = 60
+ITERATIONS = 100
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ class Training:
         ]
         words += ["--schedule.iterations", ITERATIONS, "--train.evaluate-every", ITERATIONS, *options]
         command = [sys.executable, *(start if processes > 1 else []), *words]
+        self.log = work_dir / "log.jsonl"
         self.mark = f"{work_dir} {time.monotonic()}"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault, "TINY_MARK": self.mark}
         self.process = subprocess.Popen(
@@ -77,20 +78,32 @@ class Training:
             assert time.monotonic() < end
             time.sleep(0.002)
 
-    def processes(self) -> list[int]:
-        """Return the living processes of this run, data workers included: those with its mark."""
+    def trains(self) -> bool:
+        """Return whether the first iteration is over."""
+        return self.log.exists() and '"mode": "train"' in self.log.read_text()
+
+    def processes(self, *words: str) -> list[int]:
+        """Return the living processes of this run with these arguments and variables, data workers included."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"TINY_MARK={self.mark}".encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
+                own = ((path / "environ").read_bytes() + (path / "cmdline").read_bytes()).split(b"\0")
+                if all(word.encode() in own for word in (f"TINY_MARK={self.mark}", *words)):
+                    found.append(int(path.name))
         return found
 
-    def kill(self) -> None:
-        for number in self.processes():
+    def kill(self, victims: list[int]) -> str:
+        """Kill some of the processes and return what was printed when all have ended."""
+        assert victims
+        for number in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        self.process.communicate(timeout=60)
+        text, _ = self.process.communicate(timeout=60)  # all hold this pipe
+        end = time.monotonic() + 20
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert self.processes() == []
+        return text
 
     def end(self) -> str:
         """Wait for a successful end and return the printed text."""
@@ -108,9 +121,12 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 16), (2, 4)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 16), (2, 20)])
 def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: int) -> None:
-    """Every other kill hits a save, the others any moment from the start; the run resumes after each."""
+    """Every other kill hits a save, the others any moment from the start; the run resumes after each.
+
+    With two processes, two of three kills hit only torchrun or one process, and the others end by themselves.
+    """
     options = ("--train.save-every", 2, "--resume")
     Training(root, tmp_path / "unbroken", *options, processes=processes).end()
     draw, work_dir, reached = random.Random(processes), tmp_path / "run", 0
@@ -123,7 +139,8 @@ def test_kill_at_any_moment(root: Path, tmp_path: Path, processes: int, kills: i
             folder = checkpoint.folder_of(work_dir, reached + 2)
             training.wait_for(folder.exists)
             time.sleep(draw.uniform(0, 0.6))
-        training.kill()
+        alone = {1: [training.process.pid], 2: training.processes("RANK=1", "train")}.get(number % 3)
+        training.kill(alone if processes > 1 and alone else training.processes())
         newest = checkpoint.newest(work_dir)
         assert newest is not None
         assert int(newest.name.removeprefix("iter_")) >= reached
@@ -150,13 +167,40 @@ def test_a_second_run_in_the_folder_is_refused(root: Path, tmp_path: Path, proce
     assert "finished" in Training(root, tmp_path, "--resume", processes=processes).end()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_data_worker_ends_the_run_saved(root: Path, tmp_path: Path, processes: int) -> None:
+    options = ("--train.save-every", 100, "--data.workers", 2)
+    training = Training(root, tmp_path / "run", *options, "--model.pause", 0.1, processes=processes)
+    training.wait_for(training.trains)
+    text = training.kill(training.processes("--multiprocessing-fork")[:1])
+    assert training.process.returncode == 1
+    before, *after = text.split("error: a data-loading process was ended by SIGKILL; if memory ran out, lower data.")
+    assert len(after) == 1
+    assert "Traceback" not in before  # torchrun prints one
+    saved = checkpoint.newest(tmp_path / "run")
+    assert saved is not None, text
+    assert f"stopped after iteration {saved.name.removeprefix('iter_')}" in text
+    Training(root, tmp_path / "run", *options, "--resume", processes=processes).end()
+    Training(root, tmp_path / "unbroken", *options, processes=processes).end()
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
+
+
+def test_a_stopped_process_is_named(root: Path, tmp_path: Path) -> None:
+    training = Training(root, tmp_path, "--model.pause", 0.1, "--train.timeout", 5, processes=2)
+    training.wait_for(training.trains)
+    os.kill(*training.processes("RANK=1", "train"), signal.SIGSTOP)
+    assert training.process.stdout is not None
+    told = time.monotonic()
+    assert any(line.startswith("error: process 1 of 0-1 did not respond") for line in training.process.stdout)
+    assert time.monotonic() - told < 20
+    training.kill(training.processes())
+
+
 def test_sigterm_under_torchrun(root: Path, tmp_path: Path) -> None:
     """A checkpoint within 10 seconds, no process left, and the run resumes."""
     options = ("--train.save-every", 100, "--data.workers", 1)
     training = Training(root, tmp_path / "run", *options, "--model.pause", 0.5, processes=2)
-    training.wait_for(
-        lambda: (tmp_path / "run/log.jsonl").exists() and '"mode": "train"' in (tmp_path / "run/log.jsonl").read_text()
-    )
+    training.wait_for(training.trains)
     told = time.time()
     training.process.send_signal(signal.SIGTERM)
     text, _ = training.process.communicate(timeout=60)

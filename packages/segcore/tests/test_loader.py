@@ -134,13 +134,17 @@ def test_closing_early_ends_the_workers(data):
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no SIGKILL")
 def test_a_worker_that_dies_is_one_line(data):
-    found = batches(data, stop=1000, workers=2)
+    found = batches(data, stop=1000, workers=1)
     next(found)
     if Path("/proc/self/maps").exists():
         assert "/torch_" not in Path("/proc/self/maps").read_text(), "/dev/shm, of 64 MB in containers, is used"
-    multiprocessing.active_children()[0].kill()
-    with pytest.raises(UserError, match=r"process was ended by SIGKILL; if memory ran out, lower data.workers \(2\)"):
-        list(found)
+    samples = eval_samples(open_dataset(data, "train"), 1)
+    next(samples)
+    for process in multiprocessing.active_children():
+        process.kill()
+    for left in (found, samples):
+        with pytest.raises(UserError, match=r"was ended by SIGKILL; if memory ran out, lower data.workers \(1\)"):
+            list(left)
     assert not multiprocessing.active_children()
 
 

@@ -52,7 +52,8 @@ def read_ahead(
     """
     if not workers:
         for key in keys:
-            item = _load(load, key, workers)
+            with _enough_memory(workers):
+                item = load(key)
             yield item.pin_memory() if pin_memory else item
         return
     keys, started, idle = iter(keys), list[_Worker](), deque[_Worker]()
@@ -62,7 +63,8 @@ def read_ahead(
     def ask(key: Any) -> Any:
         worker = idle.popleft()  # there is one: there are as many threads
         try:
-            item = worker.ask(key)
+            with _enough_memory(workers):
+                item = worker.ask(key)
         finally:
             idle.append(worker)
         return item.pin_memory() if pin_memory else item
@@ -109,7 +111,9 @@ class _Worker:
             error, item = _receive(self.link)
         except (OSError, EOFError, pickle.UnpicklingError):
             self.process.join()
-            raise UserError(f"a data-loading process {_end(self.process.exitcode)}; {_remedy(self.count)}") from None
+            status = self.process.exitcode or 0
+            end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended, see its output ({status})"
+            raise UserError(f"a data-loading process {end}; {_remedy(self.count)}") from None
         if error:
             raise error
         return item
@@ -121,15 +125,13 @@ class _Worker:
         atexit.unregister(self.process.kill)
 
 
-def _load(load: Load, key: Any, workers: int) -> Any:
+@contextlib.contextmanager
+def _enough_memory(workers: int) -> Iterator[None]:
+    """Raise UserError when a `with` block runs out of memory."""
     try:
-        return load(key)
+        yield
     except MemoryError:
         raise UserError(f"no memory left to load data; {_remedy(workers)}") from None
-
-
-def _end(status: int | None) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
 
 
 def _remedy(workers: int) -> str:
@@ -153,7 +155,8 @@ def _serve(load: Load, count: int, connection: socket.socket) -> None:
             os._exit(0)  # without unloading libraries, whose running threads could abort
         error, item = None, None
         try:
-            item = _load(load, key, count)
+            with _enough_memory(count):
+                item = load(key)
         except UserError as caught:
             error = caught
         try:
