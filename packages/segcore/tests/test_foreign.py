@@ -373,3 +373,25 @@ def test_many_tensors_are_not_too_many(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pickled, "UNITS", 1000)
             assert len(foreign.read_state(path)) == 400
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_tensors_of_all_kinds_are_those_that_were_saved(tmp_path, form, protocol):
+    dtypes = [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.bool),
+    ]
+    state = {str(dtype): torch.arange(12).reshape(3, 4).to(dtype) for dtype in dtypes}
+    state |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "strided": torch.randn(6, 4)[::2, 1:].T}
+    state |= {"parameter": torch.nn.Parameter(torch.randn(3)), "tied": state["torch.int8"]}
+    state["attributed"] = torch.nn.Parameter(torch.randn(3))
+    state["attributed"].decay = False
+    path = tmp_path / "w.pth"
+    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+    read = foreign.read_state(path)
+    assert list(read) == list(state)
+    for name, tensor in state.items():
+        assert (read[name].dtype, read[name].stride()) == (tensor.dtype, tensor.stride()), name
+        assert torch.equal(read[name].double(), tensor.double()), name
+    assert read["tied"].data_ptr() == read["torch.int8"].data_ptr()

@@ -131,6 +131,11 @@ class Unpickler(_Unpickler):
         self.read_storage, self.allowed_bytes = read_storage, REPEATS * size
         self.storages: dict[str, Storage] = {}
 
+    def load(self) -> Any:
+        """Return the content of the next pickle in the file; each numbers its objects anew."""
+        self.memo.clear()
+        return super().load()
+
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in _DTYPES:
