@@ -264,7 +264,7 @@ def _micro_batches(exp: Experiment, state: TrainState, dataset: Dataset) -> Gene
     share, micro = batch_shares(exp)
     batches = train_batches(
         dataset,
-        TrainTransform(exp.data, dataset.ignore_index),
+        TrainTransform(exp.data, dataset.ignore_index, len(dataset.classes)),
         batch=exp.train.batch_size,
         micro=micro,
         seed=exp.seed,
