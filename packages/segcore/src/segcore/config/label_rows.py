@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from segcore.config.user_code import is_reference
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changed settings by dotted name, completed for a folder: classes follow from labels, their number too."""
+    """Return changed settings by dotted name, completed for own data: classes follow from labels, their number too."""
     names = ("dataset", "add_background_class", "classes", "labels")
     new = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in names}
-    if new["dataset"] != "folder" or not {"data.classes", "data.labels"} & set(values):
+    own = new["dataset"] == "folder" or is_reference(new["dataset"])
+    if not own or not {"data.classes", "data.labels"} & set(values):
         return dict(values)
     new["labels"] = read_rows(new["labels"])
     if new["labels"] and "data.classes" not in values:

@@ -113,13 +113,13 @@ class DataConfig(Section):
     vertical_flip: float = setting(0.0, least=0, most=1)
     """Probability of the vertical flip, for images without an upside such as aerial ones."""
     quarter_turns: bool = False
-    """Turn each sample by 0, 90, 180 or 270 degrees; the crop keeps its shape."""
+    """Turn each sample by 0, 90, 180 or 270 degrees. It has the shape `crop` afterwards, square or not."""
     photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     augment: str | None = None
-    """`file.py:function`, called last with image, mask and a RandomState; it returns both. None: nothing is added."""
+    """`file.py:function`, called on image, mask and a RandomState after the other steps; returns both. None: none."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
