@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from segcore.config.schema import DataConfig
-from segcore.data.dataset import Dataset
+from segcore.data.dataset import Dataset, Sample, check_sizes
+from segcore.data.images import read_size
 from segcore.data.labels import FORBIDDEN, add_background
 from segcore.data.layouts import ade20k, cityscapes, folder, toy
+from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 
 Split = Literal["train", "val"]
@@ -56,7 +58,23 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
         )
     dataset = LAYOUTS[data.dataset].open_split(data, split)
     dataset = replace(dataset, channels=data.channels, bit_depth=data.bit_depth, max_pixels=data.max_pixels)
-    return with_background(dataset) if data.add_background_class else dataset
+    dataset = with_background(dataset) if data.add_background_class else dataset
+    return replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
+
+
+def tiles(samples: Iterable[Sample], side: int) -> Iterator[Sample]:
+    """Yield the tiles of TIFFs that are longer or wider than `side` pixels, see `tile_boxes`, and the other samples.
+
+    Raises UserError when the size of a TIFF's label differs from its own.
+    """
+    for sample in samples:
+        size = tiff_size(sample.image) if is_tiff(sample.image) else (0, 0)
+        if max(size) <= side:
+            yield sample
+            continue
+        if sample.label:
+            check_sizes(sample, size, tiff_size(sample.label) if is_tiff(sample.label) else read_size(sample.label))
+        yield from (replace(sample, box=box) for box in tile_boxes(*size, side))
 
 
 def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
