@@ -100,6 +100,8 @@ class DataConfig(Section):
     """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""
     max_pixels: int = setting(1 << 28, least=1, most=1 << 30, commands=INPUT)
     """Pixels that an image or label may have at most: a small file can claim to hold any number."""
+    tile: int | None = setting(None, least=1, commands=_SPLIT)
+    """Cut TIFFs into samples of at most this many pixels a side, read one by one; None: an image is one sample."""
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
     ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
