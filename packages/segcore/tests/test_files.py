@@ -1,14 +1,15 @@
-"""Reading and writing files: what is no regular file is refused before anything opens it."""
+"""Reading and writing files: what is no regular file is refused before anything opens it; names are of any encoding."""
 
 import contextlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from segcore.errors import UserError
-from segcore.files import regular_file
+from segcore.files import regular_file, utf8_path, write
 
 
 def special(path: Path, kind: str) -> Path:
@@ -41,3 +42,15 @@ def test_a_file_and_a_link_to_one_pass_and_nothing_there_is_an_oserror(tmp_path:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="loop"):
         regular_file(tmp_path / "loop")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    write(path, f"of {path.name}")
+    assert path.read_bytes() == rb"of caf\udce9"
+    with utf8_path(path) as other:
+        assert str(other).encode()
+        assert other.read_bytes() == path.read_bytes()
+    with utf8_path(tmp_path) as same:
+        assert same == tmp_path

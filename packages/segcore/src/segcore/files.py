@@ -13,8 +13,9 @@ from segcore.errors import UserError
 
 
 def write(path: Path | str, content: str | bytes) -> None:
-    """Write a file completely or not at all: under a temporary name, synced, then renamed. Creates the folder; UTF-8.
+    """Write a file completely or not at all: under a temporary name, synced, then renamed. Creates the folder.
 
+    Text becomes UTF-8; what UTF-8 lacks, in file names of other encodings, is escaped.
     Raises UserError naming the path when the disk is full, the folder is not writable, or similar.
     """
     path = Path(path)
@@ -22,7 +23,7 @@ def write(path: Path | str, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             sync(temporary)
             temporary.replace(path)
         finally:
@@ -57,6 +58,18 @@ def regular_file(path: Path | str) -> None:
     kind = stat.S_IFMT(Path(path).stat().st_mode)
     if kind != stat.S_IFREG:
         raise UserError(f"{path}: is not a regular file ({_KINDS.get(kind, 'of an unknown kind')}); give a file")
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yield a path of an existing file for a library that takes UTF-8 only: `path`, or on Linux an open file's."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def sha256(path: Path) -> str:

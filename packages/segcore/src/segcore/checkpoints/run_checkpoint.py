@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segcore.errors import UserError
-from segcore.files import sha256, sync, write
+from segcore.files import sha256, sync, utf8_path, write
 
 FILES = ("model.safetensors", "state.pt", "experiment.json")
 MANIFEST = "manifest.json"
@@ -95,13 +95,18 @@ def load(folder: Path) -> Checkpoint:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{folder / FILES[1]}: refused, nothing was executed ({reason}); {_instead(folder)}") from None
     experiment = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-    return Checkpoint(load_file(folder / FILES[0]), state, experiment)
+    return Checkpoint(_tensors(folder), state, experiment)
 
 
 def read_model_state(folder: Path) -> dict[str, Tensor]:
     """Return the model's state dict of a checkpoint, on the CPU; raises UserError when any of its files is damaged."""
     _require_whole(folder)
-    return load_file(folder / FILES[0])
+    return _tensors(folder)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    with utf8_path(folder / FILES[0]) as path:
+        return load_file(path)
 
 
 def newest(work_dir: Path) -> Path | None:
