@@ -19,10 +19,10 @@ class Predict(Command):
     input: Path = field(kw_only=True)
     """An image file, a folder of images (subfolders too, which the output repeats), a video, or a camera's number."""
     output: Path = field(kw_only=True)
-    """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file: .mp4, .m4v,
-    .mov, .mkv or .webm. For an image of any size a .tif: it is read and predicted in windows (evaluate.crop,
-    evaluate.stride) and only the mask is written, with the image's georeference and 255 (65535 above 255 classes) where
-    it has no data."""
+    """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file: .mp4,
+    .m4v, .mov, .mkv or .webm. For an image of any size a .tif: it is read and predicted in windows (evaluate.crop,
+    evaluate.stride) and only the mask is written, with the image's georeference and 255 (65535 above 255 classes)
+    where it has no data."""
     palette: str = "auto"
     """Colors: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
