@@ -123,7 +123,7 @@ def test_defaults_and_rows_are_within_their_own_bounds():
         (lambda: ScheduleConfig(kind="cosinus"), "schedule.kind is 'cosinus'; it must be poly, cosine or step"),
         (lambda: TrainConfig(precision="float16"), "train.precision is 'float16'; it must be fp32, bf16 or fp16"),
         (lambda: EvalConfig(mode="sliding"), "evaluate.mode is 'sliding'; it must be whole or slide"),
-        (lambda: DataConfig("voc"), "data.dataset is 'voc'; it must be cityscapes, ade20k, folder, toy or file"),
+        (lambda: DataConfig("voc"), "data.dataset is 'voc'; it must be cityscapes, ade20k, folder, toy, camvid, "),
         (lambda: OptimizerConfig(lr=math.nan), "optimizer.lr is nan; it must be at least 0 and finite"),
         (lambda: OptimizerConfig(lr=-1.0), "optimizer.lr is -1.0; it must be at least 0"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "optimizer.betas is 1.0; it must be at least 0 and below 1"),

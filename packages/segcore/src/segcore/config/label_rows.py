@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from segcore.config.data_sets import DATA_SETS, FOLDER, class_count
 from segcore.config.user_code import is_reference
 from segcore.errors import UserError
 
@@ -83,15 +84,23 @@ def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
 
 
 def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changed settings by dotted name, completed for own data: classes follow from labels, their number too."""
+    """Return changed settings by dotted name, completed: the number of classes follows from labels or the data set.
+
+    A data set known by name, if it is a new one, also drops the patterns, lists, classes and labels of the old one.
+    """
     names = ("dataset", "add_background_class", "classes", "labels")
     new = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in names}
-    own = new["dataset"] == "folder" or is_reference(new["dataset"])
-    if not own or not {"data.classes", "data.labels"} & set(values):
+    dataset, reset = new["dataset"], dict[str, Any]()
+    known = class_count(dataset)
+    if known and dataset != exp.data.dataset:
+        reset = {f"data.{name}": getattr(type(exp.data), name) for name in (*FOLDER, "classes", "labels")}
+        new |= {name: values.get(f"data.{name}", ()) for name in ("classes", "labels")}
+    read = dataset == "folder" or dataset in DATA_SETS or is_reference(dataset)
+    if not reset and not (read and {"data.classes", "data.labels"} & set(values)):
         return dict(values)
     new["labels"] = read_rows(new["labels"])
     if new["labels"] and "data.classes" not in values:
         new["classes"] = class_names(new["labels"])
-    count = len(new["classes"]) + new["add_background_class"]
-    known = {"model.num_classes": count, "data.classes": new["classes"]}
-    return {**known, **values, "data.labels": new["labels"]}
+    count = len(new["classes"]) if read and new["classes"] else known or 0
+    completed = {"model.num_classes": count + new["add_background_class"], "data.classes": new["classes"]}
+    return {**reset, **completed, **values, "data.labels": new["labels"]}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from segcore.config.data_sets import LayoutName
 from segcore.config.fields import INPUT, Section, setting
 from segcore.config.label_rows import check_classes, with_class_count
 from segcore.config.loss import LossConfig as LossConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
 Precision = Literal["fp32", "bf16", "fp16"]
-LayoutName = Literal["cityscapes", "ade20k", "folder", "toy"]
 
 _CLASSES = ("test", "predict", "export", "check")
 """Commands that need to know what the classes are."""
@@ -61,8 +61,8 @@ class DataConfig(Section):
     commands: ClassVar[tuple[str, ...]] = ()
 
     dataset: LayoutName | str = setting("folder", commands=_CLASSES)
-    """Layout of the files, or `file.py:open_split`, a function of yours that opens a split. `toy` generates street
-    scenes in the Cityscapes layout when the folder is not there yet."""
+    """Layout of the files (docs/datasets.md), or `file.py:open_split`, a function of yours that opens a split. `toy`
+    generates street scenes in the Cityscapes layout. For the settings of `folder`, sets known by name have defaults."""
     root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
     train_images: str = setting("images/train/*", commands=("check",))

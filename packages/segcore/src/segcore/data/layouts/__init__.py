@@ -10,12 +10,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segcore.config.data_sets import DATA_SETS
 from segcore.config.schema import DataConfig
 from segcore.config.user_code import is_reference
 from segcore.data.dataset import Dataset, Sample, check_sizes
 from segcore.data.images import read_size
 from segcore.data.labels import FORBIDDEN, add_background
-from segcore.data.layouts import ade20k, cityscapes, folder, own, toy
+from segcore.data.layouts import ade20k, cityscapes, folder, own, sets, toy
 from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 
@@ -36,8 +37,9 @@ LAYOUTS = {
     "ade20k": Layout(ade20k.open_split, lambda data: (ade20k.CLASSES, ade20k.PALETTE)),
     "folder": Layout(folder.open_split, folder.classes),
     "toy": Layout(toy.open_split, lambda data: (cityscapes.CLASSES, cityscapes.PALETTE)),
+    **{name: Layout(partial(sets.open_split, row), partial(sets.classes, row)) for name, row in DATA_SETS.items()},
 }
-"""Layouts by name. To add a data set, add its module, a line here and the name to `schema.LayoutName`."""
+"""Layouts by name. To add a data set, add a row to `config.data_sets` and the name to `schema.LayoutName`."""
 OWN = Layout(own.open_split, own.classes)
 """The layout of every `file.py:function`."""
 

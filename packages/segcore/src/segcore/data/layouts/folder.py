@@ -2,8 +2,9 @@
 
 A mask belongs to the image of the same stem. Endings that only state the kind of a file do not count: an `_`,
 `-` or `.` followed by image(s), img, rgb, leftImg8bit, mask(s), label(s), labelIds, labelTrainIds, gtFine, gt, seg,
-annotation(s), in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a `**`, sub-folders
-count as well: `x/a.jpg` matches `x/a.png`. Both may lie in one folder: a file that matches the masks' glob is no image.
+annotation(s), anon or instance_color, in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a
+`**`, sub-folders count as well: `x/a.jpg` matches `x/a.png`. Both may lie in one folder: a file that matches the masks'
+glob is no image.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif"), (".jpg", ".jpeg")
 MAX_CLASSES = 8190
 """The metrics pack a class and two bits into 16 bits."""
 _ENDING = re.compile(
-    r"([._-](images?|img|rgb|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?))+$",
+    r"([._-](images?|img|rgb|anon|leftimg8bit|masks?|labels?|labelids|labeltrainids|gtfine|gt|seg|annotations?"
+    r"|instance_color))+$",
     re.IGNORECASE,
 )
 
