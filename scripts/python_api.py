@@ -45,8 +45,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Backbones", "See [Extending](extending.md#backbones).", (
         "segcore.models.backbones.build_backbone", "segcore.models.backbones.Backbone",
     )),
-    ("Data sets", "See [Extending](extending.md).", ()),
-    ("Augmentation", "See [Extending](extending.md).", ()),
+    ("Data sets", "`data.dataset my.py:open_split` returns one of these, see [Extending](extending.md#data-sets).", (
+        "segcore.data.dataset.Dataset", "segcore.data.pairs.from_pairs", "segcore.data.labels.label_lut",
+    )),
+    ("Augmentation", "`data.augment my.py:f` names a function `f(image, mask, rng) -> (image, mask)`: arrays (H, W, C) "
+     "and (H, W), and the sample's `numpy.random.RandomState`. See [Extending](extending.md#augmentation).", ()),
     ("Metrics", "", (
         "segcore.evaluation.metrics.ConfusionMatrix", "segcore.evaluation.metrics.BoundaryIoU",
     )),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcore.config.data_sets import DATA_SETS, LayoutName, class_count
+from segcore.config.data_sets import DATA_SETS, LayoutName, as_markdown, class_count
 from segcore.config.label_rows import parse_rows
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.data.check import check
@@ -174,3 +174,8 @@ def test_check_counts_a_row(tmp_path: Path) -> None:
     write_set("camvid", tmp_path)
     report = check(DataConfig("camvid", tmp_path), "train", 11)
     assert (report.problems, report.pixels, report.ignored) == ([], [1] * 11, 1)
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[3] / "docs/datasets.md").read_text(encoding="utf-8")
+    assert as_markdown() in page, "python -m segcore.config.data_sets prints the table for docs/datasets.md"

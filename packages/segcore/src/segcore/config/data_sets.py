@@ -252,3 +252,16 @@ DATA_SETS = {
     ),
 }
 """Rows by name. The order is that of the table in docs/datasets.md."""
+
+
+def as_markdown() -> str:
+    """Return the table of docs/datasets.md."""
+    lines = ["| `data.dataset` | set | classes | images (train / val) | where | terms |", "|---|---|---|---|---|---|"]
+    for name, row in DATA_SETS.items():
+        images = "{:,} / {:,}".format(*row.images) if row.images else "no source found"
+        lines.append(f"| `{name}` | {row.title} | {class_count(name)} | {images} | {row.where} | {row.terms} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(as_markdown())
