@@ -172,6 +172,14 @@ def test_interrupt_during_the_imports(tmp_path, module):
     assert (process.returncode, said) == (130, "interrupted\n")
 
 
+def test_no_module_of_the_current_folder_is_imported(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise SystemExit('imported')")
+    command = [sys.executable, "-m", "segcore", "env", "--help"]
+    env = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "").strip(os.pathsep)}  # an empty part is here, too
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_the_signal_that_ended_a_run_is_named(monkeypatch, capsys, number, said):
     def run(self, package):

@@ -38,13 +38,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(*words: Any, processes: int = 1, fault: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: Any, processes: int = 1, fault: str = "", cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python -m segcore …`, or a script, alone or under torchrun."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     module = [] if str(words[0]).endswith(".py") else ["-m", "segcore"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": fault, **variables}
     command = [sys.executable, *start, *module, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=240)
 
 
 def train(root: Path, work_dir: Path, *options: Any, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -116,8 +118,12 @@ def test_counts_are_equal_when_the_set_does_not_divide(root: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_gpus_option_starts_the_processes(root: Path, alone: Path, tmp_path: Path) -> None:
-    """Training and testing; a wrong setting is one line, not one per process."""
-    done = train(root, tmp_path / "run", "--gpus", 2, "--schedule.iterations", 3)
+    """Training and testing; a wrong setting is one line, not one per process. No process imports from its folder."""
+    for name in ("torch", "cv2", "h2"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the current folder is imported')")
+    options = ("--gpus", 2, "--data.workers", 1, "--schedule.iterations", 3)
+    path = os.environ.get("PYTHONPATH", "").strip(os.pathsep)  # an empty part is the current folder, too
+    done = train(root, tmp_path / "run", *options, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert "2 processes on cpu\n" in done.stdout
     assert len(records(tmp_path / "run", "train")) == 3
