@@ -1,6 +1,10 @@
 """A user's own images and masks through the commands: fine-tuning to other classes, and more than a byte of classes."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,3 +88,26 @@ def test_the_loss_counts_class_255_of_three_hundred():
     some = model.losses(images, labels, loss=loss)["decode.loss_ce"]
     logits = model(images)[:, :, :32].log_softmax(1)
     torch.testing.assert_close(some, -logits[:, 255].mean())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_file_names_that_are_not_utf8_and_classes_that_the_terminal_cannot_show(folder, tmp_path, monkeypatch):
+    latin = os.fsdecode(b"caf\xe9")
+    root = folder([0, 1]).rename(tmp_path / latin)
+    for kind in ("images", "masks"):
+        (root / kind / "train/0.png").rename(root / kind / f"train/{latin}.png")
+    data = ["--data.val-share", "0.3", "--data.classes", "道路", latin]
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    command = [sys.executable, "-m", "ddrnet_seg", "check", CONFIG, "--data.dataset=folder", "--data.root", root]
+    done = subprocess.run([*command, *data, "--json", root / "check.json"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"\u9053\u8def" in done.stdout
+    assert json.loads((root / "check.json").read_text())["train"]["problems"] == []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    run = root / "run"
+    train(root, run, *data, "--loss.class-weight=auto")
+    assert json.loads((run / "results.json").read_text())["classes"] == ["道路", latin]
+    main("ddrnet_seg", ["predict", str(run), str(root / f"images/train/{latin}.png"), str(root), "--device=cpu"])
+    assert (root / f"{latin}.png").is_file()
+    assert rb"\u9053\u8def" in sys.stdout.buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Files: what is no regular file is refused, stored JSON is untrusted, and permissions are those of the umask."""
+"""Files: special ones are refused, stored JSON is untrusted, permissions are the umask's, names of any encoding."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import zeros
 
 from segcore.checkpoints import hub
 from segcore.errors import UnreadError, UserError
-from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, write
+from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, utf8_path, write
 
 
 def special(path: Path, kind: str) -> Path:
@@ -149,3 +150,15 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, monkeypatch, ma
         **dict.fromkeys(("a", "weights"), 0o777 & ~mask),
         **dict.fromkeys(("report.html", "a.pth", "a.safetensors"), 0o666 & ~mask),
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    write(path, f"of {path.name}")
+    assert path.read_bytes() == rb"of caf\udce9"
+    with utf8_path(path) as other:
+        assert str(other).encode()
+        assert other.read_bytes() == path.read_bytes()
+    with utf8_path(tmp_path) as same:
+        assert same == tmp_path

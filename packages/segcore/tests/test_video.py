@@ -1,8 +1,10 @@
 """Predicting videos: every frame, complete files or none, and errors for unreadable files."""
 
+import struct
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -40,12 +42,12 @@ def loaded():
     return LoadedModel(EXP, Predictor.of(Tiny(19, brightness).eval(), EXP))
 
 
-def make(path, frames=6, height=50, width=64):
+def make(path, frames=6, height=50, width=64, codec="mpeg4"):
     """A video whose left half is dark and whose right half is bright."""
     image = np.zeros((height, width, 3), np.uint8)
     image[:, width // 2 :] = 255
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for _ in range(frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -72,6 +74,81 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
         for half, color in ((image[:, 4:28], PALETTE[0]), (image[:, 36:60], PALETTE[13])):
             assert np.abs(half.mean((0, 1)) - color).max() < 12, "not the class's color"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def turn(path, *matrix):
+    """Write the display matrix (a, b, c, d) into the header of an MP4: x' = a x + c y, y' = b x + d y."""
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 44
+    assert struct.unpack_from(">i", data, at) == (1 << 16,)
+    for place, value in zip((0, 4, 12, 16), matrix, strict=True):
+        struct.pack_into(">i", data, at + place, value << 16)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "dark"),
+    [
+        ((1, 0, 0, 1), (50, 64), np.s_[:, 4:28]),
+        ((0, 1, -1, 0), (64, 50), np.s_[4:28]),  # a phone held upright: a quarter turn clockwise
+        ((0, -1, 1, 0), (64, 50), np.s_[36:60]),
+        ((-1, 0, 0, -1), (50, 64), np.s_[:, 36:60]),
+        ((-1, 0, 0, 1), (50, 64), np.s_[:, 36:60]),  # mirrored, as by a front camera
+    ],
+)
+def test_videos_are_predicted_as_a_player_shows_them(tmp_path, matrix, size, dark):
+    source, path = turn(make(tmp_path / "in.mp4"), *matrix), tmp_path / "out.mp4"
+    predict_video.run(loaded(), source, path, opacity=1.0)
+    images, _ = read(path)
+    assert images[0].shape == (*size, 3)
+    assert np.abs(images[0][dark].mean((0, 1)) - PALETTE[0]).max() < 12
+
+
+def test_quarter_turns_are_those_of_opencv(tmp_path):
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for turns, (a, b, c, d) in {0: (0, 1, -1, 0), 1: (-1, 0, 0, -1), 2: (0, -1, 1, 0)}.items():
+        matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14], np.int32) << 16
+        assert (video.upright(image, matrix) == cv2.rotate(image, turns)).all()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.ts", "a.MTS", "a.webm"])
+def test_a_cut_video_is_told_and_its_beginning_written(tmp_path, name):
+    whole, source = tmp_path / f"whole_{name}", tmp_path / name
+    codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(Path(name).suffix, "libx264")
+    options = {"movflags": "faststart"} if name == "a.mp4" else {}  # the others of this kind cannot be opened at all
+    noise = np.random.default_rng(0).integers(0, 255, (30, 50, 64, 3), np.uint8)
+    with av.open(str(whole), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 50, 64, "yuv420p"
+        for image in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert predict_video.run(loaded(), whole, tmp_path / "whole.mkv") == 30
+    source.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.6)])
+    path = video.plan(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"cut or damaged; .*a_overlay.mp4 has the \d+ frames that") as error:
+        predict_video.run(loaded(), source, path)
+    images, _ = read(path)
+    assert 10 < len(images) < 25
+    assert f"the {len(images)} frames" in str(error.value)
+    assert predict_video.run(loaded(), source, path, frames=5) == 5, "the end was not asked for"
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "h264"), ("a.MOV", "h264"), ("a.webm", "vp9")])
+def test_the_ending_decides_the_codec(tmp_path, name, codec):
+    path = video.plan(make(tmp_path / "in.mp4"), tmp_path / name)
+    assert predict_video.run(loaded(), tmp_path / "in.mp4", path) == 6
+    images, stream = read(path)
+    assert (len(images), stream.codec_context.name.removeprefix("lib")) == (6, codec)
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.ts", "a.png", "a.GIF"])
+def test_other_endings_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}: videos are written as \.mp4, .*webm"):
+        video.plan(make(tmp_path / "in.mp4"), tmp_path / name)
+    (tmp_path / name).mkdir()
+    assert video.plan(tmp_path / "in.mp4", tmp_path / name) == tmp_path / name / "in_overlay.mp4"
 
 
 def test_odd_sides_grow_by_a_pixel(tmp_path, monkeypatch):

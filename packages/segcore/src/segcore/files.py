@@ -16,8 +16,9 @@ from segcore.errors import UnreadError, UserError
 
 
 def write(path: Path | str, content: str | bytes) -> None:
-    """Write a file completely or not at all: under a temporary name, synced, then renamed. Creates the folder; UTF-8.
+    """Write a file completely or not at all: under a temporary name, synced, then renamed. Creates the folder.
 
+    Text becomes UTF-8; what UTF-8 lacks, in file names of other encodings, is escaped.
     Raises UserError naming the path when the disk is full, the folder is not writable, or similar.
     """
     path = Path(path)
@@ -25,7 +26,7 @@ def write(path: Path | str, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             sync(temporary)
             temporary.replace(path)
         finally:
@@ -106,7 +107,7 @@ def parse_json(data: str | bytes) -> dict[str, Any]:
     try:
         text = data if isinstance(data, str) else data.decode()
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")  # names of files have any encoding
     except UnicodeError:
         raise ValueError("not UTF-8") from None
     except RecursionError:
@@ -145,6 +146,18 @@ def umask_permissions(path: Path) -> None:
         path.chmod(stat.S_IMODE(probe.stat().st_mode))
     finally:
         probe.unlink()
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yield a path of an existing file for a library that takes UTF-8 only: `path`, or on Linux an open file's."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def sha256(path: Path) -> str:

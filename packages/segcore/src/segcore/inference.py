@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
 from segcore.data import pairs
 from segcore.data.images import read_image
+from segcore.data.labels import ignored_label
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
+from segcore.evaluation.blocks import Box, predict_blocks
 from segcore.evaluation.predictor import Predictor, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.files import regular_file
@@ -179,6 +181,23 @@ class LoadedModel:
                 results.append(Result(self, array, classes, name, sum(used) / len(used) if used else None))
         return results
 
+    def blocks(
+        self, size: tuple[int, int], read: Callable[[Box], np.ndarray], steps_used: list[int]
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (y, x, `mask` (h, w)) of blocks that cover a large image, see `predict_blocks`.
+
+        The numbers of steps with `evaluate.early_exit_threshold` are appended to `steps_used`.
+        """
+        network = self._network(steps_used)
+        for y, x, entries in predict_blocks(self._answer, size, read, self.experiment.seed, network=network):
+            yield y, x, self.mask(list(entries.values())[-1].cpu().numpy())
+
+    def mask(self, classes: np.ndarray) -> np.ndarray:
+        """Return classes as files hold them: a leading class `background` is left out and becomes the ignored label."""
+        if not self.experiment.data.add_background_class:
+            return classes
+        return np.where(classes == 0, ignored_label(len(self.class_names) - 1), classes - 1).astype(classes.dtype)
+
     def probabilities(self, image: np.ndarray) -> np.ndarray:
         """Return the class probabilities (K, H, W) float32 of an image (H, W, C)."""
         [entries] = self._answer.probabilities([image], [self.experiment.seed], network=self._network([]))
@@ -277,10 +296,8 @@ class Result:
 
     @property
     def mask(self) -> np.ndarray:
-        """The mask that `save` writes: `classes`, but a leading class `background` is removed and becomes 255."""
-        if not self.loaded.experiment.data.add_background_class:
-            return self.classes
-        return np.where(self.classes == 0, 255, self.classes - 1).astype(self.classes.dtype)
+        """The mask that `save` writes, see `LoadedModel.mask`."""
+        return self.loaded.mask(self.classes)
 
     def overlay(self, legend: bool = False, opacity: float = 0.5) -> Image.Image:
         """Return the image overlaid with the classes' colors; `legend` adds the names of its classes below."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from segcore.checkpoints.pickled import RefusedError, Unpickler
 from segcore.errors import UserError
+from segcore.files import utf8_path
 
 DIRECTORY = 24 << 20
 """Largest list of names and sizes in bytes. For 100,000 tensors, zip files need 10 MB and safetensors files 15 MB."""
@@ -35,7 +36,8 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > DIRECTORY:
                 raise UserError(f"{path}: damaged or harmful (its header is too long)")
-        return load_file(path)
+        with utf8_path(path) as readable:
+            return load_file(readable)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
 

@@ -19,7 +19,10 @@ class Predict(Command):
     input: Path = field(kw_only=True)
     """An image file, a folder of images (subfolders too, which the output repeats), a video, or a camera's number."""
     output: Path = field(kw_only=True)
-    """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file (.mp4)."""
+    """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file: .mp4,
+    .m4v, .mov, .mkv or .webm. For an image of any size a .tif: it is read and predicted in windows (evaluate.crop,
+    evaluate.stride) and only the mask is written, with the image's georeference and 255 (65535 above 255 classes)
+    where it has no data."""
     palette: str = "auto"
     """Colors: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
     opacity: float = 0.5
@@ -39,19 +42,24 @@ class Predict(Command):
     """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 
     def run(self, package: str | None) -> None:
-        from segcore.cli import predict_images, predict_video
+        from segcore.cli import predict_images, predict_raster, predict_video
         from segcore.data import video
 
         if not 0 <= self.opacity <= 1:
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
-        moving = video.is_video(self.input)
-        if moving and (self.uncertainty or self.steps or self.animate or self.start_mask or self.ensemble):
+        moving, large = video.is_video(self.input), self.output.suffix.lower() in predict_raster.SUFFIXES
+        shown = self.uncertainty or self.steps or self.animate or self.start_mask
+        if moving and (shown or self.ensemble):
             raise UserError(
                 f"{self.input}: --uncertainty, --steps, --animate, --start-mask and --ensemble are for images, "
                 "not for videos"
             )
+        if large and shown and not moving:
+            raise UserError(f"{self.output}: with --uncertainty, --steps, --animate and --start-mask, give a folder")
         if moving:
             path = video.plan(self.input, self.output)
+        elif large:
+            predict_raster.check(self.input, self.output)
         else:
             jobs = predict_images.plan(
                 self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
@@ -61,5 +69,7 @@ class Predict(Command):
         _ = seg.palette  # a palette that does not fit is refused before anything is written
         if moving:
             predict_video.run(seg, self.input, path, opacity=self.opacity, frames=self.frames)
+        elif large:
+            predict_raster.run(seg, self.input, self.output)
         else:
             predict_images.run(seg, jobs, opacity=self.opacity)

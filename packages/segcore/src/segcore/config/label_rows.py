@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from segcore.config.data_sets import DATA_SETS, FOLDER, class_count
+from segcore.config.user_code import is_reference
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, An
     if known and dataset != exp.data.dataset:
         reset = {f"data.{name}": getattr(type(exp.data), name) for name in (*FOLDER, "classes", "labels")}
         new |= {name: values.get(f"data.{name}", ()) for name in ("classes", "labels")}
-    read = dataset == "folder" or dataset in DATA_SETS
+    read = dataset == "folder" or dataset in DATA_SETS or is_reference(dataset)
     if not reset and not (read and {"data.classes", "data.labels"} & set(values)):
         return dict(values)
     new["labels"] = read_rows(new["labels"])

@@ -100,6 +100,8 @@ class DataConfig(Section):
     """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""
     max_pixels: int = setting(1 << 28, least=1, most=1 << 30, commands=INPUT)
     """Pixels that an image or label may have at most: a small file can claim to hold any number."""
+    tile: int | None = setting(None, least=1, commands=_SPLIT)
+    """Cut TIFFs into samples of at most this many pixels a side, read one by one; None: an image is one sample."""
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
     ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
@@ -113,13 +115,13 @@ class DataConfig(Section):
     vertical_flip: float = setting(0.0, least=0, most=1)
     """Probability of the vertical flip, for images without an upside such as aerial ones."""
     quarter_turns: bool = False
-    """Turn each sample by 0, 90, 180 or 270 degrees; the crop keeps its shape."""
+    """Turn each sample by 0, 90, 180 or 270 degrees. It has the shape `crop` afterwards, square or not."""
     photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
     blur: float = setting(0.0, least=0, most=1)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
     augment: str | None = None
-    """`file.py:function`, called last with image, mask and a RandomState; it returns both. None: nothing is added."""
+    """`file.py:function`, called on image, mask and a RandomState after the other steps; returns both. None: none."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)

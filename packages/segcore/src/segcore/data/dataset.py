@@ -13,8 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from segcore.data.images import MAX_PIXELS, hex_colors, read_colors, read_image, read_label
+from segcore.data.images import MAX_PIXELS, color_indices, hex_colors, read_image, read_label, read_label_colors
 from segcore.data.labels import FORBIDDEN, ranges
+from segcore.data.rasters import Box, read_label_window, read_window
 from segcore.errors import UserError
 
 _IGNORE_THEM = "set data.unlisted to ignore"
@@ -26,6 +27,8 @@ class Sample:
 
     image: Path
     label: Path | None
+    box: Box | None = None
+    """The part of both files that is the sample; None: all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +71,18 @@ class Dataset:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        """Return the image's path below the image folder, with `/` and without its suffix, to name outputs."""
-        return self.samples[index].image.relative_to(self.image_root).with_suffix("").as_posix()
+        """Return the image's path below the image folder, with `/` and without its suffix, to name outputs.
+
+        The name of a part of an image ends in the row and column of its upper left corner.
+        """
+        sample = self.samples[index]
+        corner = "_{}_{}".format(*sample.box) if sample.box else ""
+        return sample.image.relative_to(self.image_root).with_suffix("").as_posix() + corner
 
     def image(self, index: int) -> np.ndarray:
         """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""
-        return read_image(self.samples[index].image, self.channels, self.bit_depth, self.max_pixels)
+        sample, how = self.samples[index], (self.channels, self.bit_depth, self.max_pixels)
+        return read_window(sample.image, sample.box, *how) if sample.box else read_image(sample.image, *how)
 
     @property
     def label_values(self) -> int:
@@ -85,24 +94,25 @@ class Dataset:
 
         Raises UserError naming the file and the values when some are neither a class nor ignored.
         """
-        path = self.samples[index].label
+        path, box = self.samples[index].label, self.samples[index].box
         if path is None:
             raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
-        colors, limit = self.colors, self.max_pixels
-        raw = read_label(path, limit) if colors is None else read_colors(path, colors, limit)
-        return self.train_ids(path, raw)
+        read = read_label if self.colors is None else read_label_colors
+        stored = read_label_window(path, box, read, self.max_pixels) if box else read(path, self.max_pixels)
+        return self.train_ids(path, stored)
 
-    def train_ids(self, path: Path, raw: np.ndarray) -> np.ndarray:
-        """Return the train ids of label values (H, W), uint8 or uint16, as `label` does; `path` is what errors name."""
+    def train_ids(self, path: Path, stored: np.ndarray) -> np.ndarray:
+        """Return the train ids of label values (H, W), or colors (H, W, 3), as `label` does; errors name `path`."""
+        raw = stored if self.colors is None else color_indices(stored, self.colors)
         label = cv2.LUT(raw, self.table[:256]) if raw.dtype == np.uint8 else self.table[raw]
         if (label == FORBIDDEN).any():
-            raise UserError(f"{path}: {self._unlisted(path, raw[label == FORBIDDEN])}")
+            raise UserError(f"{path}: {self._unlisted(path, stored[label == FORBIDDEN])}")
         return label.astype(np.uint8 if self.label_values <= 256 else np.uint16)
 
     def _unlisted(self, path: Path, values: np.ndarray) -> str:
-        """Return what is wrong with a label file that holds these values, and the remedy."""
+        """Return what is wrong with a label file that holds these values or colors (n, 3), and the remedy."""
         if self.colors is not None:
-            found = hex_colors(path, self.colors, self.max_pixels)
+            found = hex_colors(values, self.colors)
             return f"colors {found} are not classes; add them to data.labels, or {_IGNORE_THEM}"
         lossy = " (JPEG changes values: save masks as PNG)" if path.suffix.lower() in (".jpg", ".jpeg") else ""
         allowed = ranges(np.flatnonzero(self.table != FORBIDDEN))

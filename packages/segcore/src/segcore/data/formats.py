@@ -16,7 +16,7 @@ import tifffile
 from PIL import Image
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _OF_THE_PIXELS = (b"tRNS", b"eXIf")
 """Optional chunks that decoders need: alpha and orientation. libpng warns about damage in the others, such as iCCP."""
 
@@ -33,7 +33,7 @@ def decode(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     several images in a file the first counts; pages of one band each are the bands of a TIFF.
     """
     data = checked(data)
-    if data.startswith(_TIFF):
+    if data.startswith(TIFF):
         found = _decode_tiff(data, channels, max_pixels)
     else:
         found = _decode_jpeg(data, channels, max_pixels) if data.startswith(_JPEG) else None

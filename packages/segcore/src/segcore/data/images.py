@@ -33,11 +33,18 @@ def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8, max_pixe
     Raises UserError for a file that is missing, damaged, has more than `max_pixels`, numbers that are not finite, or
     does not match `channels` and `bit_depth`.
     """
-    path, wanted = Path(path), DTYPES[bit_depth]
-    with _reading(path, "an image"):
+    path = Path(path)
+    with reading(path, "an image"):
         image = _load_npy(path) if path.suffix.lower() == ".npy" else decode(path.read_bytes(), channels, max_pixels)
-    if image.ndim == 2:
-        image = image[..., None]
+    return as_configured(path, image[..., None] if image.ndim == 2 else image, channels, bit_depth)
+
+
+def as_configured(path: Path, image: np.ndarray, channels: int, bit_depth: int) -> np.ndarray:
+    """Return the stored numbers of an image (H, W, C) in the type of `bit_depth`.
+
+    Raises UserError naming `path` when the image does not match `channels` and `bit_depth`, or is not finite.
+    """
+    wanted = DTYPES[bit_depth]
     if (bit_depth == 32 and image.dtype.kind in "uif") or (
         bit_depth == 16 and image.dtype == np.int16 and image.min() >= 0
     ):
@@ -58,11 +65,11 @@ def read_label(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises UserError for a file that is missing, damaged, has more than one channel, or values that are not whole
     numbers 0 .. 65535.
     """
-    return label_values(np.array(_open_label(path, max_pixels)), path)
+    return label_values(path, np.array(_open_label(path, max_pixels)))
 
 
-def label_values(label: np.ndarray, path: Path | str) -> np.ndarray:
-    """Return an array of label values as `read_label` does; `path` is what errors name."""
+def label_values(path: Path | str, label: np.ndarray) -> np.ndarray:
+    """Return the stored numbers of a label file as (H, W) uint8 or uint16; raises UserError as `read_label` does."""
     if label.ndim != 2:
         raise UserError(
             f"{path}: label of shape {label.shape}; save one channel of class indices, or set data.labels to its colors"
@@ -79,24 +86,26 @@ def label_values(label: np.ndarray, path: Path | str) -> np.ndarray:
     return label.astype(np.uint8 if label.max() < 256 else np.uint16)
 
 
-def read_colors(path: Path | str, colors: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return which of `colors` (n, 3) each pixel of a label file has, (H, W) uint16, and n for another color.
+def read_label_colors(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return a label file that holds gray values, a palette, RGB or RGBA as (H, W, 3) uint8; alpha does not count."""
+    return np.asarray(_open_label(path, max_pixels).convert("RGB"))
 
-    The file holds gray values, a palette, RGB or RGBA; transparency does not count.
-    """
-    codes, wanted = _color_codes(_open_label(path, max_pixels).convert("RGB")), _color_codes(colors)
+
+def color_indices(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Return which of `colors` (n, 3) each pixel of a label (H, W, 3) has, (H, W) uint16, and n for another color."""
+    codes, wanted = _color_codes(label), _color_codes(colors)
     order = np.argsort(wanted)
     places = np.minimum(np.searchsorted(wanted[order], codes), len(wanted) - 1)
     return np.where(wanted[order][places] == codes, order[places], len(wanted)).astype(np.uint16)
 
 
-def hex_colors(path: Path | str, known: np.ndarray, max_pixels: int = MAX_PIXELS, most: int = 5) -> str:
-    """Return the first colors of a label file that are not among `known` (n, 3), as text: `#804080, …`."""
-    found = np.setdiff1d(_color_codes(_open_label(path, max_pixels).convert("RGB")), _color_codes(known))
+def hex_colors(label: np.ndarray, known: np.ndarray, most: int = 5) -> str:
+    """Return the first colors of a label (H, W, 3) that are not among `known` (n, 3), as text: `#804080, …`."""
+    found = np.setdiff1d(_color_codes(label), _color_codes(known))
     return ", ".join(f"#{code:06x}" for code in found[:most]) + (" …" if len(found) > most else "")
 
 
-def _color_codes(rgb: Image.Image | np.ndarray) -> np.ndarray:
+def _color_codes(rgb: np.ndarray) -> np.ndarray:
     """Return colors (..., 3) as numbers 0xRRGGBB."""
     red, green, blue = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
     codes: np.ndarray = red << 16 | green << 8 | blue
@@ -105,7 +114,7 @@ def _color_codes(rgb: Image.Image | np.ndarray) -> np.ndarray:
 
 def _open_label(path: Path | str, max_pixels: int) -> Image.Image:
     path = Path(path)
-    with _reading(path, "a label"), Image.open(io.BytesIO(checked(path.read_bytes()))) as file:
+    with reading(path, "a label"), Image.open(io.BytesIO(checked(path.read_bytes()))) as file:
         check_size(file.height, file.width, max_pixels)
         file.load()
         return file
@@ -113,12 +122,12 @@ def _open_label(path: Path | str, max_pixels: int) -> Image.Image:
 
 def read_size(path: Path) -> tuple[int, int]:
     """Return the (height, width) in the header of an image or label file. Raises UserError where Pillow finds none."""
-    with _reading(path, "an image"), Image.open(path) as file:
+    with reading(path, "an image"), Image.open(path) as file:
         return file.height, file.width
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
+def reading(path: Path, kind: str) -> Iterator[None]:
     """Every file is opened and decoded inside this block, which turns whatever that raises into one UserError.
 
     Libraries raise errors of any type for a damaged file, and MemoryError for one that is too large.

@@ -75,7 +75,7 @@ class PairDataset(Dataset):
         except Exception as error:  # whatever the user's data set raises
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             raise UserError(f"{name}: {kind}{' '.join(str(error).split())}") from None
-        return image, self.train_ids(name, label_values(mask[0] if mask.shape[:1] == (1,) else mask, name))
+        return image, self.train_ids(name, label_values(name, mask[0] if mask.shape[:1] == (1,) else mask))
 
 
 def named(dataset: PairDataset, root: Path) -> PairDataset:

@@ -17,6 +17,7 @@ from numpy.random import RandomState
 from torch import Tensor
 
 from segcore.config.schema import DataConfig
+from segcore.data.augment import Augmentation
 from segcore.data.labels import IGNORE
 
 Box = tuple[int, int, int, int]
@@ -173,13 +174,17 @@ def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarra
 class TrainTransform:
     """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalize, pad.
 
+    Not published, and without a draw unless it is set: a vertical flip and quarter turns after the flip, the user's
+    function before the normalization.
     Labels are padded with `ignore_index`, images with 0 after normalization (the mean color). The crop's class limit
     always excludes only 255, so a `background` class counts, as published.
     """
 
-    def __init__(self, data: DataConfig, ignore_index: int = IGNORE) -> None:
+    def __init__(self, data: DataConfig, ignore_index: int = IGNORE, num_classes: int | None = None) -> None:
+        """Raises UserError when `data.augment` names no function; its masks are checked if `num_classes` is given."""
         self.data = data
         self.ignore_index = ignore_index
+        self.augment = Augmentation(data, ignore_index, num_classes) if data.augment else None
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: RandomState) -> tuple[Tensor, Tensor]:
         """Return the image as float32 (C, *crop) and the label as int64 (*crop)."""
@@ -188,14 +193,22 @@ class TrainTransform:
         ratio = rng.random_sample() * (high - low) + low
         long, short = data.img_scale or (width, height)
         size = rescale_size(height, width, (int(long * ratio), int(short * ratio)))
-        box = random_crop_box(label, data.crop, data.cat_max_ratio, rng, size)
+        turns = rng.randint(4) if data.quarter_turns else 0
+        crop = data.crop if turns % 2 == 0 else data.crop[::-1]
+        box = random_crop_box(label, crop, data.cat_max_ratio, rng, size)
         image, label = resize_image(image, size, box), resize_label(label, size, box)
         if rng.rand() < data.flip:
             image, label = flip(image), flip(label)
+        if data.vertical_flip and rng.rand() < data.vertical_flip:
+            image, label = np.ascontiguousarray(image[::-1]), np.ascontiguousarray(label[::-1])
+        if turns:
+            image, label = np.ascontiguousarray(np.rot90(image, turns)), np.ascontiguousarray(np.rot90(label, turns))
         if data.photometric:
             image = photometric_distortion(image, rng)
         if data.blur and rng.rand() < data.blur:
             image = gaussian_blur(image, rng.random_sample())
+        if self.augment:
+            image, label = self.augment(image, label, rng)
         image = pad(normalize(image, data.mean, data.std), data.crop)
         label = pad(label, data.crop, self.ignore_index).astype(np.int64)
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(label)

@@ -7,7 +7,7 @@ and views are averaged as probabilities.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -140,7 +140,7 @@ class Predictor:
         A model with one class predicts 1 where its probability exceeds 0.5, else 0. Arguments as for `probabilities`.
         """
         found = self.probabilities(images, seeds, network=network)
-        return [{entry: _classes(p) for entry, p in by_entry.items()} for by_entry in found]
+        return [{entry: most_probable(p) for entry, p in by_entry.items()} for by_entry in found]
 
     @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
     def probabilities(
@@ -168,12 +168,30 @@ class Predictor:
         self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
     ) -> dict[str, Tensor]:
         """Return, per step entry, the probabilities (N, K, H, W) of N images of one size, averaged over the models."""
-        model = self.model
-        network = network or partial(_answers, model, self.evaluate.steps)
-        mean = self._mean_over_views(network, images, seeds, model.align_corners)
-        for other in self.ensemble:
-            theirs = self._mean_over_views(partial(_final, other), images, seeds, other.align_corners)["final"]
-            if other.num_classes < model.num_classes:  # it has no background class
+        models = zip(self.networks(network), (self.model, *self.ensemble), strict=True)
+        return self.mean_over_models(self._mean_over_views(net, images, seeds, x.align_corners) for net, x in models)
+
+    def networks(self, network: Network | None = None) -> list[Network]:
+        """Return what computes the logits of the model, by default with the steps of `evaluate.steps`, and of the
+        ensemble's, in the configured precision and memory layout."""
+        own = network or partial(_answers, self.model, self.evaluate.steps)
+        return [partial(self._run, net) for net in (own, *(partial(_final, other) for other in self.ensemble))]
+
+    def _run(self, network: Network, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
+        layout = torch.channels_last if self.evaluate.channels_last else torch.contiguous_format
+        with autocast(self.device, self.evaluate.precision or "fp32"):
+            return network(batch.to(self.device).contiguous(memory_format=layout), seeds)
+
+    def mean_over_models(self, found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return, per step entry, the mean of the probabilities (N, K, …) of the model and those of the ensemble's.
+
+        Changes the first ones in place.
+        """
+        rest = iter(found)
+        mean = next(rest)
+        for other in rest:
+            theirs = other["final"]
+            if theirs.shape[1] < self.model.num_classes:  # it has no background class
                 theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
             for probabilities in mean.values():
                 probabilities.add_(theirs)
@@ -189,19 +207,12 @@ class Predictor:
         """Return, per step entry, the mean of the views' probabilities (N, K, H, W) for N images of one size."""
         height, width = images[0].shape[:2]
         views = view_sizes(height, width, self.evaluate)
-        layout = torch.channels_last if self.evaluate.channels_last else torch.contiguous_format
-        device = self.device
-
-        def run(batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-            with autocast(device, self.evaluate.precision or "fp32"):
-                return network(batch.to(device).contiguous(memory_format=layout), seeds)
-
         total: dict[str, Tensor] = {}
         for view, (h, w, flip) in enumerate(views):
             if not flip:  # its mirror image comes next and starts from the same pixels
                 arrays = [normalize(resize_image(x, (h, w)), self.data.mean, self.data.std) for x in images]
                 batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            logits = window_logits(run, batch.flip(-1) if flip else batch, self.evaluate, seeds, view)
+            logits = window_logits(network, batch.flip(-1) if flip else batch, self.evaluate, seeds, view)
             for entry, x in logits.items():
                 p = to_probabilities(x, (height, width), align_corners)
                 p = p.flip(-1) if flip else p
@@ -250,7 +261,7 @@ def to_probabilities(logits: Tensor, size: tuple[int, int], align_corners: bool)
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-def _classes(probabilities: Tensor) -> Tensor:
+def most_probable(probabilities: Tensor) -> Tensor:
     """Return the classes (H, W) int64 of probabilities (K, H, W)."""
     if len(probabilities) == 1:
         return (probabilities[0] > 0.5).long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def balanced(pixels: np.ndarray) -> np.ndarray:
 def _key(dataset: Dataset) -> str:
     """Return a digest of the samples' names and the label table: it identifies a data set in any folder."""
     names = "\n".join(dataset.name(index) for index in range(len(dataset)))
-    return hashlib.sha256(names.encode() + dataset.table.tobytes()).hexdigest()
+    return hashlib.sha256(os.fsencode(names) + dataset.table.tobytes()).hexdigest()
 
 
 def _read(path: Path, key: str, classes: int) -> list[int] | None:

@@ -112,7 +112,8 @@ class Logger:
         for entry, metrics in values.get("entries", {}).items():
             for name, value in zip(values["classes"], metrics["IoU"], strict=True):
                 if self.board and value is not None:
-                    self.board.add_scalar(f"IoU {entry}/{name}", value, iteration)
+                    tag = f"IoU {entry}/{name}".encode(errors="backslashreplace").decode()
+                    self.board.add_scalar(tag, value, iteration)
         self.line(f"Iter(val) [{iteration}]\n{text}")
 
     def picture(self, iteration: int, image: np.ndarray | None) -> None:
@@ -185,10 +186,11 @@ def _finite(value: Any) -> Any:
 
 
 def _board(folder: Path, start: int) -> Any:
-    """Return a TensorBoard writer if the extra `tensorboard` is installed, else None."""
+    """Return a TensorBoard writer if the extra `tensorboard` is installed and can write to the folder, else None."""
     try:
+        str(folder).encode()  # TensorBoard knows no other names of folders
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    except (ImportError, UnicodeEncodeError):
         return None
     return SummaryWriter(str(folder), purge_step=start + 1)
 

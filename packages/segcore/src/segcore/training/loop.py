@@ -290,7 +290,7 @@ def _micro_batches(
     share, micro = batch_shares(exp)
     batches = train_batches(
         dataset,
-        TrainTransform(exp.data, dataset.ignore_index),
+        TrainTransform(exp.data, dataset.ignore_index, len(dataset.classes)),
         batch=exp.train.batch_size,
         micro=micro,
         seed=exp.seed,

@@ -18,6 +18,7 @@ from segcore.config.user_code import is_reference
 from segcore.data.check import check_headers, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
+from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
@@ -52,6 +53,7 @@ def setup(
     Writes only `label_histogram.json`, as the last action. Raises UserError for anything unusable.
     """
     batch_shares(exp)  # raises for a batch that does not divide
+    TrainTransform(exp.data)  # raises for a function that is not there
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
     exp, length = resolve_epochs(exp, len(dataset))

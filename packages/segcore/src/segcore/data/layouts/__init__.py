@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -13,9 +13,11 @@ import numpy as np
 from segcore.config.data_sets import DATA_SETS
 from segcore.config.schema import DataConfig
 from segcore.config.user_code import is_reference
-from segcore.data.dataset import Dataset
+from segcore.data.dataset import Dataset, Sample, check_sizes
+from segcore.data.images import read_size
 from segcore.data.labels import FORBIDDEN, add_background
 from segcore.data.layouts import ade20k, cityscapes, folder, own, sets, toy
+from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 
 Split = Literal["train", "val"]
@@ -76,7 +78,23 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
         max_pixels=data.max_pixels,
         opened_by=partial(find_files, data, split) if layout is OWN else None,
     )
-    return with_background(dataset) if data.add_background_class else dataset
+    dataset = with_background(dataset) if data.add_background_class else dataset
+    return replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
+
+
+def tiles(samples: Iterable[Sample], side: int) -> Iterator[Sample]:
+    """Yield the tiles of TIFFs that are longer or wider than `side` pixels, see `tile_boxes`, and the other samples.
+
+    Raises UserError when the size of a TIFF's label differs from its own.
+    """
+    for sample in samples:
+        size = tiff_size(sample.image) if is_tiff(sample.image) else (0, 0)
+        if max(size) <= side:
+            yield sample
+            continue
+        if sample.label:
+            check_sizes(sample, size, tiff_size(sample.label) if is_tiff(sample.label) else read_size(sample.label))
+        yield from (replace(sample, box=box) for box in tile_boxes(*size, side))
 
 
 def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:

@@ -111,7 +111,7 @@ def _of_list(
         words = line.split()
         pair = [root / word for word in words] if len(words) == 2 else []
         if pair and all(file.is_file() for file in pair):
-            found.append(Sample(*pair))
+            found.append(Sample(pair[0], pair[1]))
         elif line in known:  # a stem with blanks
             found.append(known[line])
         elif len(words) == 1 and (stem := PurePosixPath(line).stem) in known:
