@@ -89,7 +89,7 @@ class Backbone(nn.Module, ABC):
         output norms keep their initial values unless the file has them. The stem is adapted to other channel counts.
         """
         official = {official: name for name, official in self.key_map().items()}
-        bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith("head.")}
+        bare = {name.removeprefix("backbone."): t for name, t in state.items() if not name.startswith(("head.", "fc."))}
         if any(name.startswith("backbone.") for name in state) or sum(n in official for n in bare) > len(bare) / 2:
             new = {official.get(n, n): self.convert(n, t) for n, t in bare.items()}
         else:
