@@ -63,6 +63,13 @@ def slow_tests(session: nox.Session) -> None:
     session.run("pytest", *PARALLEL, "-m", "slow and not gpu", *session.posargs)
 
 
+@nox.session
+def oracle_tests(session: nox.Session) -> None:
+    """Compare with large libraries that nothing else needs: HuggingFace's transformers."""
+    session.install(*EDITABLE, *group("test"), *group("oracle"))
+    session.run("pytest", "-m", "oracle", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""

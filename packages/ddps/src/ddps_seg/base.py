@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ddps_seg import backbones, heads
+from ddps_seg.official import from_hugging_face
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.heads import FCNHead
@@ -63,6 +64,14 @@ class EncoderSegmentor(Segmentor):
     def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
         return self.backbone.load_pretrained(state)
+
+    def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
+        """Load the backbone; it may have HuggingFace's names. See `Segmentor`."""
+        return super().load_pretrained(from_hugging_face(state))
+
+    def is_full_checkpoint(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether the initial weights `state` cover a whole model; HuggingFace's have other heads."""
+        return from_hugging_face(state) is state and super().is_full_checkpoint(state)
 
 
 class BaseModel(EncoderSegmentor):

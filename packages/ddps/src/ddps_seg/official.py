@@ -1,4 +1,4 @@
-"""The published rows: figures and where the weights are hosted. Imports no torch.
+"""The published rows: figures and where the weights are hosted; HuggingFace's names. Imports no torch.
 
 DDPS: the results table of the authors' repository (OpenGVLab/DDPS), which links to folders of their model repository;
 the file names in these folders are unknown. Base models and ImageNet weights: MMSegmentation 0.x.
@@ -6,7 +6,14 @@ the file names in these folders are unknown. Base models and ImageNet weights: M
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from segcore.config.schema import Published
+from segcore.models.key_map import Rules, rename
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5"
 _DDPS = "https://huggingface.co/aaronb/DDPS-all/tree/main"
@@ -101,3 +108,57 @@ IMAGENET = dict(
     ]
 )
 PUBLISHED = {**ROWS, **BASE_MODELS, **IMAGENET}
+
+# The names of HuggingFace's SegFormer and MobileNetV2 encoders -> the published ones. The heads are other networks:
+# SegFormer's projects its maps without norm and ReLU, MobileNetV2's has one branch and no refinement.
+_SEGFORMER: Rules = (
+    (r"^segformer\.encoder\.", "backbone."),
+    (r"^backbone\.patch_embeddings\.(\d)\.proj\.", r"backbone.layers.\1.0.projection."),
+    (r"^backbone\.patch_embeddings\.(\d)\.layer_norm\.", r"backbone.layers.\1.0.norm."),
+    (r"^backbone\.block\.(\d)\.", r"backbone.layers.\1.1."),
+    (r"^backbone\.layer_norm\.(\d)\.", r"backbone.layers.\1.2."),
+    (r"\.layer_norm_(\d)\.", r".norm\1."),
+    (r"\.attention\.self\.(query|key|value)\.", r".attn.attn.in_proj_\1_"),
+    (r"\.attention\.self\.sr\.", ".attn.sr."),
+    (r"\.attention\.self\.layer_norm\.", ".attn.norm."),
+    (r"\.attention\.output\.dense\.", ".attn.attn.out_proj."),
+    (r"\.mlp\.dense1\.", ".ffn.layers.0."),
+    (r"\.mlp\.dwconv\.dwconv\.", ".ffn.layers.1."),
+    (r"\.mlp\.dense2\.", ".ffn.layers.4."),
+)
+_MOBILENET: Rules = (
+    (r"^mobilenet_v2\.conv_stem\.first_conv\.", "backbone.conv1."),
+    (r"^mobilenet_v2\.conv_stem\.conv_3x3\.", "backbone.layer1.0.conv.0."),
+    (r"^mobilenet_v2\.conv_stem\.reduce_1x1\.", "backbone.layer1.0.conv.1."),
+    (r"^mobilenet_v2\.layer\.(\d+)\.", lambda m: f"backbone.{_BLOCKS[int(m[1])]}.conv."),
+    (r"\.expand_1x1\.", ".0."),
+    (r"\.conv_3x3\.", ".1."),
+    (r"\.reduce_1x1\.", ".2."),
+    (r"\.convolution\.", ".conv."),
+    (r"\.normalization\.", ".bn."),
+)
+_BLOCKS = [f"layer{group}.{block}" for group, blocks in enumerate((2, 3, 4, 3, 3, 1), 2) for block in range(blocks)]
+_EPS = 1e-3 - 1e-5
+"""How much larger the batch norms' epsilon is there; their variances take it over."""
+
+
+def from_hugging_face(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return HuggingFace's SegFormer or MobileNetV2 with its encoder under the published names; others unchanged.
+
+    MobileNetV2's published weights expect TensorFlow's padding, one pixel aside at stride 2, which is not ours.
+    """
+    if any(name.startswith("mobilenet_v2.") for name in state):
+        rest = ("mobilenet_v2.conv_1x1.", "segmentation_head.", "classifier.")
+        names = {name: name if name.startswith(rest) else rename(name, _MOBILENET) for name in state}
+        return {new: state[name] + _EPS * name.endswith("running_var") for name, new in names.items()}
+    if not any(name.startswith("segformer.encoder.") for name in state):
+        return state
+    import torch
+
+    names = {name: rename(name, _SEGFORMER) if name.startswith("segformer.") else name for name in state}
+    linear = (".dense1.weight", ".dense2.weight")  # there a linear layer, here a convolution
+    tensors = {n: state[name][..., None, None] if name.endswith(linear) else state[name] for name, n in names.items()}
+    for query in [name for name in tensors if "in_proj_query_" in name]:
+        parts = [tensors.pop(query.replace("query", part), None) for part in ("query", "key", "value")]
+        tensors[query.replace("query_", "")] = torch.cat([part for part in parts if part is not None])
+    return tensors
