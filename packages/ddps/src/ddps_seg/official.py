@@ -126,6 +126,7 @@ _SEGFORMER: Rules = (
     (r"\.mlp\.dwconv\.dwconv\.", ".ffn.layers.1."),
     (r"\.mlp\.dense2\.", ".ffn.layers.4."),
 )
+_BLOCKS = [f"layer{group}.{block}" for group, blocks in enumerate((2, 3, 4, 3, 3, 1), 2) for block in range(blocks)]
 _MOBILENET: Rules = (
     (r"^mobilenet_v2\.conv_stem\.first_conv\.", "backbone.conv1."),
     (r"^mobilenet_v2\.conv_stem\.conv_3x3\.", "backbone.layer1.0.conv.0."),
@@ -137,7 +138,6 @@ _MOBILENET: Rules = (
     (r"\.convolution\.", ".conv."),
     (r"\.normalization\.", ".bn."),
 )
-_BLOCKS = [f"layer{group}.{block}" for group, blocks in enumerate((2, 3, 4, 3, 3, 1), 2) for block in range(blocks)]
 _EPS = 1e-3 - 1e-5
 """How much larger the batch norms' epsilon is there; their variances take it over."""
 

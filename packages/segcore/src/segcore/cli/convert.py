@@ -36,14 +36,15 @@ class Convert:
 
         if self.output.suffix != ".safetensors":
             raise UserError(f"{self.output}: weights are written as .safetensors; choose such a name")
-        path = find_weights(self.input, "", offline=self.offline)
+        exp = find_experiment(self.published_names, package)[0] if self.published_names else None
+        path = find_weights(self.input, exp.name if exp else "", offline=self.offline)
         target = Path(os.path.realpath(self.output))
         if Path(os.path.realpath(path)) in (target, target.parent):  # a file, or the folder of a checkpoint
             raise UserError(f"{self.output}: would overwrite the weights that are read; choose another name")
-        if self.published_names is None:
+        if exp is None:
             state = read_state(path)
         else:
-            model = find_experiment(self.published_names, package)[0].model.build()
+            model = exp.model.build()
             print(f"{path}: {load_weights(model, path)}")
             state = model.official_state()
         write(self.output, state)
