@@ -22,6 +22,7 @@ from segcore.cli.bench import Bench
 from segcore.cli.check import Check
 from segcore.cli.common import Command
 from segcore.cli.configs import Configs
+from segcore.cli.convert import Convert
 from segcore.cli.demo import Demo
 from segcore.cli.env import Env
 from segcore.cli.export import Export
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Any]] = {
     "check": Check,
     "bench": Bench,
     "export": Export,
+    "convert": Convert,
     "demo": Demo,
     "env": Env,
 }
@@ -145,7 +147,7 @@ def parse(words: list[str], package: str | None = None) -> Any:
     if kind is Configs:
         return _read(*configs.prepare(rest, package), prog)
     if not issubclass(kind, Command):
-        return _read(kind(), rest, prog)
+        return _read(_blank(kind), rest, prog)
     if kind is Demo:
         return _read(Demo(demo_experiment(package)), rest, prog)
     experiment, folder, rest = _configuration(prog, rest, package)
@@ -155,9 +157,9 @@ def parse(words: list[str], package: str | None = None) -> Any:
     return _read(_blank(kind, experiment, folder), rest, f"{prog} {folder or 'CONFIG'}")
 
 
-def _blank(kind: type[Any], experiment: Experiment, folder: Path | None = None) -> Any:
+def _blank(kind: type[Any], *given: Experiment | Path | None) -> Any:
     """Return a command whose places are not filled yet."""
-    return kind(experiment, folder, **dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only))
+    return kind(*given, **dict.fromkeys(item.name for item in dataclasses.fields(kind) if item.kw_only))
 
 
 def _read(command: Any, words: list[str], prog: str) -> Any:
@@ -167,7 +169,8 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
     kinds = options.settings(command, offered)
     kinds = {key.removeprefix("experiment."): kind for key, kind in kinds.items()}
     places = [key for key in fields if fields[key].kw_only and key in kinds]
-    order = f"put {' '.join(places).upper()} right after CONFIG: `{prog} {' '.join(places).upper()} [OPTIONS]`"
+    where = "right after CONFIG" if isinstance(command, Command) else "first"
+    order = f"put {' '.join(places).upper()} {where}: `{prog} {' '.join(places).upper()} [OPTIONS]`"
     if {"-h", "--help"} & set(words):
         import tyro
 
@@ -234,7 +237,7 @@ def _complete(prog: str, words: list[str], package: str | None) -> None:
     import tyro
 
     example = next(iter(experiments(package).values()))()
-    commands = [_blank(kind, example) if issubclass(kind, Command) else kind() for kind in COMMANDS.values()]
+    commands = [_blank(kind, example) if issubclass(kind, Command) else _blank(kind) for kind in COMMANDS.values()]
     forms: dict[str, Any] = {
         name: options.form(command, offers(command)) for name, command in zip(COMMANDS, commands, strict=True)
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -140,8 +141,18 @@ class Segmentor(nn.Module, ABC):
         return {name: name for name in self.state_dict()}
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a published tensor in this model's layout; `name` is the published name."""
+        """Return a published tensor in this model's layout, of the same shape; `name` is the published name."""
         return tensor
+
+    def official_state(self) -> dict[str, Tensor]:
+        """Return the tensors under their published names and in the published layout; `load_official` takes them."""
+        names, state = self.key_map(), {}
+        for name, tensor in self.state_dict().items():
+            official = names[name]
+            order = self.convert(official, torch.arange(tensor.numel()).reshape(tensor.shape))  # keeps shapes
+            moved = torch.empty_like(tensor).flatten().scatter_(0, order.flatten(), tensor.flatten())
+            state[official] = moved.reshape(tensor.shape)
+        return state
 
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a published checkpoint's tensors, given under their published names, and report which were used.

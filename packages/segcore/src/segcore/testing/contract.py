@@ -227,6 +227,8 @@ def check_state_dict(build: Callable[[], Segmentor]) -> None:
     assert all(names[n].startswith(auxiliary) for n in names if n.startswith(auxiliary))
     second.load_checkpoint(state)
     assert torch.equal(first(images(1)), second(images(1)))
+    third.load_official(first.official_state())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in third.state_dict().items())
     missing = {names[n]: t for n, t in state.items()}
     missing.pop(next(names[n] for n, _ in first.named_parameters()))
     assert "1 tensors missing" in refusal(lambda: third.load_official(missing))
