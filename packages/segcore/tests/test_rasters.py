@@ -100,7 +100,7 @@ def test_three_channels_are_decoded_as_in_the_whole_image(tmp_path: Path, backen
 def test_pixels_without_data_are_zeros(tmp_path: Path, backend: str) -> None:
     image, path = scene(3, "float32"), tmp_path / "a.tif"
     image[:10, :20], image[50, 60, 0] = np.nan, -9999  # one band of a pixel is data
-    for nodata in ("nan", "-9999"):
+    for nodata in ("nan", "-9999 "):
         stored = np.nan_to_num(image, nan=float(nodata))
         tifffile.imwrite(path, stored, photometric="rgb", tile=(16, 16), extratags=[(42113, "s", 0, nodata, True)])
         with open_raster(path, 3, 32) as raster:
@@ -254,11 +254,14 @@ def write_geotiff(path: Path, image: np.ndarray, **how: object) -> None:
 
 
 def test_a_georeferenced_image_becomes_a_georeferenced_map(tmp_path: Path, backend: str, capsys) -> None:
-    seg, image = loaded(), np.repeat(RANDOM.integers(0, 4, (300, 400, 1)), 3, 2).astype(np.uint8)
+    seg = loaded(evaluate=replace(WINDOWS, img_scale=(100, 100)))
+    image = np.repeat(RANDOM.integers(0, 4, (300, 400, 1)), 3, 2).astype(np.uint8)
     image[100:200, :50] = 200
     write_geotiff(tmp_path / "a.tif", image, nodata=200, compress="lzw")
     predict_raster.run(seg, tmp_path / "a.tif", tmp_path / "new" / "out.tif")
-    assert str(tmp_path / "new" / "out.tif") in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert str(tmp_path / "new" / "out.tif") in shown.out
+    assert "note: a .tif keeps the image's own size; evaluate.img_scale (100, 100) is not applied" in shown.err
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.tif"]
     with rasterio.open(tmp_path / "a.tif") as source, rasterio.open(tmp_path / "new" / "out.tif") as found:
         assert (found.crs, found.transform) == (source.crs, source.transform)
@@ -328,9 +331,21 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     seg = loaded(evaluate=replace(WINDOWS, flip=True))
-    with pytest.raises(UserError, match=r"a\.tif: .*one view; set --evaluate.img-scale None"):
+    with pytest.raises(UserError, match=r"a\.tif: .*one view; set --evaluate.img-ratios 1"):
         predict_raster.run(seg, tmp_path / "a.tif", tmp_path / "out.tif")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+
+
+def test_predict_writes_a_tif_if_the_output_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seg = loaded()
+    monkeypatch.setattr("segcore.cli.predict.load", lambda *given: seg)
+    Image.fromarray(scene()).save(tmp_path / "a.tif")
+    Predict(seg.experiment, checkpoint="none", input=tmp_path / "a.tif", output=tmp_path / "out.TIF").run(None)
+    np.testing.assert_array_equal(read_label(tmp_path / "out.TIF"), seg(tmp_path / "a.tif").mask)
+    with pytest.raises(
+        UserError, match=r"it has 13000 pixels, .* raise that, or take windows: data.tile, predict to a"
+    ):
+        read_image(tmp_path / "a.tif", max_pixels=100)
 
 
 def test_what_predict_refuses(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,12 @@ def run(seg: LoadedModel, source: Path, target: Path) -> None:
     """Write the classes of an image of any size to a TIFF, whole or not at all.
 
     The image is read and predicted in windows (`evaluate.crop`, `evaluate.stride`), with the result of `evaluate.mode`
-    slide. Pixels without data become 255, or 65535 above 255 classes. CRS, transform and control points are kept.
-    Raises UserError for an image that cannot be predicted so, and for a file that cannot be written.
+    slide at the image's own size. Pixels without data become 255, or 65535 above 255 classes. CRS, transform and
+    control points are kept. Raises UserError for an image that cannot be predicted so, and for a file that cannot be
+    written.
     """
+    if scale := seg.experiment.evaluate.img_scale:
+        print(f"note: a .tif keeps the image's own size; evaluate.img_scale {scale} is not applied", file=sys.stderr)
     data, used, done = seg.experiment.data, list[int](), 0
     palette = seg.palette[int(data.add_background_class) :]
     nodata = ignored_label(len(palette))

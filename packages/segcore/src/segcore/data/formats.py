@@ -49,10 +49,10 @@ def decode(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     return image
 
 
-def check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int, remedy: str = "raise that") -> None:
     """Raise ValueError for an image with more pixels than `data.max_pixels`."""
     if height * width > max_pixels:
-        raise ValueError(f"it has {height * width} pixels, data.max_pixels is {max_pixels}: raise that")
+        raise ValueError(f"it has {height * width} pixels, data.max_pixels is {max_pixels}: {remedy}")
 
 
 def checked(data: bytes) -> bytes:
@@ -129,7 +129,8 @@ def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
     """Return the bands of a TIFF as they are stored, or None for a gray, palette or RGB image, which OpenCV reads."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page, series = file.pages.first, file.series[0]
-        check_size(page.imagelength, page.imagewidth, max_pixels)
+        windows = "raise that, or take windows: data.tile, predict to a .tif"
+        check_size(page.imagelength, page.imagewidth, max_pixels, windows)
         kind = tifffile.PHOTOMETRIC(page.photometric).name
         if channels == 3 and kind in ("CIELAB", "SEPARATED", "ICCLAB", "ITULAB"):
             raise ValueError(f"its colors are {kind}: convert it to RGB")

@@ -248,7 +248,8 @@ def _read_tifffile(page: Any, segment: Any, box: Box) -> tuple[np.ndarray, np.nd
                     ]
     image = image.transpose(1, 2, 0, 3).reshape(y2 - y1, x2 - x1, -1)
     if GDAL_NODATA in page.tags:
-        empty = np.isnan(image) if np.isnan(page.nodata) else image == page.nodata
+        nodata = float(page.tags.valueof(GDAL_NODATA))
+        empty = np.isnan(image) if np.isnan(nodata) else image == nodata
         return image, ~empty.all(-1)
     alpha = page.extrasamples and page.extrasamples[0] in (1, 2) and page.samplesperpixel in (2, 4)
     return image, image[..., -1] > 0 if alpha else np.ones(image.shape[:2], bool)

@@ -38,14 +38,12 @@ def predict_blocks(
     `read` returns the window (y1, x1, y2, x2) of the image as (h, w, C). The classes are those of `Predictor.classes`
     with `evaluate.mode` slide: the same windows, seeds, and means of logits. Only the rows of the windows that are open
     are kept; where these would take more than `sums` bytes, the image is divided into strips, and windows that lie in
-    two strips are computed twice. Raises UserError for other views than the image itself.
+    two strips are computed twice. The image keeps its size: `evaluate.img_scale` does not count. Raises UserError for
+    several views.
     """
     settings = predictor.evaluate
-    if settings.img_scale or settings.img_ratios != (1.0,) or settings.flip:
-        raise UserError(
-            "a large image is predicted at its own size in one view; set --evaluate.img-scale None, "
-            "--evaluate.img-ratios 1 and --evaluate.flip False"
-        )
+    if settings.img_ratios != (1.0,) or settings.flip:
+        raise UserError("windows are predicted in one view; set --evaluate.img-ratios 1 and --evaluate.flip False")
     (height, width), crop = size, settings.crop
     boxes = list(enumerate(window_boxes(height, width, crop, settings.stride)))
     values = sum(model.num_classes for model in (predictor.model, *predictor.ensemble)) * (len(settings.steps) + 1)
@@ -96,10 +94,9 @@ def _strip(
             count = down[top:below, None] * across[x : min(x + COLUMNS, right)]
             means = ({entry: total[part] / count.to(total.device) for entry, total in t.items()} for t in totals)
             yield top, x, _classes(predictor, means)
-        for total in totals:
-            for kept in total.values():
-                kept[..., :-done, :] = kept[..., done:, :].clone()
-                kept[..., -done:, :] = 0
+            for sums in (total[..., part[2]] for t in totals for total in t.values()):
+                sums[..., :-done, :] = sums[..., done:, :].clone()
+                sums[..., -done:, :] = 0
 
 
 def _classes(predictor: Predictor, logits: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
