@@ -19,10 +19,11 @@ from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfi
 from segcore.data.check import check, check_headers, label_pixels, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
+from segcore.data.loader import rare_class_probabilities
 from segcore.demo import toy
 from segcore.errors import UserError
 from segcore.training import class_weight
-from segcore.training.class_weight import balanced, resolve_loss, weights_are_of_row
+from segcore.training.class_weight import balanced, rare_classes, resolve_loss, weights_are_of_row
 
 CLASSES = ("sea", "land", "sky")
 
@@ -255,7 +256,7 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
     weights = weights_of(exp, open_dataset(data, "train"), run)
     np.testing.assert_allclose(weights, balanced(np.array([450, 3300, 0])))
     with monkeypatch.context() as patch:
-        patch.setattr(class_weight, "label_pixels", lambda dataset: pytest.fail("the labels are read again"))
+        patch.setattr(class_weight, "label_pixels", lambda *_, **__: pytest.fail("the labels are read again"))
         assert weights_of(exp, open_dataset(data, "train"), run) == weights
     histogram = run / class_weight.HISTOGRAM
     record = json.loads(histogram.read_text())
@@ -265,6 +266,22 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
         assert json.loads(histogram.read_text()) == record
     (data.root / "images/train/0.png").unlink()  # another data set: read again
     assert weights_of(exp, open_dataset(data, "train"), run) != weights
+
+
+def test_rare_classes_know_the_images_of_each_class(data: DataConfig, tmp_path: Path) -> None:
+    dataset = open_dataset(data, "train")
+    assert rare_classes(experiment(data, None), dataset, tmp_path) is None
+    exp = experiment(replace(data, rare_class_sampling=0.1), None)
+    rare = rare_classes(exp, dataset, tmp_path / "run")
+    assert rare is not None
+    np.testing.assert_allclose(rare.probabilities, rare_class_probabilities(np.array([450, 3300]), 0.1))
+    labels = [dataset.label(index) for index in range(len(dataset))]
+    assert [found.tolist() for found in rare.images] == [
+        [index for index, label in enumerate(labels) if (label == k).any()] for k in range(2)
+    ]
+    again = rare_classes(exp, dataset, tmp_path / "run")
+    assert again is not None
+    assert [found.tolist() for found in again.images] == [found.tolist() for found in rare.images]
 
 
 def test_auto_leaves_ignored_pixels_out_behind_a_background(data: DataConfig, tmp_path: Path) -> None:

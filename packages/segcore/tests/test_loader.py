@@ -23,7 +23,14 @@ from hypothesis import strategies as st
 from segcore.config.schema import DataConfig
 from segcore.data import workers
 from segcore.data.layouts import open_dataset
-from segcore.data.loader import Batch, eval_samples, sample_index, train_batches
+from segcore.data.loader import (
+    Batch,
+    RareClasses,
+    eval_samples,
+    rare_class_probabilities,
+    sample_index,
+    train_batches,
+)
 from segcore.data.transforms import TrainTransform
 from segcore.errors import Stopped, UserError
 from segcore.seeds import augmentation_seed, noise_seed
@@ -87,6 +94,30 @@ def test_epochs_and_seeds_differ():
 
     assert epoch(0, 0) != epoch(0, 1)
     assert epoch(0, 0) != epoch(1, 0)
+
+
+def test_rare_classes_are_drawn_by_the_published_formula():
+    share = np.array([0.7, 0.25, 0.05])
+    expected = np.exp((1 - share) / 0.5)
+    found = rare_class_probabilities(np.array([700, 250, 0, 50]), 0.5)
+    np.testing.assert_allclose(found[[0, 1, 3]], expected / expected.sum())
+    assert found[2] == 0, "no image has this class"
+    np.testing.assert_allclose(rare_class_probabilities(np.array([999, 1]), 1e-6), [0, 1], atol=1e-300)
+
+
+def test_rare_class_sampling_draws_a_class_then_an_image_with_it(data):
+    rare = RareClasses(np.array([0.25, 0.75]), (np.array([0, 1, 2, 3]), np.array([6])))
+    drawn = [rare.index(5, iteration, position) for iteration in range(500) for position in range(4)]
+    counts = np.bincount(drawn, minlength=LENGTH) / len(drawn)
+    np.testing.assert_allclose(counts, [0.0625, 0.0625, 0.0625, 0.0625, 0, 0, 0.75], atol=0.04)
+    assert drawn != [rare.index(6, iteration, position) for iteration in range(500) for position in range(4)]
+    whole = list(batches(data, rare_classes=rare))
+    assert_equal(whole[6:], list(batches(data, rare_classes=rare, start=3, workers=1)))
+    transform = TrainTransform(data)
+    image, _ = transform(
+        *open_dataset(data, "train").pair(rare.index(5, 3, 1)), np.random.RandomState(augmentation_seed(5, 3, 1))
+    )
+    assert torch.equal(whole[6].images[1], image)
 
 
 def test_batches_have_the_stated_parts_and_seeds(data):

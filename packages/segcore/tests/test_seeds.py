@@ -24,6 +24,7 @@ def test_known_values():
     assert [scene_seed(0, 1, 2), scene_seed(1, 0, 2)] == [893_467_438, 1_717_877_110]
     assert {name: f(*range(keys(f))) for name, f in PURPOSES.items()} == {
         "order_seed": 2_958_945_764,
+        "rare_class_seed": 2_132_171_945,
         "augmentation_seed": 1_864_133_996,
         "noise_seed": 2_014_637_354,
         "dropout_seed": 1_539_109_492,

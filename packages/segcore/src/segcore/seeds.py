@@ -12,6 +12,11 @@ def order_seed(seed: int, epoch: int) -> int:
     return _derive("order", seed, epoch)
 
 
+def rare_class_seed(seed: int, iteration: int, position: int) -> int:
+    """Return the seed of the class, and of the image with it, that rare-class sampling takes for a position."""
+    return _derive("rare class", seed, iteration, position)
+
+
 def augmentation_seed(seed: int, iteration: int, position: int) -> int:
     """Return the seed of the crop, flip and colors of the image at `position` in the global batch."""
     return _derive("augmentation", seed, iteration, position)

@@ -110,6 +110,9 @@ class DataConfig(Section):
     """Training crop (height, width)."""
     cat_max_ratio: float = setting(1.0, above=0, most=1)
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
+    rare_class_sampling: float | None = setting(None, above=0)
+    """Draw a class, the rarer the likelier, then an image with it. This is DAFormer's temperature, there 0.01; low
+    values draw rare classes most. None: every image once per epoch."""
     flip: float = setting(0.0, least=0, most=1)
     """Probability of the horizontal flip."""
     vertical_flip: float = setting(0.0, least=0, most=1)

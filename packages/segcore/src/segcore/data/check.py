@@ -200,10 +200,13 @@ def check_headers(dataset: Dataset) -> list[str]:
     ]
 
 
-def label_pixels(dataset: Dataset, indices: Sequence[int] | None = None) -> tuple[np.ndarray, list[str]]:
+def label_pixels(
+    dataset: Dataset, indices: Sequence[int] | None = None, images: list[list[int]] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Return the pixels per train id, int64, of readable labels, and one line per unreadable one; None: of all labels.
 
-    The array has `dataset.label_values` entries.
+    The array has `dataset.label_values` entries. The lists in `images`, one per class, get the indices of the samples
+    that have a pixel of the class.
     """
     total, problems = np.zeros(dataset.label_values, np.int64), list[str]()
     indices = range(len(dataset)) if indices is None else indices
@@ -213,9 +216,12 @@ def label_pixels(dataset: Dataset, indices: Sequence[int] | None = None) -> tupl
         label = _collect(lines, lambda: dataset.label(indices[position]))
         return None if label is None else np.bincount(label.ravel(), minlength=len(total)), lines
 
-    for pixels, lines in _each(count, len(indices), "counting label pixels"):
+    for position, (pixels, lines) in enumerate(_each(count, len(indices), "counting label pixels")):
         problems += lines
         total += 0 if pixels is None else pixels
+        for holding, found in zip(images or (), () if pixels is None else pixels, strict=False):
+            if found:
+                holding.append(indices[position])
     return total, problems
 
 

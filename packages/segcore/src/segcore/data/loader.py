@@ -1,7 +1,7 @@
 """The order of the training samples and their random draws.
 
-Order and augmentation are pure functions of (seed, iteration, position in the global batch). A run can therefore
-resume at any iteration, and the samples do not depend on the number of workers.
+Order, rare-class sampling and augmentation are pure functions of (seed, iteration, position in the global batch). A
+run can therefore resume at any iteration, and the samples do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from segcore.data.dataset import Dataset
 from segcore.data.workers import read_ahead
 from segcore.errors import UserError
-from segcore.seeds import augmentation_seed, noise_seed, order_seed
+from segcore.seeds import augmentation_seed, noise_seed, order_seed, rare_class_seed
 
 Transform = Callable[[np.ndarray, np.ndarray, RandomState], tuple[Tensor, Tensor]]
 OnError = Literal["stop", "skip"]
@@ -60,6 +60,36 @@ def sample_index(seed: int, iteration: int, position: int, batch: int, length: i
     return int(_permutation(seed, epoch, length)[offset])
 
 
+@dataclass(frozen=True, eq=False)
+class RareClasses:
+    """Rare-class sampling: a class by its probability, then one of the images with it.
+
+    Attributes:
+        probabilities: (C,) float64, of the classes that have a pixel.
+        images: the indices of the samples with each of these classes.
+    """
+
+    probabilities: np.ndarray
+    images: tuple[np.ndarray, ...]
+
+    def index(self, seed: int, iteration: int, position: int) -> int:
+        """Return the dataset index of a position of the global batch."""
+        random = RandomState(rare_class_seed(seed, iteration, position))
+        images = self.images[random.choice(len(self.images), p=self.probabilities)]
+        return int(images[random.randint(len(images))])
+
+
+def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the probability (K,) float64 to draw each class, from the pixels (K,) of each: exp((1 - share) / T).
+
+    DAFormer, arXiv 2111.14887, equations 4 and 5. A class without a pixel is not drawn.
+    """
+    share = pixels / max(pixels.sum(), 1)
+    least = share[pixels > 0].min(initial=1)
+    weights = np.where(pixels > 0, np.exp((least - share) / temperature), 0)  # the largest is 1
+    return weights / weights.sum()
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return RandomState(order_seed(seed, epoch)).permutation(length)
@@ -78,6 +108,7 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     on_error: OnError = "stop",
+    rare_classes: RareClasses | None = None,
     pin_memory: bool = False,
     on_wait: Callable[[], None] | None = None,
 ) -> Generator[Batch, None, None]:
@@ -85,14 +116,15 @@ def train_batches(
 
     `batch` is the global batch size, of which each process takes an equal share; `micro`, the images per micro-batch,
     divides that share. An unreadable sample raises UserError; with `on_error` "skip" the next sample of the data set
-    replaces it. For `workers`, `pin_memory` and `on_wait` see `read_ahead`.
+    replaces it. `rare_classes` draws the samples, which then come in no epochs. For `workers`, `pin_memory` and
+    `on_wait` see `read_ahead`.
     """
     share = batch // world
     if batch % world or share % micro:
         raise ValueError(f"batch {batch} does not divide into parts of {micro} in {world} processes")
     firsts = range(rank * share, (rank + 1) * share, micro)
     keys = ((iteration, first) for iteration in range(start, stop) for first in firsts)
-    load = functools.partial(_load_batch, dataset, transform, batch, micro, seed, on_error)
+    load = functools.partial(_load_batch, dataset, transform, batch, micro, seed, on_error, rare_classes)
     return read_ahead(load, keys, workers, pin_memory=pin_memory, on_wait=on_wait)
 
 
@@ -112,13 +144,23 @@ def eval_samples(
 
 
 def _load_batch(
-    dataset: Dataset, transform: Transform, batch: int, micro: int, seed: int, on_error: OnError, key: tuple[int, int]
+    dataset: Dataset,
+    transform: Transform,
+    batch: int,
+    micro: int,
+    seed: int,
+    on_error: OnError,
+    rare_classes: RareClasses | None,
+    key: tuple[int, int],
 ) -> Batch:
     iteration, first = key
     positions = range(first, first + micro)
     samples, skipped = [], list[str]()
     for position in positions:
-        index = sample_index(seed, iteration, position, batch, len(dataset))
+        if rare_classes:
+            index = rare_classes.index(seed, iteration, position)
+        else:
+            index = sample_index(seed, iteration, position, batch, len(dataset))
         image, label, errors = _readable(dataset, index, on_error)
         skipped += errors
         samples.append(transform(image, label, RandomState(augmentation_seed(seed, iteration, position))))

@@ -1,4 +1,4 @@
-"""Class weights of the cross entropy: as given, or from the frequency of each class in the training labels."""
+"""What follows from the frequency of each class in the training labels: class weights, rare-class sampling."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from segcore.config.registry import experiments
 from segcore.config.schema import Experiment, LossConfig
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
+from segcore.data.loader import RareClasses, rare_class_probabilities
 from segcore.errors import UserError
 from segcore.files import read_json, write
 
@@ -37,17 +38,21 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
         )
     if weights != "auto":
         return exp.loss
-    path, key = work_dir / HISTOGRAM, _key(dataset)
-    pixels = _read(path, key, classes)
-    if pixels is None:
-        found, problems = label_pixels(dataset)
-        if problems and exp.data.on_error == "stop":
-            more = f" (and {len(problems) - 1} more; `check` lists them)" if len(problems) > 1 else ""
-            raise UserError(problems[0] + more)
-        found[dataset.ignore_index] = 0
-        pixels = found[: len(dataset.classes)].tolist()
-        write(path, json.dumps({"dataset": key, "classes": dataset.classes, "pixels": pixels}, indent=1) + "\n")
-    return replace(exp.loss, class_weight=tuple(balanced(np.array(pixels)).tolist()))
+    pixels, _ = _histogram(exp, dataset, work_dir)
+    return replace(exp.loss, class_weight=tuple(balanced(pixels).tolist()))
+
+
+def rare_classes(exp: Experiment, dataset: Dataset, work_dir: Path) -> RareClasses | None:
+    """Return how `data.rare_class_sampling` draws samples, None without it; reads and keeps labels as `resolve_loss`.
+
+    An unreadable label is an error, or with `data.on_error` skip its sample is never drawn.
+    """
+    if exp.data.rare_class_sampling is None:
+        return None
+    pixels, images = _histogram(exp, dataset, work_dir)
+    probabilities = rare_class_probabilities(pixels, exp.data.rare_class_sampling)
+    drawn = np.flatnonzero(probabilities)
+    return RareClasses(probabilities[drawn], tuple(np.array(images[index]) for index in drawn))
 
 
 def weights_are_of_row(exp: Experiment) -> bool:
@@ -70,18 +75,38 @@ def balanced(pixels: np.ndarray) -> np.ndarray:
     return weights / ((weights * share).sum() or 1)
 
 
+def _histogram(exp: Experiment, dataset: Dataset, work_dir: Path) -> tuple[np.ndarray, list[list[int]]]:
+    """Return the pixels (K,) int64 of each class and the indices of the samples with it, from `work_dir` if there."""
+    path, key = work_dir / HISTOGRAM, _key(dataset)
+    if (stored := _read(path, key, len(dataset.classes), len(dataset))) is not None:
+        return stored
+    images: list[list[int]] = [[] for _ in dataset.classes]
+    found, problems = label_pixels(dataset, images=images)
+    if problems and exp.data.on_error == "stop":
+        more = f" (and {len(problems) - 1} more; `check` lists them)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+    found[dataset.ignore_index] = 0
+    pixels = found[: len(dataset.classes)]
+    record = {"dataset": key, "classes": dataset.classes, "pixels": pixels.tolist(), "images": images}
+    write(path, json.dumps(record) + "\n")
+    return pixels, images
+
+
 def _key(dataset: Dataset) -> str:
     """Return a digest of the samples' names and the label table: it identifies a data set in any folder."""
     names = "\n".join(dataset.name(index) for index in range(len(dataset)))
     return hashlib.sha256(os.fsencode(names) + dataset.table.tobytes()).hexdigest()
 
 
-def _read(path: Path, key: str, classes: int) -> list[int] | None:
-    """Return the pixels per class from a histogram of the same data set, or None."""
+def _read(path: Path, key: str, classes: int, samples: int) -> tuple[np.ndarray, list[list[int]]] | None:
+    """Return pixels and images per class from a histogram of the same data set, or None."""
     try:
         content = read_json(path)
-        pixels = content["pixels"]
-        usable = content["dataset"] == key and len(pixels) == classes
-        return pixels if usable and all(type(count) is int and 0 <= count < 1 << 48 for count in pixels) else None
+        pixels, images = content["pixels"], content["images"]
+        usable = content["dataset"] == key and len(pixels) == len(images) == classes
+        usable &= all(type(count) is int and 0 <= count < 1 << 48 for count in pixels)
+        usable &= all(type(index) is int and 0 <= index < samples for indices in images for index in indices)
+        usable &= all(images[index] for index, count in enumerate(pixels) if count)
+        return (np.array(pixels), images) if usable else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -300,6 +300,7 @@ def _micro_batches(
         rank=distributed.rank(),
         world=distributed.world_size(),
         on_error=exp.data.on_error,
+        rare_classes=state.rare_classes,
         pin_memory=state.device.type == "cuda",
         on_wait=signals.check,
     )

@@ -24,7 +24,7 @@ from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.training.activations import checkpoint_activations
-from segcore.training.class_weight import resolve_loss, weights_are_of_row
+from segcore.training.class_weight import rare_classes, resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
 from segcore.training.guard import KeptBuffers
 from segcore.training.lock import LOCK
@@ -78,6 +78,7 @@ def setup(
         load = partial(load_init, state.model, start, exp=exp, classes=classes, offline=offline)
         notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
+    state.rare_classes = distributed.main_process_first(lambda: rare_classes(exp, dataset, work_dir))
     wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
     return exp, state, dataset, val, notes
 

@@ -16,6 +16,7 @@ from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import ConfigDiff, differences, with_defaults
 from segcore.config.schema import Experiment
+from segcore.data.loader import RareClasses
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 from segcore.training.ema import Average, averaged, start_ema
@@ -25,7 +26,10 @@ from segcore.training.optimizer import load_optimizer_state, optimizer_state
 
 @dataclass
 class TrainState:
-    """Everything that changes during training. A checkpoint holds it, except `buffers`, `failures` and `kept`."""
+    """Everything that changes during training.
+
+    A checkpoint holds it, except `buffers`, `failures`, `rare_classes` and `kept`.
+    """
 
     model: Segmentor
     losses: nn.Module
@@ -42,6 +46,8 @@ class TrainState:
     """Settings and versions."""
     frozen: list[nn.Module]
     """Parts of the model that stay in evaluation mode, see `train.freeze`."""
+    rare_classes: RareClasses | None = None
+    """Draws the training samples, see `data.rare_class_sampling`; every start makes it anew from the labels."""
     iteration: int = 0
     """Finished iterations."""
     evaluated: int = 0
