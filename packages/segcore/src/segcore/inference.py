@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from segcore import distributed
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
+from segcore.config.data_sets import class_count
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
@@ -120,7 +121,7 @@ class LoadedModel:
     predictor: Predictor
     """The model with its views, windows and precision."""
     colors: str = "auto"
-    """Source of the colors: the configuration's dataset (auto), cityscapes, ade20k, or a file with `r g b` per line."""
+    """Source of the colors: the configuration's dataset (auto), a named data set, or a file with `r g b` per line."""
     report: tuple[str, ...] = ()
     """A description of the loaded model, and of settings that differ from the training."""
 
@@ -343,8 +344,8 @@ def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[
     with one line `r g b` per class. Raises UserError when it does not have a color for every class.
     """
     classes, colors = palette_of(data)
-    if palette in ("cityscapes", "ade20k"):
-        colors = palette_of(replace(data, dataset=cast(Literal["cityscapes", "ade20k"], palette)))[1]
+    if class_count(palette):
+        colors = palette_of(DataConfig(palette, add_background_class=data.add_background_class))[1]
     elif palette != "auto":
         try:
             regular_file(palette)
@@ -356,7 +357,8 @@ def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[
             valid = False
         if not valid:
             raise UserError(
-                f"--palette {palette}: give auto, cityscapes, ade20k, or a text file with `r g b` (0-255) per line"
+                f"--palette {palette}: give auto, the name of a data set such as cityscapes, or a text file with "
+                "`r g b` (0-255) per line"
             )
     if len(colors) < len(classes):
         raise UserError(

@@ -24,7 +24,7 @@ class Predict(Command):
     evaluate.stride) and only the mask is written, with the image's georeference and 255 (65535 above 255 classes)
     where it has no data."""
     palette: str = "auto"
-    """Colors: of the configuration's dataset (auto), cityscapes, ade20k, or a text file with `r g b` per line."""
+    """Colors: of the configuration's dataset (auto), of a named one, or of a text file with `r g b` per line."""
     opacity: float = 0.5
     """Share of the colors in the overlay, 0 to 1."""
     uncertainty: Flag = field(default=False, metadata=STEPWISE)
