@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,7 @@ from segcore.data.check import check
 from segcore.data.images import read_label
 from segcore.data.layouts import LAYOUTS, open_dataset, palette_of
 from segcore.errors import UserError
+from segcore.inference import classes_and_palette
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,50 @@ def test_a_set_without_training_labels_says_so(tmp_path: Path) -> None:
     write_set("dark_zurich", tmp_path)
     with pytest.raises(UserError, match="Dark Zurich has no training labels"):
         open_dataset(DataConfig("dark_zurich", tmp_path), "train")
+
+
+def test_a_missing_folder_says_where_to_get_the_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none: no such folder; .* camvid dataset \(folder CamVid of https://github"):
+        open_dataset(DataConfig("camvid", tmp_path / "none"), "val")
+
+
+def test_every_set_lends_its_colors() -> None:
+    data = DataConfig("folder", classes=("a", "b"))
+    for name in (*ROWS, "ade20k"):
+        names, colors = classes_and_palette(data, name)
+        assert names == ("a", "b")
+        np.testing.assert_array_equal(colors, palette_of(DataConfig(name))[1][:2])
+
+
+def test_further_sets_count_by_class_name(tmp_path: Path) -> None:
+    write_set("camvid", tmp_path / "a")
+    write_set("acdc", tmp_path / "b")
+    data = DataConfig("camvid", tmp_path / "a", also=(f"acdc={tmp_path / 'b'}",))
+    joined, names = pickle.loads(pickle.dumps(open_dataset(data, "train"))), palette_of(data)[0]
+    alone = open_dataset(DataConfig("camvid", tmp_path / "a"), "train")
+    assert (len(joined), joined.classes, joined.ignore_index) == (2, names, 255)
+    assert (joined.name(0), joined.name(1)) == (alone.name(0), "fog/train/GOPR0475/GOPR0475_frame_000041_rgb_anon")
+    np.testing.assert_array_equal(joined.label(0), alone.label(0))
+    expected = [names.index(name) if name in names else 255 for name in palette_of(DataConfig("acdc"))[0]]
+    np.testing.assert_array_equal(joined.pair(1)[1], [[*expected, 255]])
+    assert sorted(expected)[:6] == [0, 1, 2, 3, 7, 8], "sky, building, pole, road, fence, car"
+    assert len(open_dataset(data, "val")) == 1, "validation is that of the first set"
+    with_background = open_dataset(replace(data, add_background_class=True), "train")
+    np.testing.assert_array_equal(
+        with_background.label(1), [[0 if value == 255 else value + 1 for value in [*expected, 255]]]
+    )
+    assert check(data, "train", 11).samples == 2
+    (tmp_path / "b" / FILES["acdc"].split()[1]).unlink()
+    with pytest.raises(UserError, match=r"frame_000041_rgb_anon\.png: has no label"):
+        open_dataset(data, "train")
+
+
+@pytest.mark.parametrize("entry", ["camvid", "camvid=", "folder=x", "nothing=x", "=x"])
+def test_a_wrong_further_set_is_refused(entry: str) -> None:
+    with pytest.raises(UserError, match="write NAME=FOLDER"):
+        DataConfig("camvid", also=(entry,))
+    with pytest.raises(UserError, match="join the sets in that function"):
+        DataConfig("my.py:open_split", also=("camvid=x",))
 
 
 @pytest.mark.parametrize(("name", "splits"), [("loveda", "train val"), ("potsdam", "val"), ("vaihingen", "val")])

@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from segcore.config.user_code import is_reference
+from segcore.errors import UserError
+
 LayoutName = Literal[
     "cityscapes",
     "ade20k",
@@ -74,6 +77,16 @@ def class_count(dataset: str) -> int | None:
     name = DATA_SETS[dataset].classes if dataset in DATA_SETS else "cityscapes" if dataset == "toy" else dataset
     file = CLASS_FILES / f"{name}.txt"
     return len(file.read_text(encoding="utf-8").splitlines()) if name.isidentifier() and file.is_file() else None
+
+
+def check_also(also: tuple[str, ...], dataset: str) -> None:
+    """Raise UserError unless `data.also` has entries NAME=FOLDER of named sets, and `dataset` has files."""
+    for entry in also:
+        name, sign, folder = entry.partition("=")
+        if not (sign and folder and class_count(name)):
+            raise UserError(f"data.also has {entry!r}; write NAME=FOLDER, such as camvid=data/CamVid")
+    if also and is_reference(dataset):
+        raise UserError(f"data.also cannot follow data.dataset {dataset}: join the sets in that function")
 
 
 def _splits(images: str, masks: str, train: str = "train", val: str = "val", lists: str = "") -> dict[str, str]:

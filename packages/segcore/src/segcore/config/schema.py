@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from segcore.config.data_sets import LayoutName
+from segcore.config.data_sets import LayoutName, check_also
 from segcore.config.fields import INPUT, Section, setting
 from segcore.config.label_rows import check_classes, with_class_count
 from segcore.config.loss import LossConfig as LossConfig
@@ -90,6 +90,8 @@ class DataConfig(Section):
     file of `value,name` rows. Several values may have one name; `ignore` leaves pixels out. It sets `data.classes`."""
     unlisted: Literal["stop", "ignore"] = setting("stop", commands=_CLASSES)
     """`folder` only: mask values that are no class end the run, or are ignored."""
+    also: tuple[str, ...] = ()
+    """NAME=FOLDER …: further sets known by name to train on; their classes count where the first has the same name."""
     palette: tuple[str, ...] = ()
     """Color `rrggbb` of each class in overlays and reports; empty: those of the data set, or distinct ones."""
     add_background_class: bool = setting(False, commands=_CLASSES)
@@ -139,6 +141,7 @@ class DataConfig(Section):
         check_reference("data.dataset", self.dataset, get_args(LayoutName))
         check_reference("data.augment", self.augment)
         check_classes(self.classes, self.labels)
+        check_also(self.also, self.dataset)
         low, high = self.ratio_range
         if low > high:
             raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")

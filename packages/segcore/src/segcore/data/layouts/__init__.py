@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from segcore.data.dataset import Dataset, Sample, check_sizes
 from segcore.data.images import read_size
 from segcore.data.labels import FORBIDDEN, add_background
 from segcore.data.layouts import ade20k, cityscapes, folder, own, sets, toy
+from segcore.data.layouts.also import join
 from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 
@@ -68,6 +70,7 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
         raise UserError(
             f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset"
             + (", or let `train` generate it there" if data.dataset == "toy" else "")
+            + (f" ({DATA_SETS[data.dataset].where})" if data.dataset in DATA_SETS else "")
         )
     dataset = layout.open_split(data, split)
     dataset = replace(
@@ -79,7 +82,17 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
         opened_by=partial(find_files, data, split) if layout is OWN else None,
     )
     dataset = with_background(dataset) if data.add_background_class else dataset
-    return replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
+    dataset = replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
+    if split == "val" or not data.also:
+        return dataset
+    others = [entry.partition("=") for entry in data.also]
+    return join(dataset, [find_files(_plain(data, name, folder), split) for name, _, folder in others])
+
+
+def _plain(data: DataConfig, name: str, folder: str) -> DataConfig:
+    """Return the settings that open the whole set `name` in a folder, with images as those of `data`."""
+    kept = ("channels", "bit_depth", "mean", "std", "max_pixels", "tile", "photometric")
+    return DataConfig(name, Path(folder).expanduser(), **{key: getattr(data, key) for key in kept})
 
 
 def tiles(samples: Iterable[Sample], side: int) -> Iterator[Sample]:
