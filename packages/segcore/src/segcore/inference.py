@@ -25,8 +25,9 @@ from segcore.data import pairs
 from segcore.data.images import read_image
 from segcore.data.labels import ignored_label
 from segcore.data.layouts import palette_of
+from segcore.data.rasters import Box
 from segcore.errors import UserError
-from segcore.evaluation.blocks import Box, predict_blocks
+from segcore.evaluation.blocks import predict_blocks
 from segcore.evaluation.predictor import Predictor, early_exit_entry
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.files import regular_file

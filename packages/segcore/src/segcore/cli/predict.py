@@ -47,14 +47,15 @@ class Predict(Command):
 
         if not 0 <= self.opacity <= 1:
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
-        moving, large = video.is_video(self.input), self.output.suffix.lower() in predict_raster.SUFFIXES
+        moving = video.is_video(self.input)
+        large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
         shown = self.uncertainty or self.steps or self.animate or self.start_mask
         if moving and (shown or self.ensemble):
             raise UserError(
                 f"{self.input}: --uncertainty, --steps, --animate, --start-mask and --ensemble are for images, "
                 "not for videos"
             )
-        if large and shown and not moving:
+        if large and shown:
             raise UserError(f"{self.output}: with --uncertainty, --steps, --animate and --start-mask, give a folder")
         if moving:
             path = video.plan(self.input, self.output)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segcore.data.rasters import Box
 from segcore.data.transforms import normalize
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Network, Predictor, most_probable, to_probabilities, window_boxes
@@ -20,8 +21,6 @@ SUMS = 1 << 30
 """Bytes that the sums of logits take at most, unless a window is that large: the memory of any image."""
 COLUMNS = 1024
 """Width of a block at most."""
-
-Box = tuple[int, int, int, int]
 
 
 def predict_blocks(
