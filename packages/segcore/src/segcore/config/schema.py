@@ -9,26 +9,19 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from segcore.config.data_sets import LayoutName, check_also
+from segcore.config.data import DataConfig as DataConfig
 from segcore.config.fields import INPUT, Section, setting
-from segcore.config.label_rows import check_classes, with_class_count
+from segcore.config.label_rows import with_class_count
 from segcore.config.loss import LossConfig as LossConfig
 from segcore.config.options import change, read_overrides
-from segcore.config.user_code import check_reference
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-_CLASSES = ("test", "predict", "export", "check")
-"""Commands that need to know what the classes are."""
-_SPLIT = ("test", "check")
-"""Commands that open the validation images."""
 
 
 @dataclass(frozen=True)
@@ -51,110 +44,6 @@ class ModelConfig(Section, ABC):
     def arguments(self) -> dict[str, Any]:
         """Return the fields by name: the keyword arguments of the model."""
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """Where the images are and what training does to them."""
-
-    section: ClassVar[str] = "data"
-    commands: ClassVar[tuple[str, ...]] = ()
-
-    dataset: LayoutName | str = setting("folder", commands=_CLASSES)
-    """Layout of the files (docs/datasets.md), or `file.py:open_split`, a function of yours that opens a split. `toy`
-    generates street scenes in the Cityscapes layout. For the settings of `folder`, sets known by name have defaults."""
-    root: Path = setting(Path("data"), commands=_SPLIT)
-    """Folder of the dataset."""
-    train_images: str = setting("images/train/*", commands=("check",))
-    """`folder` only: glob of the training images, relative to the root."""
-    train_masks: str = setting("masks/train/*", commands=("check",))
-    """`folder` only: glob of the training masks, paired with the images by file stem."""
-    val_images: str = setting("images/val/*", commands=_SPLIT)
-    """`folder` only: glob of the validation images."""
-    val_masks: str = setting("masks/val/*", commands=_SPLIT)
-    """`folder` only: glob of the validation masks."""
-    train_list: Path | None = setting(None, commands=("check",))
-    """`folder` only: text file with one training image per line: its stem, or image and mask relative to the root."""
-    val_list: Path | None = setting(None, commands=_SPLIT)
-    """`folder` only: the same for validation, which may then share the folders of training."""
-    val_share: float = setting(0.0, least=0, below=1, commands=_SPLIT)
-    """`folder` only: share of the training images that is held out for validation, drawn by `data.val_seed`. 0: none,
-    validation has images of its own."""
-    val_seed: int = setting(0, commands=_SPLIT)
-    """`folder` only: seed of that draw."""
-    classes: tuple[str, ...] = setting((), commands=_CLASSES)
-    """`folder` only: class names in the order of the mask values 0, 1, 2 …; 255 is ignored (65535 above 255 classes).
-    Alone, it also sets `model.num_classes`."""
-    labels: tuple[str, ...] = setting((), commands=_CLASSES)
-    """`folder` only, for other mask values: rows `value=name` or `#rrggbb=name` (`0=road 7=car 255=ignore`), or a CSV
-    file of `value,name` rows. Several values may have one name; `ignore` leaves pixels out. It sets `data.classes`."""
-    unlisted: Literal["stop", "ignore"] = setting("stop", commands=_CLASSES)
-    """`folder` only: mask values that are no class end the run, or are ignored."""
-    also: tuple[str, ...] = ()
-    """NAME=FOLDER …: further sets known by name to train on; their classes count where the first has the same name."""
-    palette: tuple[str, ...] = ()
-    """Color `rrggbb` of each class in overlays and reports; empty: those of the data set, or distinct ones."""
-    add_background_class: bool = setting(False, commands=_CLASSES)
-    """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
-    channels: int = setting(3, least=1, commands=INPUT)
-    """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
-    bit_depth: Literal[8, 16, 32] = setting(8, commands=INPUT)
-    """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""
-    max_pixels: int = setting(1 << 28, least=1, most=1 << 30, commands=INPUT)
-    """Pixels that an image or label may have at most: a small file can claim to hold any number."""
-    tile: int | None = setting(None, least=1, commands=_SPLIT)
-    """Cut TIFFs into samples of at most this many pixels a side, read one by one; None: an image is one sample."""
-    img_scale: tuple[int, int] | None = setting(None, least=1)
-    """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
-    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
-    """The ratio is drawn uniformly from this range."""
-    crop: tuple[int, int] = setting((512, 512), least=1, stated=True)
-    """Training crop (height, width)."""
-    cat_max_ratio: float = setting(1.0, above=0, most=1)
-    """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
-    rare_class_sampling: float | None = setting(None, above=0)
-    """Draw a class, the rarer the likelier, then an image with it. This is DAFormer's temperature, there 0.01; low
-    values draw rare classes most. None: every image once per epoch."""
-    flip: float = setting(0.0, least=0, most=1)
-    """Probability of the horizontal flip."""
-    vertical_flip: float = setting(0.0, least=0, most=1)
-    """Probability of the vertical flip, for images without an upside such as aerial ones."""
-    quarter_turns: bool = False
-    """Turn each sample by 0, 90, 180 or 270 degrees. It has the shape `crop` afterwards, square or not."""
-    photometric: bool = setting(False, commands=INPUT)
-    """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
-    blur: float = setting(0.0, least=0, most=1)
-    """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
-    augment: str | None = None
-    """`file.py:function`, called on image, mask and a RandomState after the other steps; returns both. None: none."""
-    mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
-    """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
-    std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
-    """Standard deviation per channel, likewise."""
-    workers: int = setting(4, least=0, commands=("test",))
-    """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it."""
-    on_error: Literal["stop", "skip"] = setting("stop", commands=("test",))
-    """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_reference("data.dataset", self.dataset, get_args(LayoutName))
-        check_reference("data.augment", self.augment)
-        check_classes(self.classes, self.labels)
-        check_also(self.also, self.dataset)
-        low, high = self.ratio_range
-        if low > high:
-            raise UserError(f"data.ratio_range is {low} to {high}; give the smaller ratio first")
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise UserError(
-                f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values "
-                f"for {self.channels} channels; give one value per channel"
-            )
-        if self.photometric and (self.channels != 3 or self.bit_depth != 8):
-            raise UserError("data.photometric works on 8-bit RGB images; set data.photometric to False")
-        if self.bit_depth > 8 and self.mean == DataConfig.mean:
-            bits = self.bit_depth
-            raise UserError(f"data.mean and data.std are those of 8-bit images; give those of your {bits}-bit images")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ def source(exp: Experiment, *, comments: bool = False) -> str:
         inner, name, notes = indent + "    ", "", dict[str, str]()
         if dataclasses.is_dataclass(value):
             name = type(value).__name__
-            imports.setdefault(type(value).__module__, set()).add(name)
+            module = type(value).__module__
+            if module.startswith("segcore.config."):
+                module = Experiment.__module__  # has all of ours
+            imports.setdefault(module, set()).add(name)
             shown = [item.name for item in dataclasses.fields(value) if _is_shown(item, getattr(value, item.name))]
             parts = [f"{field}={text(getattr(value, field), inner)}" for field in shown]
             about = help_texts(type(value)) if comments and len(parts) > 1 else {}
