@@ -210,7 +210,7 @@ def test_sigterm_under_torchrun(root: Path, tmp_path: Path) -> None:
     assert (saved / "manifest.json").stat().st_mtime - told < 10
     assert f"stopped after iteration {saved.name.removeprefix('iter_')}" in text
     end = time.monotonic() + 20
-    while training.processes() and time.monotonic() < end:  # data workers check for their parent every few seconds
+    while training.processes() and time.monotonic() < end:  # data workers need a moment
         time.sleep(0.2)
     assert training.processes() == []
     Training(root, tmp_path / "run", *options, "--resume", processes=2).end()
