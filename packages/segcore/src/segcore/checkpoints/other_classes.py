@@ -38,8 +38,8 @@ def trained_classes(init: str, path: Path, name: str) -> tuple[str, ...] | None:
             build = experiments().get((row or name).replace("-", "_"))
             return palette_of(build().data)[0] if build else None
         record = read_json(path / "experiment.json")
-        return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0]
-    except (OSError, ValueError, KeyError, TypeError):
+        return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0] or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
