@@ -87,6 +87,15 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0, 8), (192, 384, 1)])
+def test_shapes_that_cannot_be_converted_are_refused(shape):
+    model, name = build("swin"), "backbone.stages.0.downsample.reduction.weight"
+    state = model.official_state() | {name: torch.ones(shape)}
+    assert "1 shapes differ" in contract.refusal(lambda: model.load_official(state))
+    backbone = {key: tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    assert "do not fit this backbone" in contract.refusal(lambda: model.load_pretrained(backbone))
+
+
 def test_other_classes(tmp_path):
     contract.check_other_classes(VARIANTS["resnet"], tmp_path)
 

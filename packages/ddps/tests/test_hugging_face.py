@@ -8,6 +8,7 @@ from torch import nn
 from ddps_seg.configs import BaseModelConfig, DDPSConfig
 from ddps_seg.official import from_hugging_face
 from segcore.checkpoints.load import load_init
+from segcore.errors import UserError
 
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -44,6 +45,24 @@ def test_names_and_shapes():
     }
     assert found[f"{block}.attn.attn.in_proj_weight"][::8, 0].tolist() == [1, 0, 2], "queries, keys, values"
     assert from_hugging_face(ours := {"backbone.layers.0.0.norm.bias": torch.ones(1)}) is ours
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {
+            f"segformer.encoder.block.0.0.attention.self.{part}.bias": (4,) * n
+            for n, part in enumerate(("key", "query"))
+        },
+        {f"segformer.encoder.block.0.0.attention.self.{part}.bias": (4, len(part)) for part in ("key", "query")},
+        {"mobilenet_v2.layer.99.conv_3x3.convolution.weight": (3,)},
+    ],
+)
+def test_other_shapes_and_layers_are_refused(shapes):
+    with pytest.raises(UserError, match="do not fit this backbone"):
+        BaseModelConfig(num_classes=5, backbone="mit_b0").build().load_pretrained(
+            {name: torch.ones(shape) for name, shape in shapes.items()}
+        )
 
 
 @torch.no_grad()

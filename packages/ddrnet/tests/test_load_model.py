@@ -227,6 +227,20 @@ def test_incomplete_records_of_weights_compare_as_unknown(run, tmp_path):
         assert ConfigDiff.of(tmp_path, segcore.load_experiment(str(run))) == ConfigDiff()
 
 
+def test_a_setting_that_weights_were_stored_without_had_its_default(run, tmp_path):
+    exp = segcore.load_experiment(str(run))
+    record = describe(exp)
+    for section, setting in (("model", "align_corners"), ("data", "bit_depth")):
+        del record["experiment"][section][setting]
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    assert ConfigDiff.of(tmp_path, exp) == ConfigDiff()
+    exp = replace(exp, model=replace(exp.model, align_corners=True))
+    exp = replace(exp, data=replace(exp.data, bit_depth=16, mean=(9.0,) * 3, photometric=False))
+    options = ConfigDiff.of(tmp_path, exp).options
+    assert "--model.align-corners False" in options
+    assert "--data.bit-depth 8" in options
+
+
 def test_a_published_configuration_on_own_data(tmp_path, capsys):
     """The first of the README's commands for own data: its class weights are for training, and of the other classes."""
     for split in ("train", "val"):

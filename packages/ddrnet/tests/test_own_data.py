@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ddrnet_seg.configs import DDRNetConfig
+from segcore.checkpoints.other_classes import trained_classes
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.config.schema import LossConfig
@@ -111,3 +112,9 @@ def test_file_names_that_are_not_utf8_and_classes_that_the_terminal_cannot_show(
     main("ddrnet_seg", ["predict", str(run), str(root / f"images/train/{latin}.png"), str(root), "--device=cpu"])
     assert (root / f"{latin}.png").is_file()
     assert rb"\u9053\u8def" in sys.stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [None, [], "a.py:f", {}, {"dataset": "folder"}, {"dataset": "nothing"}])
+def test_a_damaged_record_states_no_classes(tmp_path, data):
+    (tmp_path / "experiment.json").write_text(json.dumps({"experiment": {"data": data}}))
+    assert trained_classes(str(tmp_path), tmp_path, "mine") is None

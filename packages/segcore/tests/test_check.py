@@ -284,6 +284,13 @@ def test_rare_classes_know_the_images_of_each_class(data: DataConfig, tmp_path: 
     assert [found.tolist() for found in again.images] == [found.tolist() for found in rare.images]
 
 
+def test_rare_classes_without_a_readable_label(data: DataConfig, tmp_path: Path) -> None:
+    for path in (data.root / "masks/train").iterdir():
+        path.write_bytes(b"no image")
+    data = replace(data, rare_class_sampling=0.1, on_error="skip")
+    assert rare_classes(experiment(data, None), open_dataset(data, "train"), tmp_path) is None
+
+
 def test_auto_leaves_ignored_pixels_out_behind_a_background(data: DataConfig, tmp_path: Path) -> None:
     data = replace(data, add_background_class=True)
     exp = Experiment("tiny", Tiny(num_classes=4), data, loss=LossConfig(class_weight="auto"))

@@ -38,6 +38,7 @@ def test_names_and_numbers_stay(tmp_path, capsys):
     with safe_open(tmp_path / "new/out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}, "HuggingFace's loaders require it"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.safetensors"]
+    assert (tmp_path / "new/out.safetensors").stat().st_mode == (tmp_path / "in.pth").stat().st_mode, "not private"
 
 
 @pytest.mark.parametrize("name", TOY)

@@ -17,7 +17,8 @@ from torch import nn
 from segcore import UserError
 from segcore.checkpoints import hub, load
 from segcore.checkpoints import run_checkpoint as checkpoint
-from segcore.config.schema import Published
+from segcore.checkpoints.other_classes import load_other_classes
+from segcore.config.schema import ModelConfig, Published
 from segcore.models.segmentor import LoadReport, Segmentor
 
 
@@ -72,6 +73,21 @@ def same(model):
 
 
 # Loading into a model
+
+
+def test_other_classes_on_two_axes_are_refused():
+    class Pairwise(Tiny):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.crf = nn.Linear(num_classes, num_classes)
+
+    class Config(ModelConfig):
+        def build(self):
+            return Pairwise(self.num_classes)
+
+    state = Pairwise(5).state_dict()
+    with pytest.raises(UserError, match=r"crf\.weight has the classes on 2 axes"):
+        load_other_classes(Pairwise(3), Config(3), lambda m: m.load_checkpoint(state), ("",) * 5, ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -264,6 +264,12 @@ def test_a_resumed_run_does_not_repeat_an_evaluation(exp: Experiment, tmp_path: 
     assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
 
 
+def test_out_of_memory_advises_what_can_be_set(exp: Experiment) -> None:
+    for setting, offered in (("compile", False), ("checkpoint_activations", False), ("channels_last", True)):
+        message = loop._out_of_memory(replace(exp, train=replace(exp.train, **{setting: True})))
+        assert ("set train.checkpoint_activations" in message) == offered
+
+
 def test_out_of_memory_in_the_optimizer_saves_nothing(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: exhaust())
     with pytest.raises(UserError, match=r"lower train\.device_batch_size"):

@@ -18,9 +18,10 @@ from segcore.config.schema import DataConfig
 from segcore.config.user_code import Stored
 from segcore.data.check import check, check_headers
 from segcore.data.dataset import Dataset
-from segcore.data.layouts import open_dataset, palette_of
+from segcore.data.layouts import cityscapes, open_dataset, palette_of
 from segcore.data.pairs import from_pairs
 from segcore.errors import UserError
+from segcore.inference import classes_and_palette
 from segcore.training.setup import with_names
 
 IMAGE = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)
@@ -116,6 +117,9 @@ def test_palette_of_the_settings(own: Own) -> None:
         if palette:
             with pytest.raises(UserError, match=text):
                 palette_of(folder)
+    data = DataConfig("folder", classes=("a", "b"), palette=("010203", "ff0000"))
+    assert classes_and_palette(data)[1].tolist() == expected[:2]
+    assert classes_and_palette(data, "cityscapes")[1].tolist() == cityscapes.PALETTE[:2].tolist()
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,13 @@ def test_wrong_settings_are_one_line(exp: Experiment, overrides: Iterable[str], 
     assert "\n" not in str(caught.value)
 
 
+def test_refused_class_weights_leave_nothing_behind(exp: Experiment, tmp_path: Path) -> None:
+    exp = changed(exp, "data.rare_class_sampling=0.1", "loss.class_weight=1 2 3")
+    with pytest.raises(UserError, match="has 3 values for 2 classes"):
+        train(exp, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_without_blocks_is_refused(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(TinyModel, "build", lambda self: Tiny(2))
     with pytest.raises(UserError, match=r"^train.checkpoint_activations: Tiny names no blocks; set it to False, or"):

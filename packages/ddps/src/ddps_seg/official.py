@@ -6,6 +6,7 @@ the file names in these folders are unknown. Base models and ImageNet weights: M
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ _MOBILENET: Rules = (
     (r"^mobilenet_v2\.conv_stem\.first_conv\.", "backbone.conv1."),
     (r"^mobilenet_v2\.conv_stem\.conv_3x3\.", "backbone.layer1.0.conv.0."),
     (r"^mobilenet_v2\.conv_stem\.reduce_1x1\.", "backbone.layer1.0.conv.1."),
-    (r"^mobilenet_v2\.layer\.(\d+)\.", lambda m: f"backbone.{_BLOCKS[int(m[1])]}.conv."),
+    (r"^mobilenet_v2\.layer\.(\d|1[0-5])\.", lambda m: f"backbone.{_BLOCKS[int(m[1])]}.conv."),
     (r"\.expand_1x1\.", ".0."),
     (r"\.conv_3x3\.", ".1."),
     (r"\.reduce_1x1\.", ".2."),
@@ -159,6 +160,8 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     linear = (".dense1.weight", ".dense2.weight")  # there a linear layer, here a convolution
     tensors = {n: state[name][..., None, None] if name.endswith(linear) else state[name] for name, n in names.items()}
     for query in [name for name in tensors if "in_proj_query_" in name]:
-        parts = [tensors.pop(query.replace("query", part), None) for part in ("query", "key", "value")]
-        tensors[query.replace("query_", "")] = torch.cat([part for part in parts if part is not None])
+        parts = [name for part in ("query", "key", "value") if (name := query.replace("query", part)) in tensors]
+        with contextlib.suppress(RuntimeError):  # shapes that do not fit are refused under these names
+            tensors[query.replace("query_", "")] = torch.cat([tensors[name] for name in parts])
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in parts}
     return tensors

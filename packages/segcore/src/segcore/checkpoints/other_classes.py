@@ -38,8 +38,8 @@ def trained_classes(init: str, path: Path, name: str) -> tuple[str, ...] | None:
             build = experiments().get((row or name).replace("-", "_"))
             return palette_of(build().data)[0] if build else None
         record = read_json(path / "experiment.json")
-        return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0]
-    except (OSError, ValueError, KeyError, TypeError):
+        return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0] or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -67,7 +67,7 @@ def load_other_classes(
 
     Names are compared without regard to case, `_` and `-`; an empty name is unknown. What belongs to no class of
     `before` stays as it is. Raises UserError unless the checkpoint fits a model of `config` with as many classes as
-    `before` has.
+    `before` has, and for a tensor with a row and a column per class.
     """
     source = dataclasses.replace(config, num_classes=len(before)).build()
     report = load(source)
@@ -82,8 +82,9 @@ def load_other_classes(
         if not axes:
             own.copy_(theirs)
             continue
-        (axis,) = axes
-        own, theirs = own.movedim(axis, 0), theirs.movedim(axis, 0)
+        if len(axes) > 1:
+            raise UserError(f"{name} has the classes on {len(axes)} axes; start from weights of the same classes")
+        own, theirs = own.movedim(axes[0], 0), theirs.movedim(axes[0], 0)
         own[len(after) :] = theirs[len(before) :].to(own)  # such as the label embedding's row for ignored pixels
         for i, row in enumerate(rows):
             if row is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from segcore.config.options import Flag
 from segcore.errors import UserError
-from segcore.files import sync, writing
+from segcore.files import sync, umask_permissions, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,7 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, {"format": "pt"})
+            umask_permissions(temporary)
             sync(temporary)
             temporary.replace(path)
         except SafetensorError as error:

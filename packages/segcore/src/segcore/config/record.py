@@ -84,14 +84,15 @@ class ConfigDiff(NamedTuple):
     def of(cls, folder: Path, exp: Experiment) -> ConfigDiff:
         """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
         try:
-            then, now = read_json(folder / "experiment.json")["experiment"], settings_of(exp)
+            then = with_defaults(read_json(folder / "experiment.json")["experiment"], exp)
+            now = settings_of(exp)
             name = "" if then["name"] == now["name"] else str(then["name"])
             if then["model"]["class"] != now["model"]["class"]:
                 return cls(name)
             keys = [("model", key) for key in now["model"]] + [("data", key) for key in OF_THE_WEIGHTS]
             if is_reference(now["data"]["dataset"]) and not now["data"]["classes"]:  # those that the function states
                 keys.remove(("data", "classes"))
-            other = [(part, key) for part, key in keys if then[part].get(key, now[part][key]) != now[part][key]]
+            other = [(part, key) for part, key in keys if then[part][key] != now[part][key]]
             return cls(name, " ".join(_option(f"{part}.{key}", then[part][key]) for part, key in other))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
             return cls()

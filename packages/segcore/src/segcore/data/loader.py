@@ -82,12 +82,12 @@ class RareClasses:
 def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
     """Return the probability (K,) float64 to draw each class, from the pixels (K,) of each: exp((1 - share) / T).
 
-    DAFormer, arXiv 2111.14887, equations 4 and 5. A class without a pixel is not drawn.
+    DAFormer, arXiv 2111.14887, equations 4 and 5. A class without a pixel is not drawn: all are 0 without any.
     """
     share = pixels / max(pixels.sum(), 1)
     least = share[pixels > 0].min(initial=1)
     weights = np.where(pixels > 0, np.exp((least - share) / temperature), 0)  # the largest is 1
-    return weights / weights.sum()
+    return weights / max(weights.sum(), 1)
 
 
 @functools.lru_cache(maxsize=4)

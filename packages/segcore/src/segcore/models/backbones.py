@@ -230,10 +230,10 @@ class Swin(Backbone):
         return {name: rename(name, rules) for name in self.state_dict()}
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
-        if ".downsample." not in name:
+        if ".downsample." not in name or tensor.ndim == 0 or tensor.shape[-1] % 4:  # such a shape is refused later
             return tensor
         # 2x2 neighbors (row kh, column kw) of a channel are stacked as (C, kh, kw) upstream, in timm as (kw, kh, C).
-        parts = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
+        parts = tensor.unflatten(-1, (tensor.shape[-1] // 4, 2, 2))
         return parts.movedim((-1, -2, -3), (-3, -2, -1)).reshape(tensor.shape)
 
     def _fit(self, tensor: Tensor, own: Tensor | None) -> Tensor:

@@ -45,13 +45,16 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
 def rare_classes(exp: Experiment, dataset: Dataset, work_dir: Path) -> RareClasses | None:
     """Return how `data.rare_class_sampling` draws samples, None without it; reads and keeps labels as `resolve_loss`.
 
-    An unreadable label is an error, or with `data.on_error` skip its sample is never drawn.
+    An unreadable label is an error, or with `data.on_error` skip its sample is never drawn. None also if no label can
+    be read, which training reports.
     """
     if exp.data.rare_class_sampling is None:
         return None
     pixels, images = _histogram(exp, dataset, work_dir)
     probabilities = rare_class_probabilities(pixels, exp.data.rare_class_sampling)
     drawn = np.flatnonzero(probabilities)
+    if not drawn.size:
+        return None
     return RareClasses(probabilities[drawn], tuple(np.array(images[index]) for index in drawn))
 
 

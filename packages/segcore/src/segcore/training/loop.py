@@ -321,7 +321,8 @@ def _check(failures: tuple[int, HostCopy] | None, work_dir: Path) -> None:
 
 def _out_of_memory(exp: Experiment) -> str:
     (height, width), micro = exp.data.crop, batch_shares(exp)[1]
-    more = "" if exp.train.checkpoint_activations else ", or set train.checkpoint_activations to True"
+    settled = exp.train.checkpoint_activations or exp.train.compile  # the two do not work together
+    more = "" if settled else ", or set train.checkpoint_activations to True"
     return f"out of GPU memory: lower train.device_batch_size ({micro}) or data.crop ({height} {width}){more}"
 
 

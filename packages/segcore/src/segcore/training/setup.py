@@ -78,8 +78,10 @@ def setup(
         load = partial(load_init, state.model, start, exp=exp, classes=classes, offline=offline)
         notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
+    # first, because it refuses wrong weights before a file is written
+    loss = distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir))
     state.rare_classes = distributed.main_process_first(lambda: rare_classes(exp, dataset, work_dir))
-    wrap_parallel(exp, state, distributed.main_process_first(lambda: resolve_loss(exp, dataset, work_dir)))
+    wrap_parallel(exp, state, loss)
     return exp, state, dataset, val, notes
 
 

@@ -41,7 +41,7 @@ LAYOUTS = {
     "toy": Layout(toy.open_split, lambda data: (cityscapes.CLASSES, cityscapes.PALETTE)),
     **{name: Layout(partial(sets.open_split, row), partial(sets.classes, row)) for name, row in DATA_SETS.items()},
 }
-"""Layouts by name. To add a data set, add a row to `config.data_sets` and the name to `schema.LayoutName`."""
+"""Layouts by name. To add a data set, add its row and its name to `config.data_sets`."""
 OWN = Layout(own.open_split, own.classes)
 """The layout of every `file.py:function`."""
 
