@@ -59,7 +59,10 @@ def read_state(path: Path, known: Set[str] = frozenset()) -> dict[str, Tensor]:
             f"{path}: contains entries other than dense tensors by text name: {', '.join(wrong[:3])}{more}; "
             f"give a file that is a state dict or has one under {', '.join(WRAPPERS[:4])} …"
         )
-    return {name: tensor for name, tensor in state.items() if not name.startswith("ema_")}
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith("ema_")}
+    if not weights:
+        raise UserError(f"{path}: holds only ema_* copies; give a file with the weights themselves")
+    return weights
 
 
 def _entries(content: Any, seen: set[int], depth: int = 3) -> Iterator[dict[Any, Any]]:

@@ -48,7 +48,7 @@ def load_init(
 
     try:
         if ":" not in init and timm.is_model(init) and not Path(init).expanduser().exists():
-            path, state, source = Path(), timm_state(init, offline=offline), init
+            path, state, source = Path(init), timm_state(init, offline=offline), init
         else:
             path = find_weights(init, exp.name if exp else "", offline=offline)
             state, source = read_state(path, _names(model)), str(path)

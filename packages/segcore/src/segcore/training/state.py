@@ -128,13 +128,19 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
     setting, length = ("iterations", total) if epochs is None else ("epochs", epochs)
     if rest["iteration"] > total:
         raise UserError(f"{folder}: is beyond schedule.{setting} {length}; raise that number")
-    state.model.load_state_dict({**found.model, **rest.get("trained", {})})
-    if state.average is not None:
-        with averaged(state.model, found.model):
-            state.average = start_ema(state.model)
-    load_optimizer_state(state.model, state.optimizer, rest["optimizer"])
-    if rest["scaler"]:
-        state.scaler.load_state_dict(rest["scaler"])
+    try:
+        state.model.load_state_dict({**found.model, **rest.get("trained", {})})
+        if state.average is not None:
+            with averaged(state.model, found.model):
+                state.average = start_ema(state.model)
+        load_optimizer_state(state.model, state.optimizer, rest["optimizer"])
+        if rest["scaler"]:
+            state.scaler.load_state_dict(rest["scaler"])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # not as we write it
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{folder / 'state.pt'}: does not fit the run ({reason}); choose another --work-dir") from None
     for name in (*_COUNTS, "best_miou"):
         setattr(state, name, rest[name])
     state.saved = state.iteration
