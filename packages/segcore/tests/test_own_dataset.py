@@ -199,3 +199,9 @@ def test_a_stored_function_is_text_until_it_is_named_again(own: Own, tmp_path: P
     assert not (tmp_path / "imported").exists()
     assert len(open_dataset(DataConfig(str(stored.dataset), classes=stored.classes), "val")) == 1
     assert (tmp_path / "imported").exists()
+
+
+def test_messages_about_a_whole_split_name_the_function(own: Own) -> None:
+    data = own("return from_pairs([(IMAGE, MASK * 0)], CLASSES)")
+    (problem,) = check(data, "train").problems
+    assert problem.startswith(f"data.dataset {data.dataset}: only 'a' has pixels in train")

@@ -126,7 +126,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
     if used:
         print(f"{sum(used) / len(used):.2f} denoising steps on average")
     if failures:
-        more = f" (and {len(failures) - 1} more images)" if len(failures) > 1 else ""
+        more = f" (and {len(failures) - 1} more of the images)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}")
 
 
