@@ -176,8 +176,11 @@ def require_meaning(dataset: Dataset, split: str, source: object, most: int = 64
 def check_sample(dataset: Dataset, index: int) -> SampleCheck:
     """Read a sample's image and label completely; return problems with the files instead of raising them."""
     sample, problems = dataset.samples[index], list[str]()
-    image = _collect(problems, lambda: dataset.image(index))
-    label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
+    if isinstance(dataset, PairDataset):  # made once
+        image, label = _collect(problems, lambda: dataset.pair(index)) or (None, None)
+    else:
+        image = _collect(problems, lambda: dataset.image(index))
+        label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
     if image is not None and label is not None:
         _collect(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
     pixels = None if label is None else np.bincount(label.ravel(), minlength=dataset.label_values)
