@@ -14,8 +14,12 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 source, target = map(Path, sys.argv[1:])
 truths = sorted((source / "groundTruth").glob("*.mat"))
+if not truths:
+    sys.exit(f"{source}/groundTruth/*.mat: no files found; give the folder of the data set")
 for number, path in enumerate(truths):
     photo, truth = source / "image" / f"{path.stem}.jpg", loadmat(path)["groundTruth"]["Segmentation"][0, 0]
     split = "val" if number % 5 == 4 else "train"

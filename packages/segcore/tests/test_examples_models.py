@@ -45,6 +45,8 @@ def test_a_method_of_one_s_own_trains_is_tested_and_predicts(small, tmp_path, ca
     assert Image.open(tmp_path / "out" / "0.png").size == (70, 48)
     with pytest.raises(ValueError, match=r"its model UNetConfig is defined in a file of yours"):
         segcore.load_model(run)
+    with pytest.raises(ValueError, match=r"iter_2: was trained with --model.width 8 .*; state the same"):
+        segcore.load_model(UNET, run)
 
 
 def test_the_method_is_a_segmentor():

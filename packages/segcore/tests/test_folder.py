@@ -215,3 +215,19 @@ def test_a_missing_label_names_both_patterns_and_the_settings(tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         open_dataset(replace(data, val_images="none/*"), "val")
     one_line(caught, "none/*", "data.val_images", "data.val_share")
+
+
+def test_folders_that_the_globs_spell_out_do_not_count(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        write(tmp_path / folder / "images/a.png", IMAGE)
+        write(tmp_path / folder / "masks/a.png", np.zeros((6, 8)))
+    data = folder_of(tmp_path, {}, classes="sea land", train_images="*/images/*", train_masks="*/masks/*")
+    pairs = [(sample.image, sample.label) for sample in open_dataset(data, "train").samples]
+    assert pairs == [(tmp_path / x / "images/a.png", tmp_path / x / "masks/a.png") for x in ("x", "y")]
+
+
+def test_a_share_of_no_pair_names_the_images_without_a_label(tmp_path: Path) -> None:
+    data = folder_of(tmp_path, {"a.png": np.zeros((6, 8), np.uint8)}, classes="sea land", val_share=0.3)
+    with pytest.raises(UserError) as caught:
+        open_dataset(replace(data, train_masks="masks/*_mask.png"), "train")
+    one_line(caught, "a.png: has no label of its name in", "masks/*_mask.png")

@@ -345,6 +345,17 @@ def test_a_state_with_other_content_is_one_line(exp: Experiment, tmp_path: Path,
         train(exp, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    "change", [{"trained": ["a"]}, {"trained": {"conv.bias": torch.zeros(7)}}, {"optimizer": {"state": 3}}], ids=str
+)
+def test_a_state_that_does_not_fit_is_one_line(exp: Experiment, tmp_path: Path, change: dict[str, Any]) -> None:
+    train(replace(exp, schedule=replace(exp.schedule, iterations=2)), tmp_path)
+    found = checkpoint.load(checkpoint.folder_of(tmp_path, 2))
+    checkpoint.save(checkpoint.folder_of(tmp_path, 2), found.model, found.state | change, found.experiment)
+    with pytest.raises(UserError, match=r"state\.pt: does not fit the run \(.*\); choose another --work-dir"):
+        train(exp, tmp_path, resume=True)
+
+
 def test_training_learns_the_task(exp: Experiment, tmp_path: Path) -> None:
     exp = replace(
         exp,

@@ -203,3 +203,14 @@ def test_a_stored_function_is_text_until_it_is_named_again(own: Own, tmp_path: P
     assert not (tmp_path / "imported").exists()
     assert len(open_dataset(DataConfig(str(stored.dataset), classes=stored.classes), "val")) == 1
     assert (tmp_path / "imported").exists()
+
+
+def test_a_wrong_pair_is_one_problem(own: Own) -> None:
+    problems = check(own("return from_pairs([(IMAGE, MASK), (IMAGE / 2, MASK)], CLASSES)"), "train").problems
+    assert [problem.partition(": ")[0].endswith("/train/1") for problem in problems] == [True]
+
+
+def test_messages_about_a_whole_split_name_the_function(own: Own) -> None:
+    data = own("return from_pairs([(IMAGE, MASK * 0)], CLASSES)")
+    (problem,) = check(data, "train").problems
+    assert problem.startswith(f"data.dataset {data.dataset}: only 'a' has pixels in train")

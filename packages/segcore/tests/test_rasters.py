@@ -24,6 +24,7 @@ from segcore.cli import predict_raster
 from segcore.cli.predict import Predict
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig
 from segcore.data import rasters
+from segcore.data.check import check
 from segcore.data.images import read_image, read_label
 from segcore.data.layouts import find_files, open_dataset
 from segcore.data.rasters import open_raster, tile_boxes
@@ -423,3 +424,16 @@ def test_tiles_report_their_files(tmp_path: Path) -> None:
     tifffile.imwrite(path, mask[1:], photometric="minisblack")
     with pytest.raises(UserError, match=r"a\.tif: label of 149x230 pixels .* for an image of 150x230"):
         find_files(data, "train")
+
+
+def test_check_names_the_damage_of_a_tiled_image(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        data = np.random.RandomState(0).randint(0, 2, (64, 64), np.uint8)
+        tifffile.imwrite(tmp_path / kind / "train/a.tif", data, tile=(32, 32), compression="zlib")
+    image = tmp_path / "images/train/a.tif"
+    image.write_bytes(image.read_bytes()[:400])
+    data = DataConfig("folder", tmp_path, classes=("a", "b"), channels=1, mean=(0,), std=(1,), tile=32)
+    problems = check(data, "train").problems
+    assert problems
+    assert all("a.tif" in line and "previous exception" not in line for line in problems)

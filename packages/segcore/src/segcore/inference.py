@@ -21,6 +21,7 @@ from segcore.config.data_sets import class_count
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
+from segcore.config.user_code import FROM_FILE
 from segcore.data import pairs
 from segcore.data.images import read_image
 from segcore.data.labels import ignored_label
@@ -81,9 +82,9 @@ def load_model(
         if differs.remedy:
             read_state(path)  # raises if the file is damaged, and no other setting would help
             then = " ".join(filter(None, (differs.name, differs.options)))
-            raise UserError(
-                f"{path}: was trained with {then}; give this folder as CONFIG, without other values"
-            ) from None
+            of_a_file = type(exp.model).__module__.startswith(FROM_FILE)  # a run alone does not import it
+            remedy = "state the same" if of_a_file else "give this folder as CONFIG, without other values"
+            raise UserError(f"{path}: was trained with {then}; {remedy}") from None
         raise
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []

@@ -23,6 +23,7 @@ class Check(Command):
 
     def run(self, package: str | None) -> None:
         from segcore.data.check import check
+        from segcore.data.layouts import source_of
 
         exp = self.experiment
         both: tuple[Literal["train", "val"], ...] = ("train", "val")
@@ -32,4 +33,5 @@ class Check(Command):
             text = json.dumps({report.split: report.to_json() for report in reports}, indent=1)
             files.write(self.json, text + "\n")
         if count := sum(len(report.problems) for report in reports):
-            raise UserError(f"{exp.data.root}: {count} problem{'s' * (count > 1)}, each listed above; fix them first")
+            found = f"{count} problem{'s' * (count > 1)}"
+            raise UserError(f"{source_of(exp.data)}: {found}, each listed above; fix them first")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from segcore.config.data_sets import LayoutName, check_also
+from segcore.config.data_sets import FOLDER, LayoutName, check_also
 from segcore.config.fields import INPUT, Section, setting
 from segcore.config.label_rows import check_classes
 from segcore.config.user_code import check_reference
@@ -16,6 +16,10 @@ _CLASSES = ("test", "predict", "export", "check")
 """Commands that need to know what the classes are."""
 _SPLIT = ("test", "check")
 """Commands that open the validation images."""
+
+
+_OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
+"""Settings that describe a folder's files and what the masks mean."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ class DataConfig(Section):
         check_reference("data.dataset", self.dataset, get_args(LayoutName))
         check_reference("data.augment", self.augment)
         check_classes(self.classes, self.labels)
+        given = [name for name in _OF_FILES if getattr(self, name) != getattr(type(self), name)]
+        if given and self.dataset in ("cityscapes", "ade20k", "toy"):
+            raise UserError(
+                f"data.{given[0]} is not read with data.dataset {self.dataset}; add --data.dataset folder, or leave it out"
+            )
         check_also(self.also, self.dataset)
         low, high = self.ratio_range
         if low > high:

@@ -16,7 +16,7 @@ import numpy as np
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
 from segcore.data.images import read_size
-from segcore.data.layouts import find_files
+from segcore.data.layouts import find_files, source_of
 from segcore.data.pairs import PairDataset
 from segcore.errors import UserError
 from segcore.progress import progress
@@ -93,12 +93,11 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         dataset = find_files(data, split)
     except UserError as error:  # no folder or no images: nothing to read
         return Report(split, problems=[str(error)])
-    count, has_label = len(dataset.classes), sum(sample.label is not None for sample in dataset.samples)
+    source, count = source_of(data), len(dataset.classes)
+    has_label = sum(sample.label is not None for sample in dataset.samples)
     report = Report(split, len(dataset), has_label, classes=dataset.classes, problems=list(dataset.missing))
     if num_classes not in (None, count):
-        report.problems.append(
-            f"{data.root}: has {count} classes but model.num_classes is {num_classes}; make them equal"
-        )
+        report.problems.append(f"{source}: has {count} classes but model.num_classes is {num_classes}; make them equal")
     pixels, present = np.zeros((2, dataset.label_values), np.int64)
     for sample in _each(lambda index: check_sample(dataset, index), len(dataset), f"reading {split}"):
         report.problems += sample.problems
@@ -108,7 +107,7 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
             pixels += sample.pixels
             present += sample.pixels > 0
     if has_label and (fault := useless(dataset, pixels, split)) and pixels.any():
-        report.problems.append(f"{data.root}: {fault}")
+        report.problems.append(f"{source}: {fault}")
     report.ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
     report.pixels, report.present = pixels[:count].tolist(), present[:count].tolist()
     if dataset.ignore_index < count:
@@ -116,10 +115,10 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
     if dataset.unmatched_labels:
         more = f" (and {len(dataset.unmatched_labels) - 1} more)" if len(dataset.unmatched_labels) > 1 else ""
         report.notes.append(f"{dataset.unmatched_labels[0]}: a label without an image{more}")
-    if not has_label:
-        report.notes.append(f"{data.root}: no labels, so this split cannot be evaluated")
+    if not has_label and not dataset.missing:
+        report.notes.append(f"{source}: no labels, so this split cannot be evaluated")
     elif pixels.any():
-        report.notes += [f"{data.root}: {note}" for note in doubtful(dataset, pixels, report.ignored)]
+        report.notes += [f"{source}: {note}" for note in doubtful(dataset, pixels, report.ignored)]
     return report
 
 
@@ -153,8 +152,8 @@ def doubtful(dataset: Dataset, pixels: np.ndarray, ignored: int) -> Iterator[str
         yield f"{ignored / (ignored + pixels.sum()):.0%} of the label pixels are ignored"
 
 
-def require_meaning(dataset: Dataset, split: str, root: object, most: int = 64) -> list[str]:
-    """Check the label pixels of a split before training and return remarks, one per line.
+def require_meaning(dataset: Dataset, split: str, source: object, most: int = 64) -> list[str]:
+    """Check the label pixels of a split before training and return remarks, one per line, that begin with `source`.
 
     Reads `most` labels spread over the split, and all of them where those are suspicious. Raises UserError when
     training, or evaluation on `val`, would mean nothing.
@@ -167,18 +166,21 @@ def require_meaning(dataset: Dataset, split: str, root: object, most: int = 64) 
     if not pixels.any():
         return []  # none of them can be read, which is reported elsewhere
     if fault := useless(dataset, pixels, split):
-        raise UserError(f"{root}: {fault}")
+        raise UserError(f"{source}: {fault}")
     ignored, pixels[dataset.ignore_index] = int(pixels[dataset.ignore_index]), 0
     return (
-        [f"{root}: {split}: {note}" for note in doubtful(dataset, pixels, ignored)] if len(part) == len(every) else []
+        [f"{source}: {split}: {note}" for note in doubtful(dataset, pixels, ignored)] if len(part) == len(every) else []
     )
 
 
 def check_sample(dataset: Dataset, index: int) -> SampleCheck:
     """Read a sample's image and label completely; return problems with the files instead of raising them."""
     sample, problems = dataset.samples[index], list[str]()
-    image = _collect(problems, lambda: dataset.image(index))
-    label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
+    if isinstance(dataset, PairDataset):  # made once
+        image, label = _collect(problems, lambda: dataset.pair(index)) or (None, None)
+    else:
+        image = _collect(problems, lambda: dataset.image(index))
+        label = _collect(problems, lambda: dataset.label(index)) if sample.label else None
     if image is not None and label is not None:
         _collect(problems, lambda: check_sizes(sample, image.shape[:2], label.shape))
     pixels = None if label is None else np.bincount(label.ravel(), minlength=dataset.label_values)

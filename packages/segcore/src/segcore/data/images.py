@@ -149,7 +149,8 @@ def _load_npy(path: Path) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of the error's message, shortened."""
+    """Return the first line of the message of the error, or of the one that caused it, shortened."""
+    error = error.__cause__ if isinstance(error.__cause__, Exception) else error  # rasterio's only refers to it
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):  # its message names an object in memory

@@ -17,7 +17,7 @@ from segcore.config.schema import Experiment, LossConfig
 from segcore.config.user_code import is_reference
 from segcore.data.check import check_headers, require_meaning
 from segcore.data.dataset import Dataset
-from segcore.data.layouts import open_dataset
+from segcore.data.layouts import open_dataset, source_of
 from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
@@ -166,7 +166,7 @@ def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
     parts = {"train": dataset} | ({"val": val} if val else {})
     doubts = distributed.on_main_process(
-        lambda: [line for split, part in parts.items() for line in require_meaning(part, split, exp.data.root)]
+        lambda: [line for split, part in parts.items() for line in require_meaning(part, split, source_of(exp.data))]
     )
     return dataset, val, [*broken, *doubts]
 

@@ -51,6 +51,11 @@ def layout_of(data: DataConfig) -> Layout:
     return OWN if is_reference(data.dataset) else LAYOUTS[data.dataset]
 
 
+def source_of(data: DataConfig) -> str:
+    """Return the folder of a data set, or the user's function that opens it, to begin messages with."""
+    return f"data.dataset {data.dataset}" if is_reference(data.dataset) else str(data.root)
+
+
 def open_dataset(data: DataConfig, split: Split) -> Dataset:
     """Return the training or validation split of `data`, which also sets the layout, the channels and the classes.
 

@@ -2,9 +2,9 @@
 
 A mask belongs to the image of the same stem. Endings that only state the kind of a file do not count: an `_`,
 `-` or `.` followed by image(s), img, rgb, leftImg8bit, mask(s), label(s), labelIds, labelTrainIds, gtFine, gt, seg,
-annotation(s), anon or instance_color, in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Below a
-`**`, sub-folders count as well: `x/a.jpg` matches `x/a.png`. Both may lie in one folder: a file that matches the masks'
-glob is no image.
+annotation(s), anon or instance_color, in any case, one or several. So `a_rgb.jpg` and `a_mask.png` are a pair. Folders
+that a `*` or `**` stands for count as well, those that a glob spells out do not: with `*/images/*` and `*/masks/*`,
+`x/images/a.jpg` matches `x/masks/a.png`. Both may lie in one folder: a file that matches the masks' glob is no image.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     own = split == "train" or bool(data.val_share)  # of the training images
     which = "train" if own else "val"
     image_glob, mask_glob, listed = (getattr(data, f"{which}_{name}") for name in ("images", "masks", "list"))
-    masks = None
+    spelled, masks = {*PurePosixPath(image_glob).parent.parts, *PurePosixPath(mask_glob).parent.parts}, None
     if mask_glob or own:
         lossless, lossy = MASK_SUFFIXES
-        masks = find_by_stem(data.root, mask_glob, lossless) or find_by_stem(data.root, mask_glob, lossy)
-    images = find_by_stem(data.root, image_glob, without={*(masks or {}).values()})
+        found = (find_by_stem(data.root, mask_glob, spelled, suffixes) for suffixes in (lossless, lossy))
+        masks = next(filter(None, found), {})
+    images = find_by_stem(data.root, image_glob, spelled, without={*(masks or {}).values()})
     wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
     remedy = f"set data.root, data.{which}_images and data.{which}_masks"
     if not own:
@@ -64,7 +65,7 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     if listed:
         samples, missing = _of_list(listed, data.root, samples, missing)
         unmatched = ()
-    if data.val_share:
+    if data.val_share and samples:
         samples = _share(samples, data, split)
     ignored = ignored_label(len(names))
     unlisted = ignored if data.unlisted == "ignore" else FORBIDDEN
@@ -137,18 +138,22 @@ def _share(samples: tuple[Sample, ...], data: DataConfig, split: str) -> tuple[S
 
 
 def find_by_stem(
-    root: Path, pattern: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, without: Collection[Path] = ()
+    root: Path,
+    pattern: str,
+    spelled: Collection[str],
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    without: Collection[Path] = (),
 ) -> dict[str, Path]:
     """Return the files of these types that match `pattern` below `root`, keyed by stem and sorted by path as text.
 
-    Hidden files, files of other types and those in `without` are left out. Raises UserError when two share a stem or
-    the pattern is not a relative glob.
+    Folders whose names are in `spelled` are no part of the key. Hidden files, files of other types and those in
+    `without` are left out. Raises UserError when two share a stem or the pattern is not a relative glob.
     """
     found: dict[str, Path] = {}
     for path in glob_files(root, pattern):
         if path.suffix.lower() in suffixes and path not in without:
-            relative = path.relative_to(root / fixed_part(pattern))
-            key = (relative.parent / (_ENDING.sub("", relative.stem) or relative.stem)).as_posix()
+            folders = (part for part in path.relative_to(root).parent.parts if part not in spelled)
+            key = PurePosixPath(*folders, _ENDING.sub("", path.stem) or path.stem).as_posix()
             if key in found:
                 raise UserError(
                     f"{found[key]} and {path}: both have the stem {key!r}; narrow the pattern {pattern} to one of them"
