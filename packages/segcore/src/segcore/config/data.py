@@ -18,7 +18,7 @@ _SPLIT = ("test", "check")
 """Commands that open the validation images."""
 
 
-_OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
+_OF_FILES = (*FOLDER, "val_share", "labels", "unlisted")
 """Settings that describe a folder's files and what the masks mean."""
 
 
@@ -112,9 +112,8 @@ class DataConfig(Section):
         check_classes(self.classes, self.labels)
         given = [name for name in _OF_FILES if getattr(self, name) != getattr(type(self), name)]
         if given and self.dataset in ("cityscapes", "ade20k", "toy"):
-            raise UserError(
-                f"data.{given[0]} is not read with data.dataset {self.dataset}; add --data.dataset folder, or leave it out"
-            )
+            name = f"data.{given[0]}"
+            raise UserError(f"{name} is not read with data.dataset {self.dataset}; add --data.dataset folder")
         check_also(self.also, self.dataset)
         low, high = self.ratio_range
         if low > high:
