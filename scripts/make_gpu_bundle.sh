@@ -11,7 +11,7 @@ case ${1:-} in -*) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 bundle=$(realpath -m "${1:-$(dirname "$0")/../.gpu_bundle}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.12}
-MISSING_THERE=(tyro docstring-parser typeguard)
+MISSING_THERE=(tyro docstring-parser typeguard simplejpeg tifffile)
 GOLDEN=(ops/golden)
 LIMIT=20000000
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
 
 from segcore.cli.main import main
 from segcore.config.registry import load_experiment, published
 
+savemat = pytest.importorskip("scipy.io").savemat
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 COMMANDS = [

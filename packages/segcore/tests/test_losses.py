@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,8 @@ from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.losses import LOSSES, segmentation_loss
 from segcore.testing.host_reads import HostReads
+
+smp = pytest.importorskip("segmentation_models_pytorch")
 
 
 def batch(seed: int, classes: int, shape: tuple[int, int, int], ignored: float, ignore: int) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import rasterio
 import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rasterio.control import GroundControlPoint
-from rasterio.transform import from_origin
 
 from segcore.cli import predict_raster
 from segcore.cli.predict import Predict
@@ -33,6 +30,10 @@ from segcore.evaluation.blocks import predict_blocks
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny, TinyStepwise
+
+rasterio = pytest.importorskip("rasterio")
+GroundControlPoint = pytest.importorskip("rasterio.control").GroundControlPoint
+from_origin = pytest.importorskip("rasterio.transform").from_origin
 
 RANDOM = np.random.default_rng(0)
 SIZE = (100, 130)
