@@ -1,6 +1,7 @@
 """Exports of a small network: what is written answers as the model does, or nothing is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.deploy import export
 from segcore.errors import UserError
-from segcore.testing.tiny import Tiny
+from segcore.testing.tiny import Tiny, TinyStepwise
 
 
 class Half(Tiny):
@@ -49,6 +50,7 @@ class HalfConfig(ModelConfig):
         return Half()
 
 
+SMALL = export.Settings(12, 16)
 EXP = Experiment("tiny", HalfConfig(), DataConfig("toy"))
 
 
@@ -81,6 +83,13 @@ def test_round_trip(tmp_path, suffix, dynamic):
     assert about["mean"] == list(EXP.data.mean)
     assert about["classes"][0] == "road"
     assert about["size_divisor"] == (2 if dynamic else None)
+
+
+def test_a_stepwise_model_that_draws_only_its_start(tmp_path):
+    model, path = TinyStepwise(noise=0.1).eval(), tmp_path / "tiny.pt2"
+    export.export(model, replace(EXP, data=replace(EXP.data, dataset="folder", classes=("a", "b", "c"))), path, SMALL)
+    images = torch.randn(1, 3, 12, 16)
+    np.testing.assert_allclose(run(path, images)[0], model(images).detach().numpy(), atol=1e-5)
 
 
 def test_what_answers_differently_is_not_written(tmp_path):

@@ -250,7 +250,8 @@ class FixedNoise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, K, H, W) for images (N, C, H, W)."""
         model, count = self.model, len(images)
-        start, *noise = (x.repeat(count, *[1] * (x.ndim - 1)) for x in (self.start, *self.noise.unbind()))
+        draws = (self.start, *(self.noise[i] for i in range(len(self.noise))))  # torch cannot store `unbind` of none
+        start, *noise = (x.repeat(count, *[1] * (x.ndim - 1)) for x in draws)
         steps = model.denoising_steps(model.encode(model.pad(images)), start, noise)
         return model.resize_to_input(last(model.answers(steps, count)), images.shape[-2:])
 
