@@ -16,7 +16,7 @@ from PIL import Image
 from segcore.cli.main import main
 from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
-from segcore.data.check import check, check_headers, label_pixels, require_meaning
+from segcore.data.check import Report, check, check_headers, label_pixels, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.data.loader import rare_class_probabilities
@@ -194,7 +194,7 @@ def test_command_lists_all_and_fails_with_their_number(data: DataConfig, tmp_pat
         main("ddp_seg", words)
     out, err = capsys.readouterr()
     assert end.value.code == 1
-    assert err.splitlines()[-1].startswith(f"error: {data.root}: 2 problems, each listed above; ")
+    assert err.splitlines()[-1].startswith(f"error: {data.root}: 2 problems, listed above; ")
     assert out.count("the file is empty") == 2
     found = json.loads((tmp_path / "report.json").read_text())
     assert [len(found[split]["problems"]) for split in ("train", "val")] == [1, 1]
@@ -366,3 +366,12 @@ def test_doubtful_labels_are_remarked_by_name(tmp_path: Path) -> None:
     assert report.notes == [f"{tmp_path}: no pixel is labeled ice", f"{tmp_path}: 67% of the label pixels are ignored"]
     remarks = require_meaning(open_dataset(data, "val"), "val", tmp_path)
     assert remarks == [note.replace(": ", ": val: ", 1) for note in report.notes]
+
+
+def test_many_problems_are_counted_and_the_first_are_shown() -> None:
+    report = Report("train", problems=[f"{i}.png: empty" for i in range(60)])
+    lines = str(report).splitlines()
+    assert "problems: 60" in lines
+    assert lines[-1] == "  and 10 more; --json FILE has all"
+    assert len(lines) == 53
+    assert len(report.to_json()["problems"]) == 60

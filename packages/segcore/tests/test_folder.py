@@ -220,7 +220,10 @@ def test_a_missing_label_names_both_patterns_and_the_settings(tmp_path: Path) ->
     one_line(caught, "a.png", "images/train/*", "masks/train/*", "data.train_masks")
     with pytest.raises(UserError) as caught:
         open_dataset(replace(data, val_images="none/*"), "val")
-    one_line(caught, "none/*", "data.val_images", "data.val_share")
+    one_line(caught, "none/*", "masks/val/*", "data.val_images", "data.val_share")
+    with pytest.raises(UserError) as caught:
+        open_dataset(replace(data, train_images="images/train"), "train")
+    one_line(caught, "images/train: is a folder; write images/train/*")
 
 
 def test_folders_that_the_globs_spell_out_do_not_count(tmp_path: Path) -> None:

@@ -34,4 +34,4 @@ class Check(Command):
             files.write(self.json, text + "\n")
         if count := sum(len(report.problems) for report in reports):
             found = f"{count} problem{'s' * (count > 1)}"
-            raise UserError(f"{source_of(exp.data)}: {found}, each listed above; fix them first")
+            raise UserError(f"{source_of(exp.data)}: {found}, listed above; fix them first")

@@ -25,6 +25,10 @@ Split = Literal["train", "val"]
 T = TypeVar("T")
 
 
+SHOWN = 50
+"""Problems that a printed report lists: where each of 10,000 masks has the same one, the first suffice."""
+
+
 @dataclass
 class Report:
     """The content of a split and its problems.
@@ -72,7 +76,10 @@ class Report:
             lines.append(f"{'ignored':{width}}  {self.ignored:14}  {100 * self.ignored / total:8.3f}")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"problems: {len(self.problems) or 'none'}")
-        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+        lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"  and {len(self.problems) - SHOWN} more; --json FILE has all")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,13 @@ def glob_files(root: Path, pattern: str) -> list[Path]:
     """Return the files below `root` that match a pattern such as `images/train/*.png`, sorted by path as text.
 
     `**` stands for any number of folders. What `walk` leaves out is left out. Raises UserError for a pattern that is
-    not relative.
+    not relative, or is a folder.
     """
     parts = PurePosixPath(pattern).parts
     if not parts or pattern.startswith("/") or ".." in parts:
         raise UserError(f"{pattern!r} is not a file pattern below {root}; write it like images/train/*.png")
+    if (root / pattern).is_dir():
+        raise UserError(f"{root / pattern}: is a folder; write {pattern.rstrip('/')}/* for the files in it")
     fixed = fixed_part(pattern)
     depth = math.inf if "**" in parts else len(parts) - len(fixed.parts)
     if not (root / fixed).is_dir():
@@ -91,7 +93,7 @@ def pair_files(
     the searched patterns of images and labels, for messages. Raises UserError when there is no image.
     """
     if not images:
-        raise UserError(f"{wanted[0]}: no images found; put them there or {remedy}")
+        raise UserError(f"{wanted[0]}: no images found (labels: {wanted[1]}); put them there or {remedy}")
     if labels is None:
         return tuple(Sample(path, None) for path in images.values()), (), ()
     why = f"has no label of its name in {wanted[1]} (images: {wanted[0]}); add one, remove the image, or {remedy}"
