@@ -163,7 +163,7 @@ def test_a_second_run_in_the_folder_is_refused(root: Path, tmp_path: Path, proce
     ]
     assert text.count("a run is training there") == 1
     assert first.process.poll() is None
-    first.kill()
+    first.kill(first.processes())
     assert "finished" in Training(root, tmp_path, "--resume", processes=processes).end()
 
 

@@ -237,6 +237,10 @@ def no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManage
     return module.no_sync() if active and world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
 
+_BROKEN = ("gloo", "pair closure", "connection closed by peer", "connection reset by peer")
+"""What an error of communication says, in lower case, where it is a plain RuntimeError."""
+
+
 @contextlib.contextmanager
 def collective(counted: bool = True) -> Iterator[None]:
     """Turn a failure of communication in a `with` block into a LostError that names the missing ranks.
@@ -248,7 +252,8 @@ def collective(counted: bool = True) -> Iterator[None]:
             announce()
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        broken = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in _BROKEN)
+        if world_size() == 1 or not broken:
             raise
         missing = _missing()
         if not missing:
