@@ -287,5 +287,7 @@ def _missing() -> str:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return "the launcher of the processes"
         late = [0]
+    if not late and world_size() == 2:  # both are equally far, as where torch communicates on its own
+        late = [1 - rank()]
     names = f"process{'es' * (len(late) > 1)} {', '.join(map(str, late))}"
     return f"{names} of 0-{world_size() - 1}" if late else ""
