@@ -101,7 +101,9 @@ def wheels(session: nox.Session, device: str) -> None:
     if wheel.stat().st_size > 3e6:
         session.error(f"{wheel} has {wheel.stat().st_size / 1e6:.1f} MB; keep it below 3 MB")
     for torch in ("torch==2.10.*", "torch"):
-        session.install("--upgrade", torch, "torchvision", "-e", "packages/segcore", *group("test"))
+        # Not `--upgrade`, with which uv downloads and unpacks into its cache all over again, 12 GB each time.
+        session.run("uv", "pip", "uninstall", "--python", session.virtualenv.location, "torch", "torchvision")
+        session.install(torch, "torchvision", "-e", "packages/segcore", *group("test"))
         session.install("--no-deps", "--force-reinstall", str(wheel))
         ours = (f"packages/segcore/tests/test_{name}.py" for name in ("deform_ops", "ms_deform_attn"))
         session.run("pytest", *PARALLEL, "packages/cuda-ops", *ours, *session.posargs)
