@@ -59,7 +59,9 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow_tests(session: nox.Session) -> None:
     """Run the tests that take minutes: whole runs killed, starved and resumed; the CUDA kernels where there is nvcc."""
-    session.install(*EDITABLE, *COMPILED, *group("test"), "pybind11", env=build_for("cuda" if NVCC else "cpu"))
+    session.install(
+        *EDITABLE, *COMPILED, *group("test"), "pybind11", "gradio", env=build_for("cuda" if NVCC else "cpu")
+    )
     session.run("pytest", *PARALLEL, "-m", "slow and not gpu", *session.posargs)
 
 

@@ -29,6 +29,7 @@ from segcore.cli.export import Export
 from segcore.cli.predict import Predict
 from segcore.cli.test import Test
 from segcore.cli.train import Train
+from segcore.cli.web import Web
 from segcore.config import options
 from segcore.config.fields import Section, reads
 from segcore.config.label_rows import with_class_count
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "test": Test,
     "predict": Predict,
+    "web": Web,
     "configs": Configs,
     "check": Check,
     "bench": Bench,

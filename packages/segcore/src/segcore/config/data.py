@@ -12,7 +12,7 @@ from segcore.config.label_rows import check_classes
 from segcore.config.user_code import check_reference
 from segcore.errors import UserError
 
-_CLASSES = ("test", "predict", "export", "check")
+_CLASSES = ("test", "predict", "web", "export", "check")
 """Commands that need to know what the classes are."""
 _SPLIT = ("test", "check")
 """Commands that open the validation images."""

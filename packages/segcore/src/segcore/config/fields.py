@@ -13,7 +13,7 @@ from segcore.errors import UserError
 
 TRAIN = ("train", "demo", "configs")
 """Commands that read every setting."""
-INFERENCE = ("test", "predict", "export", "bench")
+INFERENCE = ("test", "predict", "web", "export", "bench")
 """Commands that run a trained model."""
 INPUT = (*INFERENCE, "check")
 """Commands that need to know what the images and the classes are."""

@@ -182,7 +182,7 @@ class EvalConfig(Section):
     """Inference on whole images and the metrics."""
 
     section: ClassVar[str] = "evaluate"
-    commands: ClassVar[tuple[str, ...]] = ("test", "predict")
+    commands: ClassVar[tuple[str, ...]] = ("test", "predict", "web")
 
     img_scale: tuple[int, int] | None = setting(None, least=1)
     """Images are resized to fit (long side, short side), keeping their ratio; None: their own size."""

@@ -1,0 +1,186 @@
+"""What the page shows and offers for download, computed without knowing the page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from segcore.inference import LoadedModel, Result, as_array
+from segcore.models.stepwise import StepwiseSegmentor
+from segcore.reporting import figures
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The model's answer to one photo."""
+
+    result: Result
+    """The configured output."""
+    steps: dict[str, np.ndarray]
+    """Classes (H, W) after every denoising step by title; empty for models without steps."""
+    uncertainty: np.ndarray | None
+    """Probability (H, W) of any other class in 0..1, if it was asked for."""
+    report: str
+    """Size, time and device in one line."""
+    count: int | None = None
+    """The number of steps that was asked for; None: as configured."""
+    started: bool = False
+    """Whether the denoising started from a given map."""
+
+
+def answer(
+    seg: LoadedModel,
+    photo: np.ndarray,
+    *,
+    max_side: int = 1024,
+    seed: int = 0,
+    steps: int | None = None,
+    uncertainty: bool = False,
+    start: np.ndarray | None = None,
+) -> Answer:
+    """Return the model's answer to a photo (H, W, 3) uint8, which is shrunk if a side is longer than `max_side` pixels.
+
+    `seed` is that of the noise. For stepwise models: `steps` is the number of steps (None: as configured), and `start`
+    a map of classes (H, W) in which the denoising starts instead of noise.
+
+    Raises UserError for a photo that is too small for the model.
+    """
+    began = time.perf_counter()
+    image = as_array(photo, seg.experiment.data)
+    height, width = image.shape[:2]
+    if max(height, width) > max_side:
+        size = [max(round(side * max_side / max(height, width)), 1) for side in (width, height)]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], -1)
+    seg = replace(seg, experiment=replace(seg.experiment, seed=seed))
+    with number_of_steps(seg, steps):
+        if isinstance(seg.model, StepwiseSegmentor):
+            maps = seg.steps(image) if start is None else seg.refine(image, start)
+            result = seg.result(image, list(maps.values())[-1])
+        else:
+            maps, result = {}, seg(image)
+        unsure = seg.uncertainty(result) if uncertainty and maps else None
+    shrunk = "" if image.shape[:2] == (height, width) else f", shrunk from {width} x {height}"
+    seconds = time.perf_counter() - began
+    taken = f", {len(maps) - (start is not None)} denoising steps" if maps else ""
+    report = f"{image.shape[1]} x {image.shape[0]} pixels{shrunk}{taken}: {seconds:.2f} s on {seg.predictor.device}"
+    return Answer(result, maps, unsure, report, steps, start is not None)
+
+
+@contextmanager
+def number_of_steps(seg: LoadedModel, steps: int | None) -> Iterator[None]:
+    """Let a stepwise model take another number of steps meanwhile (None: as configured)."""
+    configured = getattr(seg.model, "num_inference_steps", None)
+    if steps is None or not is_stepwise(seg):
+        yield
+        return
+    seg.model.num_inference_steps = steps  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        seg.model.num_inference_steps = configured  # type: ignore[assignment]
+
+
+def is_stepwise(seg: LoadedModel) -> bool:
+    """Return whether the model denoises in steps."""
+    return isinstance(seg.model, StepwiseSegmentor)
+
+
+def configured_steps(seg: LoadedModel) -> int:
+    """Return the model's `num_inference_steps`, 1 for models without steps."""
+    model = seg.model
+    if not isinstance(model, StepwiseSegmentor):
+        return 1
+    count = getattr(model, "num_inference_steps", None)
+    return len(model.step_keys) if count is None else int(count)
+
+
+def starts_from_masks(seg: LoadedModel) -> bool:
+    """Return whether the denoising can start from a given map of classes."""
+    model = seg.model
+    return isinstance(model, StepwiseSegmentor) and type(model).start_from is not StepwiseSegmentor.start_from
+
+
+def gray(values: np.ndarray) -> np.ndarray:
+    """Return values (H, W) in 0..1 as a gray image (H, W, 3) uint8."""
+    return figures.to_gray(values)[..., None].repeat(3, 2)
+
+
+def named_classes(seg: LoadedModel) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return names and colors (K, 3) uint8 of the classes that masks hold: DDPS's background class is none of them."""
+    first = int(seg.experiment.data.add_background_class)
+    return seg.class_names[first:], seg.palette[first:]
+
+
+def paint(found: Answer, *, step: int | None = None, opacity: float = 0.5, only: Sequence[str] = ()) -> np.ndarray:
+    """Return the photo painted with the classes, (H, W, 3) uint8.
+
+    `step` counts the maps of `found.steps` from 0 (None: the answer). With `only`, other classes than these stay
+    unpainted.
+    """
+    result = found.result
+    names, colors = named_classes(result.loaded)
+    classes = result.mask if step is None else result.loaded.mask(list(found.steps.values())[step])
+    photo = figures.to_uint8_rgb(result.image)
+    painted = figures.overlay(photo, classes, colors, opacity)
+    if not only:
+        return painted
+    chosen = np.isin(classes, [number for number, name in enumerate(names) if name in only])
+    return np.where(chosen[..., None], painted, photo)
+
+
+def legend(found: Answer, step: int | None = None) -> str:
+    """Return the classes that occur as an HTML list, the most frequent first, with colors and shares of the pixels.
+
+    The name of the step, if there is one, comes first.
+    """
+    result = found.result
+    names, colors = named_classes(result.loaded)
+    classes = result.mask if step is None else result.loaded.mask(list(found.steps.values())[step])
+    counts = np.bincount(classes.ravel(), minlength=len(names))[: len(names)]
+    rows = [
+        f'<li><span class="swatch" style="background:rgb({",".join(map(str, colors[k]))})"></span>'
+        f"{escape(names[k])} <small>{counts[k] / classes.size:.1%}</small></li>"
+        for k in np.argsort(-counts, kind="stable")
+        if counts[k]
+    ]
+    title = f"<p>{escape(list(found.steps)[step])}</p>" if step is not None else ""
+    return f'{title}<ul class="legend">{"".join(rows)}</ul>'
+
+
+def drawn_start(layer: np.ndarray, found: Answer) -> np.ndarray:
+    """Return the start map (H, W) of what was drawn over the photo: the answer's classes where nothing was.
+
+    `layer` is (h, w, 4) uint8 RGBA of any size; a stroke is the class with the nearest color.
+    """
+    result = found.result
+    _, colors = named_classes(result.loaded)
+    first = int(result.loaded.experiment.data.add_background_class)
+    height, width = result.classes.shape
+    layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_NEAREST)
+    drawn = layer[..., 3] > 127
+    distance = ((layer[drawn][:, None, :3].astype(int) - colors[None].astype(int)) ** 2).sum(2)
+    start = result.classes.astype(np.int64)
+    start[drawn] = distance.argmin(1) + first
+    return start
+
+
+def files(found: Answer, folder: Path) -> list[Path]:
+    """Write mask, overlay and probabilities of the answer into `folder`; return the files.
+
+    The probabilities are a float16 array (K, H, W) `probabilities` in an .npz file. There are none for an answer that
+    started from a given map.
+    """
+    result, written = found.result, [folder / "mask.png", folder / "overlay.png"]
+    result.write(*written)
+    if not found.started:
+        written.append(folder / "probabilities.npz")
+        with number_of_steps(result.loaded, found.count):
+            np.savez_compressed(written[-1], probabilities=result.probabilities.astype(np.float16))
+    return written
