@@ -121,7 +121,14 @@ class _Actions:
         return [answers.paint(found, step=at, opacity=opacity, only=only), answers.legend(found, at)]
 
     def go_on(
-        self, editor: Any, found: Answer | None, count: int, seed: int, unsure: bool, opacity: float, only: Sequence[str]
+        self,
+        editor: Any,
+        found: Answer | None,
+        count: int,
+        seed: int,
+        unsure: bool,
+        opacity: float,
+        only: Sequence[str],
     ) -> list[Any]:
         """Return what `segment` does, for a run that starts from what was drawn."""
         if found is None or not editor or not editor["layers"]:
