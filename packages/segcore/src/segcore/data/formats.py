@@ -61,8 +61,8 @@ def checked(data: bytes) -> bytes:
         raise ValueError("the file is empty")
     if data.startswith(_PNG):
         return _checked_png(data)
-    if data.startswith(_JPEG) and data.find(b"\xff\xd9", _first_scan(data)) < 0:
-        raise ValueError("the file is truncated")
+    if data.startswith(_JPEG):
+        _check_jpeg(data)
     return data
 
 
@@ -90,6 +90,16 @@ def _checked_png(data: bytes) -> bytes:
             raise ValueError("the file is damaged: not a PNG chunk")
         start = end
     return b"".join(kept)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raise ValueError unless a JPEG has its end. What follows that, such as a phone's film or depth, is not read."""
+    start = _first_scan(data)
+    end = data.find(b"\xff\xd9", start)  # in a scan, 0 or the number of a restart follows each 255
+    if end < 0:
+        raise ValueError("the file is truncated")
+    if data.find(b"\xff\xd8", start, end) >= 0:
+        raise ValueError("the file is damaged: another JPEG begins before its end")
 
 
 def _first_scan(data: bytes) -> int:
