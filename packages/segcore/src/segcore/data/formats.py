@@ -5,9 +5,11 @@ Every function raises ValueError with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import zlib
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -135,6 +137,17 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
     return None if turned else image
 
 
+@contextlib.contextmanager
+def codec_of(page: tifffile.TiffPage, extra: str) -> Iterator[None]:
+    """Raise a ValueError that names `extra` where the compression of a TIFF needs imagecodecs and it is missing."""
+    try:
+        yield
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        raise ValueError(f"{tifffile.COMPRESSION(page.compression).name} needs `pip install {extra}`") from None
+
+
 def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
     """Return the bands of a TIFF as they are stored, or None for a gray, palette or RGB image, which OpenCV reads."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -153,14 +166,8 @@ def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
             places = () if part is None else zip(part.dataoffsets, part.databytecounts, strict=True)
             if max((start + count for start, count in places), default=0) > len(data):
                 raise ValueError("the file is truncated")
-        try:
+        with codec_of(page, "segcore[tiff]"):
             array, axes = series.asarray(), series.axes
-        except ValueError as error:
-            if "imagecodecs" in str(error):
-                raise ValueError(
-                    f"{tifffile.COMPRESSION(page.compression).name} needs `pip install segcore[tiff]`"
-                ) from None
-            raise
     while array.ndim > 3 or (array.ndim == 3 and bands > 1 and axes[0] not in "YXS"):  # several images: the first
         array, axes = array[0], axes[1:]
     if array.ndim == 3:
