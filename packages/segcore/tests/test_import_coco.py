@@ -236,6 +236,7 @@ FAULTS = {
     "no height": (change("height", None, "images"), r"image 1: height is missing"),
     "zero height": (change("height", 0, "images"), r"image 1: height is 0"),
     "large": (lambda d: d["images"][0].update(height=1 << 20, width=1 << 20), r"image 1: has 1048576x1048576 pixels"),
+    "escape": (change("name", "a\x1b[31m", "categories"), r"category 9: name is 'a\\x1b\[31m'; name the class"),
     "name of a class": (change("name", " ", "categories"), r"category 9: name is ' '; name the class"),
     "no classes": (lambda d: d.update(categories=[], annotations=[]), r"has 0 categories and 1 images"),
     "no list": (lambda d: d.update(images={}), r"'images' is not a list of objects"),

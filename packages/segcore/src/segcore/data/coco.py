@@ -24,6 +24,7 @@ MAX_FILE = 1 << 30
 """Bytes of an annotation file: COCO's own have up to 450 MB."""
 MAX_OUTLINE = 1 << 24
 """Points of a polygon's outline, five per pixel, for which pycocotools takes memory."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _AGAIN = "export the annotations again, as COCO instances"
 
 
@@ -60,10 +61,11 @@ def read_coco(path: Path) -> Coco:
         raise UserError(f"{error}; {_AGAIN}") from None
     names = {}
     for where, entry in _entries(path, data, "categories", "category"):
-        name = entry.get("name")
-        if not isinstance(name, str) or not name.split():
-            raise UserError(f"{where}: name is {_short(name)}; name the class")
-        names[entry["id"]] = " ".join(name.split())
+        given = entry.get("name")
+        name = " ".join(given.split()) if isinstance(given, str) else ""
+        if not name or _CONTROL.search(name):
+            raise UserError(f"{where}: name is {_short(given)}; name the class")
+        names[entry["id"]] = name
     images: dict[int, CocoImage] = {}
     for where, entry in _entries(path, data, "images", "image"):
         height, width = (_whole(where, entry, key, 1) for key in ("height", "width"))
@@ -202,7 +204,7 @@ def _whole(where: str, entry: Mapping[str, Any], key: str, least: float = -math.
 
 def _file_name(where: str, name: Any) -> str:
     """Return the path of an image as the file has it, if it lies below the folder of the images."""
-    if not isinstance(name, str) or not name or any(ord(character) < 32 for character in name):
+    if not isinstance(name, str) or not name or _CONTROL.search(name):
         raise UserError(f"{where}: file_name is {_short(name)}; {_AGAIN}")
     parts = re.split(r"[/\\]", name)
     if ".." in parts or name.startswith(("/", "\\")) or PureWindowsPath(name).drive:
