@@ -103,6 +103,20 @@ def test_commands_and_configurations(capsys, monkeypatch):
     assert "--batches" in answer(capsys, "bench", CONFIG, "--batches")
 
 
+def test_import_has_formats(capsys):
+    line = answer(capsys, "import", "coc", "file.json")
+    assert line.startswith("segcore: there is no command 'import coc' (did you mean import coco?)")
+    assert "there is no command 'import'" in answer(capsys, "import")
+    for words in (["import", "--help"], ["import", "coco", "--help"], ["import coco", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(None, words)
+        out = capsys.readouterr().out
+        assert not end.value.code
+        assert "import coco" in out
+        assert ("import potsdam" in out) == (len(words) == 2 and words[0] == "import")
+        assert "  train" not in out
+
+
 def test_version_and_completion(capsys):
     for words, expected in (
         (["--version"], f"segcore {segcore.__version__}"),

@@ -1,5 +1,6 @@
 """The page "Your own data in ten minutes": every command on it runs, on generated files of the layouts it describes."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ COMMANDS = [
     shlex.split(line)
     for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
     for line in block.splitlines()
-    if line.startswith(("ddrnet-seg", "python"))
+    if line.startswith(("ddrnet-seg", "segcore", "python"))
 ]
 SMALL = {
     "train": [
@@ -32,6 +33,7 @@ SMALL = {
     "test": ["--device=cpu", "--data.workers=0"],
     "predict": ["--device=cpu"],
     "check": [],
+    "import": [],
 }
 RANDOM = np.random.default_rng(0)
 
@@ -57,6 +59,11 @@ def make_files(folder: Path) -> None:
         membrane = folder / "data/membrane/train"
         write(membrane / f"image/{name}.png", membrane / f"label/{name}.png", (0, 255))
     write(folder / "photos/p.jpg")
+    image = {"id": 1, "file_name": "p.jpg", "height": 64, "width": 96}
+    drawn = {"id": 1, "image_id": 1, "category_id": 5, "segmentation": [[9, 9, 60, 9, 60, 40]]}
+    for name in ("annotations.json", "annotations_val.json"):
+        content = {"images": [image], "annotations": [drawn], "categories": [{"id": 5, "name": "crack"}]}
+        (folder / name).write_text(json.dumps(content))
     for i in range(6):
         write(folder / f"CrackForest-dataset/image/{i:03d}.jpg")
         truth = np.repeat(np.array([1, 2, 3], np.uint8), 32)[None].repeat(64, 0)
@@ -86,7 +93,7 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert "classifier: none kept, 2 of 2 classes new" in out
     assert "loss.class_weight" not in out, "auto is given"
-    assert out.count("problems: none") == 6
+    assert out.count("problems: none") == 8
     assert (tmp_path / "runs/mine/results.json").is_file()
     assert (tmp_path / "results/p.png").is_file()
     assert np.unique(np.array(Image.open(next(Path("data/mine/masks/val").glob("004.png"))))).tolist() == [0, 1]

@@ -18,7 +18,16 @@ from torch import zeros
 
 from segcore.checkpoints import hub
 from segcore.errors import UnreadError, UserError
-from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, utf8_path, write
+from segcore.files import (
+    MAX_DEPTH,
+    parse_json,
+    read_json,
+    regular_file,
+    umask_permissions,
+    utf8_path,
+    write,
+    writing_folder,
+)
 
 
 def special(path: Path, kind: str) -> Path:
@@ -162,3 +171,25 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
         assert other.read_bytes() == path.read_bytes()
     with utf8_path(tmp_path) as same:
         assert same == tmp_path
+
+
+def fill_and_raise(folder, error):
+    with writing_folder(folder) as temporary:
+        (temporary / "x").touch()
+        raise error
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    with writing_folder(tmp_path / "a/b") as folder:
+        (folder / "x").touch()
+        assert not (tmp_path / "a/b").exists()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "x"]
+    for error, kind, line in (
+        (OSError(28, "No space left on device"), UserError, r"/c: cannot be written \(No space left on device\)"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ):
+        with pytest.raises(kind, match=line):
+            fill_and_raise(tmp_path / "c", error)
+    with pytest.raises(UserError, match="b: is there already and not empty"), writing_folder(tmp_path / "a/b"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -141,7 +141,7 @@ def test_more_classes_than_a_byte_holds(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_folder_are_refused_where_they_are_not_read() -> None:
-    for setting in ("labels=0=a 1=b", "val_share=0.1", "train_images=photos/*", "unlisted=ignore"):
+    for setting in ("labels=0=a 1=b", "classes=a b", "val_share=0.1", "train_images=photos/*", "unlisted=ignore"):
         with pytest.raises(UserError, match=r"data\.\w+ is not read with data.dataset toy; add --data.dataset folder"):
             EXPERIMENT.with_overrides([f"data.{setting}", "data.dataset=toy"])
 

@@ -144,6 +144,23 @@ def test_damage_inside_a_jpeg_is_reported(tmp_path: Path, capfd) -> None:
         read_image(tmp_path / "b.jpg")
 
 
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"restart_marker_blocks": 4}], ids=str)
+def test_two_jpegs_in_one_file(tmp_path: Path, how) -> None:
+    """The first counts, as viewers show it; where it is cut, the second would fill it with gray."""
+    first, second = jpeg(SMOOTH, **how), jpeg(255 - SMOOTH, quality=50)
+    (tmp_path / "a.jpg").write_bytes(first)
+    wanted = read_image(tmp_path / "a.jpg")
+    for whole in (first + second, first + bytes(10) + first, first + b"....ftypmp42 a film"):
+        (tmp_path / "a.jpg").write_bytes(whole)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), wanted)
+    for kept in (0.5, 0.9):
+        for after in (second, first, second + first[len(first) // 2 :]):
+            (tmp_path / "a.jpg").write_bytes(first[: int(kept * len(first))] + after)
+            for read in (read_image, read_label):
+                with pytest.raises(UserError, match=r"a.jpg: .*damaged: another JPEG begins before its end"):
+                    read(tmp_path / "a.jpg")
+
+
 def test_one_size_limit_for_images_and_labels_of_all_formats(tmp_path: Path) -> None:
     gray = np.zeros((20, 30), np.uint8)
     for suffix in (".png", ".jpg", ".bmp", ".tif", ".webp", ".gif"):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,27 @@ def writing(path: Path, remedy: str = "free space or choose another folder") -> 
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which becomes `path` after the block, or disappears if that raises.
+
+    Raises UserError when something other than an empty folder is at `path`, or it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: is there already and not empty; name a new folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.rmdir()  # Windows renames to no folder that is there
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -79,8 +101,8 @@ def regular_file(path: Path | str) -> None:
         raise UserError(f"{path}: is not a regular file ({_KINDS.get(kind, 'of an unknown kind')})")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a stored JSON file holds.
+def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
+    """Return the object that a stored JSON file of at most `most` bytes holds.
 
     Raises FileNotFoundError or NotADirectoryError when there is none, UnreadError when it cannot be read, and UserError
     when it is no regular file or is damaged (see `parse_json`): one line, to which the caller adds the remedy.
@@ -88,22 +110,22 @@ def read_json(path: Path) -> dict[str, Any]:
     with reading(path):
         regular_file(path)
         with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
+            data = file.read(most + 1)
     try:
-        return parse_json(data)
+        return parse_json(data, most)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error})") from None
 
 
-def parse_json(data: str | bytes) -> dict[str, Any]:
+def parse_json(data: str | bytes, most: int = MAX_JSON) -> dict[str, Any]:
     """Return the object in a JSON text, which is untrusted.
 
-    Raises ValueError with the reason for what is no JSON, not UTF-8, larger than MAX_JSON or nested deeper than
+    Raises ValueError with the reason for what is no JSON, not UTF-8, larger than `most` bytes or nested deeper than
     MAX_DEPTH, has a number that is not finite or beyond 20 digits, or a text that cannot be printed, or is not an
     object.
     """
-    if len(data) > MAX_JSON:
-        raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
+    if len(data) > most:
+        raise ValueError(f"larger than {most >> 20} MiB")
     try:
         text = data if isinstance(data, str) else data.decode()
         value = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_integer)

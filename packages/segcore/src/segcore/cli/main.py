@@ -7,6 +7,7 @@ and what takes time to import is imported where a Ctrl-C is answered already.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import logging
 import os
@@ -26,6 +27,8 @@ from segcore.cli.convert import Convert
 from segcore.cli.demo import Demo
 from segcore.cli.env import Env
 from segcore.cli.export import Export
+from segcore.cli.import_coco import ImportCoco
+from segcore.cli.import_isprs import ImportPotsdam, ImportVaihingen
 from segcore.cli.predict import Predict
 from segcore.cli.test import Test
 from segcore.cli.train import Train
@@ -47,6 +50,9 @@ COMMANDS: dict[str, type[Any]] = {
     "bench": Bench,
     "export": Export,
     "convert": Convert,
+    "import coco": ImportCoco,
+    "import potsdam": ImportPotsdam,
+    "import vaihingen": ImportVaihingen,
     "demo": Demo,
     "env": Env,
 }
@@ -136,8 +142,12 @@ def parse(words: list[str], package: str | None = None) -> Any:
     """Return the command that `words` describe. Raises UserError, or SystemExit after `--help` and the like."""
     prog = program(package)
     name, *rest = words or ["--help"]
-    if name in ("-h", "--help", "--version"):
-        commands = "\n".join(f"  {key:10}{kind.__doc__}" for key, kind in COMMANDS.items())
+    group = {key: kind for key, kind in COMMANDS.items() if key.startswith(f"{name} ")}
+    if group:
+        name, rest = " ".join([name, *rest[:1]]), rest[1:]
+    if name.split()[-1] in ("-h", "--help") or name == "--version":
+        listed = (group or COMMANDS).items()
+        commands = "\n".join(f"  {key:18}{str(kind.__doc__).splitlines()[0]}" for key, kind in listed)
         print(_version(package) if name == "--version" else HELP.format(prog=prog, commands=commands))
         raise SystemExit(0)
     if name.startswith("--tyro-"):
@@ -176,7 +186,7 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
     if {"-h", "--help"} & set(words):
         import tyro
 
-        what = f"{command.__doc__} {order[0].upper()}{order[1:]}." if places else command.__doc__
+        what = inspect.cleandoc(str(command.__doc__)) + (f" {order[0].upper()}{order[1:]}." if places else "")
         tyro.cli(options.form(command, offered), prog=prog, description=what, args=["--help"])
     known = {key: kind for key, kind in kinds.items() if key not in places}
     free, given = options.split(words, known, {key.removeprefix("experiment.") for key in options.settings(command)})
@@ -197,7 +207,9 @@ def offers(command: Any) -> options.Offered:
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     experiment = getattr(command, "experiment", None)
     stepwise = experiment is not None and experiment.model.stepwise
-    hidden = {"folder", *NOT_READ.get(name, ())} | ({"checkpoint"} if getattr(command, "folder", None) else set())
+    hidden = {*NOT_READ.get(name, ())}
+    if isinstance(command, Command):
+        hidden |= {"folder", "checkpoint"} if command.folder else {"folder"}
 
     def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
         read = not issubclass(owner, Section) or reads(name, owner, item)

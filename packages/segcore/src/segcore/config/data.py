@@ -18,7 +18,7 @@ _SPLIT = ("test", "check")
 """Commands that open the validation images."""
 
 
-_OF_FILES = (*FOLDER, "val_share", "labels", "unlisted")
+_OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
 """Settings that describe a folder's files and what the masks mean."""
 
 

@@ -40,7 +40,7 @@ CLASS_FILES = Path(__file__).parents[1] / "data/layouts"
 MMSEG = "open-mmlab/mmsegmentation 1.2.2"
 VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"
 VOC_TERMS = "the terms of Flickr, whose users' photos the images are"
-CONVERTER = "cut by MMSegmentation's tools/dataset_converters/"
+ISPRS = "https://www.isprs.org/education/benchmarks/UrbanSemLab/: "
 
 
 class DataSet(NamedTuple):
@@ -237,7 +237,7 @@ DATA_SETS = {
         "isprs",
         _CUT,
         (3456, 2016),
-        f"https://www.isprs.org/education/benchmarks/UrbanSemLab/, {CONVERTER}potsdam.py",
+        f"{ISPRS}2_Ortho_RGB.zip and 5_Labels_all_noBoundary.zip, unpacked, then `segcore import potsdam FOLDER OUT`",
         "on request from ISPRS",
         f"{MMSEG}: PotsdamDataset, potsdam.py, 2_dataset_prepare.md",
         tuple(range(1, 7)),
@@ -248,7 +248,8 @@ DATA_SETS = {
         "isprs",
         _CUT,
         (344, 398),
-        f"https://www.isprs.org/education/benchmarks/UrbanSemLab/, {CONVERTER}vaihingen.py",
+        f"{ISPRS}its archive and that of ground_truth_eroded_COMPLETE, unpacked, then `segcore import vaihingen FOLDER "
+        "OUT`",
         "on request from ISPRS",
         f"{MMSEG}: ISPRSDataset, vaihingen.py, 2_dataset_prepare.md",
         tuple(range(1, 7)),
@@ -259,7 +260,8 @@ DATA_SETS = {
         "isaid",
         _splits("img_dir/{}/*.png", "ann_dir/{}/*_instance_color_RGB.png"),
         (33978, 11644),
-        f"https://captain-whu.github.io/iSAID/dataset.html (images: DOTA v1.0), {CONVERTER}isaid.py",
+        "https://captain-whu.github.io/iSAID/dataset.html (images: DOTA v1.0), cut by "
+        "MMSegmentation's tools/dataset_converters/isaid.py",
         "see https://captain-whu.github.io/iSAID",
         f"{MMSEG}: iSAIDDataset, isaid.py, 2_dataset_prepare.md",
     ),

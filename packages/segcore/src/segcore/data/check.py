@@ -9,19 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
 from segcore.data.images import read_size
-from segcore.data.layouts import find_files, source_of
+from segcore.data.layouts import Split, find_files, source_of
 from segcore.data.pairs import PairDataset
 from segcore.errors import UserError
 from segcore.progress import progress
 
-Split = Literal["train", "val"]
 T = TypeVar("T")
 
 

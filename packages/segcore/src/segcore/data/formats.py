@@ -5,9 +5,11 @@ Every function raises ValueError with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import zlib
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -61,8 +63,8 @@ def checked(data: bytes) -> bytes:
         raise ValueError("the file is empty")
     if data.startswith(_PNG):
         return _checked_png(data)
-    if data.startswith(_JPEG) and data.find(b"\xff\xd9", _first_scan(data)) < 0:
-        raise ValueError("the file is truncated")
+    if data.startswith(_JPEG):
+        _check_jpeg(data)
     return data
 
 
@@ -90,6 +92,16 @@ def _checked_png(data: bytes) -> bytes:
             raise ValueError("the file is damaged: not a PNG chunk")
         start = end
     return b"".join(kept)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raise ValueError unless a JPEG has its end. What follows that, such as a phone's film or depth, is not read."""
+    start = _first_scan(data)
+    end = data.find(b"\xff\xd9", start)  # in a scan, 0 or the number of a restart follows each 255
+    if end < 0:
+        raise ValueError("the file is truncated")
+    if data.find(b"\xff\xd8", start, end) >= 0:
+        raise ValueError("the file is damaged: another JPEG begins before its end")
 
 
 def _first_scan(data: bytes) -> int:
@@ -125,6 +137,17 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
     return None if turned else image
 
 
+@contextlib.contextmanager
+def codec_of(page: tifffile.TiffPage, extra: str) -> Iterator[None]:
+    """Raise a ValueError that names `extra` where the compression of a TIFF needs imagecodecs and it is missing."""
+    try:
+        yield
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        raise ValueError(f"{tifffile.COMPRESSION(page.compression).name} needs `pip install {extra}`") from None
+
+
 def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
     """Return the bands of a TIFF as they are stored, or None for a gray, palette or RGB image, which OpenCV reads."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -143,14 +166,8 @@ def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
             places = () if part is None else zip(part.dataoffsets, part.databytecounts, strict=True)
             if max((start + count for start, count in places), default=0) > len(data):
                 raise ValueError("the file is truncated")
-        try:
+        with codec_of(page, "segcore[tiff]"):
             array, axes = series.asarray(), series.axes
-        except ValueError as error:
-            if "imagecodecs" in str(error):
-                raise ValueError(
-                    f"{tifffile.COMPRESSION(page.compression).name} needs `pip install segcore[tiff]`"
-                ) from None
-            raise
     while array.ndim > 3 or (array.ndim == 3 and bands > 1 and axes[0] not in "YXS"):  # several images: the first
         array, axes = array[0], axes[1:]
     if array.ndim == 3:

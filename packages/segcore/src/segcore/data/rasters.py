@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from segcore.data.formats import TIFF
+from segcore.data.formats import TIFF, codec_of
 from segcore.data.images import MAX_PIXELS, as_configured, label_values, read_image, read_label_colors, reading
 from segcore.files import sync, writing
 
@@ -265,13 +265,8 @@ def _segments(page: Any) -> Callable[[int], np.ndarray]:
         data = file.read(count)
         if len(data) < count:
             raise ValueError("the file is truncated")
-        try:
+        with codec_of(page, "segcore[geo]` or `segcore[tiff]"):
             array, _, shape = page.decode(data or None, number, jpegtables=page.jpegtables)
-        except ValueError as error:
-            if "imagecodecs" in str(error):
-                name = tifffile.COMPRESSION(page.compression).name
-                raise ValueError(f"{name} needs `pip install segcore[geo]` or segcore[tiff]") from None
-            raise
         found: np.ndarray = np.full(shape, page.nodata, page.dtype) if array is None else array
         return found[0]
 

@@ -20,7 +20,7 @@ from segcore.config.schema import DataConfig
 from segcore.data.augment import Augmentation
 from segcore.data.labels import IGNORE
 
-Box = tuple[int, int, int, int]
+CropBox = tuple[int, int, int, int]
 """Rows y1 to y2 and columns x1 to x2 of an image, as (y1, y2, x1, x2)."""
 _MAX_CV_CHANNELS = 128  # every OpenCV version accepts this many in one call
 
@@ -35,7 +35,7 @@ def rescale_size(height: int, width: int, scale: tuple[int, int] | float) -> tup
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+def resize_image(image: np.ndarray, size: tuple[int, int], box: CropBox | None = None) -> np.ndarray:
     """Return the image at `size` (height, width): OpenCV's bilinear resize, no antialiasing; uint8 is exact.
 
     With a `box`, only that part of the resized image: the same bytes for uint8, within one of 65536 levels for uint16.
@@ -57,7 +57,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = Non
     return (parts[0] if len(parts) == 1 else np.dstack(parts)).reshape(y2 - y1, x2 - x1, channels)
 
 
-def resize_label(label: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+def resize_label(label: np.ndarray, size: tuple[int, int], box: CropBox | None = None) -> np.ndarray:
     """Return the label at `size` (height, width), or its `box`: nearest neighbor, source index floor(i * old / new).
 
     The index is computed as OpenCV does.
@@ -88,7 +88,7 @@ def random_crop_box(
     cat_max_ratio: float,
     rng: RandomState,
     size: tuple[int, int] | None = None,
-) -> Box:
+) -> CropBox:
     """Return (y1, y2, x1, x2) of a random window of at most `crop` (height, width), inside the label.
 
     The label is treated as resized to `size` (None: not resized). With `cat_max_ratio` below 1, a window that is not

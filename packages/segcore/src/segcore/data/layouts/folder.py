@@ -137,6 +137,11 @@ def _share(samples: tuple[Sample, ...], data: DataConfig, split: str) -> tuple[S
     return tuple(sample for i, sample in enumerate(samples) if (i in held) == (split == "val"))
 
 
+def short_stem(path: Path) -> str:
+    """Return the stem of a file name without the endings that only state its kind."""
+    return _ENDING.sub("", path.stem) or path.stem
+
+
 def find_by_stem(
     root: Path,
     pattern: str,
@@ -153,7 +158,7 @@ def find_by_stem(
     for path in glob_files(root, pattern):
         if path.suffix.lower() in suffixes and path not in without:
             folders = (part for part in path.relative_to(root).parent.parts if part not in spelled)
-            key = PurePosixPath(*folders, _ENDING.sub("", path.stem) or path.stem).as_posix()
+            key = PurePosixPath(*folders, short_stem(path)).as_posix()
             if key in found:
                 raise UserError(
                     f"{found[key]} and {path}: both have the stem {key!r}; narrow the pattern {pattern} to one of them"
