@@ -85,7 +85,6 @@ def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the file size makes writing fail like a full disk."""
-    monkeypatch.setattr("segcore.training.logger._board", lambda *_: None)  # it would write from a separate thread
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Logger(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:
