@@ -45,13 +45,13 @@ def batch_picture(images: Tensor, labels: Tensor, dataset: Dataset, data: DataCo
 
 
 def write_crop_pages(folder: Path, dataset: Dataset, data: DataConfig, seed: int) -> list[Path]:
-    """Write pages of augmented crops to `train_01.png` …, a class in a row, the rarest first; return their paths.
+    """Write pages of augmented crops to `train_01.jpg` …, a class in a row, the rarest first; return their paths.
 
     The crops follow from the seed. Samples that cannot be read and classes without a pixel are left out.
     """
     rows, paths = list(_class_rows(dataset, data, seed)), list[Path]()
     for first in range(0, len(rows), ROWS):
-        paths.append(folder / f"train_{first // ROWS + 1:02}.png")
+        paths.append(folder / f"train_{first // ROWS + 1:02}.jpg")
         write_image(paths[-1], vstack([*rows[first : first + ROWS], _legend(dataset)]))
     return paths
 
@@ -64,9 +64,10 @@ def _class_rows(dataset: Dataset, data: DataConfig, seed: int) -> Iterator[np.nd
     known = [k for k in range(len(dataset.classes)) if images[k] and k != dataset.ignore_index]
     for k in sorted(known, key=lambda k: pixels[k]):
         panels, captions = list[np.ndarray](), list[str]()
-        about = f"{dataset.classes[k]}: {100 * pixels[k] / pixels.sum():.2g} % of the pixels, {len(images[k])} images"
-        spread = np.linspace(0, len(images[k]) - 1, min(COLUMNS, len(images[k]))).astype(int)
-        for column, index in enumerate(images[k][i] for i in spread):
+        share = f"{100 * pixels[k] / pixels.sum():.2g} % of the pixels"
+        about = f"{dataset.classes[k]}: {share}, in {len(images[k])} of {len(dataset)} images"
+        drawn = RandomState(augmentation_seed(seed, 0, COLUMNS * k)).permutation(images[k])[:COLUMNS]
+        for column, index in enumerate(drawn.tolist()):
             seeds = [augmentation_seed(seed, trial, COLUMNS * k + column) for trial in range(TRIES)]
             if (crop := _crop_with(dataset, index, k, transform, seeds)) is not None:
                 panels += crop_panels(*crop, dataset, data)
