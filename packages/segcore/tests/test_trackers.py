@@ -1,6 +1,7 @@
 """Trackers of a run: Weights & Biases offline, a user's own, and what happens when one fails."""
 
 import json
+import re
 import sys
 import types
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from segcore.cli.main import parse
 from segcore.config.schema import DataConfig, Experiment, ModelConfig, TrainConfig
 from segcore.config.user_code import Stored
 from segcore.errors import UserError
@@ -144,7 +146,7 @@ def test_wrong_names_are_one_line(exp: Experiment, run_dir: Path, monkeypatch: p
 
 def test_weights_and_biases_offline(exp: Experiment, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run has the same id; what is stored is checked by its bytes, which are no public format."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     exp = with_log(exp, "wandb")
     (run_dir / "results.json").write_text("{}")
@@ -152,6 +154,7 @@ def test_weights_and_biases_offline(exp: Experiment, run_dir: Path, monkeypatch:
     identity = json.loads((run_dir / "wandb.json").read_text())["id"]
     logged(exp, run_dir, start=1)
     assert json.loads((run_dir / "wandb.json").read_text())["id"] == identity
+    wandb.teardown()  # its process writes the rest
     stored = [path.read_bytes() for path in run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb")]
     assert stored
     for word in (b"train/loss", b"val/mIoU", b"val_iou/road", b"train.batch_size"):
@@ -223,3 +226,15 @@ def test_mlflow_has_one_run_after_a_resume(exp: Experiment, run_dir: Path, monke
     assert run.data.metrics["val/mIoU"] == 0.5
     assert len(found.get_metric_history(run.info.run_id, "train/loss")) == 2
     assert run.data.params["train.batch_size"] == "4"
+
+
+def test_commands_and_sink_of_the_page(exp: Experiment, run_dir: Path) -> None:
+    page = (ROOT / "docs/watching_a_run.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?m)^ {4}segcore (.+)$", page)
+    assert len(commands) == 5
+    for command in commands:
+        assert parse(command.split())
+    [code] = re.findall(r"(?s)```python\n(.+?)```", page)
+    (run_dir.parent / "page.py").write_text(code)
+    logged(with_log(exp, f"{run_dir.parent / 'page.py'}:Sink"), run_dir)
+    assert len((run_dir / "mine.txt").read_text().splitlines()) == 2
