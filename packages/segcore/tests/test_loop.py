@@ -266,7 +266,7 @@ def test_a_resumed_run_does_not_repeat_an_evaluation(exp: Experiment, tmp_path: 
 
 def test_out_of_memory_advises_what_can_be_set(exp: Experiment) -> None:
     for setting, offered in (("compile", False), ("checkpoint_activations", False), ("channels_last", True)):
-        message = loop._out_of_memory(replace(exp, train=replace(exp.train, **{setting: True})))
+        message = loop.out_of_memory(replace(exp, train=replace(exp.train, **{setting: True})))
         assert ("set train.checkpoint_activations" in message) == offered
 
 
