@@ -20,8 +20,10 @@ from segcore.data.check import Report, check, check_headers, label_pixels, requi
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.data.loader import rare_class_probabilities
+from segcore.data.transforms import TrainTransform
 from segcore.demo import toy
 from segcore.errors import UserError
+from segcore.reporting import crops
 from segcore.training import class_weight
 from segcore.training.class_weight import balanced, rare_classes, resolve_loss, weights_are_of_row
 
@@ -188,6 +190,11 @@ def test_command_lists_all_and_fails_with_their_number(data: DataConfig, tmp_pat
     words = ["check", f"{config}:mine", f"--json={tmp_path / 'report.json'}"]
     main("ddp_seg", words)
     assert "problems: none" in capsys.readouterr().out
+    main("ddp_seg", [*words, "--save-images", str(tmp_path / "pages"), "--data.crop", "8", "8"])
+    assert capsys.readouterr().out.endswith(f"\n\n{tmp_path / 'pages' / 'train_01.jpg'}\n")
+    with pytest.raises(SystemExit):
+        main("ddp_seg", [*words, "--save-images", str(config)])
+    assert capsys.readouterr() == ("", f"error: --save-images {config}: is a file; name a folder\n")
     (data.root / "images/train/0.png").write_bytes(b"")
     (data.root / "images/val/v.png").write_bytes(b"")
     with pytest.raises(SystemExit) as end:
@@ -198,6 +205,43 @@ def test_command_lists_all_and_fails_with_their_number(data: DataConfig, tmp_pat
     assert out.count("the file is empty") == 2
     found = json.loads((tmp_path / "report.json").read_text())
     assert [len(found[split]["problems"]) for split in ("train", "val")] == [1, 1]
+
+
+# Pages of training crops
+
+
+def test_pages_show_the_rarest_classes_first(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mask 0 holds all of class 0; the readable masks 1 to 6 all of class 1; class 2 does not occur."""
+    (data.root / "images/train/3.png").write_bytes(b"")
+    captions = list[str]()
+    stack = crops.hstack_panels
+    monkeypatch.setattr(crops, "hstack_panels", lambda panels, names: (captions.extend(names), stack(panels, names))[1])
+    data = replace(data, crop=(8, 8), flip=0.5, img_scale=(30, 20), ratio_range=(0.5, 2.0))
+    [page] = crops.write_crop_pages(tmp_path / "pages", open_dataset(data, "train"), data, seed=0)
+    assert [name for name in captions if ":" in name] == [
+        "sea: 12 % of the pixels, in 1 of 7 images",
+        "land: 85 % of the pixels, in 6 of 7 images",
+    ]
+    assert captions[1] == "0"
+    assert "3" not in captions
+    with Image.open(page) as picture:
+        first = picture.copy()
+    for seed, alike in ((0, True), (1, False)):
+        [again] = crops.write_crop_pages(tmp_path / str(seed), open_dataset(data, "train"), data, seed=seed)
+        with Image.open(again) as picture:
+            assert (picture.size == first.size and picture.tobytes() == first.tobytes()) == alike
+
+
+def test_a_crop_shows_the_pixels_of_the_file_and_the_color_of_the_class(data: DataConfig) -> None:
+    data = replace(data, crop=(20, 40), palette=("ff0000", "00ff00", "0000ff"))
+    dataset = open_dataset(data, "train")
+    image, label = dataset.pair(0)
+    crop = TrainTransform(data)(image, label, np.random.RandomState(0))
+    plain, painted = crops.crop_panels(*crop, dataset, data)
+    np.testing.assert_array_equal(plain[:, :30], image)
+    assert (np.abs(plain[:, 30:].astype(int) - np.array(data.mean)) < 1).all()
+    np.testing.assert_array_equal(painted[5:, :30], (image[5:] * 0.5 + np.array([127.5, 0, 0])).astype(np.uint8))
+    np.testing.assert_array_equal(painted[:5, :30], (image[:5] * 0.5).astype(np.uint8))
 
 
 # Class weights

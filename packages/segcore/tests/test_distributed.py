@@ -22,6 +22,28 @@ RUNS = Path(__file__).parent / "runs"
 CONFIG = f"{RUNS / 'tiny.py'}:tiny"
 
 
+SINK = """
+import os
+from pathlib import Path
+
+def _add(*words):
+    with Path(__file__).with_name("sunk.txt").open("a") as file:
+        print(*words, file=file)
+
+_add("import", os.environ.get("RANK", "0"))
+
+class Sink:
+    def __init__(self, run):
+        _add("sink", os.environ.get("RANK", "0"))
+    def log(self, iteration, values):
+        "val/mIoU" in values and _add("log", iteration)
+    def picture(self, iteration, image):
+        assert image.shape[2] == 3
+    def finish(self, results):
+        _add("finish", results["images"] + 1)
+"""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight training images whose brighter stripe is class 1, and seven others for validation."""
@@ -67,10 +89,13 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_patience_ends_both_processes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And a frozen part is not waited for: the optimizer's state is that of one process."""
+    """And a frozen part is not waited for: the optimizer's state is that of one process. Rank 0 alone has a tracker."""
     options = ["--train.patience", "1", "--train.evaluate-every", "4", "--optimizer.lr", "0", "--train.freeze", "conv"]
+    (tmp_path / "sink.py").write_text(SINK)
+    options += ["--train.log", f"{tmp_path / 'sink.py'}:Sink"]
     done = train(root, tmp_path / "2", *options, processes=2)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sunk.txt").read_text() == "import 0\nsink 0\nlog 4\nlog 8\nfinish 8\n"
     words = ["--data.root", str(root), "--work-dir", str(tmp_path / "1"), "--device", "cpu"]
     main(None, ["train", CONFIG, *words, *options])
     for shown in (done.stdout, capsys.readouterr().out):

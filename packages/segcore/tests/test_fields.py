@@ -191,7 +191,7 @@ def test_commands_read_what_they_need(name):
         "predict": {"model", "data", "evaluate", "seed"},
         "export": {"model", "data"},
         "bench": {"model", "data"},
-        "check": {"model", "data"},
+        "check": {"model", "data", "seed"},
     }.items():
         found = set(offered(command, exp))
         assert {name.split(".")[0] for name in found} == sections

@@ -61,6 +61,31 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
     assert "Iter [" not in shown
 
 
+def test_bar_has_what_fits_into_the_terminal(tmp_path: Path) -> None:
+    def shown(width: int) -> str:
+        console = Console(file=io.StringIO(), force_terminal=True, width=width)
+        with Logger(tmp_path / str(width), 9, {}, best=0.4567, console=console) as log:
+            log.train(1, {"lr": 0.01, **VALUES, "memory_mb": 2048.0})
+        return console.file.getvalue()
+
+    for folder in ("60", "130"):
+        (tmp_path / folder).mkdir()
+    wide, narrow = shown(130), shown(60)
+    assert "loss 4.0426  eta 0:0" in wide
+    assert "  best mIoU 45.67  lr 1.00e-02  2.0 GiB  3.5 images/s" in wide
+    assert "loss 4.0426" in narrow
+    assert "lr" not in narrow
+
+
+def test_bar_has_the_best_evaluation(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Logger(tmp_path, 9, {}, console=console) as log:
+        for miou in (0.25, 0.5, float("nan"), 0.3):
+            log.val(1, {"mIoU": miou, "classes": []}, "")
+        log.train(2, {"lr": 0.01, **VALUES})
+    assert "best mIoU 50.00" in console.file.getvalue()
+
+
 def test_resume_drops_later_log_entries(tmp_path: Path) -> None:
     write(tmp_path, (50, 100, 150))
     with (tmp_path / "log.jsonl").open("a") as file:
@@ -85,7 +110,6 @@ def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the file size makes writing fail like a full disk."""
-    monkeypatch.setattr("segcore.training.logger._board", lambda *_: None)  # it would write from a separate thread
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Logger(tmp_path, 9, {}, console=Console(file=io.StringIO())) as log:

@@ -266,7 +266,7 @@ def test_a_resumed_run_does_not_repeat_an_evaluation(exp: Experiment, tmp_path: 
 
 def test_out_of_memory_advises_what_can_be_set(exp: Experiment) -> None:
     for setting, offered in (("compile", False), ("checkpoint_activations", False), ("channels_last", True)):
-        message = loop._out_of_memory(replace(exp, train=replace(exp.train, **{setting: True})))
+        message = loop.out_of_memory(replace(exp, train=replace(exp.train, **{setting: True})))
         assert ("set train.checkpoint_activations" in message) == offered
 
 
@@ -486,7 +486,13 @@ def test_tensorboard_has_the_curves_and_an_image(exp: Experiment, tmp_path: Path
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = events.Tags()["scalars"]
     wanted = ("loss", "decode.loss_ce", "lr", "grad_norm", "images_per_second", "data_seconds")
-    assert {f"train/{name}" for name in wanted} | {"val/mIoU", "IoU final/dark", "IoU final/bright"} <= set(names)
+    assert {f"train/{name}" for name in wanted} | {"val_iou/dark", "val_iou/bright"} <= set(names)
+    assert sorted(name for name in names if name.startswith("val"))[0] == "val/mIoU"
+    settings = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| train.batch_size | 3 |" in settings
+    assert set(events.PluginTagToContent("hparams")) == {
+        f"_hparams_/{part}" for part in ("experiment", "session_start_info", "session_end_info")
+    }
     logged = [record["loss"] for record in log(tmp_path, "train")]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
     assert [event.step for event in events.Images("predictions")] == [2, 4, 6]

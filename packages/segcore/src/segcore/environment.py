@@ -60,6 +60,14 @@ def environment() -> dict[str, dict[str, Any]]:
     }
 
 
+def device_name(device: Any) -> str:
+    """Return a torch device in words: `cuda:0 (NVIDIA H200)`, `cpu (4 threads)`."""
+    import torch
+
+    cuda = device.type == "cuda"
+    return f"{device} ({torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'})"
+
+
 def as_text(groups: dict[str, dict[str, Any]]) -> str:
     """Return the groups as text to paste: a heading per group, then `name: value` lines."""
     lines = []

@@ -16,6 +16,8 @@ _CLASSES = ("test", "predict", "web", "export", "check")
 """Commands that need to know what the classes are."""
 _SPLIT = ("test", "check")
 """Commands that open the validation images."""
+_CHECK = ("check",)
+"""The command that opens the training images, and draws the crops of training."""
 
 
 _OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
@@ -34,15 +36,15 @@ class DataConfig(Section):
     generates street scenes in the Cityscapes layout. For the settings of `folder`, sets known by name have defaults."""
     root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
-    train_images: str = setting("images/train/*", commands=("check",))
+    train_images: str = setting("images/train/*", commands=_CHECK)
     """`folder` only: glob of the training images, relative to the root."""
-    train_masks: str = setting("masks/train/*", commands=("check",))
+    train_masks: str = setting("masks/train/*", commands=_CHECK)
     """`folder` only: glob of the training masks, paired with the images by file stem."""
     val_images: str = setting("images/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation images."""
     val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
-    train_list: Path | None = setting(None, commands=("check",))
+    train_list: Path | None = setting(None, commands=_CHECK)
     """`folder` only: text file with one training image per line: its stem, or image and mask relative to the root."""
     val_list: Path | None = setting(None, commands=_SPLIT)
     """`folder` only: the same for validation, which may then share the folders of training."""
@@ -73,28 +75,28 @@ class DataConfig(Section):
     """Pixels that an image or label may have at most: a small file can claim to hold any number."""
     tile: int | None = setting(None, least=1, commands=_SPLIT)
     """Cut TIFFs into samples of at most this many pixels a side, read one by one; None: an image is one sample."""
-    img_scale: tuple[int, int] | None = setting(None, least=1)
+    img_scale: tuple[int, int] | None = setting(None, least=1, commands=_CHECK)
     """Base size (long side, short side) that the random ratio multiplies; None: each image's own size."""
-    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0)
+    ratio_range: tuple[float, float] = setting((1.0, 1.0), above=0, commands=_CHECK)
     """The ratio is drawn uniformly from this range."""
-    crop: tuple[int, int] = setting((512, 512), least=1, stated=True)
+    crop: tuple[int, int] = setting((512, 512), least=1, stated=True, commands=_CHECK)
     """Training crop (height, width)."""
-    cat_max_ratio: float = setting(1.0, above=0, most=1)
+    cat_max_ratio: float = setting(1.0, above=0, most=1, commands=_CHECK)
     """A crop in which one class fills this share or more is drawn again, up to 10 times; 1 accepts every crop."""
     rare_class_sampling: float | None = setting(None, above=0)
     """Draw a class, the rarer the likelier, then an image with it. This is DAFormer's temperature, there 0.01; low
     values draw rare classes most. None: every image once per epoch."""
-    flip: float = setting(0.0, least=0, most=1)
+    flip: float = setting(0.0, least=0, most=1, commands=_CHECK)
     """Probability of the horizontal flip."""
-    vertical_flip: float = setting(0.0, least=0, most=1)
+    vertical_flip: float = setting(0.0, least=0, most=1, commands=_CHECK)
     """Probability of the vertical flip, for images without an upside such as aerial ones."""
-    quarter_turns: bool = False
+    quarter_turns: bool = setting(False, commands=_CHECK)
     """Turn each sample by 0, 90, 180 or 270 degrees. It has the shape `crop` afterwards, square or not."""
     photometric: bool = setting(False, commands=INPUT)
     """Photometric distortion in training (brightness, contrast, saturation, hue); 8-bit RGB only."""
-    blur: float = setting(0.0, least=0, most=1)
+    blur: float = setting(0.0, least=0, most=1, commands=_CHECK)
     """Probability of a Gaussian blur, whose standard deviation is drawn from 0 to 1 pixels."""
-    augment: str | None = None
+    augment: str | None = setting(None, commands=_CHECK)
     """`file.py:function`, called on image, mask and a RandomState after the other steps; returns both. None: none."""
     mean: tuple[float, ...] = setting((123.675, 116.28, 103.53), commands=INPUT)
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""

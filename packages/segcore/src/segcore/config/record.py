@@ -30,6 +30,24 @@ def settings_of(exp: Experiment) -> dict[str, Any]:
     return settings
 
 
+def flat_settings(exp: Experiment) -> dict[str, Any]:
+    """Return the settings as plain data by their dotted names, `train.batch_size`."""
+    flat: dict[str, Any] = {}
+    for part, found in settings_of(exp).items():
+        flat |= {f"{part}.{key}": value for key, value in found.items()} if isinstance(found, dict) else {part: found}
+    return flat
+
+
+def changed_settings(exp: Experiment) -> dict[str, Any]:
+    """Return those of `flat_settings` that differ from the neutral defaults, or have none."""
+    neutral = {item.name: item.default for item in dataclasses.fields(exp)}
+    for part in dataclasses.fields(exp):
+        if dataclasses.is_dataclass(section := getattr(exp, part.name)):
+            neutral |= {f"{part.name}.{item.name}": item.default for item in dataclasses.fields(section)}
+    plain = json.loads(json.dumps(neutral, default=str))
+    return {name: value for name, value in flat_settings(exp).items() if name not in plain or value != plain[name]}
+
+
 class VersionError(ValueError):
     """A stored setting that is not what this version stores."""
 

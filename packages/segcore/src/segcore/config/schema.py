@@ -16,6 +16,7 @@ from segcore.config.fields import INPUT, Section, setting
 from segcore.config.label_rows import with_class_count
 from segcore.config.loss import LossConfig as LossConfig
 from segcore.config.options import change, read_overrides
+from segcore.config.user_code import check_reference
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ class TrainConfig(Section):
     time, the same gradients."""
     timeout: float = setting(600.0, above=0)
     """Timeout in seconds of distributed communication; the run ends if a process does not respond in time."""
+    log: tuple[str, ...] = ()
+    """Trackers beside log.jsonl and TensorBoard: `wandb` (Weights & Biases, the extra `wandb`), or `file.py:sink`, a
+    function or class of yours for any other (docs/watching_a_run.md)."""
     log_every: int = setting(50, least=1)
     """Iterations between lines of the log."""
     evaluate_every: int = setting(1000, least=0)
@@ -166,6 +170,8 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.log:
+            check_reference("train.log", name, ("wandb",))
         if self.device_batch_size < self.batch_size and self.batch_size % self.device_batch_size:
             raise UserError(
                 f"train.batch_size {self.batch_size} does not divide into passes of train.device_batch_size "
@@ -245,7 +251,7 @@ class Experiment(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
-    seed: int = setting(0, commands=("test", "predict"))
+    seed: int = setting(0, commands=("test", "predict", "check"))
     """Every random draw of the run follows from it."""
 
     def __post_init__(self) -> None:

@@ -144,6 +144,12 @@ def hstack_panels(images: Sequence[np.ndarray], captions: Sequence[str], gap: in
     return np.concatenate(columns[:-1], 1)
 
 
+def vstack(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return images of any width below each other, on white."""
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([_widened(row, width) for row in rows])
+
+
 def _widened(image: np.ndarray, width: int) -> np.ndarray:
     """Return the image padded with white on the right."""
     return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)

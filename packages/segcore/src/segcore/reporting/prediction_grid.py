@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.reporting.figures import colorize, hstack_panels, step_title, to_uint8_rgb
+from segcore.reporting.figures import colorize, hstack_panels, step_title, to_uint8_rgb, vstack
 
 ROWS = 4
 HEIGHT = 256
@@ -41,6 +41,4 @@ class PredictionGrid:
     def picture(self) -> np.ndarray | None:
         """Return the rows below each other, (H, W, 3) uint8 RGB; None when no image was added."""
         rows = [self.rows[index] for index in sorted(self.rows)]
-        width = max((row.shape[1] for row in rows), default=0)
-        filled = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-        return np.concatenate(filled) if filled else None
+        return vstack(rows) if rows else None

@@ -15,6 +15,10 @@ from segcore.errors import UserError
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class OutOfMemoryError(UserError):
+    """There is not enough GPU memory."""
+
+
 class KeptBuffers:
     """The buffers that training changes, such as running statistics, and a copy of them taken before a step.
 
@@ -67,8 +71,8 @@ class HostCopy:
 def guarded_passes(buffers: KeptBuffers, out_of_memory: str) -> Iterator[None]:
     """Guard the forward and backward passes of a step in a `with` block.
 
-    When they raise UserError, the buffers are restored. Running out of GPU memory raises a UserError with the text
-    `out_of_memory`; failed communication raises one that names the missing ranks.
+    When they raise UserError, the buffers are restored. Running out of GPU memory raises an OutOfMemoryError with the
+    text `out_of_memory`; failed communication raises one that names the missing ranks.
     """
     buffers.keep()
     try:
@@ -81,8 +85,8 @@ def guarded_passes(buffers: KeptBuffers, out_of_memory: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def enough_memory(message: str) -> Iterator[None]:
-    """Raise UserError with `message` when a `with` block runs out of GPU memory."""
+    """Raise OutOfMemoryError with `message` when a `with` block runs out of GPU memory."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(message) from None
+        raise OutOfMemoryError(message) from None

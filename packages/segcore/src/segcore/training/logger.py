@@ -20,6 +20,7 @@ from torch import Tensor
 
 from segcore.files import parse_json, regular_file, write, writing
 from segcore.reporting.figures import write_image
+from segcore.training.trackers import Tracker
 
 
 class Logger:
@@ -27,10 +28,11 @@ class Logger:
 
     On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
     gets one object per line at full precision: `{"mode": "meta", …}` at every start, then `train` and `val`, each with
-    `iteration`, the number of finished iterations. Values that are not finite become null. If the extra
-    `tensorboard` is installed, the values are also written to `<work_dir>/tensorboard`.
+    `iteration`, the number of finished iterations. Values that are not finite become null. `trackers` get the values,
+    too, until they fail.
 
     `start` is the iteration that a resumed run continues from: later log entries are dropped, so that curves are clean.
+    `best` is its best mIoU (0..1) so far.
     Without a `work_dir` nothing is written or shown, because one of several processes is enough.
 
     Raises UserError naming the file when it cannot be written.
@@ -43,9 +45,12 @@ class Logger:
         meta: Mapping[str, Any],
         *,
         start: int = 0,
+        best: float = -math.inf,
+        trackers: Mapping[str, Tracker] | None = None,
         console: Console | None = None,
     ) -> None:
         self.path, self.iterations, self.start = work_dir and work_dir / "log.jsonl", iterations, start
+        self.best, self.trackers = best, dict(trackers or {})
         self.console = console or Console(quiet=work_dir is None)
         self.began = time.perf_counter()
         self.said = set[str]()
@@ -58,7 +63,6 @@ class Logger:
         self.bar = Progress(*columns, console=self.console, disable=self.plain)
         self.training = self.bar.add_task("train", total=iterations, completed=start, text="")
         self.evaluation = self.bar.add_task("evaluate", visible=False, text="")
-        self.board = _board(work_dir / "tensorboard", start) if work_dir else None
         self._write({"mode": "meta", "iteration": start, **meta})
 
     def __enter__(self) -> Logger:
@@ -67,9 +71,7 @@ class Logger:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.bar.stop()
-        if self.board and self.path:
-            with writing(self.path.with_name("tensorboard")):
-                self.board.close()
+        self.finish(None)
 
     def line(self, text: str) -> None:
         """Print a text for people, above the progress bar if there is one."""
@@ -95,44 +97,67 @@ class Logger:
     def train(self, iteration: int, values: Mapping[str, float]) -> None:
         """Log means over the last interval: lr, loss, seconds, data_seconds, images_per_second and others."""
         self._write({"mode": "train", "iteration": iteration, **values})
+        self._track("log", iteration, {f"train/{name}": float(value) for name, value in values.items()})
         pace = (time.perf_counter() - self.began) / max(iteration - self.start, 1)
         rate, eta = values["images_per_second"], timedelta(seconds=round(pace * (self.iterations - iteration)))
-        text = f"loss {values['loss']:.4f}  {rate:.1f} images/s  eta {eta}"
-        self.bar.update(self.training, completed=iteration, text=text)
         if self.plain:
             known = {"lr": f"{values['lr']:.3e}", "eta": eta, "time": f"{values['seconds']:.3f}"}
             known |= {"data_time": f"{values['data_seconds']:.3f}", "images/s": f"{rate:.1f}"}
             others = {key: _short(value) for key, value in values.items() if key not in _NAMED}
             text = ", ".join(f"{key}: {value}" for key, value in (known | others).items())
             self.line(f"Iter [{iteration}/{self.iterations}]  {text}")
+            return
+        parts = [f"loss {values['loss']:.4f}", f"eta {eta}", f"lr {values['lr']:.2e}", f"{rate:.1f} images/s"]
+        if self.best >= 0:
+            parts.insert(2, f"best mIoU {100 * self.best:.2f}")
+        if "memory_mb" in values:
+            parts.insert(-1, f"{values['memory_mb'] / 1024:.1f} GiB")
+        while len(parts) > 2 and len("  ".join(parts)) > self.console.width - _BAR:  # the last matter least
+            parts.pop()
+        self.bar.update(self.training, completed=iteration, text="  ".join(parts))
 
     def val(self, iteration: int, values: Mapping[str, Any], text: str) -> None:
         """Log an evaluation: plain data for the file, tables for people. `values` holds `Results.to_json()`."""
         self._write({"mode": "val", "iteration": iteration, **values})
-        for entry, metrics in values.get("entries", {}).items():
-            for name, value in zip(values["classes"], metrics["IoU"], strict=True):
-                if self.board and value is not None:
-                    tag = f"IoU {entry}/{name}".encode(errors="backslashreplace").decode()
-                    self.board.add_scalar(tag, value, iteration)
+        self.best = max(self.best, values.get("mIoU") or self.best)
+        means = {name: value for name, value in values.items() if isinstance(value, float)}
+        # In alphabetical order, which trackers show: the mIoU, the other means, the classes.
+        tags = {f"{'val' if name == 'mIoU' else 'val_means'}/{name}": value for name, value in means.items()}
+        entries = values.get("entries", {})
+        for entry, metrics in entries.items():
+            group = f"val_iou {entry}" if len(entries) > 1 else "val_iou"
+            ious = zip(values["classes"], metrics["IoU"], strict=True)
+            tags |= {f"{group}/{name}": value for name, value in ious if value is not None}
+        self._track("log", iteration, tags)
         self.line(f"Iter(val) [{iteration}]\n{text}")
 
     def picture(self, iteration: int, image: np.ndarray | None) -> None:
-        """Write an evaluation's image (H, W, 3) uint8 to figures/predictions_<iteration>.png and to TensorBoard."""
+        """Write an evaluation's image (H, W, 3) uint8 to figures/predictions_<iteration>.png and to the trackers."""
         if self.path and image is not None:
             write_image(self.path.parent / "figures" / f"predictions_{iteration}.png", image)
-            if self.board:
-                self.board.add_image("predictions", image, iteration, dataformats="HWC")
+            self._track("picture", iteration, image)
+
+    def finish(self, results: Mapping[str, Any] | None) -> None:
+        """End the trackers, see `Tracker.finish`, once."""
+        self._track("finish", results)
+        self.trackers.clear()
+
+    def _track(self, method: str, *values: Any) -> None:
+        """Call a method of every tracker; one that fails is reported and called no more."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, method)(*values)
+            except Exception as error:
+                del self.trackers[name]
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self.once(f"warning: the tracker {name} failed ({reason}); the run goes on without it")
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if not self.path:
             return
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
-        with writing(self.path):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-            for key, value in record.items():
-                if self.board and isinstance(value, float):
-                    self.board.add_scalar(f"{record['mode']}/{key}", value, record["iteration"])
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 class MetricLogger:
@@ -175,6 +200,8 @@ class MetricLogger:
 
 
 _NAMED = ("lr", "seconds", "data_seconds", "images_per_second")
+_BAR = 36
+"""Columns of a terminal that the name, the bar and the numbers of iterations take."""
 
 
 def _short(value: float) -> str:
@@ -183,16 +210,6 @@ def _short(value: float) -> str:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _board(folder: Path, start: int) -> Any:
-    """Return a TensorBoard writer if the extra `tensorboard` is installed and can write to the folder, else None."""
-    try:
-        str(folder).encode()  # TensorBoard knows no other names of folders
-        from torch.utils.tensorboard import SummaryWriter
-    except (ImportError, UnicodeEncodeError):
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1)
 
 
 def _until(path: Path, iteration: int) -> str:

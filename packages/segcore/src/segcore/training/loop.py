@@ -28,6 +28,7 @@ from segcore.config.schema import Experiment
 from segcore.data.dataset import Dataset
 from segcore.data.loader import Batch, train_batches
 from segcore.data.transforms import TrainTransform
+from segcore.environment import device_name
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.predictor import Predictor, autocast
@@ -43,6 +44,7 @@ from segcore.training.schedule import learning_rate
 from segcore.training.setup import batch_shares, setup
 from segcore.training.signals import SignalHandler
 from segcore.training.state import TrainState, save_state
+from segcore.training.trackers import start_on_main_process
 
 MAX_FAILURES = 3
 """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
@@ -70,14 +72,23 @@ def _train(
     exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
 ) -> Results | None:  # fmt: skip
     exp, state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
+    trackers = start_on_main_process(exp, work_dir, state.iteration)
     record = {**state.description, "torchrun": distributed.elastic_run_id()}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints
     with (
         SignalHandler() as signals,
-        Logger(own_dir, exp.schedule.iterations, state.description, start=state.iteration) as log,
+        Logger(
+            own_dir,
+            exp.schedule.iterations,
+            state.description,
+            start=state.iteration,
+            best=state.best_miou,
+            trackers=trackers,
+        ) as log,
     ):
-        for note in notes:
+        sizes = f"{len(dataset)} training images" + (f", {len(val)} validation images" if val else "")
+        for note in (f"{device_name(device)}: {sizes}", *notes):
             log.line(note)
         try:
             results = train_loop(exp, state, dataset, val, work_dir, log, signals)
@@ -91,11 +102,12 @@ def _train(
                     _stop(exp, state, work_dir, log)
             raise
         except torch.OutOfMemoryError:  # in the optimizer, which may have changed some weights: do not save
-            raise UserError(_out_of_memory(exp)) from None
+            raise UserError(out_of_memory(exp)) from None
         early = state.early_end(exp)
         where = f" at iteration {state.iteration} of {exp.schedule.iterations}, {early}" if early else ""
         best = f"; best: iteration {state.best_iteration}, mIoU {100 * state.best_miou:.2f}"
         log.line(f"{work_dir}: finished{where}{best if state.best_iteration else ''}")
+        log.finish({**figures_of(results), **results.to_json()} if results else {})
         return results
 
 
@@ -116,10 +128,8 @@ def train_loop(
     """
     settings, total = exp.train, exp.schedule.iterations
     results, metrics, failures = None, MetricLogger(), None
-    state.model.train()
-    for module in state.frozen:
-        module.eval()
-    with closing(_micro_batches(exp, state, dataset, signals)) as batches:
+    state.train_mode()
+    with closing(batches_of_rank(exp, state, dataset, signals)) as batches:
         steps = _agreed(batches, range(state.iteration, total), state, metrics, log, signals)
         while True:
             last = state.iteration == total or bool(state.early_end(exp))
@@ -173,7 +183,7 @@ def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], m
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(exp.schedule, group["initial_lr"], state.iteration)
 
-    with guarded_passes(state.buffers, _out_of_memory(exp)):
+    with guarded_passes(state.buffers, out_of_memory(exp)):
         for number, batch in enumerate(micro_batches, 1):
             with distributed.no_sync(state.losses, number < count):
                 images = batch.images.to(device, memory_format=layout, non_blocking=True)
@@ -225,7 +235,7 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
         )
     state.not_better += state.evaluated < state.iteration
     state.evaluated = state.iteration
-    figures = {name: float(results.final[name]) for name in ("aAcc", "mIoU", "mAcc")}
+    figures = figures_of(results)
     if figures["mIoU"] > state.best_miou:
         state.best_iteration, state.best_miou, state.not_better = state.iteration, figures["mIoU"], 0
     metrics = exp.evaluate.metrics
@@ -233,6 +243,11 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
     log.val(state.iteration, {**figures, **results.to_json()}, text)
     log.picture(state.iteration, gallery.picture())
     return results
+
+
+def figures_of(results: Results) -> dict[str, float]:
+    """Return the means of an evaluation's configured output, 0..1."""
+    return {name: float(results.final[name]) for name in ("aAcc", "mIoU", "mAcc")}
 
 
 def next_micro_batches(
@@ -283,7 +298,7 @@ def _agreed(
         began = time.perf_counter()
 
 
-def _micro_batches(
+def batches_of_rank(
     exp: Experiment, state: TrainState, dataset: Dataset, signals: SignalHandler
 ) -> Generator[list[Batch], None, None]:
     """Yield the micro-batches of this rank, step by step. A signal ends the wait for them, too."""
@@ -319,7 +334,7 @@ def _check(failures: tuple[int, HostCopy] | None, work_dir: Path) -> None:
         )
 
 
-def _out_of_memory(exp: Experiment) -> str:
+def out_of_memory(exp: Experiment) -> str:
     (height, width), micro = exp.data.crop, batch_shares(exp)[1]
     settled = exp.train.checkpoint_activations or exp.train.compile  # the two do not work together
     more = "" if settled else ", or set train.checkpoint_activations to True"

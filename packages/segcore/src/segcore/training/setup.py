@@ -32,6 +32,7 @@ from segcore.training.optimizer import build_optimizer
 from segcore.training.parameters import freeze, frozen_note
 from segcore.training.schedule import resolve_epochs
 from segcore.training.state import TrainState, load_state
+from segcore.training.trackers import find_trackers
 
 
 class LossModule(nn.Module):
@@ -54,6 +55,7 @@ def setup(
     """
     batch_shares(exp)  # raises for a batch that does not divide
     TrainTransform(exp.data)  # raises for a function that is not there
+    distributed.on_main_process(lambda: list(find_trackers(exp.train.log)))  # raises for one that is not there
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
     exp, length = resolve_epochs(exp, len(dataset))

@@ -67,6 +67,12 @@ class TrainState:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def train_mode(self) -> None:
+        """Set the model to training mode, but for its frozen parts."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+
     def early_end(self, exp: Experiment) -> str:
         """Return why the run ends here, before its last iteration, by `train.patience`; empty if it does not."""
         patience, count = exp.train.patience, self.not_better
@@ -80,6 +86,23 @@ def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
 
     With `train.ema` the checkpoint's model is the averaged one, and its state file also has the trained weights.
     """
+    model, rest = content_of(state)
+
+    def write() -> None:
+        checkpoint.save(checkpoint.folder_of(work_dir, state.iteration), model, rest, state.description)
+        if state.best_iteration:
+            checkpoint.mark_best(work_dir, state.best_iteration, state.best_miou)
+        kept = checkpoint.prune(work_dir, exp.train.keep_last, state.iteration)
+        if kept not in ("", state.kept):
+            print(kept, file=sys.stderr)
+        state.kept = kept
+
+    distributed.on_main_process(write)
+    state.saved = state.iteration
+
+
+def content_of(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint of the current state holds: the model's state dict, and the rest."""
     rest = {
         "iteration": state.iteration,
         "evaluated": state.evaluated,
@@ -94,18 +117,7 @@ def save_state(exp: Experiment, state: TrainState, work_dir: Path) -> None:
     if state.average:
         rest["trained"] = {name: model[name] for name in state.average}
         model |= state.average
-
-    def write() -> None:
-        checkpoint.save(checkpoint.folder_of(work_dir, state.iteration), model, rest, state.description)
-        if state.best_iteration:
-            checkpoint.mark_best(work_dir, state.best_iteration, state.best_miou)
-        kept = checkpoint.prune(work_dir, exp.train.keep_last, state.iteration)
-        if kept not in ("", state.kept):
-            print(kept, file=sys.stderr)
-        state.kept = kept
-
-    distributed.on_main_process(write)
-    state.saved = state.iteration
+    return model, rest
 
 
 def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
