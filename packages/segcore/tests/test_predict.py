@@ -95,8 +95,8 @@ class AskedModel(ModelConfig):
         return Asked()
 
 
-def run(model, exp, jobs, **options):
-    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp)), jobs, **options)
+def run(model, exp, jobs):
+    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp)), jobs)
 
 
 def experiment(**data):
@@ -124,7 +124,7 @@ def test_the_overlay_of_a_10_bit_image_is_as_bright_as_of_an_8_bit_one(folder):
     image = np.full((4, 4, 3), 1023, np.uint16)
     image[:2] = 512
     cv2.imwrite(str(folder / "deep.png"), image)
-    jobs = plan(folder / "deep.png", folder / "out")
-    run(Asked(), experiment(bit_depth=16), jobs, opacity=0)
+    jobs = plan(folder / "deep.png", folder / "out", look={"opacity": 0})
+    run(Asked(), experiment(bit_depth=16), jobs)
     shown = read_image(jobs[0].overlay)
     assert (shown[0, 0, 0], shown[3, 0, 0]) == (127, 255)

@@ -27,7 +27,7 @@ from segcore.data.layouts import find_files, open_dataset
 from segcore.data.rasters import open_raster, tile_boxes
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
-from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.predictor import Predictor, most_probable
 from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny, TinyStepwise
 
@@ -164,11 +164,11 @@ def test_without_rasterio_an_error_names_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def blocks(predictor: Predictor, image: np.ndarray, **how: int) -> dict[str, np.ndarray]:
-    """Return the classes by entry that the blocks make up; every pixel lies in one."""
+    """Return the most probable classes by entry that the blocks make up; every pixel lies in one."""
     found: dict[str, np.ndarray] = {}
     size = image.shape[:2]
     for y, x, entries in predict_blocks(predictor, size, lambda box: rasters.cut(image, box), 7, **how):
-        for entry, classes in entries.items():
+        for entry, classes in ((entry, most_probable(p)) for entry, p in entries.items()):
             whole = found.setdefault(entry, np.full(size, -1))
             part = whole[y : y + classes.shape[0], x : x + classes.shape[1]]
             assert part.shape == classes.shape
