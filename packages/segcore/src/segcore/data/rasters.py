@@ -317,7 +317,7 @@ def probability_writer(path: Path, size: tuple[int, int], names: Sequence[str], 
     2 bytes per value. They are described by `names`; NaN stands for no data.
     """
     items = (
-        f'<Item name="DESCRIPTION" sample="{band}" role="description">{escape(name)}</Item>'
+        f'<Item name="DESCRIPTION" sample="{band}" role="description">{escape(escape(name))}</Item>'  # as GDAL does
         for band, name in enumerate(names)
     )
     described = f"<GDALMetadata>{''.join(items)}</GDALMetadata>".encode()
