@@ -61,7 +61,7 @@ class Result:
         `legend` adds the names of its classes below; "all" those of all classes, so that images of one size stay so.
         `contours` draws the borders between classes as lines in their full colors.
         """
-        names, colors, mask = *self._shown, self.mask
+        (names, colors), mask = self._shown, self.mask
         painted = figures.overlay(
             figures.to_uint8_rgb(self.image), mask, colors, opacity, ignored_label(len(names)), contours=contours
         )
@@ -105,7 +105,7 @@ class Result:
             figures.write_image(confidence, figures.to_gray(self.confidence))
         if probabilities:
             data = io.BytesIO()
-            np.savez_compressed(
+            np.savez(
                 data,
                 probabilities=self.probabilities.astype(np.float16),
                 names=np.array(self.loaded.class_names),

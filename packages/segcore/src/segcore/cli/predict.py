@@ -37,8 +37,8 @@ class Predict(Command):
     .tif whose 0 means no data."""
     probabilities: Flag = False
     """Also write NAME_probabilities.npz: class probabilities (K, H, W) float16 as `probabilities`, `names` (K,) and
-    `values` (K,), each class's value in the mask. Before compression 2 bytes per class and pixel: 80 MB for 19 classes
-    at 2048x1024. With a .tif, a .tif with a float32 band for each class."""
+    `values` (K,), each class's value in the mask. It takes 2 bytes per class and pixel: 80 MB for 19 classes at
+    2048x1024. With a .tif, a .tif with a float32 band for each class."""
     uncertainty: Flag = field(default=False, metadata=STEPWISE)
     """Also write NAME_uncertainty.png, gray; value / 255 is the probability of another class."""
     steps: Flag = field(default=False, metadata=STEPWISE)
