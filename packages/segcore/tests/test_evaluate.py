@@ -178,3 +178,22 @@ def test_says_what_does_not_fit(dataset):
     bare = dataclasses.replace(dataset.samples[0], label=None)
     with pytest.raises(UserError, match=r"0\.png: has no label"):
         run(Redness(), dataclasses.replace(dataset, samples=(bare,)))
+
+
+def test_figures_of_every_image_add_up_to_the_total(dataset):
+    """An image's figures are those of a data set of this image alone."""
+    results = run(Redness(noise=6.0), dataset, dataclasses.replace(PLAIN, batch_size=2, steps=(1, 3)), seed=3)
+    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    for figures, image in zip(results.per_image, range(5), strict=True):
+        alone = run(Redness(noise=6.0), dataset, dataclasses.replace(PLAIN, steps=(1, 3)), seed=3, limit=image + 1)
+        before = run(Redness(noise=6.0), dataset, seed=3, limit=image).confusion["3"] if image else 0
+        own = ConfusionMatrix(4)
+        own.matrix += alone.confusion["3"] - before
+        matrix += own.matrix
+        expected = own.compute()
+        assert (figures.index, figures.name, figures.steps_used) == (image, str(image), None)
+        assert (figures.height, figures.width) == dataset.image(image).shape[:2]
+        assert (figures.pixels, figures.miou, figures.aacc) == (own.matrix.sum(), expected["mIoU"], expected["aAcc"])
+        np.testing.assert_array_equal(figures.iou, expected["IoU"].float())
+    assert torch.equal(matrix, results.confusion["3"])
+    assert results.calibration is None
