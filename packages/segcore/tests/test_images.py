@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from segcore.cli.predict_images import plan
+from segcore.cli.predict_files import plan
 from segcore.config.schema import DataConfig
 from segcore.data import images, video
 from segcore.data.check import check, check_headers

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segcore.cli import predict_images
-from segcore.cli.predict_images import plan
+from segcore.cli.predict_files import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.cli import predict_images
-from segcore.cli.predict_images import plan
+from segcore.cli.predict_files import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.errors import UserError

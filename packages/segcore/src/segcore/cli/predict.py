@@ -42,7 +42,7 @@ class Predict(Command):
     """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 
     def run(self, package: str | None) -> None:
-        from segcore.cli import predict_images, predict_raster, predict_video
+        from segcore.cli import predict_files, predict_images, predict_raster, predict_video
         from segcore.data import video
 
         if not 0 <= self.opacity <= 1:
@@ -62,7 +62,7 @@ class Predict(Command):
         elif large:
             predict_raster.check(self.input, self.output)
         else:
-            jobs = predict_images.plan(
+            jobs = predict_files.plan(
                 self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
                 start=self.start_mask,
             )  # fmt: skip

@@ -3,95 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
-from segcore.data.images import IMAGE_SUFFIXES, read_label
-from segcore.data.layouts.files import walk
+from segcore.cli.predict_files import Job, start_map, write
 from segcore.errors import UserError
 from segcore.inference import LoadedModel, Result, as_array
 from segcore.progress import progress
-from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
-
-
-class Job(NamedTuple):
-    """One image and the files it becomes."""
-
-    image: Path
-    mask: Path
-    overlay: Path
-    uncertainty: Path | None = None
-    steps: Path | None = None
-    animation: Path | None = None
-    start: Path | None = None
-    """The mask that the denoising starts from."""
-
-    @property
-    def written(self) -> list[Path]:
-        """The files that it becomes."""
-        results = (self.mask, self.overlay, self.uncertainty, self.steps, self.animation)
-        return [path for path in results if path]
-
-
-def plan(
-    source: Path, target: Path,
-    *, uncertainty: bool = False, steps: bool = False, animation: bool = False, start: Path | None = None,
-) -> list[Job]:  # fmt: skip
-    """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
-
-    Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, where asked for,
-    `NAME_uncertainty.png`, `NAME_steps.png` and `NAME_animation.gif`. Of a single image `target` may be the mask's own
-    name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. `start` is a mask to start
-    from, or a folder of such under the results' names. Raises UserError when there is nothing to read or two images
-    would share a name.
-    """
-    kind = "" if target.is_dir() else target.suffix.lower()
-    if kind in IMAGE_SUFFIXES and kind not in (".png", *JPEG):
-        raise UserError(f"{target}: results are written as .png or .jpg; choose one of these, or a folder")
-    if source.is_dir():
-        if kind in (".png", *JPEG):
-            raise UserError(f"{target}: one file for all images of the folder {source}; give a folder")
-        if realpath(target) == realpath(source):
-            raise UserError(f"{target}: is the folder of the images; choose another output folder")
-        found = sorted(p for p in walk(source) if p.suffix.lower() in IMAGE_SUFFIXES)
-        inside = realpath(source) in realpath(target).parents  # then leave out the results of an earlier run
-        images = [p for p in found if not (inside and realpath(target) in realpath(p).parents)]
-        if not images:
-            raise UserError(f"{source}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-        names = [p.relative_to(source).with_suffix(".png") for p in images]
-        masks = [target / name for name in names]
-    elif source.exists():
-        images = [source]
-        masks = [target.with_suffix(".png") if kind in (".png", *JPEG) else target / f"{source.stem}.png"]
-        names = [Path(masks[0].name)]
-    else:
-        raise UserError(f"{source}: no such image or folder")
-    wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
-    suffixes = {kind: "gif" if kind == "animation" else "png" for kind in wanted if wanted[kind]}
-    starts = [start / name if start and start.is_dir() else start for name in names]
-    jobs = [
-        Job(image, mask, start=begin, **{k: mask.with_name(f"{mask.stem}_{k}.{end}") for k, end in suffixes.items()})
-        for image, mask, begin in zip(images, masks, starts, strict=True)
-    ]
-    if kind in JPEG:  # a lossy file cannot hold classes
-        jobs = [jobs[0]._replace(overlay=target)]
-    written = Counter(path for job in jobs for path in job.written)
-    if twice := next((path for path, count in written.items() if count > 1), None):
-        raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
-    results = {realpath(path) for path in written}
-    if same := next((image for image in images if realpath(image) in results), None):
-        raise UserError(f"{same}: a result would overwrite this image; choose another output folder")
-    return jobs
-
-
-def realpath(path: Path) -> Path:
-    """Return the path without links, as far as they lead anywhere: `Path.resolve` raises for a link to itself."""
-    return Path(os.path.realpath(path))
 
 
 def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
@@ -115,7 +34,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
-            _write(job, result, maps, uncertainty, opacity)
+            write(job, result, maps, uncertainty, opacity)
             used += [result.steps_used] if result.steps_used else []
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
@@ -136,49 +55,3 @@ def _answer(seg: LoadedModel, job: Job, image: np.ndarray) -> tuple[Result, dict
         maps = seg.refine(image, start_map(job.start, image, seg.experiment.data.add_background_class))
         return seg.result(image, list(maps.values())[-1]), maps
     return seg(image), seg.steps(image) if job.steps or job.animation else {}
-
-
-def _write(
-    job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None, opacity: float
-) -> None:
-    result.write(job.mask, job.overlay, opacity=opacity)
-    if job.uncertainty and uncertainty is not None:
-        write_image(job.uncertainty, to_gray(uncertainty))
-    if not (job.steps or job.animation):
-        return
-    image, answer = to_uint8_rgb(result.image), result.classes
-    panels = step_panels(image, {**maps, "answer": answer}, result.loaded.palette)
-    if job.steps:
-        write_image(job.steps, hstack_panels(list(panels.values()), list(panels)))
-    if job.animation:
-        write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
-
-
-def start_map(path: Path, image: np.ndarray, background: bool) -> np.ndarray:
-    """Return the start classes (H, W) int64 of an image from a file; with `background`, its 255 is that class.
-
-    Raises UserError when the file cannot be read or has another size than the image.
-    """
-    found = read_label(path).astype(np.int64)
-    if found.shape != image.shape[:2]:
-        raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
-    return np.where(found == 255, 0, found + 1) if background else found
-
-
-def step_panels(
-    image: np.ndarray, maps: Mapping[str, np.ndarray], palette: np.ndarray, side: int = 512
-) -> dict[str, np.ndarray]:
-    """Return the image and then the class maps (H, W) in color by caption, none longer than `side` pixels.
-
-    From the second map on the caption says how many of the pixels changed.
-    """
-    height, width = image.shape[:2]
-    scale = min(1, side / max(height, width))
-    size = max(round(width * scale), 1), max(round(height * scale), 1)
-    panels = {"input": cv2.resize(image, size, interpolation=cv2.INTER_AREA)}
-    before = None
-    for name, classes in maps.items():
-        changed = "" if before is None else f": {(classes != before).mean():.1%} changed"
-        colors = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
-        panels[f"{name}{changed}"], before = colors, classes
-    return panels
