@@ -269,8 +269,9 @@ def test_images_without_labels(tmp_path, dataset, files, name):
     if dataset == "voc2012":
         (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
         (tmp_path / "ImageSets/Segmentation/test.txt").write_text("2008_000006\n")
-    data = replace(DataConfig(dataset, tmp_path), add_background_class=dataset == "ade20k", val_share=0.5)
-    found = open_dataset(data if dataset != "cityscapes" else replace(data, val_share=0.0), "test")
+    held_out = {} if dataset in ("cityscapes", "ade20k") else {"val_share": 0.5}  # it is of the training images
+    data = DataConfig(dataset, tmp_path, add_background_class=dataset == "ade20k", **held_out)
+    found = open_dataset(data, "test")
     assert [found.name(i) for i in range(len(found))] == [name]
     assert found.pair(0)[1] is None
     assert len(found.classes) == (class_count(dataset) or 0) + (dataset == "ade20k")
