@@ -2,20 +2,26 @@
 
 import csv
 import json
+import re
+import shutil
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import segcore
+from segcore.checkpoints import run_checkpoint
 from segcore.cli.main import main
+from segcore.config.record import describe
 from segcore.data.layouts import cityscapes
 from segcore.demo.toy import generate
 from segcore.evaluation.metrics import ConfusionMatrix
 
-CONFIG = "ddrnet_23_slim_toy"
-SIZE = ["--evaluate.img-scale", "128", "64"]
+PAGE = Path(__file__).parents[3] / "docs/results.md"
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +32,14 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(toy, tmp_path_factory):
-    """A finished training run."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    words = ["--device=cpu", "--train.precision=fp32", "--data.workers=0", "--train.batch-size=2", *SIZE]
-    words += ["--train.device-batch-size=2", "--data.crop", "64", "128", "--data.img-scale", "128", "64"]
-    words += ["--schedule.iterations=1", "--train.evaluate-every=0"]
-    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *words])
+def run(tmp_path_factory):
+    """A run's folder with random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    exp = segcore.load_experiment("ddrnet_23_slim_toy").with_overrides(["evaluate.img_scale=128 64", "data.workers=0"])
+    torch.manual_seed(0)
+    checkpoint = run_checkpoint.folder_of(folder, 1)
+    run_checkpoint.save(checkpoint, exp.model.build().state_dict(), {}, describe(exp))
+    shutil.copy(checkpoint / "experiment.json", folder)
     return folder
 
 
@@ -161,3 +168,24 @@ def test_sets_without_a_server_are_refused(run, toy, tmp_path, capsys):
     assert "data.dataset voc2012 has other classes than its benchmark" in named
     assert "--label-ids writes masks; add --save FOLDER" in refused(capsys, "test", *words, f"--data.root={toy}")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_and_snippets_of_the_page_on_results(run, toy, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "runs/toy")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/toy").symlink_to(toy)
+    monkeypatch.chdir(tmp_path)
+    for language, code in re.findall(r"```(python|)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        if language:
+            exec(compile(code, PAGE.name, "exec"), {})
+            continue
+        for line in code.splitlines():
+            _, command, *words = line.split()
+            if command != "train":
+                main("ddrnet_seg", [command, *words, "--device=cpu"])
+    shown = capsys.readouterr().out
+    assert re.search(r"\n\d+% of [a-z ]+ is taken for [a-z ]+\ntoytown/", shown)
+    assert "expected calibration error: " in shown
+    assert zipfile.ZipFile("upload.zip").namelist() == [
+        f"toytown/toytown_{i:06}_000000_pred_labelIds.png" for i in range(3)
+    ]

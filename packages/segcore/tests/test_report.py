@@ -140,6 +140,8 @@ def test_json_has_the_counts_on_lines(tmp_path):
     one = ConfusionMatrix(1).update(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
     write_json(tmp_path / "one.json", Results(("a",), {"final": one.compute()}, 1, {"final": one.matrix}))
     assert json.loads((tmp_path / "one.json").read_text())["confusion"] == {"final": [[1, 1], [0, 1]]}
+    write_json(tmp_path / "many.json", replace(found, classes=("a",) * 1001))
+    assert "confusion" not in json.loads((tmp_path / "many.json").read_text())
 
 
 def test_published_figures_stand_beside_the_steps():
