@@ -28,8 +28,11 @@ class SavedMasks:
     """
 
     seg: LoadedModel
+    """The model, for its classes and colors."""
     dataset: Dataset
+    """The images, for their names."""
     folder: Path
+    """Where masks go, named as the images are."""
     server: ServerFiles | None = None
     """With one, its files are written, too, below `label_ids`."""
     written: list[str] = field(default_factory=list)
