@@ -315,6 +315,8 @@ def test_background_and_more_classes_than_8_bits_hold(tmp_path: Path) -> None:
         assert (found.dtypes, found.nodata) == (("uint16",), 65535)
         assert found.colormap(1)[299][:3] == tuple(seg.palette[299])
         np.testing.assert_array_equal(found.read(1), seg(tmp_path / "a.tif").mask)
+    bright = seg(np.full((4, 5, 3), 255, np.uint8))  # class 255, which is not the ignored label
+    assert (np.asarray(bright.overlay(opacity=1)) == seg.palette[255]).all()
 
 
 def test_confidence_and_probabilities_of_a_raster(tmp_path: Path, backend: str) -> None:
