@@ -8,6 +8,7 @@ import socket
 import stat
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from segcore.files import (
     umask_permissions,
     utf8_path,
     write,
+    write_zip,
     writing_folder,
 )
 
@@ -193,3 +195,15 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="b: is there already and not empty"), writing_folder(tmp_path / "a/b"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write(tmp_path / "in/a/1.png", b"one")
+    write_zip(tmp_path / "out/all.zip", tmp_path / "in", ["a/1.png"])
+    with zipfile.ZipFile(tmp_path / "out/all.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {"a/1.png": b"one"}
+    with pytest.raises(UserError, match=r"some\.zip: cannot be written"):
+        write_zip(tmp_path / "out/some.zip", tmp_path / "in", ["a/1.png", "a/2.png"])
+    with pytest.raises(UserError, match=r"in: cannot be written \(Is a directory"):
+        write_zip(tmp_path / "in", tmp_path / "in", ["a/1.png"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "a", "all.zip", "in", "out"]

@@ -12,11 +12,13 @@ import cv2
 import numpy as np
 
 from segcore.cli.predict_raster import SUFFIXES as TIFF
+from segcore.config.data_sets import ServerFiles
 from segcore.data.images import IMAGE_SUFFIXES, read_label
 from segcore.data.labels import ignored_label
 from segcore.data.layouts.files import walk
 from segcore.errors import UserError
 from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
+from segcore.reporting.label_ids import FOLDER, write_label_ids
 from segcore.result import Result
 
 
@@ -31,6 +33,8 @@ class Job(NamedTuple):
     uncertainty: Path | None = None
     steps: Path | None = None
     animation: Path | None = None
+    label_ids: Path | None = None
+    """The mask as the benchmark server takes it."""
     start: Path | None = None
     """The mask that the denoising starts from."""
     look: Mapping[str, Any] = {}
@@ -40,7 +44,7 @@ class Job(NamedTuple):
     def written(self) -> list[Path]:
         """The files that it becomes."""
         results = (self.mask, self.overlay, self.confidence, self.probabilities, self.uncertainty, self.steps)
-        return [path for path in (*results, self.animation) if path]
+        return [path for path in (*results, self.animation, self.label_ids) if path]
 
 
 ENDINGS = {
@@ -50,7 +54,13 @@ ENDINGS = {
 
 
 def plan(
-    source: Path, target: Path, *, start: Path | None = None, look: Mapping[str, Any] | None = None, **kinds: bool
+    source: Path,
+    target: Path,
+    *,
+    start: Path | None = None,
+    look: Mapping[str, Any] | None = None,
+    server: ServerFiles | None = None,
+    **kinds: bool,
 ) -> list[Job]:
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
@@ -87,6 +97,11 @@ def plan(
         files = {k: mask.with_name(f"{mask.stem}_{k}{ending}") for k, ending in endings.items()}
         begin = start / name if start and start.is_dir() else start
         jobs.append(Job(image, mask, start=begin, look=look or {}, **files))
+    if server:
+        below = [p.relative_to(source) if source.is_dir() else Path(p.name) for p in images]
+        root = target if source.is_dir() else masks[0].parent
+        paths = [root / FOLDER / server.path(name.with_suffix("").as_posix()) for name in below]
+        jobs = [job._replace(label_ids=path) for job, path in zip(jobs, paths, strict=True)]
     if kind in JPEG:  # a lossy file cannot hold classes
         jobs = [jobs[0]._replace(overlay=target)]
     written = Counter(path for job in jobs for path in job.written)
@@ -113,6 +128,8 @@ def realpath(path: Path) -> Path:
 def write(job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None) -> None:
     """Write the files of a job; `maps` are the classes after every denoising step by title."""
     result.write(job.mask, job.overlay, job.confidence, job.probabilities, **job.look)
+    if job.label_ids:
+        write_label_ids(job.label_ids, result.mask, result.loaded.experiment.data.dataset)
     if job.uncertainty and uncertainty is not None:
         write_image(job.uncertainty, to_gray(uncertainty))
     if not (job.steps or job.animation):

@@ -18,14 +18,52 @@ from segcore import distributed
 from segcore.data.dataset import Dataset
 from segcore.data.loader import Loaded, eval_samples
 from segcore.errors import Stopped, UserError
+from segcore.evaluation.calibration import Calibration, CalibrationError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
 from segcore.seeds import evaluation_seed
 
-Sample = tuple[int, np.ndarray, np.ndarray]
+Sample = tuple[int, np.ndarray, np.ndarray | None]
 OnPrediction = Callable[[int, np.ndarray, np.ndarray, Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ImageFigures:
+    """Figures of one image, of the configured output; fractions 0..1."""
+
+    index: int
+    """Its place in the data set."""
+    name: str
+    """`Dataset.name`: the path below the image folder, with `/` and without suffix."""
+    width: int
+    height: int
+    pixels: int
+    """Number of labeled pixels."""
+    miou: float
+    """Mean IoU of the classes that its label or its prediction has; NaN without a labeled pixel."""
+    aacc: float
+    """Share of the labeled pixels that are right; NaN without any."""
+    iou: np.ndarray
+    """IoU of each class, (K,) float32; NaN for a class in neither label nor prediction."""
+    steps_used: float | None = None
+    """Mean number of denoising steps of the early-exit entry over the image's views and windows, else None."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prediction:
+    """What a model says about one image, by step entry."""
+
+    index: int
+    image: np.ndarray
+    label: np.ndarray | None
+    classes: dict[str, Tensor]
+    """Class indices (H, W) int64."""
+    confidence: dict[str, Tensor]
+    """Probability (H, W) float32 of each of them; empty unless asked for."""
+    steps_used: float | None
+    """See `ImageFigures.steps_used`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +86,15 @@ class Results:
     """The unit of the entry names, `StepwiseSegmentor.step_unit`; "" without steps."""
     steps_taken: float | None = None
     """Mean number of denoising steps of the early-exit entry `until …`, else None. It is never the main entry."""
+    per_image: tuple[ImageFigures, ...] = ()
+    """The figures of every image, in the order of the data set."""
+    calibration: Calibration | None = None
+    """Calibration of the configured output, if asked for."""
 
     @property
     def final_step(self) -> str:
         """The name of the main entry, the configured output."""
-        fixed = list(self.entries)[: -1 if self.steps_taken else None]
-        return self.configured if self.configured in fixed else fixed[-1]
+        return main_entry(self.entries, self.configured, early_exit=bool(self.steps_taken))
 
     @property
     def final(self) -> dict[str, Any]:
@@ -72,6 +113,21 @@ class Results:
         early = {"steps_taken": self.steps_taken} if self.steps_taken else {}
         found = {"images": self.images, "skipped": list(self.skipped), "classes": list(self.classes)}
         return {**found, "entries": entries, **early}
+
+
+def main_entry(entries: Iterable[str], configured: str, *, early_exit: bool) -> str:
+    """Return the entry that counts: the configured one if it is there, else the last one that ran all its steps.
+
+    With `early_exit` the last of `entries` is the early-exit entry.
+    """
+    fixed = list(entries)[: -1 if early_exit else None]
+    return configured if configured in fixed else fixed[-1]
+
+
+def configured_entry(predictor: Predictor, entries: Iterable[str]) -> str:
+    """Return which of the step entries of a prediction is the configured output, see `main_entry`."""
+    configured = predictor.model.default_step if isinstance(predictor.model, StepwiseSegmentor) else "final"
+    return main_entry(entries, configured, early_exit=predictor.evaluate.early_exit_threshold is not None)
 
 
 def check_fit(model: Segmentor, dataset: Dataset) -> None:
@@ -95,6 +151,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     limit: int | None = None,
+    calibration: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> Results:
@@ -104,19 +161,57 @@ def evaluate(
     `evaluate.batch_size`, `workers` and the number of processes do not change the results: each of several processes
     takes every n-th image, and all return the same result. Predictions are not kept.
 
-    `on_progress(done, total)` is called after every batch, and every second without data (it may raise Stopped, which
-    ends all processes). It assumes that all processes are equally far. `on_prediction(index, image, label, entries)` is
-    called for each image of this process with the classes (H, W) by entry.
+    `calibration` also computes `Results.calibration`. `on_progress(done, total)` is called after every batch, and every
+    second without data (it may raise Stopped, which ends all processes). It assumes that all processes are equally far.
+    `on_prediction(index, image, label, entries)` is called for each image of this process with the classes (H, W) by
+    entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
+    """
+    counts = _Counts(predictor, dataset, calibration)
+
+    def count(found: Prediction) -> None:
+        if found.label is None:
+            raise UserError(f"{dataset.samples[found.index].image}: has no label file; evaluation needs one")
+        counts.add(found, found.label)
+        if on_prediction:
+            on_prediction(found.index, found.image, found.label, found.classes)
+
+    how: dict[str, Any] = {"seed": seed, "workers": workers, "limit": limit, "on_progress": on_progress}
+    images, missed, used = predict_all(predictor, dataset, count, confidence=calibration, **how)
+    counts.sum_over_processes()
+    confusion = {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()}
+    figures = tuple(sorted(distributed.all_gather_object(counts.per_image), key=lambda image: image.index))
+    calibrated = counts.calibration.compute() if counts.calibration else None
+    model = predictor.model
+    named = (model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")
+    metrics = counts.metrics()
+    return Results(tuple(dataset.classes), metrics, images, confusion, missed, *named, used, figures, calibrated)
+
+
+def predict_all(
+    predictor: Predictor,
+    dataset: Dataset,
+    each: Callable[[Prediction], None],
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    limit: int | None = None,
+    confidence: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, tuple[str, ...], float | None]:
+    """Predict the images of a data set, which need no labels, and call `each` with those of this process.
+
+    Returns, over all processes, the number of images, the errors of those that could not be read and the mean number of
+    denoising steps with `evaluate.early_exit_threshold`. The arguments and errors are those of `evaluate`; a UserError
+    of `each` ends all processes.
     """
     model, settings = predictor.model, predictor.evaluate
     check_fit(model, dataset)
     total = min(len(dataset), len(dataset) if limit is None else limit)
     if total < 1:
         raise UserError(f"there is nothing to evaluate: {len(dataset)} images with limit {limit}; give at least one")
-    counts = _Counts(model, predictor.device, boundaries="mBIoU" in settings.metrics)
     done, skipped, steps_used = 0, list[tuple[int, str]](), list[int]()
     network, failed = _network(predictor, steps_used), None
     own = range(distributed.rank(), total, distributed.world_size())
@@ -127,14 +222,10 @@ def evaluate(
 
     try:
         with evaluation_mode(model), closing(eval_samples(dataset, workers, own, on_wait=progress)) as loaded:
-            samples = _readable(dataset, own, loaded, skipped if predictor.data.on_error == "skip" else None)
+            samples = _readable(own, loaded, skipped if predictor.data.on_error == "skip" else None)
             for batch in _equal_sized(samples, settings.batch_size):
-                seeds = [evaluation_seed(seed, index) for index, *_ in batch]
-                predictions = predictor.classes([image for _, image, _ in batch], seeds, network=network)
-                for (index, image, label), entries in zip(batch, predictions, strict=True):
-                    counts.add(entries, label)
-                    if on_prediction:
-                        on_prediction(index, image, label, entries)
+                for found in _predict(predictor, batch, seed, network, confidence, steps_used):
+                    each(found)
                 done += len(batch)
                 progress()
     except (UserError, Stopped) as error:
@@ -143,11 +234,7 @@ def evaluate(
     missed = tuple(text for _, text in sorted(distributed.all_gather_object(skipped)))
     if not images:
         raise UserError(f"{missed[0]} (and none of the {total} images can be read)")
-    counts.sum_over_processes()
-    confusion = {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()}
-    named = (model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")
-    used = steps / runs if runs else None
-    return Results(tuple(dataset.classes), counts.metrics(), images, confusion, missed, *named, used)
+    return images, missed, steps / runs if runs else None
 
 
 def _network(predictor: Predictor, steps_used: list[int]) -> Network:
@@ -167,21 +254,66 @@ def _network(predictor: Predictor, steps_used: list[int]) -> Network:
     return network
 
 
+def _predict(
+    predictor: Predictor, batch: Sequence[Sample], seed: int, network: Network, confidence: bool, steps_used: list[int]
+) -> Iterator[Prediction]:
+    """Yield the predictions of images of one size. `network` appends their numbers of steps to `steps_used`."""
+    images, seeds = [image for _, image, _ in batch], [evaluation_seed(seed, index) for index, *_ in batch]
+    before = len(steps_used)
+    if confidence:
+        both = predictor.classes_and_confidence(images, seeds, network=network)
+        classes = [{entry: pair[0] for entry, pair in by_entry.items()} for by_entry in both]
+        confidences = [{entry: pair[1] for entry, pair in by_entry.items()} for by_entry in both]
+    else:
+        classes, confidences = predictor.classes(images, seeds, network=network), [{}] * len(batch)
+    for i, (index, image, label) in enumerate(batch):
+        own = steps_used[before + i :: len(batch)]  # every view and window appends one number per image
+        used = sum(own) / len(own) if own else None
+        yield Prediction(index, image, label, classes[i], confidences[i], used)
+
+
 class _Counts:
-    """The counts behind the metrics of every step entry."""
+    """The counts behind the metrics of every step entry, and the figures of every image."""
 
-    def __init__(self, model: Segmentor, device: torch.device, *, boundaries: bool) -> None:
-        arguments = model.num_classes, model.ignore_index, device
-        self.boundaries = boundaries
-        self.matrices: dict[str, ConfusionMatrix] = defaultdict(partial(ConfusionMatrix, *arguments))
+    def __init__(self, predictor: Predictor, dataset: Dataset, calibration: bool) -> None:
+        model, settings = predictor.model, predictor.evaluate
+        arguments = model.num_classes, model.ignore_index, predictor.device
+        self.predictor, self.dataset = predictor, dataset
+        self.boundaries = "mBIoU" in settings.metrics
+        self.new_matrix = partial(ConfusionMatrix, *arguments)
+        self.matrices: dict[str, ConfusionMatrix] = defaultdict(self.new_matrix)
         self.bands: dict[str, BoundaryIoU] = defaultdict(partial(BoundaryIoU, *arguments))
+        self.per_image: list[ImageFigures] = []
+        self.calibration = CalibrationError(model.ignore_index, predictor.device) if calibration else None
 
-    def add(self, entries: Mapping[str, Tensor], label: np.ndarray) -> None:
-        """Count the classes (H, W) that each entry predicts for an image with this label (H, W)."""
-        for entry, classes in entries.items():
-            self.matrices[entry].update(classes, label)
+    def add(self, found: Prediction, label: np.ndarray) -> None:
+        """Count what each entry predicts for an image with this label (H, W)."""
+        main = configured_entry(self.predictor, found.classes)
+        for entry, classes in found.classes.items():
+            of_image = self.new_matrix().update(classes, label)
+            self.matrices[entry].merge(of_image)
             if self.boundaries:
                 self.bands[entry].update(classes, label)
+            if entry == main:
+                self.per_image.append(self.figures(found, of_image))
+        if self.calibration:
+            self.calibration.update(found.confidence[main], found.classes[main], torch.from_numpy(label))
+
+    def figures(self, found: Prediction, matrix: ConfusionMatrix) -> ImageFigures:
+        """Return the figures of an image from its own confusion matrix."""
+        metrics: dict[str, Any] = matrix.compute()
+        height, width = found.image.shape[:2]
+        return ImageFigures(
+            found.index,
+            self.dataset.name(found.index),
+            width,
+            height,
+            pixels=int(matrix.matrix.sum()),
+            miou=metrics["mIoU"],
+            aacc=metrics["aAcc"],
+            iou=metrics["IoU"].float().numpy(),
+            steps_used=found.steps_used,
+        )
 
     def sum_over_processes(self) -> None:
         """Sum the counts over all processes; a process without images has no entries yet."""
@@ -189,6 +321,8 @@ class _Counts:
             distributed.all_reduce_sum(self.matrices[entry].matrix)
             if self.boundaries:
                 distributed.all_reduce_sum(self.bands[entry].counts)
+        if self.calibration:
+            distributed.all_reduce_sum(self.calibration.sums)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Return the metrics by entry."""
@@ -197,15 +331,12 @@ class _Counts:
 
 
 def _readable(
-    dataset: Dataset, indices: Sequence[int], loaded: Iterable[Loaded], skipped: list[tuple[int, str]] | None
+    indices: Sequence[int], loaded: Iterable[Loaded], skipped: list[tuple[int, str]] | None
 ) -> Iterator[Sample]:
     """Yield the readable samples; the others are recorded in `skipped`, or raise UserError if it is None."""
     for index, sample in zip(indices, loaded, strict=True):
         if not isinstance(sample, UserError):
-            _, image, label = sample
-            if label is None:
-                raise UserError(f"{dataset.samples[index].image}: has no label file; evaluation needs one")
-            yield index, image, label
+            yield index, *sample[1:]
         elif skipped is None:
             raise sample
         else:

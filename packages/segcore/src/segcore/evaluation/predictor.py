@@ -142,6 +142,13 @@ class Predictor:
         found = self.probabilities(images, seeds, network=network)
         return [{entry: most_probable(p) for entry, p in by_entry.items()} for by_entry in found]
 
+    def classes_and_confidence(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
+    ) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Return, per image and step entry, the classes as `classes` does and their probabilities (H, W) float32."""
+        found = self.probabilities(images, seeds, network=network)
+        return [{entry: most_confident(p) for entry, p in by_entry.items()} for by_entry in found]
+
     @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
     def probabilities(
         self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
@@ -266,3 +273,12 @@ def most_probable(probabilities: Tensor) -> Tensor:
     if len(probabilities) == 1:
         return (probabilities[0] > 0.5).long()
     return probabilities.max(0).indices  # ties give the first, like argmax, but 2.5 times as fast on a CPU
+
+
+def most_confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the classes (H, W) int64 of probabilities (K, H, W), and the probability (H, W) of each."""
+    if len(probabilities) == 1:
+        p = probabilities[0]
+        return (p > 0.5).long(), torch.maximum(p, 1 - p)
+    values, classes = probabilities.max(0)
+    return classes, values
