@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from segcore.cli.common import STEPWISE, Command, load
+from segcore.cli.common import STEPWISE, Parallel, load
 from segcore.config.options import Flag
 from segcore.errors import UserError
 
+NOT_NOTED = (
+    *("experiment", "folder", "checkpoint", "input", "palette"),  # in another form they are
+    *("device", "offline", "gpus", "output", "resume", "frames"),
+)
+"""Fields that are not in predict.json, with which the results of a folder were made."""
+
 
 @dataclass(frozen=True)
-class Predict(Command):
+class Predict(Parallel):
     """Segment an image, every image of a folder, a video or a camera: class-index PNGs and color overlays."""
 
     checkpoint: str = field(kw_only=True)
@@ -38,11 +44,16 @@ class Predict(Command):
     For a folder of images, a folder of masks under the results' names."""
     ensemble: tuple[str, ...] = ()
     """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
+    resume: Flag = False
+    """Folders only: go on where the same command was ended. Images whose results are whole and up to date are kept; it
+    is refused if they were made with other settings or weights."""
     frames: int | None = None
     """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 
-    def run(self, package: str | None) -> None:
+    def run_in_process(self) -> None:
+        from segcore import distributed
         from segcore.cli import predict_files, predict_images, predict_raster, predict_video
+        from segcore.cli.predict_record import Record
         from segcore.data import video
 
         if not 0 <= self.opacity <= 1:
@@ -57,14 +68,19 @@ class Predict(Command):
             )
         if large and shown:
             raise UserError(f"{self.output}: with --uncertainty, --steps, --animate and --start-mask, give a folder")
+        many = self.input.is_dir()
+        if (self.resume or distributed.world_size() > 1) and not many:
+            raise UserError(f"{self.input}: --resume, --gpus and torchrun are for a folder of images; leave them out")
         if moving:
             path = video.plan(self.input, self.output)
         elif large:
             predict_raster.check(self.input, self.output)
         else:
-            jobs = predict_files.plan(
-                self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
-                start=self.start_mask,
+            jobs = distributed.on_main_process(
+                lambda: predict_files.plan(
+                    self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
+                    start=self.start_mask,
+                )
             )  # fmt: skip
         seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
         _ = seg.palette  # a palette that does not fit is refused before anything is written
@@ -73,4 +89,6 @@ class Predict(Command):
         elif large:
             predict_raster.run(seg, self.input, self.output)
         else:
-            predict_images.run(seg, jobs, opacity=self.opacity)
+            options = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_NOTED}
+            record = Record(self.input, self.output, seg, options, self.resume) if many else None
+            predict_images.run(seg, jobs, opacity=self.opacity, record=record)

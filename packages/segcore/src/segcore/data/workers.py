@@ -1,4 +1,4 @@
-"""Worker processes that read ahead.
+"""Worker processes that read ahead, and threads that write behind.
 
 Each worker has one thread in the main process, which asks it for one item after another over a socket of their own.
 Workers share neither locks nor memory: a thread notices the end of its worker, whatever ended it, and a container with
@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from segcore.errors import UserError
 
+T = TypeVar("T")
 Load = Callable[[Any], Any]
 Link = io.BufferedRWPair
 
@@ -85,6 +86,23 @@ def read_ahead(
     finally:
         for worker in started:
             worker.end()
+        pool.shutdown(cancel_futures=True)
+
+
+def write_behind(write: Callable[[Any], T], items: Iterable[Any], threads: int) -> Iterator[T]:
+    """Yield `write(item)` of every item in order, computed by threads while the next items are made; 0: by this one."""
+    if not threads:
+        yield from map(write, items)
+        return
+    pending, pool = deque[Future[T]](), ThreadPoolExecutor(threads, "writer")
+    try:
+        for item in items:
+            pending.append(pool.submit(write, item))
+            while pending and (pending[0].done() or len(pending) > 2 * threads):  # items wait in memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
         pool.shutdown(cancel_futures=True)
 
 
