@@ -95,10 +95,8 @@ class Record:
         del settings["data"]["workers"], settings["evaluate"]["batch_size"]
         return {
             "input": str(realpath(self.source)),
-            "options": {
-                **json.loads(json.dumps(self.options, default=str)),
-                "colors": self.seg.palette.tobytes().hex(),
-            },
+            "options": json.loads(json.dumps(self.options, default=str)),
+            "colors": self.seg.palette.tobytes().hex(),
             "weights": digest([self.seg.model, *self.seg.predictor.ensemble]),
             "experiment": settings,
         }
