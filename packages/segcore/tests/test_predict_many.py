@@ -132,17 +132,14 @@ def test_every_file_has_a_line(photos: Path, capsys: pytest.CaptureFixture[str])
     assert rows(photos) == found
 
 
-def threaded(monkeypatch: pytest.MonkeyPatch, workers: int) -> LoadedModel:
-    """Return a model for a run that writes in `workers` threads, and let such a run start no processes to read."""
-    monkeypatch.setattr(predict_images, "IMAGES_PER_WORKER", 1)
-    monkeypatch.setattr(predict_images, "read_ahead", lambda load, jobs, *_, **__: (load(job) for job in jobs))
+def threaded(threads: int) -> LoadedModel:
     seg = loaded()
-    return replace(seg, experiment=replace(seg.experiment, data=replace(DATA, workers=workers)))
+    return replace(seg, experiment=replace(seg.experiment, data=replace(DATA, workers=threads)))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("threads", [0, 1])
 def test_a_run_that_was_ended_goes_on(
-    photos: Path, alone: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, workers: int
+    photos: Path, alone: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """What is whole and up to date is kept; what a kill cut off in results.csv.part0 is done again."""
     write, out = predict_images.write, photos.with_name("out")
@@ -155,7 +152,7 @@ def test_a_run_that_was_ended_goes_on(
         write(job, *rest)
 
     monkeypatch.setattr(predict_images, "write", interrupted)
-    seg = threaded(monkeypatch, workers)
+    seg = threaded(threads)
     with pytest.raises(KeyboardInterrupt):
         predict(photos, seg)
     part = out / "results.csv.part0"
@@ -198,10 +195,10 @@ def test_results_of_other_settings_or_weights_are_not_taken_for_these(photos: Pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of this kind")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_full_disk_stops_the_run(photos: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_full_disk_stops_the_run(photos: Path, threads: int) -> None:
     """Also in a thread that writes. Nothing is half-written."""
-    seg = threaded(monkeypatch, workers)
+    seg = threaded(threads)
     big = photos / "big.png"
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (99, 99, 3)).astype(np.uint8)).save(big)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,14 +1,14 @@
-"""`predict` on images: read ahead, computed in batches of one size, written behind, by any number of processes."""
+"""`predict` on images: read ahead, computed in batches of one size and written behind, by any number of processes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from segcore.cli.predict_files import Job, start_map, write
 from segcore.cli.predict_record import Record, stamp
 from segcore.config.schema import DataConfig
 from segcore.data.loader import equal_sized
-from segcore.data.workers import read_ahead, write_behind
+from segcore.data.workers import in_threads
 from segcore.errors import UserError
 from segcore.inference import LoadedModel, Result, as_array
 from segcore.progress import progress
 
-IMAGES_PER_WORKER = 16
-"""Fewer are read and written before another worker process has started."""
 Sample = tuple[Job, np.ndarray, list[str]]
 Answer = tuple[Result, dict[str, np.ndarray], np.ndarray | None]
 """Result, classes after every denoising step by title where they are shown, and uncertainty where it is."""
@@ -60,7 +58,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5, record: 
         distributed.each_at_its_pace() as total,
         record.part() if record else contextlib.nullcontext() as note,
         progress("predicting") as advance,
-        contextlib.closing(_done(seg, own, opacity, lambda: total(count))) as results,
+        contextlib.closing(_done(seg, own, opacity)) as results,
     ):
         for done in results:
             if note:
@@ -92,14 +90,12 @@ def _report(jobs: Sequence[Job], left: int, record: Record | None, failures: lis
         raise UserError(f"{failures[0]}{more}")
 
 
-def _done(
-    seg: LoadedModel, jobs: Sequence[Job], opacity: float, on_wait: Callable[[], Any]
-) -> Generator[Done, None, None]:
-    """Yield what became of every job once its files are written."""
+def _done(seg: LoadedModel, jobs: Sequence[Job], opacity: float) -> Generator[Done, None, None]:
+    """Yield what became of every job once its files are written. Threads read and write while this one computes."""
     data = seg.experiment.data
-    workers = min(data.workers, len(jobs) // IMAGES_PER_WORKER)
-    with contextlib.closing(read_ahead(partial(_read, data), jobs, workers, on_wait=on_wait)) as images:
-        yield from write_behind(partial(_write, opacity), _predicted(seg, images), workers)
+    threads = max(min(data.workers, len(jobs) - 1), 0)
+    with contextlib.closing(in_threads(partial(_read, data), jobs, threads)) as images:
+        yield from in_threads(partial(_write, opacity), _predicted(seg, images), threads)
 
 
 def _read(data: DataConfig, job: Job) -> tuple[Job, np.ndarray | UserError, list[str]]:

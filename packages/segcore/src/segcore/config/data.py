@@ -102,7 +102,7 @@ class DataConfig(Section):
     """Standard deviation per channel, likewise."""
     workers: int = setting(4, least=0, commands=("test", "predict"))
     """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it.
-    `predict` also writes in that many threads."""
+    `predict` reads in that many threads, and writes in as many."""
     on_error: Literal["stop", "skip"] = setting("stop", commands=("test",))
     """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
 

@@ -1,4 +1,4 @@
-"""Worker processes that read ahead, and threads that write behind.
+"""Worker processes that read ahead, and threads for what they are enough for.
 
 Each worker has one thread in the main process, which asks it for one item after another over a socket of their own.
 Workers share neither locks nor memory: a thread notices the end of its worker, whatever ended it, and a container with
@@ -89,16 +89,19 @@ def read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def write_behind(write: Callable[[Any], T], items: Iterable[Any], threads: int) -> Iterator[T]:
-    """Yield `write(item)` of every item in order, computed by threads while the next items are made; 0: by this one."""
+def in_threads(function: Callable[[Any], T], items: Iterable[Any], threads: int) -> Generator[T, None, None]:
+    """Yield `function(item)` of every item in order; `threads` work on as many items ahead. 0: this thread does it.
+
+    It suits functions that mostly wait or compute outside the interpreter, such as codecs: threads start at once.
+    """
     if not threads:
-        yield from map(write, items)
+        yield from map(function, items)
         return
-    pending, pool = deque[Future[T]](), ThreadPoolExecutor(threads, "writer")
+    pending, pool = deque[Future[T]](), ThreadPoolExecutor(threads)
     try:
         for item in items:
-            pending.append(pool.submit(write, item))
-            while pending and (pending[0].done() or len(pending) > 2 * threads):  # items wait in memory
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
