@@ -67,7 +67,7 @@ def slow_tests(session: nox.Session) -> None:
 
 @nox.session
 def oracle_tests(session: nox.Session) -> None:
-    """Compare with libraries that nothing else needs: HuggingFace's transformers, MLflow, the Cityscapes scripts."""
+    """Compare with libraries that nothing else needs: transformers, MLflow, Ray Data, the Cityscapes scripts."""
     session.install(*EDITABLE, *group("test"), *group("oracle"))
     session.run("pytest", "-m", "oracle", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -204,6 +206,71 @@ def test_more_processes_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(None, ["train", CONFIG, "--gpus", "8"])
     assert "error: --gpus 8: torch sees" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def masks(root: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process predicts for all images, one after the other."""
+    out = tmp_path_factory.mktemp("masks") / "out"
+    main(None, ["predict", CONFIG, str(alone), str(root / "images"), str(out), "--device", "cpu"])
+    return out
+
+
+def predict(root: Path, run: Path, out: Path, *options: Any) -> list[str]:
+    return ["predict", CONFIG, *map(str, (run, root / "images", out, *options)), "--device", "cpu"]
+
+
+def assert_same_results(out: Path, masks: Path) -> None:
+    """Compare files byte by byte, and the lines of results.csv but for the seconds."""
+    written = sorted(path.relative_to(masks) for path in masks.rglob("*.png"))
+    assert len(written) == 30
+    assert sorted(path.relative_to(out) for path in out.rglob("*.png")) == written
+    assert all((out / name).read_bytes() == (masks / name).read_bytes() for name in written)
+    lines = [[line.split(",")[:3] for line in (x / "results.csv").read_text().splitlines()] for x in (out, masks)]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 16
+
+
+def test_two_processes_predict_what_one_does(root: Path, alone: Path, masks: Path, tmp_path: Path) -> None:
+    done = run(*predict(root, alone, tmp_path / "out", "--gpus", 2))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("15 of 15 images written below") == 1
+    assert_same_results(tmp_path / "out", masks)
+
+
+def two_machines(words: list[str], fault: str = "") -> list[tuple[int, str, str]]:
+    """Run torchrun twice, as on two machines with one process each; the second has the fault.
+
+    Return status, standard output and error of each.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    agents = []
+    for first in (True, False):
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={first:d}"]
+        start = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet, "-m", "segcore"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_FAULT": "" if first else fault}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+        agents.append(subprocess.Popen([sys.executable, *start, *words], **pipes))
+    ends = [agent.communicate(timeout=240) for agent in agents]
+    return [(agent.returncode, *said) for agent, said in zip(agents, ends, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_machines_predict_what_one_does(root: Path, alone: Path, masks: Path, tmp_path: Path) -> None:
+    """Even where a process is killed: the others end after the image that they are at, and `--resume` goes on."""
+    out = tmp_path / "out"
+    (status, _, said), _ = two_machines(predict(root, alone, out, "--model.pause", 2), "kill::1")
+    done = [len(part.read_text().splitlines()) for part in out.glob("results.csv.part?")]
+    assert min(done) == 1
+    assert max(done) < 7, "its share: it did not go on alone to the end"
+    assert status != 0
+    assert re.search(r"error: process \d of 0-1 did not respond .*--resume\n", said), said
+    ends = two_machines(predict(root, alone, out, "--resume", "--model.pause", 2))
+    assert [status for status, *_ in ends] == [0, 0], ends
+    assert_same_results(out, masks)
+    assert re.search(r"15 of 15 images .*, \d+ of them by an earlier run", "".join(shown for _, shown, _ in ends))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -246,6 +247,7 @@ def test_eval_samples_come_in_order(data, workers):
 
 SCRIPT = """
 import sys
+import threading
 from pathlib import Path
 from segcore.data import layouts, loader, transforms
 from segcore.config.schema import DataConfig
@@ -308,3 +310,26 @@ def group_alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_threads_keep_the_order_and_work_a_little_ahead(threads):
+    made, last = [], [0.02, 0.0, 0.01, 0.0, 0.0, 0.0, 0.0]
+
+    def items():
+        for item in enumerate(last):
+            made.append(item)
+            yield item
+
+    def function(item):
+        time.sleep(item[1])
+        if item[0] == 5:
+            raise UserError("the sixth")
+        return item[0], threading.current_thread() is threading.main_thread()
+
+    found = in_threads(function, items(), threads)
+    assert next(found) == (0, threads == 0)
+    assert len(made) == 1 + threads
+    assert [next(found)[0] for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="the sixth"):
+        next(found)

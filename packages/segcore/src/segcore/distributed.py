@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -160,6 +160,13 @@ def start_sync_status(error: UserError | Stopped | None = None, *counts: int) ->
 
     This rank can do other work in between, including communication.
     """
+    return _start_sync_status(error, *counts)[1]
+
+
+def _start_sync_status(
+    error: UserError | Stopped | None, *counts: int
+) -> tuple[Callable[[], bool], Callable[[], list[int]]]:
+    """Begin `sync_status`, and return what tells without waiting whether it is complete, and what completes it."""
     ctrl_c = isinstance(error, Stopped) and signal.SIGINT in error.args
     flags = torch.tensor([isinstance(error, UserError), isinstance(error, Stopped), ctrl_c, *counts], dtype=torch.int64)
     with collective():
@@ -182,7 +189,42 @@ def start_sync_status(error: UserError | Stopped | None = None, *counts: int) ->
             raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)  # the same on all ranks
         return sums
 
-    return finish
+    return lambda: work is None or work.is_completed(), finish
+
+
+@contextlib.contextmanager
+def each_at_its_pace() -> Iterator[Callable[[int], int]]:
+    """Let the ranks work without waiting for each other, until all have left the `with` block.
+
+    Yields a function for every rank to call often: it takes the rank's count and returns a recent sum over all ranks.
+    It raises PeerError when another rank left with a UserError, and LostError when one is gone.
+    """
+    total, pending = 0, cast(tuple[Callable[[], bool], Callable[[], list[int]]] | None, None)
+
+    def update(count: int) -> int:
+        nonlocal total, pending
+        if world_size() == 1:
+            return count
+        if pending and pending[0]():
+            total, _ = pending[1]()
+            pending = None
+        pending = pending or _start_sync_status(None, count, 0)
+        return total
+
+    failed = None
+    try:
+        yield update
+    except (PeerError, LostError):
+        raise
+    except UserError as error:
+        failed = error
+    try:
+        if pending:
+            pending[1]()
+    except UserError as error:
+        raise failed or error from None
+    while sync_status(failed, 0, 1)[1] < world_size():
+        pass
 
 
 def all_gather_object(items: list[T]) -> list[T]:

@@ -1,10 +1,11 @@
 """A run of seconds for tests of processes: `train tiny.py:tiny --data.root FOLDER`, under torchrun or alone.
 
 The environment variable TINY_FAULT, `KIND:RANK:ITERATION`, lets one process fail: `nan` (its loss, three times with
-`nan3`), `die`, or `sleep` past its time.
+`nan3`), `die`, or `sleep` past its time. `kill::N` kills any process in front of its forward pass N of a prediction.
 """
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,12 @@ class Net(Tiny):
         self.pause, self.losses_taken = pause, 0
         self.double()
 
+    def logits(self, images, seeds=None):
+        time.sleep(self.pause)
+        if KIND == "kill" and len(self.calls) == int(ITERATION):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().logits(images, seeds)
+
     def losses(self, images, labels, **options):
         time.sleep(self.pause)
         losses = super().losses(images, labels, **options)
@@ -56,7 +63,7 @@ class Net(Tiny):
 class TinyModel(ModelConfig):
     num_classes: int = 3
     pause: float = 0.0
-    """Minimum seconds per step."""
+    """Minimum seconds per step and per forward pass of an evaluation."""
 
     def build(self) -> Segmentor:
         return Net(self.num_classes, self.pause)

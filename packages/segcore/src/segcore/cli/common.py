@@ -14,6 +14,7 @@ from segcore.errors import UsageError
 if TYPE_CHECKING:
     from segcore.inference import LoadedModel
 
+OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
 STEPWISE = {"stepwise": True}
 """Metadata of an option that only commands of stepwise models offer: DDP's and DDPS's."""
 

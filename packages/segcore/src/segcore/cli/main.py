@@ -21,7 +21,7 @@ from typing import Any
 from segcore.cli import configs
 from segcore.cli.bench import Bench
 from segcore.cli.check import Check
-from segcore.cli.common import Command
+from segcore.cli.common import OUT_OF_MEMORY, Command
 from segcore.cli.configs import Configs
 from segcore.cli.convert import Convert
 from segcore.cli.demo import Demo
@@ -58,7 +58,6 @@ COMMANDS: dict[str, type[Any]] = {
 }
 NOT_READ = {"check": ("device", "offline"), "export": ("device",), "bench": ("offline",)}
 """Options of all commands with a configuration that one of them has no use for."""
-OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
 OUR_WARNINGS = ("segcore", "seg-cuda-ops")
 """How the messages of our own warnings begin."""
 HELP = """usage: {prog} COMMAND …

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from segcore.cli.common import STEPWISE, Command, load
-from segcore.config.data_sets import server_files
+from segcore.cli.common import STEPWISE, Parallel, load
+from segcore.config.data_sets import ServerFiles, server_files
 from segcore.config.options import Flag
 from segcore.errors import UserError
 from segcore.files import write_zip
 
+if TYPE_CHECKING:
+    from segcore.cli.predict_files import Job
+    from segcore.inference import LoadedModel
+
+NOT_NOTED = (
+    *("experiment", "folder", "checkpoint", "input", "palette"),  # in another form they are
+    *("device", "offline", "gpus", "output", "resume", "frames", "zip"),
+)
+"""Fields that are not in predict.json, with which the results of a folder were made."""
+
 
 @dataclass(frozen=True)
-class Predict(Command):
+class Predict(Parallel):
     """Segment an image, every image of a folder, a video or a camera: class-index PNGs, overlays, probabilities."""
 
     checkpoint: str = field(kw_only=True)
@@ -57,23 +69,53 @@ class Predict(Command):
     """Images only: a file .zip to pack the label_ids into, or without --label-ids the masks."""
     ensemble: tuple[str, ...] = ()
     """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
+    resume: Flag = False
+    """Folders only: go on where the same command was ended. Images whose results are whole and up to date are kept; it
+    is refused if they were made with other settings or weights."""
     frames: int | None = None
     """Videos and cameras only: stop after this many frames. Ctrl-C also ends a camera's recording."""
 
-    def run(self, package: str | None) -> None:
-        from segcore.cli import predict_files, predict_images, predict_raster, predict_video
+    def run_in_process(self) -> None:
+        from segcore import distributed
+        from segcore.cli import predict_files, predict_raster, predict_video
         from segcore.data import video
-        from segcore.reporting.label_ids import FOLDER
+
+        moving = video.is_video(self.input)
+        large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
+        kinds = {"confidence": self.confidence, "probabilities": self.probabilities}
+        look = {"opacity": self.opacity, "legend": self.legend, "contours": self.contours}
+        self._refuse(moving, large)
+        if moving:
+            path = video.plan(self.input, self.output)
+        elif large:
+            targets = predict_raster.plan(self.input, self.output, **kinds)
+        else:
+            kinds |= {"uncertainty": self.uncertainty, "steps": self.steps, "animation": self.animate}
+            start, server = self.start_mask, self._server()
+            jobs = distributed.on_main_process(
+                lambda: predict_files.plan(self.input, self.output, start=start, look=look, server=server, **kinds)
+            )
+        seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
+        _ = seg.palette  # a palette that does not fit is refused before anything is written
+        if moving:
+            predict_video.run(seg, self.input, path, frames=self.frames, **look)
+            return
+        classes = predict_files.classes_path(self.output)
+        distributed.on_main_process(lambda: seg.write_classes(classes, nodata=large))
+        if large:
+            predict_raster.run(seg, self.input, **targets)
+        else:
+            self._images(seg, jobs)
+
+    def _refuse(self, moving: bool, large: bool) -> None:
+        """Raise UserError about options that do not suit what is read or written."""
+        from segcore import distributed
 
         if not 0 <= self.opacity <= 1:
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
-        moving = video.is_video(self.input)
-        large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
-        shown = {"uncertainty": self.uncertainty, "steps": self.steps, "animation": self.animate}
-        kinds = {"confidence": self.confidence, "probabilities": self.probabilities}
-        look = {"opacity": self.opacity, "legend": self.legend, "contours": self.contours}
-        only_images = any(shown.values()) or self.start_mask or self.label_ids or self.zip
-        if moving and (only_images or any(kinds.values()) or self.ensemble):
+        steps = self.uncertainty or self.steps or self.animate or self.start_mask
+        only_images = steps or self.label_ids or self.zip
+        if moving and (only_images or self.confidence or self.probabilities or self.ensemble):
             raise UserError(
                 f"{self.input}: --confidence, --probabilities, --uncertainty, --steps, --animate, --start-mask, "
                 "--label-ids, --zip and --ensemble are for images, not for videos"
@@ -83,29 +125,28 @@ class Predict(Command):
                 f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip, --legend "
                 "and --contours, give a folder"
             )
+        if (self.resume or distributed.world_size() > 1) and not self.input.is_dir():
+            raise UserError(f"{self.input}: --resume, --gpus and torchrun are for a folder of images; leave them out")
+
+    def _server(self) -> ServerFiles | None:
         data = self.experiment.data
-        server = server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
-        if moving:
-            path = video.plan(self.input, self.output)
-        elif large:
-            targets = predict_raster.plan(self.input, self.output, **kinds)
-        else:
-            jobs = predict_files.plan(
-                self.input, self.output, start=self.start_mask, look=look, server=server, **kinds, **shown
-            )
-        seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
-        _ = seg.palette  # a palette that does not fit is refused before anything is written
-        if moving:
-            predict_video.run(seg, self.input, path, frames=self.frames, **look)
-            return
-        seg.write_classes(predict_files.classes_path(self.output), nodata=large)
-        if large:
-            predict_raster.run(seg, self.input, **targets)
-        else:
-            predict_images.run(seg, jobs)
-            if self.zip:
-                root = self.output if self.input.is_dir() else jobs[0].mask.parent
-                root = root / FOLDER if self.label_ids else root
-                names = [(job.label_ids or job.mask).relative_to(root).as_posix() for job in jobs]
-                write_zip(self.zip, root, names)
-                print(self.zip)
+        return server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
+
+    def _images(self, seg: LoadedModel, jobs: Sequence[Job]) -> None:
+        from segcore import distributed
+        from segcore.cli import predict_images
+        from segcore.cli.predict_record import Record
+        from segcore.reporting.label_ids import FOLDER
+
+        many = self.input.is_dir()
+        options = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_NOTED}
+        record = Record(self.input, self.output, seg, options, self.resume) if many else None
+        predict_images.run(seg, jobs, record=record)
+        if self.zip:
+            root = self.output if many else jobs[0].mask.parent
+            root = root / FOLDER if self.label_ids else root
+            names = [(job.label_ids or job.mask).relative_to(root).as_posix() for job in jobs]
+            path = self.zip
+            distributed.on_main_process(lambda: write_zip(path, root, names))
+            if not distributed.rank():
+                print(path)

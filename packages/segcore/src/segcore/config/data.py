@@ -102,8 +102,9 @@ class DataConfig(Section):
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
-    workers: int = setting(4, least=0, commands=("test",))
-    """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it."""
+    workers: int = setting(4, least=0, commands=("test", "predict"))
+    """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it.
+    `predict` reads in that many threads, and writes in as many."""
     on_error: Literal["stop", "skip"] = setting("stop", commands=("test",))
     """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from segcore.seeds import augmentation_seed, noise_seed, order_seed, rare_class_
 
 Transform = Callable[[np.ndarray, np.ndarray, RandomState], tuple[Tensor, Tensor]]
 OnError = Literal["stop", "skip"]
+S = TypeVar("S", bound=tuple[Any, ...])
 Loaded = tuple[int, np.ndarray, np.ndarray | None] | UserError
 """Index, image and label of a sample, or the error of an unreadable one."""
 
@@ -141,6 +142,18 @@ def eval_samples(
     """
     load = functools.partial(_load_pair, dataset)
     return read_ahead(load, range(len(dataset)) if indices is None else indices, workers, on_wait=on_wait)
+
+
+def equal_sized(samples: Iterable[S], batch: int) -> Iterator[list[S]]:
+    """Collect up to `batch` consecutive samples, tuples whose second part is an image, of one shape."""
+    group: list[S] = []
+    for sample in samples:
+        if group and (len(group) == batch or sample[1].shape != group[0][1].shape):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
 
 
 def _load_batch(

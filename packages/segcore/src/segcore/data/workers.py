@@ -1,4 +1,4 @@
-"""Worker processes that read ahead.
+"""Worker processes that read ahead, and threads for what they are enough for.
 
 Each worker has one thread in the main process, which asks it for one item after another over a socket of their own.
 Workers share neither locks nor memory: a thread notices the end of its worker, whatever ended it, and a container with
@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from segcore.errors import UserError
 
+T = TypeVar("T")
 Load = Callable[[Any], Any]
 Link = io.BufferedRWPair
 
@@ -85,6 +86,26 @@ def read_ahead(
     finally:
         for worker in started:
             worker.end()
+        pool.shutdown(cancel_futures=True)
+
+
+def in_threads(function: Callable[[Any], T], items: Iterable[Any], threads: int) -> Generator[T, None, None]:
+    """Yield `function(item)` of every item in order; `threads` work on as many items ahead. 0: this thread does it.
+
+    It suits functions that mostly wait or compute outside the interpreter, such as codecs: threads start at once.
+    """
+    if not threads:
+        yield from map(function, items)
+        return
+    pending, pool = deque[Future[T]](), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
         pool.shutdown(cancel_futures=True)
 
 

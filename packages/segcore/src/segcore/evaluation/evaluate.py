@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.data.dataset import Dataset
-from segcore.data.loader import Loaded, eval_samples
+from segcore.data.loader import Loaded, equal_sized, eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.calibration import Calibration, CalibrationError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
@@ -223,7 +223,7 @@ def predict_all(
     try:
         with evaluation_mode(model), closing(eval_samples(dataset, workers, own, on_wait=progress)) as loaded:
             samples = _readable(own, loaded, skipped if predictor.data.on_error == "skip" else None)
-            for batch in _equal_sized(samples, settings.batch_size):
+            for batch in equal_sized(samples, settings.batch_size):
                 for found in _predict(predictor, batch, seed, network, confidence, steps_used):
                     each(found)
                 done += len(batch)
@@ -353,15 +353,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _equal_sized(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
-    """Collect up to `batch` consecutive samples whose images have one shape."""
-    group: list[Sample] = []
-    for sample in samples:
-        if group and (len(group) == batch or sample[1].shape != group[0][1].shape):
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group

@@ -12,9 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segcore.inference import LoadedModel, Result, as_array
+from segcore.inference import LoadedModel, as_array
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.reporting import figures
+from segcore.result import Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +61,13 @@ def answer(
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], -1)
     seg = replace(seg, experiment=replace(seg.experiment, seed=seed))
     with number_of_steps(seg, steps):
-        if isinstance(seg.model, StepwiseSegmentor):
-            maps = seg.steps(image) if start is None else seg.refine(image, start)
-            result = seg.result(image, list(maps.values())[-1])
+        if start is not None:
+            result, maps = seg.refine(image, start)
+        elif is_stepwise(seg):
+            maps = seg.steps(image)
+            result = Result(seg, image, list(maps.values())[-1].astype(np.min_scalar_type(seg.model.num_classes - 1)))
         else:
-            maps, result = {}, seg(image)
+            result, maps = seg(image), {}
         unsure = seg.uncertainty(result) if uncertainty and maps else None
     shrunk = "" if image.shape[:2] == (height, width) else f", shrunk from {width} x {height}"
     seconds = time.perf_counter() - began
