@@ -327,7 +327,7 @@ def test_threads_keep_the_order_and_work_a_little_ahead(threads):
             raise UserError("the sixth")
         return item[0], threading.current_thread() is threading.main_thread()
 
-    found = in_threads(function, items(), threads)
+    found = workers.in_threads(function, items(), threads)
     assert next(found) == (0, threads == 0)
     assert len(made) == 1 + threads
     assert [next(found)[0] for _ in range(4)] == [1, 2, 3, 4]
