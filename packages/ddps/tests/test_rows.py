@@ -130,8 +130,9 @@ def test_raw_weights_next_to_averaged_ones_are_ignored(chain, tmp_path):
 
 def test_another_number_of_timesteps_is_refused_unless_asked_for(chain, tmp_path):
     path = save(chain[-1], tmp_path / "file.pth", True)
-    assert "shapes differ" in refusal(
-        lambda: load_weights(DDPSConfig(**{**PRIOR, "num_train_timesteps": 7}).build(), path)
+    assert refusal(lambda: load_weights(DDPSConfig(**{**PRIOR, "num_train_timesteps": 7}).build(), path)) == (
+        f"{path}: trained with 5 timesteps, but the model has 7; set model.num_train_timesteps 5, or "
+        "model.ignore_schedule_mismatch to keep this schedule"
     )
     other = DDPSConfig(**{**PRIOR, "num_train_timesteps": 7, "ignore_schedule_mismatch": True}).build()
     load_weights(other, path)

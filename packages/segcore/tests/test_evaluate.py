@@ -9,14 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torchmetrics.classification import MulticlassCalibrationError
 
 from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.dataset import Dataset, Sample
 from segcore.data.labels import label_lut
 from segcore.errors import UserError
+from segcore.evaluation.calibration import BINS, CalibrationError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.predictor import Predictor, most_confident
 from segcore.reporting.tables import summary
 from segcore.seeds import evaluation_seed, window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
@@ -111,6 +113,7 @@ def test_an_entry_that_stops_early(dataset):
     assert results.final_step == "5", "an entry that stops early decides nothing"
     assert results.steps_taken == results.to_json()["steps_taken"] == (3 + 3 + 2 + 3 + 3) / 5
     assert "until 2.5%: denoising took 2.80 steps on average" in summary(results)
+    assert [image.steps_used for image in results.per_image] == [3, 3, 2, 3, 3]
     with pytest.raises(UserError, match="Tiny does not denoise in steps; leave out early_exit_threshold"):
         run(Tiny(4), dataset, config)
     assert list(run(Tiny(4), dataset, dataclasses.replace(PLAIN, steps=(1, 5))).entries) == ["final"]
@@ -197,3 +200,44 @@ def test_figures_of_every_image_add_up_to_the_total(dataset):
         np.testing.assert_array_equal(figures.iou, expected["IoU"].float())
     assert torch.equal(matrix, results.confusion["3"])
     assert results.calibration is None
+
+
+class Unsure(Redness):
+    """The same classes at lower confidence, and wrong ones through noise."""
+
+    def network(self, images, seeds, draws=None):
+        return super().network(images, seeds, draws) / 8
+
+
+VIEWS = {"flip": True, "img_ratios": (0.5, 1.0)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "slide", "crop": (8, 8), "stride": (5, 5)}, VIEWS, {"steps": (1,)}])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_calibration_equals_that_of_torchmetrics(dataset, settings, ensemble):
+    """With the probabilities of `Predictor.probabilities`, of the configured output."""
+    oracle = MulticlassCalibrationError(4, n_bins=BINS, norm="l1", ignore_index=255)
+    config = dataclasses.replace(PLAIN, **settings, batch_size=2)
+    predictor = Predictor(Unsure(noise=6.0), config, DATA, (Unsure().eval(),) if ensemble else ())
+    found = evaluate(predictor, dataset, seed=3, calibration=True)
+    predictor.model.eval()
+    for i in range(len(dataset)):
+        [by_entry] = predictor.probabilities([dataset.image(i)], [evaluation_seed(3, i)])
+        oracle.update(by_entry[found.final_step][None], torch.from_numpy(dataset.label(i)).long()[None])
+    assert found.calibration.ece == pytest.approx(oracle.compute().item(), abs=1e-6)
+    assert found.calibration.ece > 0.01
+    assert sum(found.calibration.counts) == sum(image.pixels for image in found.per_image)
+    plain = evaluate(predictor, dataset, seed=3)
+    assert plain.to_json() == found.to_json()
+
+
+def test_calibration_of_edges_and_of_one_class():
+    error = CalibrationError()
+    error.update(torch.tensor([0.0, 1.0, 0.5, 0.5]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 2, 255]))
+    found = error.compute()
+    assert (found.counts[0], found.counts[7], found.counts[14], sum(found.counts)) == (1, 1, 1, 3)
+    assert (found.accuracy[0], found.accuracy[7], found.accuracy[14]) == (0, 1, 1)
+    assert found.ece == pytest.approx(0.5 / 3)
+    assert found.to_json()["accuracy"][1] is None
+    classes, confidence = most_confident(torch.tensor([[[0.25, 0.75]]]))
+    assert (classes.tolist(), confidence.tolist()) == ([[0, 1]], [[0.75, 0.75]])

@@ -348,6 +348,12 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
     ) -> LoadReport:
         if self.ignore_schedule_mismatch:
             state = {**state, **{names[name]: getattr(self, name) for name in NoiseSchedule._fields}}
+        table = state.get(names.get("log_at", ""))  # a single-step model has none
+        if table is not None and table.ndim == 1 and len(table) != self.num_train_timesteps:
+            raise UserError(
+                f"trained with {len(table)} timesteps, but the model has {self.num_train_timesteps}; set "
+                f"model.num_train_timesteps {len(table)}, or model.ignore_schedule_mismatch to keep this schedule"
+            )
         return super()._load(state, names, convert)
 
 

@@ -75,6 +75,12 @@ ROWS = dict(
         _row("segformer_mit-b5_cityscapes20", 122.8, (82.42, 82.94, 66.45), None),
     ]
 )
+INFERENCE = {
+    "segformer_b2_ade20k_multistep_inference": Published(
+        {"timestep 0": 49.35, "timestep 10": 49.55, "timestep 19": 49.66},
+        note="T = 20; one run, evaluated at three of its timesteps",
+    )
+}
 BASE_MODELS = dict(
     [
         _base("segformer_mit-b0_512x512_160k_ade20k", "20220617_162207-c00b9603", 37.85, 38.97),
@@ -108,7 +114,7 @@ IMAGENET = dict(
         _mit("mit_b5", "20220624-658746d9"),
     ]
 )
-PUBLISHED = {**ROWS, **BASE_MODELS, **IMAGENET}
+PUBLISHED = {**ROWS, **INFERENCE, **BASE_MODELS, **IMAGENET}
 
 # The names of HuggingFace's SegFormer and MobileNetV2 encoders -> the published ones. The heads are other networks:
 # SegFormer's projects its maps without norm and ReLU, MobileNetV2's has one branch and no refinement.

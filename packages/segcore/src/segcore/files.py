@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,28 @@ def write(path: Path | str, content: str | bytes) -> None:
     Text becomes UTF-8; what UTF-8 lacks, in file names of other encodings, is escaped.
     Raises UserError naming the path when the disk is full, the folder is not writable, or similar.
     """
-    path = Path(path)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def write_zip(path: Path, folder: Path, names: Iterable[str]) -> None:
+    """Write an archive of files by their names below `folder`, as `write` does; they are not compressed."""
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name in names:
+            archive.write(folder / name, name)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what was written under it is synced and renamed, unless there was an error.
+
+    Raises UserError as `write` does.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+            yield temporary
             sync(temporary)
             temporary.replace(path)
         finally:

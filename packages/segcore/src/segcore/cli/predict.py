@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from segcore.cli.common import STEPWISE, Command, load
+from segcore.config.data_sets import server_files
 from segcore.config.options import Flag
 from segcore.errors import UserError
+from segcore.files import write_zip
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Predict(Command):
     start_mask: Path | None = field(default=None, metadata=STEPWISE)
     """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
     For a folder of images, a folder of masks under the results' names."""
+    label_ids: Flag = False
+    """Images only: also write what the benchmark server of the data set takes, its values and file names, into the
+    folder label_ids (cityscapes, ade20k, loveda, voc2012)."""
+    zip: Path | None = None
+    """A file .zip to pack the label_ids into, or without --label-ids the masks."""
     ensemble: tuple[str, ...] = ()
     """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     frames: int | None = None
@@ -44,19 +51,26 @@ class Predict(Command):
     def run(self, package: str | None) -> None:
         from segcore.cli import predict_files, predict_images, predict_raster, predict_video
         from segcore.data import video
+        from segcore.reporting.label_ids import FOLDER
 
         if not 0 <= self.opacity <= 1:
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
         moving = video.is_video(self.input)
         large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
         shown = self.uncertainty or self.steps or self.animate or self.start_mask
-        if moving and (shown or self.ensemble):
+        filed = self.label_ids or self.zip
+        if moving and (shown or filed or self.ensemble):
             raise UserError(
-                f"{self.input}: --uncertainty, --steps, --animate, --start-mask and --ensemble are for images, "
-                "not for videos"
+                f"{self.input}: --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip and --ensemble are "
+                "for images, not for videos"
             )
-        if large and shown:
-            raise UserError(f"{self.output}: with --uncertainty, --steps, --animate and --start-mask, give a folder")
+        if large and (shown or filed):
+            raise UserError(
+                f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids and --zip, "
+                "give a folder"
+            )
+        data = self.experiment.data
+        server = server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
         if moving:
             path = video.plan(self.input, self.output)
         elif large:
@@ -64,7 +78,7 @@ class Predict(Command):
         else:
             jobs = predict_files.plan(
                 self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
-                start=self.start_mask,
+                start=self.start_mask, server=server,
             )  # fmt: skip
         seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
         _ = seg.palette  # a palette that does not fit is refused before anything is written
@@ -74,3 +88,9 @@ class Predict(Command):
             predict_raster.run(seg, self.input, self.output)
         else:
             predict_images.run(seg, jobs, opacity=self.opacity)
+            if self.zip:
+                root = self.output if self.input.is_dir() else jobs[0].mask.parent
+                root = root / FOLDER if self.label_ids else root
+                names = [(job.label_ids or job.mask).relative_to(root).as_posix() for job in jobs]
+                write_zip(self.zip, root, names)
+                print(self.zip)

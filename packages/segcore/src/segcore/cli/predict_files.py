@@ -11,11 +11,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from segcore.config.data_sets import ServerFiles
 from segcore.data.images import IMAGE_SUFFIXES, read_label
 from segcore.data.layouts.files import walk
 from segcore.errors import UserError
 from segcore.inference import Result
 from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
+from segcore.reporting.label_ids import FOLDER, write_label_ids
 
 
 class Job(NamedTuple):
@@ -29,25 +31,28 @@ class Job(NamedTuple):
     animation: Path | None = None
     start: Path | None = None
     """The mask that the denoising starts from."""
+    label_ids: Path | None = None
+    """The mask as the benchmark server takes it."""
 
     @property
     def written(self) -> list[Path]:
         """The files that it becomes."""
-        results = (self.mask, self.overlay, self.uncertainty, self.steps, self.animation)
+        results = (self.mask, self.overlay, self.uncertainty, self.steps, self.animation, self.label_ids)
         return [path for path in results if path]
 
 
 def plan(
     source: Path, target: Path,
     *, uncertainty: bool = False, steps: bool = False, animation: bool = False, start: Path | None = None,
+    server: ServerFiles | None = None,
 ) -> list[Job]:  # fmt: skip
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
     Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, where asked for,
     `NAME_uncertainty.png`, `NAME_steps.png` and `NAME_animation.gif`. Of a single image `target` may be the mask's own
     name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. `start` is a mask to start
-    from, or a folder of such under the results' names. Raises UserError when there is nothing to read or two images
-    would share a name.
+    from, or a folder of such under the results' names. With `server`, its files go below `label_ids` there. Raises
+    UserError when there is nothing to read or two images would share a name.
     """
     kind = "" if target.is_dir() else target.suffix.lower()
     if kind in IMAGE_SUFFIXES and kind not in (".png", *JPEG):
@@ -77,6 +82,11 @@ def plan(
         Job(image, mask, start=begin, **{k: mask.with_name(f"{mask.stem}_{k}.{end}") for k, end in suffixes.items()})
         for image, mask, begin in zip(images, masks, starts, strict=True)
     ]
+    if server:
+        below = [p.relative_to(source) if source.is_dir() else Path(p.name) for p in images]
+        root = target if source.is_dir() else masks[0].parent
+        paths = [root / FOLDER / server.path(name.with_suffix("").as_posix()) for name in below]
+        jobs = [job._replace(label_ids=path) for job, path in zip(jobs, paths, strict=True)]
     if kind in JPEG:  # a lossy file cannot hold classes
         jobs = [jobs[0]._replace(overlay=target)]
     written = Counter(path for job in jobs for path in job.written)
@@ -97,6 +107,8 @@ def write(
     job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None, opacity: float
 ) -> None:
     result.write(job.mask, job.overlay, opacity=opacity)
+    if job.label_ids:
+        write_label_ids(job.label_ids, result.mask, result.loaded.experiment.data.dataset)
     if job.uncertainty and uncertainty is not None:
         write_image(job.uncertainty, to_gray(uncertainty))
     if not (job.steps or job.animation):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from segcore.cli.common import Parallel, complete_toy_set, is_row, load
+from segcore.config.data_sets import server_files
 from segcore.config.options import Flag
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
+from segcore.errors import UserError
+
+if TYPE_CHECKING:
+    from segcore.cli.saved_masks import SavedMasks
+    from segcore.data.dataset import Dataset
+    from segcore.evaluation.evaluate import Results
+    from segcore.evaluation.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -24,36 +33,96 @@ class Test(Parallel):
     """Evaluate only the first images."""
     ensemble: tuple[str, ...] = ()
     """Average in a second model's class probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
+    calibration: Flag = False
+    """Also compute the expected calibration error, from the probabilities of the predicted classes in 15 bins."""
     json: Path | None = None
-    """File for the figures at full precision; by default test.json in the run that CONFIG is, otherwise
-    runs/<configuration>.test.json."""
+    """File for the figures at full precision and the confusion matrices; by default test.json in the run that CONFIG
+    is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
+    per_image: Path | None = None
+    """A file .csv for the figures of every image."""
+    save: Path | None = None
+    """Folder for the predicted masks, named as the images are; classes.json there says what their values mean."""
+    label_ids: Flag = False
+    """With --save: also write what the benchmark server of the data set takes, its values and file names, into the
+    folder label_ids (cityscapes, ade20k, loveda, voc2012)."""
+    zip: Path | None = None
+    """With --save: a file .zip to pack the label_ids into, or without --label-ids the masks."""
+    split: Literal["val", "test"] = "val"
+    """The images: `test` are those without labels, of which only masks are written (--save)."""
 
     def run_in_process(self) -> None:
         from segcore import distributed
+        from segcore.cli.saved_masks import SavedMasks
         from segcore.data.layouts import open_dataset
-        from segcore.evaluation.evaluate import evaluate
-        from segcore.progress import progress
-        from segcore.reporting import tables as report
 
+        self._check()
         complete_toy_set(self)
-        exp = self.experiment
+        data = self.experiment.data
+        server = server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
         seg = load(self, self.checkpoint, self.ensemble)
-        predictor, metrics = seg.predictor, exp.evaluate.metrics
+        predictor = seg.predictor
         if self.multi_scale:
             predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))
-        dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "val"))
-        with progress("evaluating") as advance:
-            results = evaluate(
-                predictor, dataset, seed=exp.seed, workers=exp.data.workers, on_progress=advance, limit=self.limit
-            )
+        dataset = distributed.main_process_first(lambda: open_dataset(data, self.split))
+        saved = SavedMasks(seg, dataset, self.save, server) if self.save else None
+        results = self._evaluate(predictor, dataset, saved)
+        count = saved.finish(self.zip) if saved else 0
         if distributed.rank():
             return
-        print(report.per_class(results, metrics), report.summary(results, metrics), sep="\n\n")
+        if results:
+            self._report(results)
+        if saved:
+            print(f"{count} masks written below {self.save}", *filter(None, [self.zip]), sep="\n")
+
+    def _check(self) -> None:
+        """Raise UserError for options that need or exclude each other."""
+        for option, value in (("label-ids", self.label_ids), ("zip", self.zip), ("split test", self.split == "test")):
+            if value and not self.save:
+                raise UserError(f"--{option} writes masks; add --save FOLDER")
+        for option, value in (("calibration", self.calibration), ("per-image", self.per_image), ("json", self.json)):
+            if value and self.split == "test":
+                raise UserError(f"--{option} needs labels, which --split test has not; leave it out")
+
+    def _evaluate(self, predictor: Predictor, dataset: Dataset, saved: SavedMasks | None) -> Results | None:
+        """Return the results; None for a split without labels."""
+        from segcore.evaluation.evaluate import configured_entry, evaluate, predict_all
+        from segcore.progress import progress
+
+        def save(index: int, *rest: Any) -> None:
+            if saved:
+                entries = rest[-1]
+                saved.write(index, entries[configured_entry(predictor, entries)])
+
+        exp = self.experiment
+        how: dict[str, Any] = {"seed": exp.seed, "workers": exp.data.workers, "limit": self.limit}
+        with progress("evaluating") as advance:
+            if self.split == "val":
+                return evaluate(
+                    predictor, dataset, calibration=self.calibration, on_progress=advance, on_prediction=save, **how
+                )
+            predict_all(predictor, dataset, lambda p: save(p.index, p.classes), on_progress=advance, **how)
+        return None
+
+    def _report(self, results: Results) -> None:
+        """Print the tables and write the files of figures."""
+        from segcore.reporting import tables
+
+        exp, metrics = self.experiment, self.experiment.evaluate.metrics
         row = published(exp.name)
-        if row and row.miou and is_row(exp):
-            print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in row.miou.items()))
-        path = self.json or (self.run_dir / "test.json" if self.folder else Path("runs") / f"{exp.name}.test.json")
-        report.write_json(
-            path, results, {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
-        )
+        theirs = row.miou if row and is_row(exp) else {}
+        print(tables.per_class(results, metrics), tables.summary(results, metrics, theirs), sep="\n\n")
+        if theirs:
+            print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in theirs.items()))
+        path = self.json or self._json()
+        about = {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
+        tables.write_json(path, results, about)
         print(f"\n{path}")
+        if self.per_image:
+            tables.write_per_image(self.per_image, results)
+            print(self.per_image)
+
+    def _json(self) -> Path:
+        """Return the default file for the figures, which never are another evaluation's."""
+        kinds = {"multi_scale": self.multi_scale, "ensemble": self.ensemble, f"limit_{self.limit}": self.limit}
+        name = ".".join(["test", *(kind for kind, asked in kinds.items() if asked), "json"])
+        return self.run_dir / name if self.folder else Path("runs") / f"{self.experiment.name}.{name}"

@@ -64,12 +64,33 @@ class DataSet(NamedTuple):
     """Label value of each class; empty: 0, 1, 2 …"""
     ignored: tuple[int, ...] = (255,)
     """Label values that mean no class."""
+    test: tuple[str, str] = ("", "")
+    """Pattern of the images of the split without labels, and its list of images, if it has one."""
 
     def labels(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the label table as rows of `data.labels`."""
         values = self.values or range(len(names))
         rows = [f"{value}={name}" for value, name in zip(values, names, strict=True)]
         return (*rows, *(f"{value}=ignore" for value in self.ignored))
+
+
+class ServerFiles(NamedTuple):
+    """What the benchmark server of a data set takes: an 8-bit PNG for every image."""
+
+    values: tuple[int, ...]
+    """Value of each class; pixels without one are 0."""
+    source: str
+    """Where values and names were looked up."""
+    folder: str = ""
+    """The folder in the archive, with a `/` at its end."""
+    ending: tuple[str, str] = ("", "")
+    """What the image's name ends in, and what stands in its place."""
+    indexed: bool = False
+    """Whether the PNG has the colors of the data set as its palette."""
+
+    def path(self, name: str) -> str:
+        """Return the path of the file for an image: its path below the folder of images, without suffix."""
+        return self.folder + name.removesuffix(self.ending[0]) + self.ending[1] + ".png"
 
 
 def class_count(dataset: str) -> int | None:
@@ -103,6 +124,7 @@ def _splits(images: str, masks: str, train: str = "train", val: str = "val", lis
 
 _VOC_LISTS = "ImageSets/Segmentation"
 _VOC2012 = _splits("JPEGImages/*.jpg", "SegmentationClass/*.png", lists=f"{_VOC_LISTS}/{{}}.txt")
+_VOC2012_TEST = ("JPEGImages/*.jpg", f"{_VOC_LISTS}/test.txt")
 _CONTEXT = _splits("JPEGImages/*.jpg", "SegmentationClassContext/*.png", lists="ImageSets/SegmentationContext/{}.txt")
 _CONTEXT_MASKS = (
     "VOCtrainval_03-May-2010.tar; masks and lists as MMSegmentation's tools/dataset_converters/pascal_context.py "
@@ -132,6 +154,7 @@ DATA_SETS = {
         f"{VOC}voc2012/, VOCtrainval_11-May-2012.tar; the root is VOCdevkit/VOC2012",
         VOC_TERMS,
         f"{MMSEG}: PascalVOCDataset, pascal_voc12.py; numbers: the development kit's lists",
+        test=_VOC2012_TEST,
     ),
     "voc2012_aug": DataSet(
         "Pascal VOC 2012, augmented",
@@ -142,6 +165,7 @@ DATA_SETS = {
         "SegmentationClass/*.png SegmentationClassAug/`, for VOC's own images",
         VOC_TERMS,
         f"{MMSEG}: PascalVOCDataset, pascal_voc12_aug.py, voc_aug.py",
+        test=_VOC2012_TEST,
     ),
     "pascal_context_59": DataSet(
         "Pascal Context, 59 classes",
@@ -182,6 +206,7 @@ DATA_SETS = {
         "https://bdd-data.berkeley.edu: 10K Images, Segmentation",
         "BDD100K license: education, research, not for profit; commercial use by agreement",
         f"{MMSEG}: BDD100KDataset, bdd100k.py; doc.bdd100k.com/format.html; numbers: dataset-ninja/bdd100k-10k",
+        test=("images/10k/test/*.jpg", ""),
     ),
     "mapillary_v1_2": DataSet(
         "Mapillary Vistas 1.2",
@@ -211,6 +236,7 @@ DATA_SETS = {
         "https://acdc.vision.ee.ethz.ch/download: rgb_anon_trainvaltest.zip, gt_trainval.zip",
         "see https://acdc.vision.ee.ethz.ch",
         "w1oves/Rein: configs/_base_/datasets/fog-acdc_1024x1024.py; lhoyer/DAFormer: README.md",
+        test=("rgb_anon/*/test/**/*_rgb_anon.png", ""),
     ),
     "dark_zurich": DataSet(
         "Dark Zurich",
@@ -231,6 +257,7 @@ DATA_SETS = {
         f"{MMSEG}: LoveDADataset, loveda.py; Junjue-Wang/LoveDA: README.md; numbers: SUMMARY.md of dataset-ninja",
         tuple(range(1, 8)),
         (0, 255),
+        ("img_dir/test/*.png", ""),
     ),
     "potsdam": DataSet(
         "ISPRS Potsdam",
@@ -265,6 +292,46 @@ DATA_SETS = {
     ),
 }
 """Rows by name. The order is that of the table in docs/datasets.md."""
+
+
+TEST_SPLITS = ("cityscapes", "ade20k", *(name for name, row in DATA_SETS.items() if row.test[0]))
+"""Sets whose images without labels are known here."""
+
+_CITYSCAPES = ServerFiles(
+    (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+    "mcordts/cityscapesScripts 2.3.0: helpers/labels.py, evaluation/evalPixelLevelSemanticLabeling.py",
+    ending=("_leftImg8bit", "_pred_labelIds"),
+)
+_VOC_SERVER = ServerFiles(
+    tuple(range(21)),
+    f"{VOC}voc2012/htmldoc/devkit_doc.html: segmentation; comp6 allows for other training data than VOC's own",
+    folder="results/VOC2012/Segmentation/comp6_test_cls/",
+    indexed=True,
+)
+SERVER_FILES = {
+    "cityscapes": _CITYSCAPES,
+    "toy": _CITYSCAPES,
+    "ade20k": ServerFiles(
+        tuple(range(1, 151)), "CSAILVision/sceneparsing: README.md, Submission format; values as in its annotations"
+    ),
+    "loveda": ServerFiles(
+        tuple(range(7)), "open-mmlab/mmsegmentation 0.30.0: mmseg/datasets/loveda.py, whose comment states the range"
+    ),
+    "voc2012": _VOC_SERVER,
+    "voc2012_aug": _VOC_SERVER,
+}
+"""The sets with a known server, by name."""
+
+
+def server_files(dataset: str, stated: bool = False) -> ServerFiles:
+    """Return what the server of a data set takes; `stated`: with classes of the user's own.
+
+    Raises UserError without one, or where the classes are not those of the set.
+    """
+    if dataset in SERVER_FILES and not stated:
+        return SERVER_FILES[dataset]
+    wrong = "has other classes than its benchmark" if dataset in SERVER_FILES else "has no benchmark server known here"
+    raise UserError(f"--label-ids: data.dataset {dataset} {wrong}; these sets have one: {', '.join(SERVER_FILES)}")
 
 
 def as_markdown() -> str:

@@ -124,6 +124,12 @@ def main_entry(entries: Iterable[str], configured: str, *, early_exit: bool) -> 
     return configured if configured in fixed else fixed[-1]
 
 
+def configured_entry(predictor: Predictor, entries: Iterable[str]) -> str:
+    """Return which of the step entries of a prediction is the configured output, see `main_entry`."""
+    configured = predictor.model.default_step if isinstance(predictor.model, StepwiseSegmentor) else "final"
+    return main_entry(entries, configured, early_exit=predictor.evaluate.early_exit_threshold is not None)
+
+
 def check_fit(model: Segmentor, dataset: Dataset) -> None:
     """Raise UserError when the model's classes or its ignored label differ from the data set's."""
     if model.num_classes != len(dataset.classes):
@@ -178,10 +184,10 @@ def evaluate(
     confusion = {entry: matrix.matrix.cpu() for entry, matrix in counts.matrices.items()}
     figures = tuple(sorted(distributed.all_gather_object(counts.per_image), key=lambda image: image.index))
     calibrated = counts.calibration.compute() if counts.calibration else None
-    return Results(
-        tuple(dataset.classes), counts.metrics(), images, confusion, missed, counts.configured,
-        getattr(predictor.model, "step_unit", ""), used, figures, calibrated,
-    )  # fmt: skip
+    model = predictor.model
+    named = (model.default_step, model.step_unit) if isinstance(model, StepwiseSegmentor) else ("final", "")
+    metrics = counts.metrics()
+    return Results(tuple(dataset.classes), metrics, images, confusion, missed, *named, used, figures, calibrated)
 
 
 def predict_all(
@@ -272,9 +278,7 @@ class _Counts:
     def __init__(self, predictor: Predictor, dataset: Dataset, calibration: bool) -> None:
         model, settings = predictor.model, predictor.evaluate
         arguments = model.num_classes, model.ignore_index, predictor.device
-        self.dataset = dataset
-        self.configured = model.default_step if isinstance(model, StepwiseSegmentor) else "final"
-        self.early_exit = settings.early_exit_threshold is not None
+        self.predictor, self.dataset = predictor, dataset
         self.boundaries = "mBIoU" in settings.metrics
         self.new_matrix = partial(ConfusionMatrix, *arguments)
         self.matrices: dict[str, ConfusionMatrix] = defaultdict(self.new_matrix)
@@ -284,7 +288,7 @@ class _Counts:
 
     def add(self, found: Prediction, label: np.ndarray) -> None:
         """Count what each entry predicts for an image with this label (H, W)."""
-        main = main_entry(found.classes, self.configured, early_exit=self.early_exit)
+        main = configured_entry(self.predictor, found.classes)
         for entry, classes in found.classes.items():
             of_image = self.new_matrix().update(classes, label)
             self.matrices[entry].merge(of_image)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from segcore.config.data_sets import DATA_SETS
+from segcore.config.data_sets import DATA_SETS, TEST_SPLITS
 from segcore.config.schema import DataConfig
 from segcore.config.user_code import is_reference
 from segcore.data.dataset import Dataset, Sample, check_sizes
@@ -22,7 +22,7 @@ from segcore.data.layouts.also import join
 from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
 
 
 class Layout(NamedTuple):
@@ -57,9 +57,10 @@ def source_of(data: DataConfig) -> str:
 
 
 def open_dataset(data: DataConfig, split: Split) -> Dataset:
-    """Return the training or validation split of `data`, which also sets the layout, the channels and the classes.
+    """Return a split of `data`, which also sets the layout, the channels and the classes; `test` has no labels.
 
-    Raises UserError when the folder is missing, a split is empty, or an image has no label. Generates nothing.
+    Raises UserError when the folder is missing, a split is empty or not known, or an image has no label. Generates
+    nothing.
     """
     dataset = find_files(data, split)
     if dataset.missing:
@@ -71,6 +72,11 @@ def open_dataset(data: DataConfig, split: Split) -> Dataset:
 def find_files(data: DataConfig, split: Split) -> Dataset:
     """Return the split as `open_dataset` does, but leave out images without a label, which `missing` then lists."""
     layout = layout_of(data)
+    if split == "test" and data.dataset not in TEST_SPLITS:
+        raise UserError(
+            f"data.dataset {data.dataset} has no test split known here; run `predict` on the folder of its images "
+            f"(sets with one: {', '.join(TEST_SPLITS)})"
+        )
     if layout is not OWN and not data.root.is_dir():
         raise UserError(
             f"{data.root}: no such folder; set data.root to the folder of the {data.dataset} dataset"
@@ -88,7 +94,7 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
     )
     dataset = with_background(dataset) if data.add_background_class else dataset
     dataset = replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
-    if split == "val" or not data.also:
+    if split != "train" or not data.also:
         return dataset
     others = [entry.partition("=") for entry in data.also]
     return join(dataset, [find_files(_plain(data, name, folder), split) for name, _, folder in others])

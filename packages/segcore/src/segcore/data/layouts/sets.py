@@ -18,6 +18,8 @@ from segcore.errors import UserError
 def open_split(row: DataSet, data: DataConfig, split: str) -> Dataset:
     """Return the split `train` or `val` of a row; patterns, lists and labels that `data` states replace the row's.
 
+    `test`, where the row has one, has no labels and always the row's images.
+
     Raises UserError when the data set has no such split, and as `folder.open_split` does.
     """
     settings: dict[str, Any] = dict(row.patterns)
@@ -27,6 +29,10 @@ def open_split(row: DataSet, data: DataConfig, split: str) -> Dataset:
     if not data.labels:
         settings["labels"] = row.labels(names)
     filled = replace(data, classes=names, **settings)
+    if split == "test":
+        images, listed = row.test
+        filled = replace(filled, val_images=images, val_masks="", val_list=data.root / listed if listed else None)
+        return replace(folder.open_split(replace(filled, val_share=0.0), "val"), palette=palette)
     if filled.train_images == DataConfig.train_images and (split == "train" or data.val_share):
         raise UserError(f"data.dataset {data.dataset}: {row.title} has no training labels; take another data set")
     return replace(folder.open_split(filled, split), palette=palette)
