@@ -47,11 +47,6 @@ def start_seed(image_seed: int, start: int) -> int:
     return _derive("start", image_seed, start) if start else image_seed
 
 
-def shown_seed(seed: int) -> int:
-    """Return the seed of the choice of images that a report shows besides the worst."""
-    return _derive("shown", seed)
-
-
 def corruption_seed(seed: int, index: int) -> int:
     """Return the seed of the errors that a demo puts into the label map of image `index`."""
     return _derive("corruption", seed, index)

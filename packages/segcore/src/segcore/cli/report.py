@@ -8,21 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.errors import UsageError
+from segcore.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
     from segcore.evaluation.predictor import Predictor
+    from segcore.reporting.run_record import Run
 
 NAME = "report.html"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write a page about a run, or one that compares several: figures, curves, classes, confusions, images, settings.
-
-    The last evaluation is used as it is stored; only the images on the page are predicted again.
-    """
+    """Write a page about a run, or one that compares several; only its images are predicted again."""
 
     runs: tuple[Path, ...] = field(kw_only=True)
     """Folder of a run, and those of others to compare it with."""
@@ -44,25 +42,22 @@ def report(folders: Sequence[Path], path: Path, device: str) -> None:
     from segcore.reporting.run_record import read_run
 
     runs = [read_run(folder) for folder in folders]
-    for note in write_report(path, runs, [partial(load, folder, device) for folder in folders]):
+    for note in write_report(path, runs, [partial(load, run, device) for run in runs]):
         print(f"note: {note}")
     print(f"{path}: open it in a browser")
 
 
-def load(folder: Path, device: str) -> tuple[Predictor, Experiment]:
+def load(run: Run, device: str) -> tuple[Predictor, Experiment]:
     """Return the predictor of the checkpoint that a run's stored evaluation is of, and the settings of that one."""
     from segcore.checkpoints.run_checkpoint import folder_of
     from segcore.config.registry import read_experiment
-    from segcore.errors import UserError
     from segcore.inference import load_model
-    from segcore.reporting.run_record import EVALUATION, read_run
+    from segcore.reporting.run_record import EVALUATION
 
-    found = read_run(folder).evaluation
-    assert found is not None
-    if found.ensemble:
-        raise UserError("the evaluation is of an ensemble; `test` shows its images")
-    checkpoint = folder_of(folder, found.iteration or 0)
+    assert run.folder is not None
+    assert run.evaluation is not None
+    checkpoint = folder_of(run.folder, run.evaluation.iteration or 0)
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}, the checkpoint that was evaluated, is not there any more; `test` takes another")
-    exp = read_experiment(folder, EVALUATION)
+        raise UserError(f"{checkpoint}, which was evaluated, is not there any more; `test` takes the best one")
+    exp = read_experiment(run.folder, EVALUATION)
     return load_model(exp, checkpoint, device=device, offline=True).predictor, exp

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -54,14 +54,21 @@ class Group:
     """Color and meaning of what the panels mark besides the classes."""
 
 
-def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
-    """Return the page of one run, or the page that compares several; `notes` are sentences on top of the runs' own."""
+def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = (), missing: Sequence[str] = ()) -> str:
+    """Return the page of one run, or the page that compares several.
+
+    `notes` are sentences with results, and `missing` those about what the page lacks, on top of the runs' own; both
+    without final periods.
+    """
     style, script = (Markup((HERE / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
     uris = iter(data_uris([picture for group in groups for card in group.cards for picture in card.panels.values()]))
     images = [
-        (group, [(card, [(caption, picture, next(uris)) for caption, picture in card.panels.items()]) for card in group.cards])
+        (
+            group,
+            [(card, [(name, picture, next(uris)) for name, picture in card.panels.items()]) for card in group.cards],
+        )
         for group in groups
-    ]  # fmt: skip
+    ]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -71,10 +78,11 @@ def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = 
         style=style,
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
-        runs=[view(run, number, several) for number, run in enumerate(runs)],
+        runs=[view(run, number, label) for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True))],
         several=several,
-        notes=[*notes, *(note for run in runs for note in run.notes)],
-        charts={name: curves(runs, width) for name, width in WIDTHS.items()} if any(r.train or r.val for r in runs) else {},
+        notes=notes,
+        missing=[*(note for run in runs for note in run.notes), *missing],
+        charts={name: curves(runs, width) for name, width in WIDTHS.items() if any(r.train or r.val for r in runs)},
         classes=classes,
         changed=different_settings(list(runs)) if several else {},
         other_classes=other_classes(runs),
@@ -82,7 +90,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = 
         commands=commands(runs),
         largest=max((abs(delta) for *_, delta in classes if delta is not None), default=0) or 1,
         ramp=RAMP,
-    )  # fmt: skip
+    )
 
 
 def _hash(text: str) -> str:
@@ -108,21 +116,21 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def view(run: Run, number: int, several: bool) -> dict[str, Any]:
+def view(run: Run, number: int, label: str) -> dict[str, Any]:
     """Return what the template shows of a run on its own."""
     found, settings = run.evaluation, run.record["experiment"]
     best = max(run.val, key=lambda record: record["mIoU"], default=None)
     row = published(run.name)
     return {
         "name": run.name,
-        "label": chr(65 + number) if several else "",
+        "label": label,
         "number": number,
         "folder": run.folder and str(run.folder),
         "evaluation": found,
         "where": f"at {step_title(found.main, found.step_unit)}" if found and found.step_unit else "",
         "entries": [(step_title(entry.name, found.step_unit), entry) for entry in found.entries] if found else [],
         "best": best,
-        "published": row.miou if row and not several else {},
+        "published": row.miou if row and not label else {},
         "iterations": settings.get("schedule", {}).get("iterations"),
         "batch": settings.get("train", {}).get("batch_size"),
         "dataset": settings.get("data", {}).get("dataset"),
@@ -170,34 +178,41 @@ def duration(seconds: float) -> str:
 
 def curves(runs: Sequence[Run], width: int) -> Markup:
     """Return the loss and the validation mIoU of the runs over the iterations."""
-    loss = [Line(n, [(r["iteration"], r["loss"]) for r in run.train]) for n, run in enumerate(runs) if run.train]
-    miou = [
-        Line(n, [(r["iteration"], 100 * r["mIoU"]) for r in run.val], dots=True)
-        for n, run in enumerate(runs)
-        if run.val
-    ]
-    panels = [Panel("Training loss", loss)] * bool(loss) + [Panel("Validation mIoU, %", miou)] * bool(miou)
-    said = [
-        f"{panel.title}: "
-        + "; ".join(f"from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in panel.lines)
-        for panel in panels
-    ]
-    return Markup(panels_svg(panels, "iteration", ". ".join(said), width=width))  # fmt: skip
+    panels = []
+    for title, mode, key, factor in (("Training loss", "train", "loss", 1), ("Validation mIoU, %", "val", "mIoU", 100)):
+        series = [[(r["iteration"], factor * r[key]) for r in getattr(run, mode)] for run in runs]
+        lines = [Line(number, points, dots=mode == "val") for number, points in enumerate(series) if points]
+        panels += [Panel(title, lines)] if lines else []
+    ends = [[(line.points[0][1], line.points[-1][1]) for line in panel.lines] for panel in panels]
+    said = ["; ".join(f"from {first:.3g} to {last:.3g}" for first, last in pairs) for pairs in ends]
+    label = ". ".join(f"{panel.title}: {text}" for panel, text in zip(panels, said, strict=True))
+    return Markup(panels_svg(panels, "iteration", label, width=width))
 
 
-def class_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[list[float | None]], float | None]]:
-    """Return name, color, IoU by run and entry, and the last run's difference to the first, of each class that occurs."""
-    rows = []
-    colors = {}
+class ClassRow(NamedTuple):
+    """IoU of a class, 0..1; None where it is undefined."""
+
+    name: str
+    color: str
+    values: list[list[float | None]]
+    """By run, of every entry; of several runs, of the main one."""
+    delta: float | None
+    """The last run's difference to the first."""
+
+
+def class_rows(runs: Sequence[Run]) -> list[ClassRow]:
+    """Return the classes that occur in an evaluation."""
+    found = [run.evaluation for run in runs]
+    colors: dict[str, str] = {}
     for run in reversed(runs):
         colors |= dict(zip(run.evaluation.classes if run.evaluation else (), run.colors(), strict=False))
-    names = dict.fromkeys(name for run in runs if run.evaluation for name in run.evaluation.classes)
-    for name in names:
-        values = [_of_class(run.evaluation, name, several=len(runs) > 1) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for evaluation in found if evaluation for name in evaluation.classes):
+        values = [_of_class(evaluation, name, several=len(runs) > 1) for evaluation in found]
         if any(value is not None for part in values for value in part):
             first, last = (part[0] if part else None for part in (values[0], values[-1]))
             delta = None if first is None or last is None else last - first
-            rows.append((name, colors.get(name, ""), values, delta))
+            rows.append(ClassRow(name, colors.get(name, ""), values, delta))
     return rows
 
 
@@ -206,15 +221,15 @@ def _of_class(found: Evaluation | None, name: str, several: bool) -> list[float 
     if found is None or name not in found.classes:
         return [None] if several else []
     k = found.classes.index(name)
-    return [found.final.IoU[k]] if several else [entry.IoU[k] for entry in found.entries]
+    return [found.final.iou[k]] if several else [entry.iou[k] for entry in found.entries]
 
 
 def other_classes(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return, where the runs have other classes, those that only some have, by the label of the runs' page."""
     sets = [run.evaluation.classes if run.evaluation else () for run in runs]
     common = set(sets[0]).intersection(*sets[1:])
-    found = [(chr(65 + n), [name for name in names if name not in common]) for n, names in enumerate(sets)]
-    return [(label, names) for label, names in found if names]
+    found = [[name for name in names if name not in common] for names in sets]
+    return [(label, names) for label, names in zip(labels(runs), found, strict=True) if names]
 
 
 def matrix(found: Evaluation) -> dict[str, Any]:
@@ -244,27 +259,34 @@ def calibration(found: Evaluation) -> dict[str, Any]:
     )
     label = f"Accuracy over confidence in {len(bins.counts)} bins; expected calibration error {percent(bins.ece)} %"
     chart = Markup(calibration_svg(bins.counts, bins.confidence, bins.accuracy, label))
-    rows = [
-        (n / len(bins.counts), *row)
-        for n, row in enumerate(zip(bins.counts, bins.confidence, bins.accuracy, strict=True))
-    ]
-    return {"chart": chart, "ece": bins.ece, "confidence": confidence, "accuracy": accuracy, "rows": rows, "total": total}  # fmt: skip
+    bins_of = zip(bins.counts, bins.confidence, bins.accuracy, strict=True)
+    rows = [(n / len(bins.counts), count / total, *means) for n, (count, *means) in enumerate(bins_of)]
+    return {"chart": chart, "ece": bins.ece, "confidence": confidence, "accuracy": accuracy, "rows": rows}
 
 
 def commands(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return what to do next: a purpose and a command line each."""
     found = []
-    for number, run in enumerate(runs):
+    for label, run in zip(labels(runs), runs, strict=True):
         if run.folder is None:
             continue
-        prog, folder = program(run.package), shlex.quote(str(run.folder))
-        of = f" {chr(65 + number)}" if len(runs) > 1 else ""
-        found.append((f"Evaluate{of} with calibration", f"{prog} test {folder} --calibration"))
-        found.append((f"Segment your own photos{f' with{of}' if of else ''}", f"{prog} predict {folder} PHOTOS masks"))
+        folder, of = shlex.quote(str(run.folder)), f" {label}" if label else ""
+        file = run.user_file  # without which a run of a user's own model cannot be used
+        config, work_dir = (
+            (f"{file}:FUNCTION {folder}", f"{file}:FUNCTION --work-dir {folder}") if file else (folder,) * 2
+        )
+        prog = program(run.package)
+        found.append((f"Evaluate{of} with calibration", f"{prog} test {config} --calibration"))
+        found.append((f"Segment your own photos{' with' * bool(of)}{of}", f"{prog} predict {config} PHOTOS masks"))
         iterations = run.record["experiment"].get("schedule", {}).get("iterations")
         if isinstance(iterations, int) and len(runs) == 1:
-            longer = f"{prog} train {folder} --resume --schedule.iterations {2 * iterations}"
+            longer = f"{prog} train {work_dir} --resume --schedule.iterations {2 * iterations}"
             found.append(("Train twice as long, from where it stopped", longer))
-            found.append(("Export for ONNX Runtime", f"{prog} export {folder} model.onnx"))
+            found.append(("Export for ONNX Runtime", f"{prog} export {config} model.onnx"))
             found.append(("Compare with another run", f"{prog} report {folder} OTHER_RUN"))
     return found
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Return what the page calls each of several runs: A, B, …; nothing for one alone."""
+    return [chr(65 + number) for number in range(len(runs))] if len(runs) > 1 else [""]

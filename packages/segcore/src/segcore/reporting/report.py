@@ -36,7 +36,7 @@ def write_report(path: Path, runs: Sequence[Run], models: Sequence[Open], notes:
         missing = [f"Without images: {error}"]
     except torch.OutOfMemoryError:
         missing = ["Without images: out of GPU memory; `segcore report` with `--device cpu` adds them"]
-    write(path, render(runs, groups, [*notes, *missing]))
+    write(path, render(runs, groups, notes, missing))
     return [note for run in runs for note in run.notes] + missing
 
 
@@ -55,10 +55,10 @@ def _show(run: Run, load: Open) -> list[Group]:
     found = run.evaluation
     if found is None or not found.per_image:
         raise UserError("no evaluation is stored that names them; `test` writes one")
-    worst, others = choose(found.per_image, 0)
+    worst, others = choose(found.per_image)
     shown = _predict(run, load, [*worst, *others], "predicting the report's images")
     cards = [
-        Card(row.name, f"mIoU {percent(row.mIoU)} %, pixel accuracy {percent(row.aAcc)} %", panels(image))
+        Card(row.name, f"mIoU {percent(row.miou)} %, pixel accuracy {percent(row.aacc)} %", panels(image))
         for row, image in zip([*worst, *others], shown, strict=True)
     ]
     groups = [
@@ -83,7 +83,7 @@ def _compare(runs: Sequence[Run], models: Sequence[Open]) -> list[Group]:
         raise UserError("the runs were evaluated on different images")
 
     def gap(name: str) -> float:
-        values = [found[name].mIoU for found in rows]
+        values = [found[name].miou for found in rows]
         known = [value for value in values if value is not None]
         return max(known) - min(known) if len(known) == len(values) else 0.0
 
@@ -95,7 +95,7 @@ def _compare(runs: Sequence[Run], models: Sequence[Open]) -> list[Group]:
     ]
     cards = []
     for number, name in enumerate(names):
-        facts = ", ".join(f"{label} {percent(found[name].mIoU)} %" for label, found in zip(labels, rows, strict=True))
+        facts = ", ".join(f"{label} {percent(found[name].miou)} %" for label, found in zip(labels, rows, strict=True))
         pictures = compared([images[number] for images in shown], labels, PAIR)
         cards.append(Card(name, f"mIoU {facts}", pictures))
     legend = [(f"#{bytes(color).hex()}", f"only {label} is right") for color, label in zip(PAIR, labels, strict=False)]

@@ -18,9 +18,10 @@ import numpy as np
 
 from segcore.config.data import DataConfig
 from segcore.config.fields import Section, setting
-from segcore.config.record import from_plain, settings_of
+from segcore.config.record import describe, from_plain, settings_of
 from segcore.config.registry import model_configs
 from segcore.config.schema import Experiment, ModelConfig
+from segcore.config.user_code import FROM_FILE
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
@@ -43,10 +44,10 @@ class Entry(Stored):
     """Figures of one step entry, fractions 0..1; None where undefined."""
 
     name: str
-    mIoU: float | None = None
-    aAcc: float | None = None
-    mAcc: float | None = None
-    IoU: tuple[float | None, ...] = ()
+    miou: float | None = None
+    aacc: float | None = None
+    macc: float | None = None
+    iou: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class ImageRow(Stored):
 
     index: int = setting(0, least=0)
     name: str = ""
-    mIoU: float | None = None
-    aAcc: float | None = None
+    miou: float | None = None
+    aacc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,11 @@ class Evaluation(Stored):
     """Pixels by class (K rows) and predicted class (K + 1, the last one is for values outside), of the main entry."""
     per_image: tuple[ImageRow, ...] = ()
     calibration: Bins | None = None
-    ensemble: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         count = len(self.classes)
-        shapes = [len(entry.IoU) == count for entry in self.entries]
+        shapes = [len(entry.iou) == count for entry in self.entries]
         shapes += [len(row) == count + 1 for row in self.confusion] + [len(self.confusion) in (0, count)]
         if self.calibration:
             bins = self.calibration
@@ -102,16 +102,16 @@ class Evaluation(Stored):
             raise UserError(f"the evaluation of {count} classes has values for another number, or lacks its main entry")
 
     @classmethod
-    def of(cls, results: Results, command: Literal["train", "test"], iteration: int | None, **more: Any) -> Evaluation:
+    def of(cls, results: Results, command: Literal["train", "test"], iteration: int | None) -> Evaluation:
         """Return what is stored of `results`."""
-        main, calibration = results.final_step, results.calibration
+        main, bins = results.final_step, results.calibration
         matrix = results.confusion.get(main)
         return cls(
             command,
             iteration,
             results.classes,
             entries=tuple(
-                Entry(name, *(_number(m[key]) for key in ("mIoU", "aAcc", "mAcc")), _numbers(m["IoU"].tolist()))
+                Entry(name, _number(m["mIoU"]), _number(m["aAcc"]), _number(m["mAcc"]), _numbers(m["IoU"].tolist()))
                 for name, m in results.entries.items()
             ),
             main=main,
@@ -120,11 +120,9 @@ class Evaluation(Stored):
             skipped=len(results.skipped),
             confusion=() if matrix is None else tuple(map(tuple, matrix[:-1].tolist())),
             per_image=tuple(ImageRow(x.index, x.name, _number(x.miou), _number(x.aacc)) for x in results.per_image),
-            calibration=calibration
-            and Bins(
-                calibration.ece, calibration.counts, _numbers(calibration.confidence), _numbers(calibration.accuracy)
-            ),
-            **more,
+            calibration=Bins(bins.ece, bins.counts, _numbers(bins.confidence), _numbers(bins.accuracy))
+            if bins
+            else None,
         )
 
     @property
@@ -163,6 +161,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What is missing, in sentences."""
 
+    @classmethod
+    def of(cls, exp: Experiment, evaluation: Evaluation) -> Run:
+        """Return an evaluation of weights that are of no run here."""
+        return cls(None, describe(exp), evaluation=evaluation)
+
     @property
     def name(self) -> str:
         """The name of the configuration."""
@@ -173,6 +176,12 @@ class Run:
         """The method's import package, None if it is not an installed one."""
         kind = self.record["experiment"]["model"]["class"]
         return kind.partition(".")[0] if kind in model_configs() else None
+
+    @property
+    def user_file(self) -> str:
+        """The name of the user's own file that defines the model, if one does."""
+        module = str(self.record["experiment"]["model"]["class"]).partition(":")[0]
+        return f"{module.removeprefix(FROM_FILE)}.py" if module.startswith(FROM_FILE) else ""
 
     def colors(self) -> list[str]:
         """Return the classes' colors as `#rrggbb`, none if they are not known."""
@@ -246,10 +255,10 @@ def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
     try:
         last = val[-1]
         entries = [
-            {"name": name, **{key: m[key] for key in ("mIoU", "aAcc", "mAcc", "IoU")}}
+            {"name": name, **{key.lower(): m[key] for key in ("mIoU", "aAcc", "mAcc", "IoU")}}
             for name, m in last["entries"].items()
         ]
-        main = next((entry["name"] for entry in entries if entry["mIoU"] == last["mIoU"]), entries[-1]["name"])
+        main = next((entry["name"] for entry in entries if entry["miou"] == last["mIoU"]), entries[-1]["name"])
         stored = {"command": "train", "iteration": last["iteration"], "classes": last["classes"], "entries": entries}
         found: Evaluation = from_plain(Evaluation, {**stored, "main": main, "images": last["images"]}, "")
         return found

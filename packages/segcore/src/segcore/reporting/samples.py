@@ -18,7 +18,7 @@ from segcore.evaluation.predictor import Network, Predictor
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.reporting.figures import colorize, colormap, overlay, to_uint8_rgb
 from segcore.reporting.run_record import ImageRow
-from segcore.seeds import evaluation_seed, shown_seed
+from segcore.seeds import evaluation_seed
 
 WORST = RANDOM = 12
 STEPS = 4
@@ -113,12 +113,12 @@ def data_uris(pictures: Sequence[Picture]) -> list[str]:
     return [f"data:image/{k};base64,{base64.b64encode(f).decode()}" for k, f in zip(kinds, files, strict=True)]
 
 
-def choose(rows: Sequence[ImageRow], seed: int) -> tuple[list[ImageRow], list[ImageRow]]:
+def choose(rows: Sequence[ImageRow]) -> tuple[list[ImageRow], list[ImageRow]]:
     """Return the images of lowest mIoU, the worst first, and others at random in the order of the data set."""
-    judged = [row for row in rows if row.mIoU is not None]
-    worst = sorted(judged, key=lambda row: (row.mIoU, row.index))[:WORST]
+    judged = [row for row in rows if row.miou is not None]
+    worst = sorted(judged, key=lambda row: (row.miou, row.index))[:WORST]
     others = [row for row in rows if row not in worst]
-    drawn = np.random.RandomState(shown_seed(seed)).permutation(len(others))[:RANDOM]
+    drawn = np.random.RandomState(0).permutation(len(others))[:RANDOM]  # alike in every report
     return worst, [others[i] for i in sorted(drawn)]
 
 
@@ -135,9 +135,9 @@ def predict_shown(
     Raises UserError when an image cannot be read.
     """
     model, found = predictor.model, []
-    stepwise = isinstance(model, StepwiseSegmentor) and main == model.default_step
-    whole_run = stepwise and not predictor.evaluate.ensemble_steps  # whose last step is the answer
-    network: Network | None = model.denoising_trajectory if whole_run else None  # type: ignore[union-attr]
+    network: Network | None = None
+    if isinstance(model, StepwiseSegmentor) and main == model.default_step and not predictor.evaluate.ensemble_steps:
+        network = model.denoising_trajectory  # its last step is the answer
     with evaluation_mode(model):
         for done, index in enumerate(indices, 1):
             image, label = dataset.pair(index)
@@ -145,15 +145,16 @@ def predict_shown(
             [entries] = predictor.classes_and_confidence([image], [evaluation_seed(seed, index)], network=network)
             *before, last = entries
             classes, confidence = entries[main if main in entries else last]
-            kept = np.linspace(0, len(before) - 1, min(STEPS, len(before))).round().astype(int) if whole_run else []
+            spread = np.linspace(0, len(before) - 1, min(STEPS, len(before))).round().astype(int)
+            kept = [before[i] for i in spread] if network else []
             small = partial(_reduced, rows=_nearest(label.shape, 0), columns=_nearest(label.shape, 1))
             photo = to_uint8_rgb(image)
             size = small(label).shape
             if size != label.shape:
                 photo = cv2.resize(photo, size[::-1], interpolation=cv2.INTER_AREA)
-            steps = {before[i]: small(entries[before[i]][0].cpu().numpy()) for i in kept}
-            answer = (small(x.cpu().numpy()) for x in (classes, confidence))
-            found.append(Shown(photo, small(label), *answer, steps, dataset.palette, dataset.ignore_index))
+            steps = {step: small(entries[step][0].cpu().numpy()) for step in kept}
+            maps = small(label), small(classes.cpu().numpy()), small(confidence.cpu().numpy())
+            found.append(Shown(photo, *maps, steps, dataset.palette, dataset.ignore_index))
             on_progress(done, len(indices))
     return found
 
