@@ -21,6 +21,7 @@ SMALL = [
     "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+TRAIN = [*ITERATIONS, "--no-report"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def toy(tmp_path_factory):
 def run(toy, tmp_path_factory):
     """A finished training run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
 
 
@@ -63,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, tmp_path):
     """Momentum and running statistics are also restored."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *TRAIN]
     main("ddrnet_seg", [*words, "--resume"])
     whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
     assert newest(tmp_path / "cut").name == "iter_3"

@@ -137,9 +137,8 @@ class Test(Parallel):
         exp, iteration = replace(self.experiment, evaluate=predictor.evaluate), None
         if self.folder:
             checkpoint = find_weights(str(self.folder), exp.name, offline=self.offline)
-            iteration = (
-                int(checkpoint.name.removeprefix("iter_")) if re.fullmatch(r"iter_\d+", checkpoint.name) else None
-            )
+            match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
+            iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)
         of_a_run = self.folder is not None and (self.run_dir / "experiment.json").is_file()
         if of_a_run and iteration is not None and not self._kinds():

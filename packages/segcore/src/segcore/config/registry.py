@@ -140,10 +140,15 @@ def _intact_copy(folder: Path) -> Path | None:
     return None
 
 
+def method_packages() -> set[str]:
+    """Return the import packages of the installed methods."""
+    return {point.value for point in entry_points(group="segcore.methods")}
+
+
 def model_configs() -> dict[str, type[ModelConfig]]:
     """Return the model dataclasses of the installed methods by `module:name`."""
     experiments()  # imports their configurations
-    packages = {point.value for point in entry_points(group="segcore.methods")}
+    packages = method_packages()
     found: dict[str, type[ModelConfig]] = {}
     left: list[type[ModelConfig]] = ModelConfig.__subclasses__()
     while left:

@@ -118,7 +118,7 @@ def value_text(value: Any) -> str:
 
 def view(run: Run, number: int, label: str) -> dict[str, Any]:
     """Return what the template shows of a run on its own."""
-    found, settings = run.evaluation, run.record["experiment"]
+    found, settings, versions = run.evaluation, run.record["experiment"], run.record.get("versions")
     best = max(run.val, key=lambda record: record["mIoU"], default=None)
     row = published(run.name)
     return {
@@ -131,12 +131,12 @@ def view(run: Run, number: int, label: str) -> dict[str, Any]:
         "entries": [(step_title(entry.name, found.step_unit), entry) for entry in found.entries] if found else [],
         "best": best,
         "published": row.miou if row and not label else {},
-        "iterations": settings.get("schedule", {}).get("iterations"),
-        "batch": settings.get("train", {}).get("batch_size"),
-        "dataset": settings.get("data", {}).get("dataset"),
+        "iterations": settings["schedule"].get("iterations"),
+        "batch": settings["train"].get("batch_size"),
+        "dataset": settings["data"].get("dataset"),
         "facts": facts(run),
         "settings": not_neutral(run),
-        "versions": {k: v for k, v in run.record.get("versions", {}).items() if v},
+        "versions": {k: v for k, v in versions.items() if v} if isinstance(versions, dict) else {},
         "sentences": confusions(found) if found else [],
         "matrix": matrix(found) if found and found.confusion else None,
         "calibration": calibration(found) if found and found.calibration else None,
@@ -278,9 +278,10 @@ def commands(runs: Sequence[Run]) -> list[tuple[str, str]]:
         prog = program(run.package)
         found.append((f"Evaluate{of} with calibration", f"{prog} test {config} --calibration"))
         found.append((f"Segment your own photos{' with' * bool(of)}{of}", f"{prog} predict {config} PHOTOS masks"))
-        iterations = run.record["experiment"].get("schedule", {}).get("iterations")
-        if isinstance(iterations, int) and len(runs) == 1:
-            longer = f"{prog} train {work_dir} --resume --schedule.iterations {2 * iterations}"
+        schedule = run.record["experiment"]["schedule"]
+        unit = "epochs" if schedule.get("epochs") else "iterations"
+        if isinstance(schedule.get(unit), int) and len(runs) == 1:
+            longer = f"{prog} train {work_dir} --resume --schedule.{unit} {2 * schedule[unit]}"
             found.append(("Train twice as long, from where it stopped", longer))
             found.append(("Export for ONNX Runtime", f"{prog} export {config} model.onnx"))
             found.append(("Compare with another run", f"{prog} report {folder} OTHER_RUN"))

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, cast, get_type_hints
 
 import numpy as np
 
 from segcore.config.data import DataConfig
 from segcore.config.fields import Section, setting
 from segcore.config.record import describe, from_plain, settings_of
-from segcore.config.registry import model_configs
+from segcore.config.registry import method_packages, model_configs
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import FROM_FILE
 from segcore.data.layouts import palette_of
@@ -174,8 +174,8 @@ class Run:
     @property
     def package(self) -> str | None:
         """The method's import package, None if it is not an installed one."""
-        kind = self.record["experiment"]["model"]["class"]
-        return kind.partition(".")[0] if kind in model_configs() else None
+        name = self.record["experiment"]["model"]["class"].partition(":")[0].partition(".")[0]
+        return name if name in method_packages() else None
 
     @property
     def user_file(self) -> str:
@@ -201,7 +201,7 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{folder}: no such run; give the folder that `train` wrote") from None
         raise UserError(f"{folder}: no run (it has no experiment.json); give the folder that `train` wrote") from None
     match record.get("experiment"):
-        case {"name": str(), "model": {"class": str()}}:
+        case {"name": str(), "model": {"class": str()}, "data": {}, "schedule": {}, "train": {}}:
             pass
         case _:
             raise UserError(f"{folder / 'experiment.json'}: damaged (without the settings of a run)")
@@ -211,7 +211,7 @@ def read_run(folder: Path) -> Run:
     train, val = read_log(folder / "log.jsonl")
     try:
         stored = read_json(folder / EVALUATION)["evaluation"]
-        evaluation = from_plain(Evaluation, stored, "")
+        evaluation = _evaluation(stored)
     except FileNotFoundError:
         evaluation = _of_log(val)
     except (ValueError, KeyError, TypeError):
@@ -250,6 +250,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _evaluation(stored: Any) -> Evaluation:
+    """Return an evaluation from plain data; raises ValueError or TypeError for anything else."""
+    if not isinstance(stored, dict):
+        raise ValueError("no object")
+    return cast(Evaluation, from_plain(Evaluation, stored))
+
+
 def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
     """Return what the last evaluation in a log tells, which has no figures per image; None without one."""
     try:
@@ -260,8 +267,7 @@ def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
         ]
         main = next((entry["name"] for entry in entries if entry["miou"] == last["mIoU"]), entries[-1]["name"])
         stored = {"command": "train", "iteration": last["iteration"], "classes": last["classes"], "entries": entries}
-        found: Evaluation = from_plain(Evaluation, {**stored, "main": main, "images": last["images"]}, "")
-        return found
+        return _evaluation({**stored, "main": main, "images": last["images"]})
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
