@@ -59,8 +59,9 @@ def browser() -> Iterator[Any]:
         pytest.skip("no chromium on the path")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
-        with contextlib.closing(driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])) as found:
-            yield found
+        found = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="module")

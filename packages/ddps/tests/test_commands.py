@@ -208,4 +208,4 @@ def test_demo(toy, base, tmp_path, capsys):
         assert 0 <= figures[name] <= 1
     text = capsys.readouterr().out
     assert f"the base model alone has mIoU {figures['base_mIoU']:.1%}" in text
-    assert "rectangles of random classes" in (folder / "index.html").read_text(encoding="utf-8")
+    assert "rectangles of random classes" in (folder / "run" / "report.html").read_text(encoding="utf-8")

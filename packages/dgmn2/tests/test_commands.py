@@ -128,4 +128,4 @@ def test_demo(toy, tmp_path):
     main("dgmn2_seg", ["demo", f"--work-dir={tmp_path}", *SMALL, *ITERATIONS])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures) == {"mIoU", "linear_mIoU", "iterations"}
-    assert CONFIG in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert CONFIG in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

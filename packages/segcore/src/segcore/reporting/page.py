@@ -11,11 +11,12 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from segcore.config.registry import program, published
@@ -69,12 +70,8 @@ def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = 
         )
         for group in groups
     ]
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "points": points, "value": value_text}
     several, classes = len(runs) > 1, class_rows(runs)
-    return environment.get_template("page.html").render(
+    return template().render(
         style=style,
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
@@ -91,6 +88,16 @@ def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = 
         largest=max((abs(delta) for *_, delta in classes if delta is not None), default=0) or 1,
         ramp=RAMP,
     )
+
+
+@cache
+def template() -> Template:
+    """Return the page's template, which escapes what it is given."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "points": points, "value": value_text}
+    return environment.get_template("page.html")
 
 
 def _hash(text: str) -> str:

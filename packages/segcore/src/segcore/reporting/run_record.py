@@ -225,7 +225,7 @@ def read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[s
     found: dict[str, list[Mapping[str, Any]]] = {"train": [], "val": []}
     needs = {"train": "loss", "val": "mIoU"}
     for record in _records(path):
-        mode = record.get("mode")
+        mode = str(record.get("mode"))
         if mode in needs and isinstance(record.get("iteration"), int) and _is_number(record.get(needs[mode])):
             found[mode].append(record)
     return tuple(found["train"]), tuple(found["val"])
