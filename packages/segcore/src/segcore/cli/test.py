@@ -141,7 +141,7 @@ class Test(Parallel):
             iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)
         of_a_run = self.folder is not None and (self.run_dir / "experiment.json").is_file()
-        if of_a_run and iteration is not None and not self._kinds():
+        if of_a_run and iteration is not None and not self._kinds() and not self.json:
             write_evaluation(self.run_dir, exp, evaluation)
         run = replace(read_run(self.run_dir), evaluation=evaluation) if of_a_run else Run.of(exp, evaluation)
         path = self.json.with_suffix(".html") if self.json else self._file("report", "html")
