@@ -28,6 +28,7 @@ SMALL = [
 ]  # fmt: skip
 CPU = "--device=cpu"
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+TRAIN = [*ITERATIONS, "--no-report"]
 
 
 def small_toy(root):
@@ -44,7 +45,7 @@ def toy(tmp_path_factory):
 def run(toy, tmp_path_factory):
     """A finished training run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    main("ddp_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    main("ddp_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
 
 
@@ -72,7 +73,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, tmp_path):
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
     assert newest(tmp_path / "cut").name == "iter_2"
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *TRAIN]
     main("ddp_seg", [*words, "--resume"])
     whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
     assert newest(tmp_path / "cut").name == "iter_3"
@@ -204,7 +205,7 @@ def test_a_checkpoint_with_other_settings_names_them(run, toy, tmp_path, capsys)
 
 def test_a_finished_run_is_reported_and_not_repeated(run, toy, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, "--resume"]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'run'}", *SMALL, *TRAIN, "--resume"]
     main("ddp_seg", words)
     said = capsys.readouterr().out
     assert "already finished; to train longer, raise schedule.iterations above 3" in said
@@ -301,7 +302,7 @@ def test_bad_data(toy, tmp_path, capsys, damage):
     (root / "toy.json").unlink()
     named = damage(root)
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={tmp_path / 'run'}"]
-    line = refused(capsys, *words, *SMALL, *ITERATIONS)
+    line = refused(capsys, *words, *SMALL, *TRAIN)
     assert all(part in line for part in named), line
     assert not list((tmp_path / "run").rglob("*.tmp")), "something is half-written"
 
@@ -322,14 +323,14 @@ def test_all_ignored_images_train_to_a_finite_loss(toy, tmp_path):
     for path in labels[1:]:  # training on nothing at all is refused
         Image.fromarray(np.full((64, 128), 255, np.uint8)).save(path)
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={tmp_path / 'run'}"]
-    main("ddp_seg", [*words, *SMALL, *ITERATIONS, "--train.evaluate-every=0"])
+    main("ddp_seg", [*words, *SMALL, *TRAIN, "--train.evaluate-every=0"])
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(line["loss"] is not None for line in log if line["mode"] == "train")
 
 
 def test_a_used_work_dir_is_not_overwritten(run, toy, capsys):
     before = sorted(p.name for p in run.rglob("*"))
-    line = refused(capsys, "train", CONFIG, f"--data.root={toy}", f"--work-dir={run}", *SMALL, *ITERATIONS)
+    line = refused(capsys, "train", CONFIG, f"--data.root={toy}", f"--work-dir={run}", *SMALL, *TRAIN)
     assert "--resume" in line
     assert sorted(p.name for p in run.rglob("*")) == before
 
@@ -400,7 +401,7 @@ def test_custom_image_formats(tmp_path, channels, depth, suffix):
         f"--data.channels={channels}", f"--model.in-channels={channels}", f"--data.bit-depth={depth}",
         "--data.photometric=False", "--data.mean", *["100"] * channels, "--data.std", *["100"] * channels,
     ]  # fmt: skip
-    main("ddp_seg", ["train", CONFIG, f"--work-dir={tmp_path / 'run'}", *SMALL, *ITERATIONS, *kind])
+    main("ddp_seg", ["train", CONFIG, f"--work-dir={tmp_path / 'run'}", *SMALL, *TRAIN, *kind])
     source = str(tmp_path / "images" / "val")
     main("ddp_seg", ["predict", str(tmp_path / "run"), source, str(tmp_path / "out"), CPU])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "0_overlay.png", "1.png", "1_overlay.png"]

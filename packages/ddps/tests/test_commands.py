@@ -23,6 +23,7 @@ SMALL = [
 NARROW = ["--model.width=8", "--model.output-width=16"]
 CPU = "--device=cpu"
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3"]
+TRAIN = [*ITERATIONS, "--no-report"]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,14 @@ def toy(tmp_path_factory):
 def base(toy, tmp_path_factory):
     """A finished run of the first stage."""
     folder = tmp_path_factory.mktemp("runs") / "base"
-    main("ddps_seg", ["train", BASE, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    main("ddps_seg", ["train", BASE, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
 
 
 def second_stage(toy, base, folder, *words):
     main("ddps_seg", ["train", PRIOR, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init-from={base}",
                       "--train.ema=0.5", "--train.ema-every=2", "--model.freeze=eval",
-                      *SMALL, *NARROW, *ITERATIONS, *words])  # fmt: skip
+                      *SMALL, *NARROW, *TRAIN, *words])  # fmt: skip
     return folder
 
 
@@ -225,7 +226,7 @@ def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
         capsys, "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
     )
-    training = ["train", PRIOR, *small, *ITERATIONS, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
+    training = ["train", PRIOR, *small, *TRAIN, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
     assert "has 7, but" in refused(capsys, *training), "at once, not at the first evaluation"
     assert not (tmp_path / "never").exists()
     line = refused(capsys, "test", PRIOR, base, f"--data.root={toy}", CPU)
@@ -259,4 +260,4 @@ def test_demo(toy, base, tmp_path, capsys):
         assert 0 <= figures[name] <= 1
     text = capsys.readouterr().out
     assert f"the base model alone has mIoU {figures['base_mIoU']:.1%}" in text
-    assert "rectangles of random classes" in (folder / "index.html").read_text(encoding="utf-8")
+    assert "rectangles of random classes" in (folder / "run" / "report.html").read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ SMALL = [
     "--data.crop", "64", "128", "--data.img-scale", "128", "64", "--evaluate.img-scale", "128", "64",
 ]  # fmt: skip
 ITERATIONS = ["--schedule.iterations=3", "--train.save-every=1", "--train.evaluate-every=3", "--train.log-every=1"]
+TRAIN = [*ITERATIONS, "--no-report"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def toy(tmp_path_factory):
 def run(toy, tmp_path_factory):
     """A finished training run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *ITERATIONS])
+    main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
 
 
@@ -63,7 +64,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, tmp_path):
     """Momentum and running statistics are also restored."""
     shutil.copytree(run, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_3")
-    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *ITERATIONS]
+    words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={tmp_path / 'cut'}", *SMALL, *TRAIN]
     main("ddrnet_seg", [*words, "--resume"])
     whole, resumed = read_model_state(newest(run)), read_model_state(newest(tmp_path / "cut"))
     assert newest(tmp_path / "cut").name == "iter_3"
@@ -96,6 +97,47 @@ def test_test_predict_and_export(run, toy, tmp_path, capsys):
     assert "1x3x64x128: logits within" in text
     assert "2x3x72x136: logits within" in text
     assert str(path) in text
+
+
+def test_reports(run, toy, tmp_path, capsys):
+    """train ends with a report; later ones need no evaluation, and no data."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    words = ["train", str(folder), f"--data.root={toy}", "--device=cpu", "--resume"]
+    main("ddrnet_seg", words)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder / 'report.html'}: open it in a browser"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<figcaption>overlay</figcaption>") == 2
+    assert page.count("<figcaption>ground truth</figcaption>") == 2
+    best = 100 * json.loads((folder / "best.json").read_text())["mIoU"]
+    assert f"<title>{CONFIG}: {best:.2f} mIoU</title>" in page
+    main("ddrnet_seg", ["report", str(folder), "--device=cpu", f"--output={tmp_path / 'again.html'}"])
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page, "the same images, predicted the same"
+
+    main("ddrnet_seg", ["test", str(folder), f"--data.root={toy}", "--device=cpu", "--limit=1"])
+    assert (folder / "report.limit_1.html").is_file()
+    main("ddrnet_seg", ["test", str(folder), f"--data.root={toy}", "--device=cpu", "--calibration"])
+    assert 'id="calibration"' not in page
+    assert 'id="calibration"' in (folder / "report.html").read_text(encoding="utf-8")
+    main("ddrnet_seg", ["report", str(folder), str(run), "--device=cpu"])
+    assert "who is right" in (folder / "comparison.html").read_text(encoding="utf-8")
+
+    capsys.readouterr()
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["experiment"]["data"]["root"] = str(tmp_path / "moved")
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    main("ddrnet_seg", ["report", str(folder), "--device=cpu"])
+    assert f"note: Without images: {tmp_path / 'moved'}: no such folder" in capsys.readouterr().out
+    shutil.rmtree(folder / "checkpoints")
+    main("ddrnet_seg", ["report", str(folder), "--device=cpu"])
+    assert "note: Without images: " in (said := capsys.readouterr().out)
+    assert "iter_3, which was evaluated, is not there any more" in said
+    assert "Without images" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "no such run" in refused(capsys, "report", tmp_path / "nothing")
+    with pytest.raises(SystemExit) as end:
+        main("ddrnet_seg", ["report", str(folder), str(folder)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("a run is named twice; name different ones\n")
 
 
 def test_export_as_onnx(run, tmp_path):

@@ -1,15 +1,7 @@
-"""Overlays, class PNGs, panels, legends and curves."""
-
-import base64
-import io
-import math
-import re
-import xml.etree.ElementTree as ElementTree
+"""Overlays, class PNGs, panels, and legends."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from segcore.errors import UserError
@@ -17,7 +9,6 @@ from segcore.reporting import figures
 from segcore.reporting.figures import hstack_panels
 
 PALETTE = np.array([(200, 0, 10), (0, 255, 0), (3, 2, 1)], np.uint8)
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_overlay_truncates_as_published():
@@ -70,14 +61,11 @@ def test_class_png_refuses_values_beyond_8_bits(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_are_written_and_embedded_unchanged(tmp_path):
+def test_images_are_written_unchanged(tmp_path):
     image = np.random.RandomState(1).randint(0, 256, (6, 9, 3), np.uint8)
     figures.write_image(tmp_path / "a" / "b.png", image)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.png"]
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a" / "b.png")), image)
-    kind, _, data = figures.png_data_uri(image).partition(",")
-    assert kind == "data:image/png;base64"
-    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(base64.b64decode(data)))), image)
 
 
 def test_panels_are_captioned_images_side_by_side():
@@ -114,14 +102,6 @@ def test_a_caption_is_never_cut_off():
 )  # fmt: skip
 def test_entry_titles(entry, by, title):
     assert figures.step_title(entry, by) == title
-
-
-def test_iteration_ticks_are_integers():
-    marks = re.findall(
-        r'text-anchor="middle">([^<]*)</text>', figures.curve_svg([1, 2, 3], [0.5, 0.1, 0.2], "t", "x", "y")
-    )
-    assert marks == ["1", "2", "3", "x", "y"]
-    assert ">1.5<" in figures.curve_svg([1.0, 2.0, 3.0], [0.5, 0.1, 0.2], "t", "x", "y")
 
 
 def test_legend_shows_every_color_and_name():
@@ -166,46 +146,3 @@ def test_contours_are_lines_on_both_sides_of_a_border_in_the_colors_of_the_class
     large = np.zeros((1024, 2048), np.uint8)
     large[:, 1000:] = 255
     assert figures.borders(large)[0].sum() == 4
-
-
-def draw(*args):
-    return ElementTree.fromstring(figures.curve_svg(*args))
-
-
-def curves(root):
-    return [path.get("d") for path in root.iter(f"{SVG}path") if path.get("stroke-linecap")]
-
-
-def test_curve_is_an_svg_with_labels_and_one_line_per_series():
-    root = draw([0, 50, 100], {"a": [3, 2, 1], "b <c>": [1, 1.5, 2]}, "t & t", "iteration", "loss")
-    texts = {text.text for text in root.iter(f"{SVG}text")}
-    assert {"t & t", "iteration", "loss", "a", "b <c>", "0", "100", "1", "3"} <= texts
-    first, second = curves(root)
-    assert first.count("L") == second.count("L") == 2
-    x, y = zip(*(point.split() for point in first.replace("h0", "")[1:].split("L")), strict=True)
-    assert [float(v) for v in x] == sorted(float(v) for v in x)
-    assert [float(v) for v in y] == sorted(float(v) for v in y), "y points down in an SVG: a falling curve's y rises"
-
-
-def test_curve_leaves_gaps_where_values_are_not_finite():
-    (line,) = curves(draw([0, 1, 2, 3, 4], [1, 2, math.nan, 2, math.inf], "", "", ""))
-    assert line.count("M") == 2
-    assert line.count("L") == 1
-    assert "nan" not in line
-
-
-@pytest.mark.parametrize("ys", [[], [0.0], [-2.0], [math.nan]])
-def test_curve_of_almost_nothing(ys):
-    (line,) = curves(draw(list(range(len(ys))), ys, "", "", ""))
-    assert line.count("M") == sum(map(math.isfinite, ys))
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(3, 10))
-def test_ticks_are_few_ordered_and_cover_the_values(values, count):
-    low, high = min(values), max(values)
-    ticks = figures._ticks(values, count)
-    slack = (ticks[-1] - ticks[0]) * 1e-6
-    assert ticks == sorted(set(ticks))
-    assert 2 <= len(ticks) <= count + 2
-    assert ticks[0] - slack <= low
-    assert high <= ticks[-1] + slack

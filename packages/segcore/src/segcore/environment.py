@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "segcore", "seg-cuda-ops")
 VARIABLES = ("OMP_", "MKL_", "CUDA_", "NCCL_", "PYTORCH_", "TORCH", "SEG", "WORLD_SIZE", "SLURM_NTASKS")
@@ -30,6 +35,13 @@ def git_hash() -> str | None:
         if done is None:
             return None
     return done or None
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one would write it again, without the program's folder."""
+    path = Path(sys.argv[0])
+    name = ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
+    return shlex.join([*name, *sys.argv[1:]])
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -60,7 +72,7 @@ def environment() -> dict[str, dict[str, Any]]:
     }
 
 
-def device_name(device: Any) -> str:
+def device_name(device: torch.device) -> str:
     """Return a torch device in words: `cuda:0 (NVIDIA H200)`, `cpu (4 threads)`."""
     import torch
 

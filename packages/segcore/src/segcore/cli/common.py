@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,12 @@ class Parallel(Command):
         from segcore import distributed
 
         with distributed.process_group(self.experiment.train.timeout):
-            self.run_in_process()
+            rest = self.run_in_process()
+        if rest:  # for which the others need not wait
+            rest()
 
-    def run_in_process(self) -> None:
-        """Do it in one of the processes, or in the only one."""
+    def run_in_process(self) -> Callable[[], None] | None:
+        """Do it in one of the processes, or in the only one; return what this one does when the others have left."""
 
 
 def load(command: Command, checkpoint: str | None, ensemble: tuple[str, ...] = (), device: str = "") -> LoadedModel:

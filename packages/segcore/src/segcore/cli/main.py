@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from segcore.cli import configs
 from segcore.cli.bench import Bench
@@ -30,6 +30,7 @@ from segcore.cli.export import Export
 from segcore.cli.import_coco import ImportCoco
 from segcore.cli.import_isprs import ImportPotsdam, ImportVaihingen
 from segcore.cli.predict import Predict
+from segcore.cli.report import Report
 from segcore.cli.test import Test
 from segcore.cli.train import Train
 from segcore.cli.web import Web
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type[Any]] = {
     "test": Test,
     "predict": Predict,
     "web": Web,
+    "report": Report,
     "configs": Configs,
     "check": Check,
     "bench": Bench,
@@ -189,12 +191,15 @@ def _read(command: Any, words: list[str], prog: str) -> Any:
         tyro.cli(options.form(command, offered), prog=prog, description=what, args=["--help"])
     known = {key: kind for key, kind in kinds.items() if key not in places}
     free, given = options.split(words, known, {key.removeprefix("experiment.") for key in options.settings(command)})
-    if len(free) > len(places):
+    many = bool(places) and get_origin(kinds[places[-1]]) is tuple  # the last place takes all further words
+    if len(free) > len(places) and not many:
         raise UsageError(f"{free[len(places)]!r} is not expected there; `--help` shows what can be given")
     required = [key for key in places if fields[key].default is dataclasses.MISSING]
     if missing := [key for key in required if key in places[len(free) :]]:
         raise UsageError(f"missing: {', '.join(missing).upper()}; {order}")
     given |= {key: [word] for key, word in zip(places, free, strict=False)}
+    if many and free[len(places) :]:
+        given[places[-1]] = free[len(places) - 1 :]
     values = options.read(given, kinds)
     if experiment := getattr(command, "experiment", None):
         values = with_class_count(experiment, values)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,10 +50,13 @@ class Test(Parallel):
     folder label_ids (cityscapes, ade20k, loveda, voc2012)."""
     zip: Path | None = None
     """With --save: a file .zip to pack the label_ids into, or without --label-ids the masks."""
+    no_report: Flag = False
+    """Do not write the page with the results: report.html in the run, otherwise runs/<configuration>.report.html, or
+    beside the file of --json."""
     split: Literal["val", "test"] = "val"
     """The images: `test` are those without labels, of which only masks are written (--save)."""
 
-    def run_in_process(self) -> None:
+    def run_in_process(self) -> Callable[[], None] | None:
         from segcore import distributed
         from segcore.cli.saved_masks import SavedMasks
         from segcore.data.layouts import open_dataset
@@ -69,8 +75,11 @@ class Test(Parallel):
         if results:
             distributed.on_main_process(lambda: self._report(results))
         count = saved.finish(self.zip) if saved else 0
-        if saved and not distributed.rank():
+        if distributed.rank():
+            return None
+        if saved:
             print(f"{count} masks written below {self.save}", *filter(None, [self.zip]), sep="\n")
+        return partial(self._page, results, predictor) if results and not self.no_report else None
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other."""
@@ -111,7 +120,7 @@ class Test(Parallel):
         print(tables.per_class(results, metrics), tables.summary(results, metrics, theirs), sep="\n\n")
         if theirs:
             print("\npublished mIoU:", ", ".join(f"{value:.2f} ({name})" for name, value in theirs.items()))
-        path = self.json or self._json()
+        path = self.json or self._file("test", "json")
         about = {"name": exp.name, "checkpoint": str(self.folder or self.checkpoint), "seed": exp.seed}
         tables.write_json(path, results, about)
         print(f"\n{path}")
@@ -119,8 +128,33 @@ class Test(Parallel):
             tables.write_per_image(self.per_image, results)
             print(self.per_image)
 
-    def _json(self) -> Path:
-        """Return the default file for the figures, which never are another evaluation's."""
+    def _page(self, results: Results, predictor: Predictor) -> None:
+        """Write the page with the results, and into a run what a later `report` needs."""
+        from segcore.checkpoints.load import find_weights
+        from segcore.reporting.report import write_report
+        from segcore.reporting.run_record import Evaluation, Run, read_run, write_evaluation
+
+        exp, iteration = replace(self.experiment, evaluate=predictor.evaluate), None
+        if self.folder:
+            checkpoint = find_weights(str(self.folder), exp.name, offline=self.offline)
+            match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
+            iteration = int(match[1]) if match else None
+        evaluation = Evaluation.of(results, "test", iteration)
+        of_a_run = self.folder is not None and (self.run_dir / "experiment.json").is_file()
+        if of_a_run and iteration is not None and not self._kinds() and not self.json:
+            write_evaluation(self.run_dir, exp, evaluation)
+        run = replace(read_run(self.run_dir), evaluation=evaluation) if of_a_run else Run.of(exp, evaluation)
+        path = self.json.with_suffix(".html") if self.json else self._file("report", "html")
+        for note in write_report(path, [run], [lambda: (predictor, exp)]):
+            print(f"note: {note}")
+        print(path)
+
+    def _kinds(self) -> list[str]:
+        """Return what makes this another evaluation than the plain one."""
         kinds = {"multi_scale": self.multi_scale, "ensemble": self.ensemble, f"limit_{self.limit}": self.limit}
-        name = ".".join(["test", *(kind for kind, asked in kinds.items() if asked), "json"])
+        return [kind for kind, asked in kinds.items() if asked]
+
+    def _file(self, name: str, suffix: str) -> Path:
+        """Return the default file for the figures or the page, which never are another evaluation's."""
+        name = ".".join([name, *self._kinds(), suffix])
         return self.run_dir / name if self.folder else Path("runs") / f"{self.experiment.name}.{name}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from segcore.cli import report
 from segcore.cli.common import Parallel, complete_toy_set
 from segcore.config.options import Flag
 from segcore.config.schema import Experiment
@@ -24,6 +27,8 @@ class Train(Parallel):
     dry_run: Flag = False
     """Only take the first steps, and print the settings, memory, time and disk of the whole run; on CUDA also the
     largest train.device_batch_size that fits, which changes the result of models with batch norm."""
+    no_report: Flag = False
+    """Do not write report.html at the end."""
 
     def run(self, package: str | None) -> None:
         if self.dry_run and self.resume:
@@ -32,7 +37,7 @@ class Train(Parallel):
             print(headline(self.experiment, self.work_dir or self.run_dir, self.device), flush=True)
         super().run(package)
 
-    def run_in_process(self) -> None:
+    def run_in_process(self) -> Callable[[], None] | None:
         from segcore import distributed
         from segcore.inference import find_device
         from segcore.training.loop import train
@@ -43,12 +48,21 @@ class Train(Parallel):
             from segcore.training.dry_run import dry_run
 
             dry_run(self.experiment, work_dir, device=find_device(self.device), offline=self.offline)
-            return
+            return None
         # torchrun --max-restarts starts the same words again after a failure; the run then goes on in its own folder.
         record = work_dir / "experiment.json"
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and record.is_file()
         resume = self.resume or (restarted and read_json(record).get("torchrun") == distributed.elastic_run_id())
         train(self.experiment, work_dir, device=find_device(self.device), resume=resume, offline=self.offline)
+        if distributed.rank() or self.no_report:
+            return None
+        return partial(self._report, work_dir)
+
+    def _report(self, work_dir: Path) -> None:
+        from segcore.training.trackers import send_report
+
+        report.report([work_dir], work_dir / report.NAME, self.device)
+        send_report(self.experiment, work_dir, work_dir / report.NAME)
 
 
 def headline(exp: Experiment, work_dir: Path, device: str) -> str:

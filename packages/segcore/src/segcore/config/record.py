@@ -75,6 +75,8 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
                 return tuple(from_plain(part, item, name) for part, item in zip(parts, value, strict=True))
         if isinstance(value, str) and option is Path:
             return Path(value)
+        if isinstance(value, dict) and option is not kind and dataclasses.is_dataclass(option):
+            return from_plain(option, value, name)
     return Stored(value) if isinstance(value, str) and is_reference(value) else value
 
 

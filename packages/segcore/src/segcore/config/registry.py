@@ -81,13 +81,13 @@ def _unknown(name: str, matches: list[str], known: Iterable[str], package: str |
     return UserError(f"there is no configuration {name!r}{where}{near}; {lists}")
 
 
-def read_experiment(folder: Path) -> Experiment:
+def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
     """Return the experiment of a run's or checkpoint's folder from its experiment.json, as data.
 
     Nothing is imported for it: the model's class must be one of an installed method. Raises UserError when the file is
     missing, damaged or of another version, or the model was defined in a user's own file.
     """
-    path = folder / "experiment.json"
+    path = folder / file
     try:
         stored = _stored(path)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def read_experiment(folder: Path) -> Experiment:
             f"{path}: its model {title} is defined in a file of yours, which is not imported unless you name it: "
             f"write `{file}:FUNCTION {folder}` instead of {folder}, with the path of {file}"
         )
-    known = _model_configs()
+    known = model_configs()
     if kind not in known:
         raise UserError(f"{path}: its model {kind} is of no installed method; install it, or name a configuration")
     try:
@@ -140,10 +140,15 @@ def _intact_copy(folder: Path) -> Path | None:
     return None
 
 
-def _model_configs() -> dict[str, type[ModelConfig]]:
+def method_packages() -> set[str]:
+    """Return the import packages of the installed methods."""
+    return {point.value for point in entry_points(group="segcore.methods")}
+
+
+def model_configs() -> dict[str, type[ModelConfig]]:
     """Return the model dataclasses of the installed methods by `module:name`."""
     experiments()  # imports their configurations
-    packages = {point.value for point in entry_points(group="segcore.methods")}
+    packages = method_packages()
     found: dict[str, type[ModelConfig]] = {}
     left: list[type[ModelConfig]] = ModelConfig.__subclasses__()
     while left:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ from segcore.models.stepwise import StepwiseSegmentor
 from segcore.progress import progress
 from segcore.reporting import tables
 from segcore.reporting.figures import colorize, colormap, hstack_panels, step_title, write_image
-from segcore.reporting.page import render
+from segcore.reporting.report import write_report
+from segcore.reporting.run_record import Evaluation, read_run
 from segcore.seeds import evaluation_seed
 from segcore.training.loop import train
 
@@ -39,7 +40,7 @@ JUDGED = 20
 """Number of first validation images with a judged uncertainty: each takes several more runs of the model."""
 
 
-@dataclasses.dataclass
+@dataclass
 class Answer:
     """A validation image and the predictions that the evaluation counted for it."""
 
@@ -65,19 +66,19 @@ def run(
     with writing(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
     toy.generate_missing(work_dir / "scenes")
-    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=work_dir / "scenes"))
+    exp = replace(exp, data=replace(exp.data, root=work_dir / "scenes"))
     base, base_dir = base_experiment(exp), work_dir / "base"
     if base is not None:
         if not (base_dir / "results.json").exists():
             print(f"training the base model, {base.name}:")
             train(base, base_dir, device=device, resume=True, offline=offline)
-        exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, init_from=str(base_dir)))
+        exp = replace(exp, train=replace(exp.train, init_from=str(base_dir)))
         print(f"training on top of it, {exp.name}:")
     train(exp, work_dir / "run", device=device, resume=True, offline=offline)
     newest = run_checkpoint.newest(work_dir / "run")
     assert newest is not None
     iterations = int(newest.name.removeprefix("iter_"))  # of schedule.epochs, or fewer by train.patience
-    exp = dataclasses.replace(exp, schedule=dataclasses.replace(exp.schedule, iterations=iterations))
+    exp = replace(exp, schedule=replace(exp.schedule, iterations=iterations))
     predictor = Predictor.of(trained_model(exp, work_dir / "run").to(device), exp)
     val_set = open_dataset(exp.data, "val")
     print("fitting the linear baseline …")
@@ -103,8 +104,9 @@ def run(
     for i, maps in enumerate(shown, 1):
         write_image(work_dir / f"panels_{i}.png", hstack_panels(list(maps.values()), list(maps)))
     write(work_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
-    page = work_dir / "index.html"
-    write(page, render(exp, results, baseline, notes, shown, work_dir / "run" / "log.jsonl"))
+    page = work_dir / "run" / "report.html"
+    record = replace(read_run(work_dir / "run"), evaluation=Evaluation.of(results, "train", exp.schedule.iterations))
+    write_report(page, [record], [lambda: (predictor, exp)], notes)
     print("", tables.summary(results), *notes, f"open {page} in a browser", sep="\n\n")
     return page
 
@@ -115,7 +117,7 @@ def base_experiment(exp: Experiment) -> Experiment | None:
     if folder != "runs":
         return None
     base = load_experiment(name)
-    return dataclasses.replace(base, data=dataclasses.replace(base.data, root=exp.data.root))
+    return replace(base, data=replace(base.data, root=exp.data.root))
 
 
 def trained_model(exp: Experiment, work_dir: Path) -> Segmentor:

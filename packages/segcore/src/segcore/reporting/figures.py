@@ -1,16 +1,14 @@
-"""Figures of classes and runs: overlays, class-index PNGs, captioned panels, legends and curves.
+"""Figures of classes and runs: overlays, class-index PNGs, captioned panels and legends.
 
 Images are (H, W, 3) uint8 RGB; a palette is (K, 3), RGB 0..255 in the order of the classes.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 from segcore.errors import UserError
 from segcore.files import write
 
-LINES = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
-"""Colors of the curves, in order; they repeat."""
 JPEG = (".jpg", ".jpeg")
 FONT_SIZE = 14
 """Height of captions and of legends beside panels, in pixels."""
@@ -121,11 +117,6 @@ def write_animation(path: Path | str, frames: Sequence[np.ndarray], seconds: flo
     write(path, data.getvalue())
 
 
-def png_data_uri(image: np.ndarray) -> str:
-    """Return an image as a `data:` URL, for a self-contained page."""
-    return "data:image/png;base64," + base64.b64encode(_encoded(Image.fromarray(image))).decode()
-
-
 def _encoded(picture: Image.Image, kind: str = "PNG", level: int = 6) -> bytes:
     data = io.BytesIO()
     picture.save(data, format=kind, quality=95, compress_level=level)  # the one is for JPEG, the other for PNG
@@ -215,72 +206,3 @@ def _text_line(text: str, width: int, size: int = FONT_SIZE) -> np.ndarray:
 @functools.cache
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
-
-
-def curve_svg(
-    xs: Sequence[float],
-    ys: Sequence[float] | Mapping[str, Sequence[float]],
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    size: tuple[int, int] = (640, 300),
-) -> str:
-    """Return a line chart as one self-contained SVG element of size (width, height).
-
-    `ys` is one series over `xs`, or several by name, which the chart then labels. A value that is not finite is a gap.
-    If all `xs` are integers, the tick marks on the x axis are also integers.
-    """
-    series = dict(ys) if isinstance(ys, Mapping) else {"": ys}
-    (width, height), (left, right, top, bottom) = size, (58, 16, 34, 44)
-    whole = all(isinstance(x, int) for x in xs)
-    x_ticks, y_ticks = _ticks(xs, 8, whole), _ticks([y for line in series.values() for y in line], 5)
-
-    def across(x: float) -> float:
-        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
-
-    def down(y: float) -> float:
-        return height - bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (height - top - bottom)
-
-    parts = [f'<text x="{left}" y="18" font-weight="bold">{escape(title)}</text>']
-    for y in y_ticks:
-        parts.append(f'<path d="M{left} {down(y):.1f}H{width - right}" stroke="#e5e7eb"/>')
-        parts.append(f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        parts.append(f'<text x="{across(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#6b7280"/>')
-    middle = f'x="{(left + width - right) / 2:.1f}" y="{height - 8}"'
-    parts.append(f'<text {middle} text-anchor="middle">{escape(xlabel)}</text>')
-    turned = f'transform="translate(14 {(top + height - bottom) / 2:.1f}) rotate(-90)"'
-    parts.append(f'<text {turned} text-anchor="middle">{escape(ylabel)}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        path, pen = "", "M"
-        for x, y in zip(xs, line, strict=True):
-            finite = math.isfinite(x) and math.isfinite(y)
-            dot = "h0" if pen == "M" else ""  # shows a value between two gaps
-            path += f"{pen}{across(x):.1f} {down(y):.1f}{dot}" if finite else ""
-            pen = "L" if finite else "M"
-        ink = LINES[i % len(LINES)]
-        parts.append(f'<path d="{path}" fill="none" stroke="{ink}" stroke-width="1.6" stroke-linecap="round"/>')
-        label = f'x="{width - right}" y="{top + 4 + 15 * i}" fill="{ink}"'
-        parts.append(f'<text {label} text-anchor="end">{escape(name)}</text>' if name else "")
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="#111827">{"".join(parts)}</svg>'
-
-
-def loss_curve(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return the training loss over the iterations as an SVG element, from the records of a log."""
-    values = [(r["iteration"], r["loss"]) for r in records if r["mode"] == "train" and r["loss"] is not None]
-    return curve_svg([i for i, _ in values], [v for _, v in values], "Training loss", "iteration", "loss")
-
-
-def _ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:
-    """Return round numbers, or `whole` ones, about `count`, from below the least to above the greatest finite value."""
-    finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(finite), max(finite)
-    if high - low <= 1e-9 * max(1, abs(low), abs(high)):
-        low, high = (low, low + 1) if low >= 0 else (high - 1, high)
-    rough = max((high - low) / count, 1 if whole else 0)
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]

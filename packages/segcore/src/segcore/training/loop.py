@@ -28,13 +28,14 @@ from segcore.config.schema import Experiment
 from segcore.data.dataset import Dataset
 from segcore.data.loader import Batch, train_batches
 from segcore.data.transforms import TrainTransform
-from segcore.environment import device_name
+from segcore.environment import command_line, device_name
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.predictor import Predictor, autocast
 from segcore.files import write
 from segcore.reporting import tables as report
 from segcore.reporting.prediction_grid import PredictionGrid
+from segcore.reporting.run_record import Evaluation, write_evaluation
 from segcore.seeds import dropout_seed
 from segcore.training.ema import averaged, update_ema
 from segcore.training.guard import HostCopy, enough_memory, guarded_passes
@@ -55,9 +56,9 @@ def train(
 ) -> Results | None:
     """Train `exp` and return its final evaluation, None when `train.evaluate_every` is 0.
 
-    `work_dir` gets experiment.json, log.jsonl, figures/, checkpoints/, best.json and results.json. `resume` continues
-    from its newest complete checkpoint, or starts if there is none yet; without it `work_dir` must be new or
-    empty. A folder where another run lives is refused. `offline` forbids downloading start weights. Inside
+    `work_dir` gets experiment.json, log.jsonl, figures/, checkpoints/, best.json, results.json and evaluation.json.
+    `resume` continues from its newest complete checkpoint, or starts if there is none yet; without it `work_dir` must
+    be new or empty. A folder where another run lives is refused. `offline` forbids downloading start weights. Inside
     `distributed.process_group` each rank trains on its share of the batch and returns the same results.
 
     Raises UserError for anything unusable, after saving the training state. Ctrl-C and SIGTERM raise KeyboardInterrupt
@@ -73,7 +74,8 @@ def _train(
 ) -> Results | None:  # fmt: skip
     exp, state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
     trackers = start_on_main_process(exp, work_dir, state.iteration)
-    record = {**state.description, "torchrun": distributed.elastic_run_id()}
+    how = {"torchrun": distributed.elastic_run_id(), "command": command_line(), "device": device_name(device)}
+    record = {**state.description, **how}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints
     with (
@@ -103,6 +105,9 @@ def _train(
             raise
         except torch.OutOfMemoryError:  # in the optimizer, which may have changed some weights: do not save
             raise UserError(out_of_memory(exp)) from None
+        if results:
+            found = Evaluation.of(results, "train", state.iteration)
+            distributed.on_main_process(lambda: write_evaluation(work_dir, exp, found))
         early = state.early_end(exp)
         where = f" at iteration {state.iteration} of {exp.schedule.iterations}, {early}" if early else ""
         best = f"; best: iteration {state.best_iteration}, mIoU {100 * state.best_miou:.2f}"

@@ -147,11 +147,27 @@ class WandB:
         self.run.log({"iteration": iteration, "predictions": self.wandb.Image(image)})
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
-        for name in ("results.json", "report.html") if results is not None else ():
-            if (self.work_dir / name).is_file():
-                self.run.save(str(self.work_dir / name), base_path=str(self.work_dir), policy="now")
+        if results is not None:
+            self.send(self.work_dir / "results.json")
         self.run.summary.update({key: value for key, value in (results or {}).items() if isinstance(value, float)})
         self.run.finish(exit_code=int(results is None))
+
+    def send(self, path: Path) -> None:
+        """Keep a file of the run's folder there, if it exists."""
+        if path.is_file():
+            self.run.save(str(path), base_path=str(self.work_dir), policy="now")
+
+
+def send_report(exp: Experiment, work_dir: Path, path: Path) -> None:
+    """Keep the page of a finished run at Weights & Biases, if `train.log` names it. What fails is a line, no error."""
+    if "wandb" not in exp.train.log:
+        return
+    try:
+        board = WandB(Run(exp.name, work_dir, 0, flat_settings(exp), changed_settings(exp)))
+        board.send(path)
+        board.run.finish()
+    except Exception as error:
+        print(f"note: wandb did not take {path} ({error})")
 
 
 def _wandb_id(work_dir: Path) -> str:
