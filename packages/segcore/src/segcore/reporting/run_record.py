@@ -209,6 +209,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: is a checkpoint; give its run, {folder.parent.parent}")
     notes: list[str] = []
     train, val = read_log(folder / "log.jsonl")
+    evaluation: Evaluation | None
     try:
         stored = read_json(folder / EVALUATION)["evaluation"]
         evaluation = _evaluation(stored)
