@@ -108,9 +108,14 @@ def test_predict_omits_background_and_draws_the_steps(run, tmp_path):
     start[10:40] = 3
     cv2.imwrite(str(tmp_path / "start.png"), start)
     words[3] = str(tmp_path / "from")
-    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
+    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate", "--probabilities"])
     with Image.open(tmp_path / "from" / "a_animation.gif") as film:
         assert film.n_frames == 6
+    with np.load(tmp_path / "from" / "a_probabilities.npz", allow_pickle=False) as stored:
+        highest = stored["values"][stored["probabilities"].argmax(0)]
+    mask = np.array(Image.open(tmp_path / "from" / "a.png"))
+    assert (highest == mask).mean() > 0.99, "the probabilities are those of another run"
+    assert (mask != np.array(Image.open(tmp_path / "out" / "a.png"))).mean() > 0.05
     # Folders: every image has the mask at the same relative path.
     for name, shift in (("a", 3), ("b", 7)):
         for folder, data in (("photos", image), ("masks", start + np.uint8(shift) * (start == 3))):

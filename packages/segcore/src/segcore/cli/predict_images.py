@@ -21,8 +21,9 @@ from segcore.config.schema import DataConfig
 from segcore.data.loader import equal_sized
 from segcore.data.workers import in_threads
 from segcore.errors import UserError
-from segcore.inference import LoadedModel, Result, as_array
+from segcore.inference import LoadedModel, as_array
 from segcore.progress import progress
+from segcore.result import Result
 
 Sample = tuple[Job, np.ndarray, list[str]]
 Answer = tuple[Result, dict[str, np.ndarray], np.ndarray | None]
@@ -45,7 +46,7 @@ class Done(NamedTuple):
     error: str = ""
 
 
-def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5, record: Record | None = None) -> None:
+def run(seg: LoadedModel, jobs: Sequence[Job], record: Record | None = None) -> None:
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
     The mask is the same whatever is written beside it. Several processes share the images; each calls this with the
@@ -58,7 +59,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5, record: 
         distributed.each_at_its_pace() as total,
         record.part() if record else contextlib.nullcontext() as note,
         progress("predicting") as advance,
-        contextlib.closing(_done(seg, own, opacity)) as results,
+        contextlib.closing(_done(seg, own)) as results,
     ):
         for done in results:
             if note:
@@ -90,12 +91,12 @@ def _report(jobs: Sequence[Job], left: int, record: Record | None, failures: lis
         raise UserError(f"{failures[0]}{more}")
 
 
-def _done(seg: LoadedModel, jobs: Sequence[Job], opacity: float) -> Generator[Done, None, None]:
+def _done(seg: LoadedModel, jobs: Sequence[Job]) -> Generator[Done, None, None]:
     """Yield what became of every job once its files are written. Threads read and write while this one computes."""
     data = seg.experiment.data
     threads = max(min(data.workers, len(jobs) - 1), 0)
     with contextlib.closing(in_threads(partial(_read, data), jobs, threads)) as images:
-        yield from in_threads(partial(_write, opacity), _predicted(seg, images), threads)
+        yield from in_threads(_write, _predicted(seg, images), threads)
 
 
 def _read(data: DataConfig, job: Job) -> tuple[Job, np.ndarray | UserError, list[str]]:
@@ -128,7 +129,8 @@ def _answers(seg: LoadedModel, batch: list[Sample]) -> Iterator[Done]:
     """Yield the answers for images of one size; where they fail together, for one after the other."""
     start, error = time.perf_counter(), ""
     try:
-        results = [None] * len(batch) if batch[0][0].start else seg([image for _, image, _ in batch])
+        keep, images = bool(batch[0][0].confidence or batch[0][0].probabilities), [image for _, image, _ in batch]
+        results = [None] * len(batch) if batch[0][0].start else seg(images, probabilities=keep)
         answers = [_answer(seg, job, image, result) for (job, image, _), result in zip(batch, results, strict=True)]
     except UserError as caught:  # too small for the model, perhaps
         error = str(caught)
@@ -151,15 +153,15 @@ def _answer(seg: LoadedModel, job: Job, image: np.ndarray, result: Result | None
     """Return what the files of a job show; `result` is None if it has a mask to start from."""
     if result is None:
         assert job.start
-        maps = seg.refine(image, start_map(job.start, image, seg.experiment.data.add_background_class))
-        result = seg.result(image, list(maps.values())[-1])
+        start = start_map(job.start, image, seg.experiment.data.add_background_class)
+        result, maps = seg.refine(image, start, probabilities=bool(job.confidence or job.probabilities))
     else:
         maps = seg.steps(image) if job.steps or job.animation else {}
     return result, maps, seg.uncertainty(result) if job.uncertainty else None
 
 
-def _write(opacity: float, done: Done) -> Done:
+def _write(done: Done) -> Done:
     """Write the files of a job, and let go of what they show."""
     if done.answer:
-        write(done.job, *done.answer, opacity)
+        write(done.job, *done.answer)
     return done._replace(answer=None)
