@@ -100,8 +100,8 @@ class Predict(Parallel):
         if moving:
             predict_video.run(seg, self.input, path, frames=self.frames, **look)
             return
-        classes = predict_files.classes_path(self.output)
-        distributed.on_main_process(lambda: seg.write_classes(classes, nodata=large))
+        if not self.input.is_dir():  # the record of a folder writes its own
+            seg.write_classes(predict_files.classes_path(self.output), nodata=large)
         if large:
             predict_raster.run(seg, self.input, **targets)
         else:
@@ -141,7 +141,7 @@ class Predict(Parallel):
         many = self.input.is_dir()
         options = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_NOTED}
         record = Record(self.input, self.output, seg, options, self.resume) if many else None
-        predict_images.run(seg, jobs, record=record)
+        predict_images.run(seg, jobs, record)
         if self.zip:
             root = self.output if many else jobs[0].mask.parent
             root = root / FOLDER if self.label_ids else root

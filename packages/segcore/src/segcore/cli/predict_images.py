@@ -46,7 +46,7 @@ class Done(NamedTuple):
     error: str = ""
 
 
-def run(seg: LoadedModel, jobs: Sequence[Job], *, record: Record | None = None) -> None:
+def run(seg: LoadedModel, jobs: Sequence[Job], record: Record | None = None) -> None:
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
     The mask is the same whatever is written beside it. Several processes share the images; each calls this with the

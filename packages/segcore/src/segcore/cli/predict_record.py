@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from segcore import distributed
-from segcore.cli.predict_files import Job, realpath
+from segcore.cli.predict_files import Job, classes_path, realpath
 from segcore.config.record import differences, settings_of
 from segcore.errors import UserError
 from segcore.files import read_json, regular_file, write, writing
@@ -58,6 +58,7 @@ class Record:
         for part in self._parts():
             part.unlink()
         write(self.target / "predict.json", json.dumps(made_by, indent=1) + "\n")
+        self.seg.write_classes(classes_path(self.target))
         return [job for job in jobs if self._name(job) not in kept]
 
     @contextlib.contextmanager
