@@ -65,7 +65,7 @@ def slow_tests(session: nox.Session) -> None:
 
 @nox.session
 def oracle_tests(session: nox.Session) -> None:
-    """Compare with large libraries that nothing else needs: HuggingFace's transformers."""
+    """Compare with libraries that nothing else needs: HuggingFace's transformers, the Cityscapes scripts."""
     session.install(*EDITABLE, *group("test"), *group("oracle"))
     session.run("pytest", "-m", "oracle", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 

@@ -1,5 +1,6 @@
 """The commands on real files: train, resume, test, predict, configs; and their messages for bad input."""
 
+import csv
 import json
 import os
 import pickle
@@ -146,10 +147,12 @@ def test_predict_uncertainty_and_steps(run, toy, tmp_path, path):
 def test_early_exit_threshold(run, toy, tmp_path, capsys):
     """Every change is below 100 %, so every image exits after the second step with that step's output."""
     words = [str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
-    main("ddp_seg", ["test", *words, "--evaluate.early-exit-threshold=100", "--model.num-inference-steps=6"])
+    table = ["--model.num-inference-steps=6", f"--per-image={tmp_path / 'images.csv'}"]
+    main("ddp_seg", ["test", *words, "--evaluate.early-exit-threshold=100", *table])
     assert "until 100%: denoising took 2.00 steps on average" in capsys.readouterr().out
     data = json.loads((tmp_path / "out.json").read_text())
     assert (list(data["entries"]), data["steps_taken"]) == (["1", "3", "10", "until 100%"], 2)
+    assert {row["steps"] for row in csv.DictReader((tmp_path / "images.csv").open())} == {"2.0"}
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     words = ["predict", str(run), image, str(tmp_path / "a.png"), CPU]
     main("ddp_seg", [*words, "--evaluate.early-exit-threshold=100"])

@@ -55,6 +55,10 @@ def test_a_run_starts_from_noise_only():
     assert "leave out --start-mask" in contract.refusal(lambda: model.refine_mask(contract.images(1), masks))
 
 
+def test_probabilities(tmp_path):
+    contract.check_probabilities(build("resnet"), VARIANTS["resnet"], tmp_path)
+
+
 def test_arguments():
     contract.check_arguments(DDPConfig, DDP)
 

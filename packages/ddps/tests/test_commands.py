@@ -13,6 +13,7 @@ import segcore
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.demo.toy import generate
+from segcore.testing.stored import filled
 
 BASE, PRIOR = "ddps_segformer_b0_base_toy", "ddps_segformer_b0_toy"
 SMALL = [
@@ -92,6 +93,52 @@ def test_test_prints_a_column_per_timestep(run, toy, tmp_path, capsys):
     assert entries["19"]["BIoU"][0] is None
 
 
+SHRUNK = """
+from dataclasses import replace
+from segcore import load_experiment
+def row():
+    exp = load_experiment("segformer_b2_ade20k_multistep_inference")
+    return replace(exp, model=replace(exp.model, backbone="mit_b0", width=8, output_width=16))
+"""
+
+
+@pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_published_row_has_its_figures_beside_a_column_per_timestep(tmp_path, capsys, monkeypatch, size):
+    """On one small image, and if slow with the row's own model; weights of T = 100 are refused with what to set."""
+    row = "segformer_b2_ade20k_multistep_inference"
+    if size == "small":
+        (tmp_path / "my.py").write_text(SHRUNK)
+        row = f"{tmp_path / 'my.py'}:row"
+        monkeypatch.setattr("segcore.cli.test.is_row", lambda exp: True)
+    rng = np.random.RandomState(0)
+    for folder, end, shape in (("images", "jpg", (48, 64, 3)), ("annotations", "png", (48, 64))):
+        (tmp_path / folder / "validation").mkdir(parents=True)
+        pixels = rng.randint(0, 151, shape, np.uint8)
+        cv2.imwrite(str(tmp_path / folder / "validation" / f"ADE_val_00000001.{end}"), pixels)
+    model = filled(segcore.load_experiment(row).model.build())
+    state = {theirs: model.state_dict()[ours] for ours, theirs in model.key_map().items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    words = [f"--data.root={tmp_path}", "--evaluate.img-scale", "64", "48", "--evaluate.metrics=mIoU", CPU]
+    words += [f"--json={tmp_path / 'out.json'}", f"--save={tmp_path / 'masks'}", "--label-ids", "--data.workers=0"]
+    main("ddps_seg", ["test", row, str(tmp_path / "weights.pth"), *words])
+    tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    miou = [entry["mIoU"] for entry in json.loads((tmp_path / "out.json").read_text())["entries"].values()]
+    shown = [str(round(100 * value, 2)) for value in miou]
+    assert ["Steps", "0", "10", "19"] in tables
+    assert ["mIoU", *shown] in tables
+    assert ["published mIoU", "49.35", "49.55", "49.66"] in tables
+    assert [",".join(shown), "49.35,49.55,49.66"] in tables
+    mask, ids = (np.array(Image.open(tmp_path / "masks" / f / "ADE_val_00000001.png")) for f in (".", "label_ids"))
+    assert np.array_equal(ids, np.where(mask == 255, 0, mask + 1)), "background is the server's 0"
+    legend = json.loads((tmp_path / "masks" / "classes.json").read_text())
+    assert (legend[0]["name"], legend[-1]) == ("wall", {"value": 255, "name": "ignored", "color": [0, 0, 0]})
+    for name in [name for name in state if ".log_" in name or name.startswith("log_")]:
+        state[name] = torch.zeros(100 + len(state[name]) - 20)
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    line = refused(capsys, "test", row, tmp_path / "weights.pth", *words)
+    assert "trained with 100 timesteps, but the model has 20; set model.num_train_timesteps 100" in line
+
+
 def test_predict_omits_background_and_draws_the_steps(run, tmp_path):
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), image)
@@ -109,9 +156,14 @@ def test_predict_omits_background_and_draws_the_steps(run, tmp_path):
     start[10:40] = 3
     cv2.imwrite(str(tmp_path / "start.png"), start)
     words[3] = str(tmp_path / "from")
-    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate"])
+    main("ddps_seg", [*words, f"--start-mask={tmp_path / 'start.png'}", "--animate", "--probabilities"])
     with Image.open(tmp_path / "from" / "a_animation.gif") as film:
         assert film.n_frames == 6
+    with np.load(tmp_path / "from" / "a_probabilities.npz", allow_pickle=False) as stored:
+        highest = stored["values"][stored["probabilities"].argmax(0)]
+    mask = np.array(Image.open(tmp_path / "from" / "a.png"))
+    assert (highest == mask).mean() > 0.99, "the probabilities are those of another run"
+    assert (mask != np.array(Image.open(tmp_path / "out" / "a.png"))).mean() > 0.05
     # Folders: every image has the mask at the same relative path.
     for name, shift in (("a", 3), ("b", 7)):
         for folder, data in (("photos", image), ("masks", start + np.uint8(shift) * (start == 3))):

@@ -71,6 +71,11 @@ def test_a_single_step_has_nothing_to_compare():
     torch.testing.assert_close(one.softmax(1), found.softmax(1), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["deeplab", "guided"])
+def test_probabilities(variant, tmp_path):
+    contract.check_probabilities(build(variant), VARIANTS[variant], tmp_path)
+
+
 def test_arguments():
     contract.check_arguments(BaseModelConfig, BaseModel)
     contract.check_arguments(DDPSConfig, DDPS)

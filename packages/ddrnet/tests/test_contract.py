@@ -53,6 +53,10 @@ def test_recomputed_activations():
     contract.check_recomputation(lambda: build("23_slim"))
 
 
+def test_probabilities(tmp_path):
+    contract.check_probabilities(build("23_slim"), VARIANTS["23_slim"], tmp_path)
+
+
 def test_arguments():
     contract.check_arguments(DDRNetConfig, DDRNet)
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +65,32 @@ def test_the_readme_example(official, photo, tmp_path, monkeypatch, capsys):
     assert read_label("results/street.png").shape == (70, 90)
     assert read_image("results/street_overlay.png").shape == (70, 90, 3)
     assert read_image("overlay.png").shape[0] > 70, "no legend"
+
+
+def test_the_commands_and_snippets_of_the_page_on_predictions(run, photo, tmp_path, monkeypatch, capsys):
+    """With a small run in place of the official weights."""
+    pytest.importorskip("rasterio")
+    page = (README.parent / "docs" / "predictions.md").read_text(encoding="utf-8")
+    page = page.replace("ddrnet_23_slim_cityscapes official", str(run))
+    page = page.replace('"ddrnet_23_slim_cityscapes", "official"', repr(str(run)))
+    shutil.copy(photo, tmp_path)
+    Image.open(photo).save(tmp_path / "scene.tif")
+    monkeypatch.chdir(tmp_path)
+    for language, code in re.findall(r"```(python|)\n(.*?)```", page, re.DOTALL):
+        if language:
+            scope: dict[str, Any] = {}
+            exec(compile(code, "predictions.md", "exec"), scope)
+            if "mask" in scope:
+                agreeing = scope["mask"] == read_label("results/street.png")
+                assert agreeing.mean() > 0.99
+        else:
+            main("ddrnet_seg", shlex.split(code)[1:])
+            written = {path.name: path.read_bytes() for path in Path("results").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in Path("results").iterdir()}, "not those of Python"
+    assert "street_probabilities.npz" in written
+    for image in re.findall(r"\((images/.*?)\)", page):
+        assert 0 < (README.parent / "docs" / image).stat().st_size < 60_000
+    assert "are unsure" in capsys.readouterr().out
 
 
 def test_every_kind_of_image_gives_the_same_result(seg, photo):

@@ -69,6 +69,10 @@ def test_an_ignored_batch_has_no_loss_where_labeled_pixels_count():
     assert build("fpn").losses(contract.images(2), labels, loss=loss)["loss"] == 0
 
 
+def test_probabilities(tmp_path):
+    contract.check_probabilities(build("fpn"), HEADS["fpn"], tmp_path)
+
+
 def test_arguments():
     contract.check_arguments(DGMN2Config, DGMN2)
 

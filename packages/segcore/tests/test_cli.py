@@ -123,7 +123,7 @@ def options_of(command, name):
 def test_a_command_offers_what_it_reads(name):
     """And what only stepwise models can do is offered for these only."""
     offered = {command: options_of(command, name) for command in ("train", "predict", "export", "bench", "test")}
-    assert len(offered["predict"]) <= 45
+    assert len(offered["predict"]) <= 60
     for command in ("predict", "export", "bench", "test"):
         assert not [o for o in offered[command] if o.startswith(("experiment.optimizer", "experiment.schedule"))]
     assert "experiment.optimizer.lr" in offered["train"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcore.config.data_sets import DATA_SETS, LayoutName, as_markdown, class_count
+from segcore.config.data_sets import DATA_SETS, LayoutName, as_markdown, class_count, server_files
 from segcore.config.label_rows import parse_rows
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.data.check import check
@@ -19,6 +19,7 @@ from segcore.data.images import read_label
 from segcore.data.layouts import LAYOUTS, open_dataset, palette_of
 from segcore.errors import UserError
 from segcore.inference import classes_and_palette
+from segcore.reporting.label_ids import write_label_ids
 
 
 @dataclass(frozen=True)
@@ -225,3 +226,52 @@ def test_check_counts_a_row(tmp_path: Path) -> None:
 def test_the_page_has_the_table() -> None:
     page = (Path(__file__).parents[3] / "docs/datasets.md").read_text(encoding="utf-8")
     assert as_markdown() in page, "python -m segcore.config.data_sets prints the table for docs/datasets.md"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "file", "mode", "values"),
+    [
+        ("cityscapes", "ulm/ulm_000001_000019_leftImg8bit", "ulm/ulm_000001_000019_pred_labelIds.png", "L", (7, 33)),
+        ("ade20k", "ADE_test_00000001", "ADE_test_00000001.png", "L", (1, 150)),
+        ("loveda", "4191", "4191.png", "L", (0, 6)),
+        ("voc2012", "2008_000006", "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png", "P", (0, 20)),
+    ],
+)
+def test_files_of_servers(tmp_path, dataset, name, file, mode, values):
+    """A value for every class, under the server's name; pixels without a class are 0."""
+    files = server_files(dataset)
+    assert files.path(name) == file
+    assert len(files.values) == class_count(dataset)
+    assert len(set(files.values)) == len(files.values)
+    write_label_ids(tmp_path / file, np.array([[0, len(files.values) - 1, 255]], np.uint8), dataset)
+    written = Image.open(tmp_path / file)
+    assert written.mode == mode
+    assert np.array(written).tolist() == [[*values, 0]]
+    if mode == "P":
+        assert written.convert("RGB").getpixel((1, 0)) == (0, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files", "name"),
+    [
+        ("cityscapes", ["leftImg8bit/test/bonn/bonn_1_2_leftImg8bit.png"], "bonn/bonn_1_2_leftImg8bit"),
+        ("ade20k", ["images/testing/ADE_test_00000001.jpg"], "ADE_test_00000001"),
+        ("loveda", ["img_dir/test/4191.png"], "4191"),
+        ("voc2012", ["JPEGImages/2008_000006.jpg", "JPEGImages/2007_000033.jpg"], "2008_000006"),
+        ("bdd100k", ["images/10k/test/a.jpg"], "a"),
+        ("acdc", ["rgb_anon/fog/test/GOPR0475/G_1_rgb_anon.png"], "fog/test/GOPR0475/G_1_rgb_anon"),
+    ],
+)
+def test_images_without_labels(tmp_path, dataset, files, name):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 2)).save(tmp_path / file)
+    if dataset == "voc2012":
+        (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+        (tmp_path / "ImageSets/Segmentation/test.txt").write_text("2008_000006\n")
+    held_out = {} if dataset in ("cityscapes", "ade20k") else {"val_share": 0.5}  # it is of the training images
+    data = DataConfig(dataset, tmp_path, add_background_class=dataset == "ade20k", **held_out)
+    found = open_dataset(data, "test")
+    assert [found.name(i) for i in range(len(found))] == [name]
+    assert found.pair(0)[1] is None
+    assert len(found.classes) == (class_count(dataset) or 0) + (dataset == "ade20k")

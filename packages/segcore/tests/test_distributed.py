@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,10 @@ def test_counts_are_equal_when_the_set_does_not_divide(root: Path, tmp_path: Pat
     assert one["images"] == several["images"] == 7
     assert one["matrix"].sum() > 0
     assert torch.equal(one["matrix"], several["matrix"])
+    assert one["calibration"] == several["calibration"]
+    tables = [(tmp_path / f"world_{world}.csv").read_text().splitlines() for world in (1, processes)]
+    assert tables[0] == tables[1]
+    assert [line.split(",")[:3] for line in tables[0][1:]] == [[f"{i:02}", "64", "32"] for i in range(8, 15)]
 
 
 @pytest.mark.slow
@@ -129,8 +134,14 @@ def test_gpus_option_starts_the_processes(root: Path, alone: Path, tmp_path: Pat
     assert len(records(tmp_path / "run", "train")) == 3
     json_file = tmp_path / "test.json"
     words = ("test", CONFIG, tmp_path / "run", "--data.root", root, "--device", "cpu", "--json", json_file)
-    done = run(*words, "--gpus=2")
+    masks, images, archive = tmp_path / "masks", tmp_path / "images.csv", tmp_path / "masks.zip"
+    done = run(*words, "--gpus=2", "--save", masks, "--per-image", images, "--zip", archive)
     assert done.returncode == 0, done.stderr
+    assert f"7 masks written below {masks}\n" in done.stdout
+    names = [f"{i:02}.png" for i in range(8, 15)]
+    assert sorted(path.name for path in masks.iterdir()) == [*names, "classes.json"]
+    assert zipfile.ZipFile(archive).namelist() == [*names, "classes.json"]
+    assert len(images.read_text().splitlines()) == 8
     assert "evaluating: 7/7" in done.stderr, "the images of both ranks"
     assert done.stdout.count("Summary:") == 1
     results = json.loads((tmp_path / "run/results.json").read_text())

@@ -8,6 +8,7 @@ import socket
 import stat
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch import zeros
 
 from segcore.checkpoints import hub
 from segcore.errors import UnreadError, UserError
-from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, utf8_path, write
+from segcore.files import MAX_DEPTH, parse_json, read_json, regular_file, umask_permissions, utf8_path, write, write_zip
 
 
 def special(path: Path, kind: str) -> Path:
@@ -162,3 +163,15 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
         assert other.read_bytes() == path.read_bytes()
     with utf8_path(tmp_path) as same:
         assert same == tmp_path
+
+
+def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write(tmp_path / "in/a/1.png", b"one")
+    write_zip(tmp_path / "out/all.zip", tmp_path / "in", ["a/1.png"])
+    with zipfile.ZipFile(tmp_path / "out/all.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {"a/1.png": b"one"}
+    with pytest.raises(UserError, match=r"some\.zip: cannot be written"):
+        write_zip(tmp_path / "out/some.zip", tmp_path / "in", ["a/1.png", "a/2.png"])
+    with pytest.raises(UserError, match=r"in: cannot be written \(Is a directory"):
+        write_zip(tmp_path / "in", tmp_path / "in", ["a/1.png"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "a", "all.zip", "in", "out"]

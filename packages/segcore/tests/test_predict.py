@@ -1,6 +1,8 @@
 """What `predict` does with files, before and around the model."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,12 +10,15 @@ import pytest
 import torch
 
 from segcore.cli import predict_images
+from segcore.cli.predict import Predict
 from segcore.cli.predict_files import plan
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
+from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
+from segcore.result import Result
 from segcore.testing.tiny import TinyStepwise
 
 
@@ -95,8 +100,8 @@ class AskedModel(ModelConfig):
         return Asked()
 
 
-def run(model, exp, jobs, **options):
-    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp)), jobs, **options)
+def run(model, exp, jobs):
+    predict_images.run(LoadedModel(exp, Predictor.of(model.eval(), exp)), jobs)
 
 
 def experiment(**data):
@@ -124,7 +129,109 @@ def test_the_overlay_of_a_10_bit_image_is_as_bright_as_of_an_8_bit_one(folder):
     image = np.full((4, 4, 3), 1023, np.uint16)
     image[:2] = 512
     cv2.imwrite(str(folder / "deep.png"), image)
-    jobs = plan(folder / "deep.png", folder / "out")
-    run(Asked(), experiment(bit_depth=16), jobs, opacity=0)
+    jobs = plan(folder / "deep.png", folder / "out", look={"opacity": 0})
+    run(Asked(), experiment(bit_depth=16), jobs)
     shown = read_image(jobs[0].overlay)
     assert (shown[0, 0, 0], shown[3, 0, 0]) == (127, 255)
+
+
+PREDICTED = ["a.png", "a_confidence.png", "a_overlay.png", "a_probabilities.npz", "classes.json"]
+
+
+@pytest.fixture
+def predict(folder, monkeypatch):
+    """Run the command `predict` on a.png, whose left half is red, with a model of two classes."""
+    image = np.zeros((8, 6, 3), np.uint8)
+    image[:, :3, 2] = 255
+    cv2.imwrite(str(folder / "in" / "a.png"), image)
+    exp = experiment()
+    seg = LoadedModel(exp, Predictor.of(Asked().eval(), exp))
+    monkeypatch.setattr("segcore.cli.predict.load", lambda *given: seg)
+
+    def run(output, **options):
+        given = {"input": folder / "in" / "a.png", **options}
+        Predict(exp, checkpoint="none", output=folder / output, **given).run(None)
+        return folder / output
+
+    return run
+
+
+def test_confidence_and_probabilities_lie_beside_the_same_mask(predict):
+    plain, more = predict("plain"), predict("more", confidence=True, probabilities=True)
+    assert sorted(path.name for path in more.iterdir()) == PREDICTED
+    for name in ("a.png", "a_overlay.png", "classes.json"):
+        assert (plain / name).read_bytes() == (more / name).read_bytes()
+    mask = read_label(more / "a.png")
+    assert mask[0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert (read_label(more / "a_confidence.png") == 255).all(), "the logits are at least 100 apart"
+    with np.load(more / "a_probabilities.npz", allow_pickle=False) as stored:
+        assert stored["names"].tolist() == ["a", "b"]
+        assert (stored["values"][stored["probabilities"].argmax(0)] == mask).all()
+
+
+def test_probabilities_cost_no_second_run_and_are_not_computed_unasked(predict, monkeypatch):
+    runs, network = [], Asked.predict_steps
+    monkeypatch.setattr(Asked, "predict_steps", lambda *given, **how: runs.append(1) or network(*given, **how))
+    predict("out", confidence=True, probabilities=True)
+    assert len(runs) == 1
+    monkeypatch.setattr(Result, "probabilities", property(lambda result: pytest.fail("computed")))
+    predict("plain")
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize(("output", "classes"), [("new", "new/classes.json"), ("x.png", "x_classes.json")])
+def test_the_classes_are_listed_beside_the_masks(predict, folder, output, classes):
+    predict(output)
+    rows = json.loads((folder / classes).read_text())
+    assert [(row["value"], row["name"]) for row in rows] == [(0, "a"), (1, "b")]
+    assert len(list(folder.rglob("*classes.json"))) == 1
+
+
+def test_a_list_of_someone_else_is_kept_and_nothing_is_predicted(predict, folder):
+    (folder / "classes.json").write_text("{}")
+    with pytest.raises(UserError, match="would be overwritten"):
+        predict(".")
+    assert (folder / "classes.json").read_text() == "{}"
+    assert not (folder / "a.png").exists()
+
+
+def test_legend_and_contours_are_in_the_overlay_only(predict):
+    plain, more = predict("plain", opacity=0.0), predict("more", opacity=0.0, legend=True, contours=True)
+    assert (plain / "a.png").read_bytes() == (more / "a.png").read_bytes()
+    image, shown = read_image(plain / "a_overlay.png"), read_image(more / "a_overlay.png")
+    colors = palette_of(experiment().data)[1]
+    assert (shown[:8, 2] == colors[1]).all()
+    assert (shown[:8, 3] == colors[0]).all()
+    np.testing.assert_array_equal(shown[:8, [0, 1, 4, 5]], image[:, [0, 1, 4, 5]])
+    below = {tuple(color) for color in shown[8:].reshape(-1, 3)}
+    assert below >= {tuple(color) for color in colors}
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "match"),
+    [
+        ("out.tif", {"legend": True}, "--legend and --contours, give a folder"),
+        ("out.tif", {"contours": True}, "--legend and --contours, give a folder"),
+        ("out", {"input": Path("a.mp4"), "confidence": True}, "--confidence, --probabilities, .* not for videos"),
+        ("out", {"input": Path("a.mp4"), "probabilities": True}, "--confidence, --probabilities, .* not for videos"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(predict, output, options, match):
+    with pytest.raises(UserError, match=match) as caught:
+        predict(output, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_background_is_no_class_of_the_mask_but_has_a_probability(tmp_path):
+    exp = replace(experiment(add_background_class=True), model=AskedModel(3))
+    model = TinyStepwise(3, lambda images: torch.stack([images[:, 0], images[:, 1], images[:, 2]], 1)).eval()
+    image = np.zeros((4, 3, 3), np.uint8)
+    image[:, [0, 1, 2], [0, 1, 2]] = 1
+    result = LoadedModel(exp, Predictor.of(model, exp))(image, probabilities=True)
+    mask, _, file = result.save(tmp_path, probabilities=True)
+    assert read_label(mask)[0].tolist() == [255, 0, 1]
+    with np.load(file, allow_pickle=False) as stored:
+        assert stored["names"].tolist() == ["background", "a", "b"]
+        assert (stored["values"][stored["probabilities"].argmax(0)] == read_label(mask)).all()
+    rows = json.loads((tmp_path / "classes.json").read_text())
+    assert [(row["value"], row["name"]) for row in rows] == [(0, "a"), (1, "b"), (255, "ignored")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from segcore.data.layouts import find_files, open_dataset
 from segcore.data.rasters import open_raster, tile_boxes
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
-from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.predictor import Predictor, most_probable
 from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny, TinyStepwise
 
@@ -164,11 +165,11 @@ def test_without_rasterio_an_error_names_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def blocks(predictor: Predictor, image: np.ndarray, **how: int) -> dict[str, np.ndarray]:
-    """Return the classes by entry that the blocks make up; every pixel lies in one."""
+    """Return the most probable classes by entry that the blocks make up; every pixel lies in one."""
     found: dict[str, np.ndarray] = {}
     size = image.shape[:2]
     for y, x, entries in predict_blocks(predictor, size, lambda box: rasters.cut(image, box), 7, **how):
-        for entry, classes in entries.items():
+        for entry, classes in ((entry, most_probable(p)) for entry, p in entries.items()):
             whole = found.setdefault(entry, np.full(size, -1))
             part = whole[y : y + classes.shape[0], x : x + classes.shape[1]]
             assert part.shape == classes.shape
@@ -314,6 +315,51 @@ def test_background_and_more_classes_than_8_bits_hold(tmp_path: Path) -> None:
         assert (found.dtypes, found.nodata) == (("uint16",), 65535)
         assert found.colormap(1)[299][:3] == tuple(seg.palette[299])
         np.testing.assert_array_equal(found.read(1), seg(tmp_path / "a.tif").mask)
+    bright = seg(np.full((4, 5, 3), 255, np.uint8))  # class 255, which is not the ignored label
+    assert (np.asarray(bright.overlay(opacity=1)) == seg.palette[255]).all()
+
+
+def test_confidence_and_probabilities_of_a_raster(tmp_path: Path, backend: str) -> None:
+    image = np.repeat(RANDOM.integers(0, 4, (300, 400, 1)), 3, 2).astype(np.uint8)
+    image[100:200, :50] = 200
+    write_geotiff(tmp_path / "a.tif", image, nodata=200, compress="lzw")
+    image[100:200, :50] = 0  # as the network sees it
+    seg = loaded()
+    found = seg(image, probabilities=True)
+    targets = predict_raster.plan(tmp_path / "a.tif", tmp_path / "out.tif", confidence=True, probabilities=True)
+    predict_raster.run(seg, tmp_path / "a.tif", **targets)
+    assert len(list(tmp_path.iterdir())) == 4
+    with rasterio.open(tmp_path / "out.tif") as file:
+        valid = file.read(1) != 255
+        place = file.crs, file.transform
+    with rasterio.open(tmp_path / "out_confidence.tif") as file:
+        assert (file.nodata, file.dtypes, file.crs, file.transform) == (0, ("uint8",), *place)
+        gray = file.read(1)
+    np.testing.assert_array_equal(gray, np.where(valid, (found.confidence * 255).round(), 0))
+    with rasterio.open(tmp_path / "out_probabilities.tif") as file:
+        assert (file.dtypes, file.crs, file.transform) == (("float32",) * 4, *place)
+        assert np.isnan(file.nodata)
+        assert file.descriptions == ("c0", "c1", "c2", "c3")
+        bands = file.read()
+    assert (np.isnan(bands) == ~valid).all()
+    expected = found.probabilities.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(bands[:, valid], expected[:, valid])
+
+
+def test_names_of_bands_have_any_letters(tmp_path: Path) -> None:
+    names = ("Straße", "<a & b>", 'the "third"')
+    with rasters.probability_writer(tmp_path / "p.tif", (40, 30), names) as put:
+        put(0, 0, np.full((3, 40, 30), 0.25))
+    with rasterio.open(tmp_path / "p.tif") as file:
+        assert file.descriptions == names
+        assert (file.read() == 0.25).all()
+
+
+def test_a_result_of_a_raster_does_not_overwrite_it(tmp_path: Path) -> None:
+    source = tmp_path / "a_confidence.tif"
+    source.touch()
+    with pytest.raises(UserError, match=r"a_confidence\.tif: would overwrite the image"):
+        predict_raster.plan(source, tmp_path / "a.tif", confidence=True)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -343,6 +389,7 @@ def test_predict_writes_a_tif_if_the_output_is_one(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("segcore.cli.predict.load", lambda *given: seg)
     Image.fromarray(scene()).save(tmp_path / "a.tif")
     Predict(seg.experiment, checkpoint="none", input=tmp_path / "a.tif", output=tmp_path / "out.TIF").run(None)
+    assert json.loads((tmp_path / "out_classes.json").read_text())[-1]["value"] == 255
     np.testing.assert_array_equal(read_label(tmp_path / "out.TIF"), seg(tmp_path / "a.tif").mask)
     with pytest.raises(
         UserError, match=r"it has 13000 pixels, .* raise that, or take windows: data.tile, predict to a"

@@ -1,17 +1,19 @@
 """The printed tables, character by character, and the JSON results."""
 
+import csv
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from segcore.errors import UserError
-from segcore.evaluation.evaluate import Results
+from segcore.evaluation.evaluate import ImageFigures, Results
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.reporting.tables import per_class, summary, write_json
+from segcore.reporting.tables import per_class, summary, write_json, write_per_image
 
 
 def results(**predictions):
@@ -124,3 +126,39 @@ def test_json_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, results(final=[0, 0, 0, 0]))
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_the_counts_on_lines(tmp_path):
+    """K rows of labels and K columns of predictions; of a single class both of its values."""
+    matrix = ConfusionMatrix(2).update(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
+    found = Results(("[1, 2]", "b"), {"final": matrix.compute()}, 1, {"final": matrix.matrix})
+    write_json(tmp_path / "two.json", found)
+    text = (tmp_path / "two.json").read_text()
+    assert json.loads(text)["confusion"] == {"final": [[1, 1], [0, 1]]}
+    assert "[ 1, 1 ]" in text
+    assert '"[1, 2]"' in text
+    one = ConfusionMatrix(1).update(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
+    write_json(tmp_path / "one.json", Results(("a",), {"final": one.compute()}, 1, {"final": one.matrix}))
+    assert json.loads((tmp_path / "one.json").read_text())["confusion"] == {"final": [[1, 1], [0, 1]]}
+    write_json(tmp_path / "many.json", replace(found, classes=("a",) * 1001))
+    assert "confusion" not in json.loads((tmp_path / "many.json").read_text())
+
+
+def test_published_figures_stand_beside_the_steps():
+    found = replace(results(**{"0": [0, 1, 0, 2], "19": [0, 1, 1, 2]}), by="timestep", configured="19")
+    text = summary(found, published={"timestep 0": 49.35, "timestep 19": 49.66, "multi scale": 50.0})
+    assert "|      mIoU      | 66.67 | 100.0 |\n" in text
+    assert "| published mIoU | 49.35 | 49.66 |\n" in text
+    assert "|  mIoU 0,19  | published mIoU 0,19 |\n" in text
+    assert "| 66.67,100.0 |     49.35,49.66     |\n" in text
+    assert "published" not in summary(found, published={"single scale": 49.0})
+
+
+def test_a_table_of_images(tmp_path):
+    iou = np.array([0.5, math.nan], np.float32)
+    row = ImageFigures(3, 'a/"b"', 8, 4, 0, math.nan, math.nan, iou, 2.5)
+    write_per_image(tmp_path / "images.csv", Results(("x", "y, z"), {}, 1, steps_taken=2.5, per_image=(row,)))
+    assert list(csv.reader((tmp_path / "images.csv").open())) == [
+        ["name", "width", "height", "pixels", "mIoU", "aAcc", "steps", "IoU x", "IoU y, z"],
+        ['a/"b"', "8", "4", "0", "", "", "2.5", "0.5", ""],
+    ]

@@ -76,6 +76,16 @@ def test_every_frame_is_painted(tmp_path, frames, expected):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_legend_lists_all_classes_below_every_frame(tmp_path):
+    source = make(tmp_path / "in.mp4", frames=2)
+    predict_video.run(loaded(), source, tmp_path / "out.mp4", opacity=1.0, legend=True)
+    images, _ = read(tmp_path / "out.mp4")
+    assert len(images) == 2
+    below = images[0][50:].reshape(-1, 3).astype(int)
+    for color in PALETTE:
+        assert np.abs(below - color).max(-1).min() < 40, "a color of a class that does not occur is missing"
+
+
 def turn(path, *matrix):
     """Write the display matrix (a, b, c, d) into the header of an MP4: x' = a x + c y, y' = b x + d y."""
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Overlays, class PNGs, panels, and legends."""
+"""Overlays, class PNGs, panels, legends and curves."""
 
 import numpy as np
 import pytest
@@ -115,3 +115,34 @@ def test_legend_shows_every_color_and_name():
     wide = figures.legend(["a long name of a class", "car"], PALETTE[:2], columns=2)
     half = wide.shape[1] // 2
     assert (wide[:, half - 9 : half] == 255).all(), "the longest name is complete"
+
+
+@pytest.mark.parametrize(("size", "letters"), [((200, 300), 12), ((1024, 2048), 29), ((1600, 900), 24)])
+def test_the_letters_of_a_legend_grow_with_the_image(size, letters):
+    image = np.zeros((*size, 3), np.uint8)
+    shown = figures.add_legend(image, ["road", "sky"], PALETTE[:2])
+    assert shown.shape[1] == size[1]
+    assert (shown[: size[0]] == 0).all()
+    ink = (shown[size[0] :, 2 * letters : 4 * letters] < 128).all(-1).any(1)  # "road" is as high as its d
+    assert 0.6 * letters < ink.sum() < letters
+    every = figures.add_legend(image, [f"class {k}" for k in range(150)], np.resize(PALETTE, (150, 3)))
+    assert every.shape[1] == size[1]
+
+
+def test_a_legend_widens_an_image_that_is_narrower_than_a_name_and_may_be_empty():
+    image = np.zeros((100, 30, 3), np.uint8)
+    shown = figures.add_legend(image, ["a long name of a class", "car"], PALETTE[:2])
+    assert shown.shape[1] > 100
+    assert (shown[:100, 30:] == 255).all()
+    assert figures.add_legend(image, [], PALETTE[:0]) is image
+
+
+def test_contours_are_lines_on_both_sides_of_a_border_in_the_colors_of_the_classes():
+    image, classes = np.full((6, 10, 3), 100, np.uint8), np.zeros((6, 10), np.int64)
+    classes[:, 5:] = 1
+    assert figures.borders(classes).tolist() == [[x in (4, 5) for x in range(10)]] * 6
+    drawn = figures.overlay(image, classes, PALETTE, 0, contours=True)
+    assert drawn[0].tolist() == [[100] * 3] * 4 + PALETTE[:2].tolist() + [[100] * 3] * 4
+    large = np.zeros((1024, 2048), np.uint8)
+    large[:, 1000:] = 255
+    assert figures.borders(large)[0].sum() == 4

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from segcore.config.registry import experiments, load_experiment
     from segcore.config.schema import Experiment
     from segcore.errors import UserError
-    from segcore.inference import LoadedModel, Result, load_model
+    from segcore.inference import LoadedModel, load_model
     from segcore.models.segmentor import Segmentor
+    from segcore.result import Result
 
 _MODULES = {
     "Experiment": "config.schema",
     "LoadedModel": "inference",
-    "Result": "inference",
+    "Result": "result",
     "Segmentor": "models.segmentor",
     "UserError": "errors",
     "experiments": "config.registry",

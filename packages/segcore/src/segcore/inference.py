@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
@@ -29,12 +29,14 @@ from segcore.data.layouts import palette_of
 from segcore.data.rasters import Box
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
-from segcore.evaluation.predictor import Predictor, early_exit_entry
+from segcore.evaluation.predictor import Predictor, early_exit_entry, most_probable
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.files import regular_file
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, require_stepwise
-from segcore.reporting import figures
+from segcore.reporting.classes_file import write_classes
+from segcore.reporting.figures import step_title
+from segcore.result import Result
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are uint8
@@ -156,17 +158,19 @@ class LoadedModel:
         return names, colors
 
     @overload
-    def __call__(self, images: ImageLike) -> Result: ...
+    def __call__(self, images: ImageLike, *, probabilities: bool = ...) -> Result: ...
     @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Result]: ...
-    def __call__(self, images: Any) -> Result | list[Result]:
+    def __call__(self, images: list[Any] | tuple[Any, ...], *, probabilities: bool = ...) -> list[Result]: ...
+    def __call__(self, images: Any, *, probabilities: bool = False) -> Result | list[Result]:
         """Return the result for an image of any size, or a list of results for a list of images.
 
-        Listed images of one size go through the network together, `evaluate.batch_size` at a time. Raises ValueError
-        for an image that cannot be read, has another number of channels, or is smaller than `model.min_size`.
+        Listed images of one size go through the network together, `evaluate.batch_size` at a time. `probabilities`
+        keeps the class probabilities, 4 bytes per class and pixel; otherwise `Result.probabilities` runs the model
+        again. Raises ValueError for an image that cannot be read, has another number of channels, or is smaller than
+        `model.min_size`.
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
-            return self([images])[0]
+            return self([images], probabilities=probabilities)[0]
         if not isinstance(images, Sequence):
             raise UserError(
                 f"{type(images).__name__} is no image; give a path, a PIL image, an array, a tensor or a list"
@@ -177,23 +181,25 @@ class LoadedModel:
             chunk = images[start : start + step]
             arrays = [as_array(image, self.experiment.data) for image in chunk]
             used: list[int] = []
-            answers = self._answer.classes(arrays, [self.experiment.seed] * len(arrays), network=self._network(used))
+            seeds = [self.experiment.seed] * len(arrays)
+            answers = self._answer.probabilities(arrays, seeds, network=self._network(used))
             for image, array, entries in zip(chunk, arrays, answers, strict=True):
                 name = Path(image).stem if isinstance(image, (str, Path)) else f"image_{len(results)}"
-                classes = list(entries.values())[-1].cpu().numpy().astype(self._dtype)
-                results.append(Result(self, array, classes, name, sum(used) / len(used) if used else None))
+                steps_used = sum(used) / len(used) if used else None
+                results.append(self._result(array, entries, name, steps_used, keep=probabilities))
         return results
 
     def blocks(
         self, size: tuple[int, int], read: Callable[[Box], np.ndarray], steps_used: list[int]
-    ) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield (y, x, `mask` (h, w)) of blocks that cover a large image, see `predict_blocks`.
+    ) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
+        """Yield (y, x, classes (h, w), probabilities (K, h, w)) of blocks that cover a large image.
 
-        The numbers of steps with `evaluate.early_exit_threshold` are appended to `steps_used`.
+        See `predict_blocks`. The numbers of steps with `evaluate.early_exit_threshold` are appended to `steps_used`.
         """
         network = self._network(steps_used)
         for y, x, entries in predict_blocks(self._answer, size, read, self.experiment.seed, network=network):
-            yield y, x, self.mask(list(entries.values())[-1].cpu().numpy())
+            probabilities = list(entries.values())[-1]
+            yield y, x, most_probable(probabilities).cpu().numpy(), probabilities
 
     def mask(self, classes: np.ndarray) -> np.ndarray:
         """Return classes as files hold them: a leading class `background` is left out and becomes the ignored label."""
@@ -203,8 +209,22 @@ class LoadedModel:
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
         """Return the class probabilities (K, H, W) float32 of an image (H, W, C)."""
-        [entries] = self._answer.probabilities([image], [self.experiment.seed], network=self._network([]))
-        return list(entries.values())[-1].cpu().numpy()
+        return self(image, probabilities=True).probabilities
+
+    @property
+    def mask_values(self) -> np.ndarray:
+        """The value (K,) uint8 or uint16 that `mask` gives each class."""
+        return self.mask(np.arange(len(self.class_names), dtype=self._dtype))
+
+    def write_classes(self, path: Path, *, nodata: bool = False) -> None:
+        """Write the values of masks with names and colors, see `reporting.classes_file.write_classes`.
+
+        `nodata`: the masks also have pixels without data.
+        """
+        first = int(self.experiment.data.add_background_class)
+        names = self.class_names[first:]
+        ignored = ignored_label(len(names)) if first or nodata else None
+        write_classes(path, names, self.palette[first:], ignored)
 
     def uncertainty(self, result: Result) -> np.ndarray:
         """Return, per pixel, the probability (H, W) in 0..1 of any class but the result's; stepwise models only.
@@ -220,13 +240,16 @@ class LoadedModel:
         """Return the classes (H, W) after every denoising step; stepwise models only."""
         model = self._stepwise()
         entries = self._run(image, model.denoising_trajectory)
-        return {figures.step_title(step, model.step_unit): classes for step, classes in entries.items()}
+        return {step_title(step, model.step_unit): most_probable(p).cpu().numpy() for step, p in entries.items()}
 
-    def refine(self, image: np.ndarray, start: np.ndarray) -> dict[str, np.ndarray]:
-        """Return `start` and the classes (H, W) after every denoising step from it, on the whole image in one view.
+    def refine(
+        self, image: np.ndarray, start: np.ndarray, *, probabilities: bool = False
+    ) -> tuple[Result, dict[str, np.ndarray]]:
+        """Return the result of a run from a start mask on the whole image in one view, and its steps: `start` and the
+        classes (H, W) after every denoising step.
 
-        `start` holds classes (H, W). Raises UserError when the model cannot start from classes, or with windows or
-        several views.
+        `start` holds classes (H, W); `probabilities` are kept as in a call. Raises UserError when the model cannot
+        start from classes, or with windows or several views.
         """
         settings, model = self.experiment.evaluate, self._stepwise()
         if settings.mode != "whole" or len(settings.img_ratios) > 1 or settings.flip:
@@ -237,11 +260,18 @@ class LoadedModel:
                 "evaluate.early_exit_threshold and evaluate.ensemble_steps"
             )
         masks = torch.from_numpy(start)[None]
-        return {"start": start, **self._run(image, lambda images, seeds: model.refine_mask(images, masks, seeds))}
+        entries = self._run(image, lambda images, seeds: model.refine_mask(images, masks, seeds))
+        steps = {step: most_probable(p).cpu().numpy() for step, p in entries.items()}
+        return self._result(image, entries, keep=probabilities), {"start": start, **steps}
 
-    def result(self, image: np.ndarray, classes: np.ndarray) -> Result:
-        """Return a result for classes (H, W) from another source, for example `refine`."""
-        return Result(self, image, classes.astype(self._dtype))
+    def _result(
+        self, image: np.ndarray, entries: Mapping[str, Tensor], name: str = "image", used: float | None = None,
+        *, keep: bool,
+    ) -> Result:  # fmt: skip
+        """Return the result for probabilities (K, H, W) by step entry, of which the last is the answer."""
+        answer = list(entries.values())[-1]
+        classes = most_probable(answer).cpu().numpy().astype(self._dtype)
+        return Result(self, image, classes, name, used, answer.cpu().numpy() if keep else None)
 
     @property
     def _dtype(self) -> type[np.unsignedinteger[Any]]:
@@ -260,71 +290,13 @@ class LoadedModel:
         percent = self.experiment.evaluate.early_exit_threshold
         return None if percent is None else partial(early_exit_entry, self._stepwise(), percent, steps_used)
 
-    def _run(self, image: np.ndarray, network: Any) -> dict[str, np.ndarray]:
-        [entries] = self._configured.classes([image], [self.experiment.seed], network=network)
-        return {step: classes.cpu().numpy() for step, classes in entries.items()}
+    def _run(self, image: np.ndarray, network: Any) -> dict[str, Tensor]:
+        """Return the probabilities (K, H, W) by step entry."""
+        [entries] = self._configured.probabilities([image], [self.experiment.seed], network=network)
+        return entries
 
     def _stepwise(self) -> StepwiseSegmentor:
         return require_stepwise(self.model, "uncertainty, steps, a start mask and evaluate.early_exit_threshold")
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The model's output for one image."""
-
-    loaded: LoadedModel = field(repr=False)
-    image: np.ndarray = field(repr=False)
-    """The image (H, W, C) in the units of its file."""
-    classes: np.ndarray = field(repr=False)
-    """Class indices (H, W) uint8, or uint16 above 256 classes: `class_names[index]` is the name."""
-    name: str = "image"
-    """Stem of the files that `save` writes: that of the image file, if there is one."""
-    steps_used: float | None = None
-    """Mean number of denoising steps with `evaluate.early_exit_threshold`, else None."""
-
-    @cached_property
-    def probabilities(self) -> np.ndarray:
-        """Class probabilities (K, H, W) float32 in 0..1. Computed on first use, by another run with the same draws."""
-        return self.loaded.probabilities(self.image)
-
-    @cached_property
-    def confidence(self) -> np.ndarray:
-        """Probability (H, W) float32 in 0..1 of the class in `classes`; computed from `probabilities`."""
-        if len(self.probabilities) == 1:
-            p = self.probabilities[0]
-            found: np.ndarray = np.where(self.classes == 1, p, 1 - p)
-        else:
-            found = np.take_along_axis(self.probabilities, self.classes[None].astype(np.int64), 0)[0]
-        return found
-
-    @property
-    def mask(self) -> np.ndarray:
-        """The mask that `save` writes, see `LoadedModel.mask`."""
-        return self.loaded.mask(self.classes)
-
-    def overlay(self, legend: bool = False, opacity: float = 0.5) -> Image.Image:
-        """Return the image overlaid with the classes' colors; `legend` adds the names of its classes below."""
-        first = int(self.loaded.experiment.data.add_background_class)
-        names, colors = self.loaded.class_names[first:], self.loaded.palette[first:]
-        painted = figures.overlay(figures.to_uint8_rgb(self.image), self.mask, colors, opacity)
-        if legend:
-            painted = _with_legend(painted, names, colors, [int(k) for k in np.unique(self.mask) if k < len(names)])
-        return Image.fromarray(painted)
-
-    def save(self, output: str | Path, *, opacity: float = 0.5) -> tuple[Path, Path]:
-        """Write NAME.png, the mask of class indices, and NAME_overlay.png into the folder `output`; return both."""
-        paths = Path(output, f"{self.name}.png"), Path(output, f"{self.name}_overlay.png")
-        self.write(*paths, opacity=opacity)
-        return paths
-
-    def write(self, mask: Path, overlay: Path, *, opacity: float = 0.5) -> None:
-        """Write the mask (.png) and the overlay (.png or .jpg), each atomically; missing folders are created."""
-        first = int(self.loaded.experiment.data.add_background_class)
-        if self.classes.dtype == np.uint8:
-            figures.write_class_png(mask, self.mask, self.loaded.palette[first:])
-        else:
-            figures.write_image(mask, self.mask)
-        figures.write_image(overlay, np.array(self.overlay(opacity=opacity)))
 
 
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:
@@ -367,14 +339,3 @@ def classes_and_palette(data: DataConfig, palette: str = "auto") -> tuple[tuple[
             f"--palette {palette} has {len(colors)} colors for {len(classes)} classes; add the missing ones"
         )
     return classes, colors[: len(classes)]
-
-
-def _with_legend(image: np.ndarray, names: Sequence[str], colors: np.ndarray, shown: Sequence[int]) -> np.ndarray:
-    """Return an image (H, W, 3) with the colors and names of some classes below it."""
-    if not shown:
-        return image
-    columns = min(len(shown), max(image.shape[1] // 130, 1))
-    table = figures.legend([names[k] for k in shown], colors[list(shown)], columns)
-    width = max(image.shape[1], table.shape[1])
-    parts = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in (image, table)]
-    return np.concatenate(parts)

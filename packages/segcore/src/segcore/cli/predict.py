@@ -14,7 +14,7 @@ from segcore.files import write_zip
 
 @dataclass(frozen=True)
 class Predict(Command):
-    """Segment an image, every image of a folder, a video or a camera: class-index PNGs and color overlays."""
+    """Segment an image, every image of a folder, a video or a camera: class-index PNGs, overlays, probabilities."""
 
     checkpoint: str = field(kw_only=True)
     """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
@@ -23,12 +23,24 @@ class Predict(Command):
     output: Path = field(kw_only=True)
     """A folder; for one image also the mask's file (.png) or the overlay's (.jpg), for a video a video file: .mp4,
     .m4v, .mov, .mkv or .webm. For an image of any size a .tif: it is read and predicted in windows (evaluate.crop,
-    evaluate.stride) and only the mask is written, with the image's georeference and 255 (65535 above 255 classes)
-    where it has no data."""
+    evaluate.stride) and the mask is written without an overlay, with the image's georeference and 255 (65535 above 255
+    classes) where it has no data. classes.json in the folder, or NAME_classes.json beside the file, lists the values
+    of masks with names and colors."""
     palette: str = "auto"
     """Colors: of the configuration's dataset (auto), of a named one, or of a text file with `r g b` per line."""
     opacity: float = 0.5
     """Share of the colors in the overlay, 0 to 1."""
+    legend: Flag = False
+    """Add the names and colors of its classes below the overlay; of a video, those of all classes."""
+    contours: Flag = False
+    """Draw the borders between classes as lines in the overlay; with `--opacity 0` only these."""
+    confidence: Flag = False
+    """Also write NAME_confidence.png, gray; value / 255 is the probability of the class in the mask. With a .tif, a
+    .tif whose 0 means no data."""
+    probabilities: Flag = False
+    """Also write NAME_probabilities.npz: class probabilities (K, H, W) float16 as `probabilities`, `names` (K,) and
+    `values` (K,), each class's value in the mask. It takes 2 bytes per class and pixel: 80 MB for 19 classes at
+    2048x1024. With a .tif, a .tif with a float32 band for each class."""
     uncertainty: Flag = field(default=False, metadata=STEPWISE)
     """Also write NAME_uncertainty.png, gray; value / 255 is the probability of another class."""
     steps: Flag = field(default=False, metadata=STEPWISE)
@@ -42,7 +54,7 @@ class Predict(Command):
     """Images only: also write what the benchmark server of the data set takes, its values and file names, into the
     folder label_ids (cityscapes, ade20k, loveda, voc2012)."""
     zip: Path | None = None
-    """A file .zip to pack the label_ids into, or without --label-ids the masks."""
+    """Images only: a file .zip to pack the label_ids into, or without --label-ids the masks."""
     ensemble: tuple[str, ...] = ()
     """Images only: average in a second model's probabilities: its CONFIG and CHECKPOINT, or its run folder alone."""
     frames: int | None = None
@@ -57,37 +69,40 @@ class Predict(Command):
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
         moving = video.is_video(self.input)
         large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
-        shown = self.uncertainty or self.steps or self.animate or self.start_mask
-        filed = self.label_ids or self.zip
-        if moving and (shown or filed or self.ensemble):
+        shown = {"uncertainty": self.uncertainty, "steps": self.steps, "animation": self.animate}
+        kinds = {"confidence": self.confidence, "probabilities": self.probabilities}
+        look = {"opacity": self.opacity, "legend": self.legend, "contours": self.contours}
+        only_images = any(shown.values()) or self.start_mask or self.label_ids or self.zip
+        if moving and (only_images or any(kinds.values()) or self.ensemble):
             raise UserError(
-                f"{self.input}: --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip and --ensemble are "
-                "for images, not for videos"
+                f"{self.input}: --confidence, --probabilities, --uncertainty, --steps, --animate, --start-mask, "
+                "--label-ids, --zip and --ensemble are for images, not for videos"
             )
-        if large and (shown or filed):
+        if large and (only_images or self.legend or self.contours):
             raise UserError(
-                f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids and --zip, "
-                "give a folder"
+                f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip, --legend "
+                "and --contours, give a folder"
             )
         data = self.experiment.data
         server = server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
         if moving:
             path = video.plan(self.input, self.output)
         elif large:
-            predict_raster.check(self.input, self.output)
+            targets = predict_raster.plan(self.input, self.output, **kinds)
         else:
             jobs = predict_files.plan(
-                self.input, self.output, uncertainty=self.uncertainty, steps=self.steps, animation=self.animate,
-                start=self.start_mask, server=server,
-            )  # fmt: skip
+                self.input, self.output, start=self.start_mask, look=look, server=server, **kinds, **shown
+            )
         seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
         _ = seg.palette  # a palette that does not fit is refused before anything is written
         if moving:
-            predict_video.run(seg, self.input, path, opacity=self.opacity, frames=self.frames)
-        elif large:
-            predict_raster.run(seg, self.input, self.output)
+            predict_video.run(seg, self.input, path, frames=self.frames, **look)
+            return
+        seg.write_classes(predict_files.classes_path(self.output), nodata=large)
+        if large:
+            predict_raster.run(seg, self.input, **targets)
         else:
-            predict_images.run(seg, jobs, opacity=self.opacity)
+            predict_images.run(seg, jobs)
             if self.zip:
                 root = self.output if self.input.is_dir() else jobs[0].mask.parent
                 root = root / FOLDER if self.label_ids else root

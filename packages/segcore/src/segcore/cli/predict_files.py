@@ -6,18 +6,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from segcore.cli.predict_raster import SUFFIXES as TIFF
 from segcore.config.data_sets import ServerFiles
 from segcore.data.images import IMAGE_SUFFIXES, read_label
+from segcore.data.labels import ignored_label
 from segcore.data.layouts.files import walk
 from segcore.errors import UserError
-from segcore.inference import Result
 from segcore.reporting.figures import JPEG, colorize, hstack_panels, to_gray, to_uint8_rgb, write_animation, write_image
 from segcore.reporting.label_ids import FOLDER, write_label_ids
+from segcore.result import Result
 
 
 class Job(NamedTuple):
@@ -26,33 +28,47 @@ class Job(NamedTuple):
     image: Path
     mask: Path
     overlay: Path
+    confidence: Path | None = None
+    probabilities: Path | None = None
     uncertainty: Path | None = None
     steps: Path | None = None
     animation: Path | None = None
-    start: Path | None = None
-    """The mask that the denoising starts from."""
     label_ids: Path | None = None
     """The mask as the benchmark server takes it."""
+    start: Path | None = None
+    """The mask that the denoising starts from."""
+    look: Mapping[str, Any] = {}
+    """Arguments of `Result.overlay`."""
 
     @property
     def written(self) -> list[Path]:
         """The files that it becomes."""
-        results = (self.mask, self.overlay, self.uncertainty, self.steps, self.animation, self.label_ids)
-        return [path for path in results if path]
+        results = (self.mask, self.overlay, self.confidence, self.probabilities, self.uncertainty, self.steps)
+        return [path for path in (*results, self.animation, self.label_ids) if path]
+
+
+ENDINGS = {
+    "confidence": ".png", "probabilities": ".npz", "uncertainty": ".png", "steps": ".png", "animation": ".gif",
+}  # fmt: skip
+"""What can be written beside mask and overlay, as NAME_<kind><ending>."""
 
 
 def plan(
-    source: Path, target: Path,
-    *, uncertainty: bool = False, steps: bool = False, animation: bool = False, start: Path | None = None,
+    source: Path,
+    target: Path,
+    *,
+    start: Path | None = None,
+    look: Mapping[str, Any] | None = None,
     server: ServerFiles | None = None,
-) -> list[Job]:  # fmt: skip
+    **kinds: bool,
+) -> list[Job]:
     """Return what to do for an image file or a folder of images (searched recursively; its structure is kept).
 
-    Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, where asked for,
-    `NAME_uncertainty.png`, `NAME_steps.png` and `NAME_animation.gif`. Of a single image `target` may be the mask's own
-    name, which ends in .png, or the overlay's, which ends in .jpg; the others lie beside it. `start` is a mask to start
-    from, or a folder of such under the results' names. With `server`, its files go below `label_ids` there. Raises
-    UserError when there is nothing to read or two images would share a name.
+    Everything goes below the folder `target`: the mask `NAME.png`, `NAME_overlay.png` and, of the `kinds` in ENDINGS,
+    those asked for. Of a single image `target` may be the mask's own name, which ends in .png, or the overlay's, which
+    ends in .jpg; the others lie beside it. `start` is a mask to start from, or a folder of such under the results'
+    names; `look` are arguments of `Result.overlay`. Raises UserError when there is nothing to read or two images would
+    share a name.
     """
     kind = "" if target.is_dir() else target.suffix.lower()
     if kind in IMAGE_SUFFIXES and kind not in (".png", *JPEG):
@@ -75,13 +91,12 @@ def plan(
         names = [Path(masks[0].name)]
     else:
         raise UserError(f"{source}: no such image or folder")
-    wanted = {"overlay": True, "uncertainty": uncertainty, "steps": steps, "animation": animation}
-    suffixes = {kind: "gif" if kind == "animation" else "png" for kind in wanted if wanted[kind]}
-    starts = [start / name if start and start.is_dir() else start for name in names]
-    jobs = [
-        Job(image, mask, start=begin, **{k: mask.with_name(f"{mask.stem}_{k}.{end}") for k, end in suffixes.items()})
-        for image, mask, begin in zip(images, masks, starts, strict=True)
-    ]
+    endings = {"overlay": ".png", **{k: ENDINGS[k] for k, asked in kinds.items() if asked}}
+    jobs = []
+    for image, name, mask in zip(images, names, masks, strict=True):
+        files = {k: mask.with_name(f"{mask.stem}_{k}{ending}") for k, ending in endings.items()}
+        begin = start / name if start and start.is_dir() else start
+        jobs.append(Job(image, mask, start=begin, look=look or {}, **files))
     if server:
         below = [p.relative_to(source) if source.is_dir() else Path(p.name) for p in images]
         root = target if source.is_dir() else masks[0].parent
@@ -98,15 +113,21 @@ def plan(
     return jobs
 
 
+def classes_path(target: Path) -> Path:
+    """Return the file of the list of classes: classes.json in a folder, NAME_classes.json beside a file."""
+    if target.is_dir() or target.suffix.lower() not in (".png", *JPEG, *TIFF):
+        return target / "classes.json"
+    return target.with_name(f"{target.stem}_classes.json")
+
+
 def realpath(path: Path) -> Path:
     """Return the path without links, as far as they lead anywhere: `Path.resolve` raises for a link to itself."""
     return Path(os.path.realpath(path))
 
 
-def write(
-    job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None, opacity: float
-) -> None:
-    result.write(job.mask, job.overlay, opacity=opacity)
+def write(job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty: np.ndarray | None) -> None:
+    """Write the files of a job; `maps` are the classes after every denoising step by title."""
+    result.write(job.mask, job.overlay, job.confidence, job.probabilities, **job.look)
     if job.label_ids:
         write_label_ids(job.label_ids, result.mask, result.loaded.experiment.data.dataset)
     if job.uncertainty and uncertainty is not None:
@@ -146,6 +167,7 @@ def step_panels(
     before = None
     for name, classes in maps.items():
         changed = "" if before is None else f": {(classes != before).mean():.1%} changed"
-        colors = cv2.resize(colorize(classes, palette), size, interpolation=cv2.INTER_NEAREST)
+        colors = colorize(classes, palette, ignored_label(len(palette)))
+        colors = cv2.resize(colors, size, interpolation=cv2.INTER_NEAREST)
         panels[f"{name}{changed}"], before = colors, classes
     return panels

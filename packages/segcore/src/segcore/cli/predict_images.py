@@ -1,4 +1,4 @@
-"""`predict` on images: class-index PNGs and overlays out, of stepwise models uncertainty and steps."""
+"""`predict` on images: the loop over the files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 
 from segcore.cli.predict_files import Job, start_map, write
 from segcore.errors import UserError
-from segcore.inference import LoadedModel, Result, as_array
+from segcore.inference import LoadedModel, as_array
 from segcore.progress import progress
+from segcore.result import Result
 
 
-def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
+def run(seg: LoadedModel, jobs: Sequence[Job]) -> None:
     """Predict every image at its own size and write the files of its job, each whole or not at all.
 
     The mask is the same whatever is written beside it. Images that cannot be read are left out; then a UserError at the
@@ -34,7 +35,7 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
             except UserError as error:  # too small for the model
                 failures.append(f"{job.image}: {error}")
                 continue
-            write(job, result, maps, uncertainty, opacity)
+            write(job, result, maps, uncertainty)
             used += [result.steps_used] if result.steps_used else []
             advance(done + 1, len(jobs))
     written = len(jobs) - len(failures)
@@ -51,7 +52,8 @@ def run(seg: LoadedModel, jobs: Sequence[Job], *, opacity: float = 0.5) -> None:
 
 def _answer(seg: LoadedModel, job: Job, image: np.ndarray) -> tuple[Result, dict[str, np.ndarray]]:
     """Return the result of an image and, where its job shows them, the classes after every denoising step by title."""
+    keep = bool(job.confidence or job.probabilities)
     if job.start:
-        maps = seg.refine(image, start_map(job.start, image, seg.experiment.data.add_background_class))
-        return seg.result(image, list(maps.values())[-1]), maps
-    return seg(image), seg.steps(image) if job.steps or job.animation else {}
+        start = start_map(job.start, image, seg.experiment.data.add_background_class)
+        return seg.refine(image, start, probabilities=keep)
+    return seg(image, probabilities=keep), seg.steps(image) if job.steps or job.animation else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,15 @@ from segcore.inference import LoadedModel
 from segcore.progress import progress
 
 
-def run(seg: LoadedModel, source: Path, path: Path, *, opacity: float = 0.5, frames: int | None = None) -> int:
+def run(seg: LoadedModel, source: Path, path: Path, *, frames: int | None = None, **look: Any) -> int:
     """Write the overlay of the first `frames` frames (None: all) to `path`, whole or not at all; return their number.
 
     It has the video's mean rate, no sound, and the codec of its ending: VP9 for .webm, else H.264; odd sides grow by a
-    pixel. Ctrl-C ends a camera's recording, which is then written. Raises UserError about a video that cannot be read
-    and a file that cannot be written; of a video that was cut, what can be read is written first.
+    pixel. `look` are arguments of `Result.overlay`; a legend lists all classes, because all frames have one size.
+    Ctrl-C ends a camera's recording, which is then written. Raises UserError about a video that cannot be read and a
+    file that cannot be written; of a video that was cut, what can be read is written first.
     """
-    data = seg.experiment.data
+    data, look["legend"] = seg.experiment.data, "all" if look.get("legend") else False
     if data.channels != 3 or data.bit_depth != 8:
         raise UserError(f"{source}: videos are 8-bit RGB, but the model takes {data.channels} channels")
     if frames is not None and frames < 1:
@@ -29,7 +31,7 @@ def run(seg: LoadedModel, source: Path, path: Path, *, opacity: float = 0.5, fra
     with reading(source) as (images, rate, total), writer(path, rate) as write, progress("predicting") as advance:
         try:
             for image in itertools.islice(images, frames):
-                write(np.asarray(seg(image).overlay(opacity=opacity)))
+                write(np.asarray(seg(image).overlay(**look)))
                 written += 1
                 advance(written, max(written, min(total, frames or total)))
         except CutVideoError as error:

@@ -13,11 +13,9 @@ from torch import Tensor
 from segcore import distributed
 from segcore.config.data_sets import ServerFiles
 from segcore.data.dataset import Dataset
-from segcore.data.labels import ignored_label
 from segcore.errors import UserError
 from segcore.files import write_zip
 from segcore.inference import LoadedModel
-from segcore.reporting.classes_file import write_classes
 from segcore.reporting.figures import write_class_png, write_image
 from segcore.reporting.label_ids import FOLDER, write_label_ids
 
@@ -30,8 +28,11 @@ class SavedMasks:
     """
 
     seg: LoadedModel
+    """The model, for its classes and colors."""
     dataset: Dataset
+    """The images, for their names."""
     folder: Path
+    """Where masks go, named as the images are."""
     server: ServerFiles | None = None
     """With one, its files are written, too, below `label_ids`."""
     written: list[str] = field(default_factory=list)
@@ -67,11 +68,9 @@ class SavedMasks:
     def finish(self, archive: Path | None) -> int:
         """Write the list of classes and the archive, once for all processes, and return the number of masks."""
         names = sorted(distributed.all_gather_object(self.written))
-        first = int(self.seg.experiment.data.add_background_class)
-        classes, colors = self.seg.class_names[first:], self.seg.palette[first:]
 
         def write() -> None:
-            write_classes(self.folder / "classes.json", classes, colors, ignored_label(len(classes)) if first else None)
+            self.seg.write_classes(self.folder / "classes.json")
             if archive:
                 root = self.folder / FOLDER if self.server else self.folder
                 files = [self.paths(name)[-1].relative_to(root).as_posix() for name in names]

@@ -72,14 +72,14 @@ class Test(Parallel):
         dataset = distributed.main_process_first(lambda: open_dataset(data, self.split))
         saved = SavedMasks(seg, dataset, self.save, server) if self.save else None
         results = self._evaluate(predictor, dataset, saved)
-        count = saved.finish(self.zip) if saved else 0
-        if distributed.rank():
-            return None
         if results:
-            self._report(results)
-        if saved:
+            distributed.on_main_process(lambda: self._report(results))
+        count = saved.finish(self.zip) if saved else 0
+        if saved and not distributed.rank():
             print(f"{count} masks written below {self.save}", *filter(None, [self.zip]), sep="\n")
-        return partial(self._page, results, predictor) if results and not self.no_report else None
+        if results and not self.no_report and not distributed.rank():
+            return partial(self._page, results, predictor)
+        return None
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other."""

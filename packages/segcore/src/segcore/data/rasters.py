@@ -1,4 +1,4 @@
-"""Large and georeferenced images: windows of TIFFs are read, and a TIFF of classes is written block by block.
+"""Large and georeferenced images: windows of TIFFs are read; TIFFs of results are written block by block.
 
 Windows are read with rasterio (segcore[geo]) where it is installed, which knows all codecs, masks and georeferences
 in files beside the image; otherwise with tifffile. Other formats cannot be read in parts: they are decoded whole.
@@ -8,14 +8,16 @@ Windows are (y1, x1, y2, x2), half open. Nothing here imports torch.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 import tifffile
@@ -31,7 +33,7 @@ TILE = 256
 """Side of the tiles of the written file, in pixels."""
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
 """TIFF tags that hold the CRS, the transform, ground control points and rational polynomials."""
-GDAL_NODATA, ORIENTATION = 42113, 274
+GDAL_METADATA, GDAL_NODATA, ORIENTATION = 42112, 42113, 274
 
 
 Tags = tuple[tuple[Any, ...], ...]
@@ -281,40 +283,78 @@ def _segments(page: Any) -> Callable[[int], np.ndarray]:
 
 # Writing
 
+Put = Callable[[int, int, np.ndarray], None]
+"""Takes (y, x, block): a block (h, w), or (K, h, w) of K bands, in any order."""
+
 
 @contextmanager
-def class_writer(
-    path: Path, size: tuple[int, int], palette: np.ndarray, nodata: int, tags: Tags = ()
-) -> Iterator[Callable[[int, int, np.ndarray], None]]:
-    """Yield `put(y, x, classes)`, which takes blocks (h, w) in any order; a TIFF of all exists afterwards, or none.
+def class_writer(path: Path, size: tuple[int, int], palette: np.ndarray, nodata: int, tags: Tags = ()) -> Iterator[Put]:
+    """Yield `put` for blocks of classes; a TIFF of all exists afterwards, or none.
 
     The TIFF is tiled, deflated and has a color table, (K, 3) uint8; it is 8-bit if `nodata` is 255, else 16-bit. The
     classes wait in a file without compression beside it. Raises UserError when the folder cannot hold them.
     """
-    height, width = size
     dtype = np.dtype(np.uint8 if nodata < 256 else np.uint16)
+    colors = np.zeros((3, 256**dtype.itemsize), np.uint16)
+    colors[:, : len(palette)] = palette.T.astype(np.uint16) * 257
+    with _writer(path, size, dtype, dtype, nodata, tags, photometric="palette", colormap=colors) as put:
+        yield put
+
+
+@contextmanager
+def confidence_writer(path: Path, size: tuple[int, int], tags: Tags = ()) -> Iterator[Put]:
+    """Yield `put` for blocks of uint8, which become a TIFF as those of `class_writer` do; 0 stands for no data."""
+    dtype = np.dtype(np.uint8)
+    with _writer(path, size, dtype, dtype, 0, tags, photometric="minisblack") as put:
+        yield put
+
+
+@contextmanager
+def probability_writer(path: Path, size: tuple[int, int], names: Sequence[str], tags: Tags = ()) -> Iterator[Put]:
+    """Yield `put` for blocks of probabilities (K, h, w), which become a TIFF of K bands as `class_writer` makes one.
+
+    The bands are float32, which GDAL reads in every version, but rounded to float16: they compress to less, and wait in
+    2 bytes per value. They are described by `names`; NaN stands for no data.
+    """
+    items = (
+        f'<Item name="DESCRIPTION" sample="{band}" role="description">{escape(escape(name))}</Item>'  # as GDAL does
+        for band, name in enumerate(names)
+    )
+    described = f"<GDALMetadata>{''.join(items)}</GDALMetadata>".encode()
+    tags = (*tags, (GDAL_METADATA, "s", 0, described, True))
+    half, full = np.dtype(np.float16), np.dtype(np.float32)
+    how = {"photometric": "minisblack", "planarconfig": "separate"}
+    with _writer(path, (len(names), *size), half, full, "nan", tags, **how) as put:
+        yield put
+
+
+@contextmanager
+def _writer(
+    path: Path, shape: tuple[int, ...], kept: np.dtype[Any], dtype: np.dtype[Any], nodata: object, tags: Tags,
+    **how: Any,
+) -> Iterator[Put]:  # fmt: skip
+    """Yield `put` for an array of `shape` that waits as `kept` in a file and becomes a TIFF of `dtype`."""
+    height, width = shape[-2:]
     temporary, stored = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "raw"))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with stored.open("w+b") as file:
                 if hasattr(os, "posix_fallocate"):  # a full disk is reported now
-                    os.posix_fallocate(file.fileno(), 0, height * width * dtype.itemsize)
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape) * kept.itemsize)
 
-                def put(y: int, x: int, classes: np.ndarray) -> None:
-                    for row, line in enumerate(classes.astype(dtype), y):
-                        file.seek((row * width + x) * dtype.itemsize)
-                        file.write(line.tobytes())
+                def put(y: int, x: int, block: np.ndarray) -> None:
+                    for band, plane in enumerate(block.astype(kept).reshape(-1, *block.shape[-2:])):
+                        for row, line in enumerate(plane, band * height + y):
+                            file.seek((row * width + x) * kept.itemsize)
+                            file.write(line.tobytes())
 
                 yield put
                 file.seek(0)
-                colors = np.zeros((3, 256**dtype.itemsize), np.uint16)
-                colors[:, : len(palette)] = palette.T.astype(np.uint16) * 257
                 tifffile.imwrite(
-                    temporary, _tiles(file, width, dtype), shape=size, dtype=dtype, tile=(TILE, TILE),
-                    compression="zlib", photometric="palette", colormap=colors, metadata=None,
-                    bigtiff=height * width * dtype.itemsize > 1 << 31,
-                    extratags=[*tags, (GDAL_NODATA, "s", 0, str(nodata), True)],
+                    temporary, _tiles(file, shape, kept, dtype), shape=shape, dtype=dtype, tile=(TILE, TILE),
+                    compression="zlib", metadata=None, bigtiff=math.prod(shape) * dtype.itemsize > 1 << 31,
+                    extratags=[*tags, (GDAL_NODATA, "s", 0, str(nodata), True)], **how,
                 )  # fmt: skip
             sync(temporary)
             temporary.replace(path)
@@ -323,8 +363,11 @@ def class_writer(
             stored.unlink(missing_ok=True)
 
 
-def _tiles(file: Any, width: int, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """Yield the tiles of rows that lie in a file one after the other."""
-    while len(data := file.read(TILE * width * dtype.itemsize)):
-        rows = np.frombuffer(data, dtype).reshape(-1, width)
-        yield from (rows[:, x : x + TILE] for x in range(0, width, TILE))
+def _tiles(file: Any, shape: tuple[int, ...], kept: np.dtype[Any], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """Yield the tiles of rows that lie in a file one after the other, band by band."""
+    height, width = shape[-2:]
+    for _ in range(math.prod(shape[:-2])):
+        for y in range(0, height, TILE):
+            data = file.read(min(TILE, height - y) * width * kept.itemsize)
+            rows = np.frombuffer(data, kept).reshape(-1, width).astype(dtype, copy=False)
+            yield from (rows[:, x : x + TILE] for x in range(0, width, TILE))

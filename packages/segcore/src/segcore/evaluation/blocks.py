@@ -1,4 +1,4 @@
-"""Sliding-window inference on images that do not fit in memory: windows in, blocks of classes out."""
+"""Sliding-window inference on images that do not fit in memory: windows in, blocks of probabilities out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from segcore.data.rasters import Box
 from segcore.data.transforms import normalize
 from segcore.errors import UserError
-from segcore.evaluation.predictor import Network, Predictor, most_probable, to_probabilities, window_boxes
+from segcore.evaluation.predictor import Network, Predictor, to_probabilities, window_boxes
 from segcore.seeds import window_seed
 
 SUMS = 1 << 30
@@ -32,12 +32,12 @@ def predict_blocks(
     network: Network | None = None,
     sums: int = SUMS,
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Yield (y, x, classes (h, w) int64 by step entry) of blocks that together cover an image of `size` once.
+    """Yield (y, x, probabilities (K, h, w) by step entry) of blocks that together cover an image of `size` once.
 
-    `read` returns the window (y1, x1, y2, x2) of the image as (h, w, C). The classes are those of `Predictor.classes`
-    with `evaluate.mode` slide: the same windows, seeds, and means of logits. Only the rows of the windows that are open
-    are kept; where these would take more than `sums` bytes, the image is divided into strips, and windows that lie in
-    two strips are computed twice. The image keeps its size: `evaluate.img_scale` does not count. Raises UserError for
+    `read` returns the window (y1, x1, y2, x2) of the image as (h, w, C). The result is `Predictor.probabilities` with
+    `evaluate.mode` slide: the same windows, seeds, and means of logits. Only the rows of the windows that are open are
+    kept; where these would take more than `sums` bytes, the image is divided into strips, and windows that lie in two
+    strips are computed twice. The image keeps its size: `evaluate.img_scale` does not count. Raises UserError for
     several views.
     """
     settings = predictor.evaluate
@@ -92,17 +92,17 @@ def _strip(
             part = (..., slice(done), slice(x - left, min(x + COLUMNS, right) - left))
             count = down[top:below, None] * across[x : min(x + COLUMNS, right)]
             means = ({entry: total[part] / count.to(total.device) for entry, total in t.items()} for t in totals)
-            yield top, x, _classes(predictor, means)
+            yield top, x, _probabilities(predictor, means)
             for sums in (total[..., part[2]] for t in totals for total in t.values()):
                 sums[..., :-done, :] = sums[..., done:, :].clone()
                 sums[..., -done:, :] = 0
 
 
-def _classes(predictor: Predictor, logits: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the classes (h, w) by step entry for the logits (1, K, h, w) of each model."""
+def _probabilities(predictor: Predictor, logits: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the probabilities (K, h, w) by step entry for the logits (1, K, h, w) of each model."""
     models = (predictor.model, *predictor.ensemble)
     probabilities = (
         {entry: to_probabilities(x, (x.shape[2], x.shape[3]), model.align_corners) for entry, x in by_entry.items()}
         for by_entry, model in zip(logits, models, strict=True)
     )
-    return {entry: most_probable(mean[0]) for entry, mean in predictor.mean_over_models(probabilities).items()}
+    return {entry: mean[0] for entry, mean in predictor.mean_over_models(probabilities).items()}

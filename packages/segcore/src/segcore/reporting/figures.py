@@ -5,10 +5,12 @@ Images are (H, W, 3) uint8 RGB; a palette is (K, 3), RGB 0..255 in the order of 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +21,7 @@ from segcore.files import write
 
 JPEG = (".jpg", ".jpeg")
 FONT_SIZE = 14
-FONT = ImageFont.load_default(FONT_SIZE)
+"""Height of captions and of legends beside panels, in pixels."""
 
 
 def colorize(classes: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
@@ -40,11 +42,13 @@ def colormap(values: np.ndarray) -> np.ndarray:
 
 
 def overlay(
-    image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255
-) -> np.ndarray:
+    image: np.ndarray, classes: np.ndarray, palette: np.ndarray, opacity: float = 0.5, ignore_index: int = 255,
+    *, contours: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Return the image painted with the colors of `classes` (H, W) as in MMSegmentation 0.x.
 
     The result is image * (1 - opacity) + color * opacity in float64, truncated; ignored pixels count as black.
+    `contours` then draws the `borders` in the classes' full colors.
 
     Raises UserError when the sizes differ or `opacity` is outside 0..1.
     """
@@ -54,7 +58,17 @@ def overlay(
         )
     if not 0 <= opacity <= 1:
         raise UserError(f"opacity is {opacity}; it must be between 0 and 1")
-    return (image * (1 - opacity) + colorize(classes, palette, ignore_index) * opacity).astype(np.uint8)
+    colors = colorize(classes, palette, ignore_index)
+    painted = (image * (1 - opacity) + colors * opacity).astype(np.uint8)
+    return np.where(borders(classes)[..., None], colors, painted) if contours else painted
+
+
+def borders(classes: np.ndarray) -> np.ndarray:
+    """Return (H, W) bool, true near another class: lines of 2 pixels, of 4 at 2048x1024, wider as the image grows."""
+    reach = max(round(math.sqrt(classes.size) / 700), 1)
+    values, kernel = classes.astype(np.uint16), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    found: np.ndarray = cv2.dilate(values, kernel) != cv2.erode(values, kernel)
+    return found
 
 
 def write_class_png(path: Path | str, classes: np.ndarray, palette: np.ndarray | None = None) -> None:
@@ -128,7 +142,7 @@ def hstack_panels(images: Sequence[np.ndarray], captions: Sequence[str], gap: in
         if image.shape[0] != height:
             width = round(image.shape[1] * height / image.shape[0])
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        width = max(image.shape[1], math.ceil(FONT.getlength(caption)) + 6)
+        width = max(image.shape[1], math.ceil(_font(FONT_SIZE).getlength(caption)) + 6)
         columns.append(np.concatenate([_text_line(caption, width), _widened(image, width)]))
         columns.append(np.full((columns[0].shape[0], gap, 3), 255, np.uint8))
     return np.concatenate(columns[:-1], 1)
@@ -139,21 +153,50 @@ def _widened(image: np.ndarray, width: int) -> np.ndarray:
     return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
 
 
-def legend(classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int | None = None) -> np.ndarray:
-    """Return a table of colors and class names with cells `cell` pixels wide; None: as wide as the longest name."""
-    rows = -(-len(classes) // columns)
-    line = _text_line("", 1).shape[0]
-    cell = cell or line + 12 + math.ceil(max(map(FONT.getlength, classes), default=0))
+def add_legend(image: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) with the colors and names of classes below it, in letters that grow with the image.
+
+    An image that is narrower than the longest name is widened with white.
+    """
+    if not classes:
+        return image
+    size = max(round(math.sqrt(image.shape[0] * image.shape[1]) / 50), 12)
+    columns = min(max(image.shape[1] // _cell(classes, size), 1), len(classes))
+    table = legend(classes, palette, columns, size=size)
+    width = max(image.shape[1], table.shape[1])
+    return np.concatenate([_widened(image, width), _widened(table, width)])
+
+
+def legend(
+    classes: Sequence[str], palette: np.ndarray, columns: int = 6, cell: int | None = None, size: int = FONT_SIZE
+) -> np.ndarray:
+    """Return a table of colors and class names with cells `cell` pixels wide; None: as wide as the longest name.
+
+    `size` is that of the letters in pixels.
+    """
+    rows, gap = -(-len(classes) // columns), size // 5
+    line = _text_line("", 1, size).shape[0]
+    cell = cell or _cell(classes, size)
     table = np.full((rows * line, columns * cell, 3), 255, np.uint8)
     for i, (name, color) in enumerate(zip(classes, palette, strict=True)):
         y, x = i // columns * line, i % columns * cell
-        table[y + 3 : y + line - 3, x + 2 : x + line - 2] = color
-        table[y : y + line, x + line : x + cell] = _text_line(name, cell - line)
+        table[y + gap : y + line - gap, x + gap : x + line - gap] = color
+        table[y : y + line, x + line : x + cell] = _text_line(name, cell - line, size)
     return table
 
 
-def _text_line(text: str, width: int) -> np.ndarray:
+def _cell(classes: Sequence[str], size: int) -> int:
+    """Return the width of a color and the longest name."""
+    return math.ceil(max(map(_font(size).getlength, classes), default=0)) + 5 * size // 2
+
+
+def _text_line(text: str, width: int, size: int = FONT_SIZE) -> np.ndarray:
     """Return a line of black text on white, cropped to `width` pixels."""
-    line = Image.new("RGB", (width, FONT_SIZE + 8), "white")
-    ImageDraw.Draw(line).text((3, 2), text, "black", FONT)
+    line = Image.new("RGB", (width, size * 11 // 7), "white")
+    ImageDraw.Draw(line).text((size // 4, size // 7), text, "black", _font(size))
     return np.array(line)
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)

@@ -24,6 +24,8 @@ COLUMNS = {
 }
 """Name in `evaluate.metrics` -> its columns; aAcc is always reported."""
 
+MAX_CONFUSION = 1000
+"""Classes up to which a confusion matrix is written: a million numbers."""
 HEADINGS = {"steps": "By number of denoising steps", "timestep": "By timestep"}
 WITHOUT_IGNORED = "mIoU without ignored"
 
@@ -80,9 +82,12 @@ def per_class(results: Results, metrics: Sequence[str] = ("mIoU",)) -> str:
 def write_json(path: Path, results: Results, extra: Mapping[str, Any] | None = None) -> None:
     """Write `extra` and the results at full precision (fractions; NaN is null) to `path`, completely or not at all.
 
-    `confusion` holds, by entry, the numbers of pixels: a row per class of the label, a column per predicted class.
+    `confusion` holds, by entry, the numbers of pixels: a row per class of the label, a column per predicted one; it is
+    left out above MAX_CONFUSION classes.
     """
-    found = {**(extra or {}), **results.to_json(), "confusion": confusion(results)}
+    found = {**(extra or {}), **results.to_json()}
+    if len(results.classes) <= MAX_CONFUSION:
+        found["confusion"] = confusion(results)
     if results.calibration:
         found["calibration"] = results.calibration.to_json()
     text = json.dumps(found, indent=1, allow_nan=False)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,11 @@ from segcore.checkpoints.run_checkpoint import folder_of, save
 from segcore.cli.main import COMMANDS
 from segcore.config.record import describe
 from segcore.config.registry import experiments, load_experiment
-from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfig
+from segcore.config.schema import DataConfig, EvalConfig, Experiment, LossConfig, ModelConfig
+from segcore.data.images import read_label
 from segcore.data.layouts import palette_of
+from segcore.evaluation.predictor import Predictor
+from segcore.inference import LoadedModel
 from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
@@ -142,6 +146,38 @@ def check_denoising(model: StepwiseSegmentor) -> None:
         for row, count in enumerate(steps_used):
             assert 1 < count <= len(steps)
             torch.testing.assert_close(found[row], steps[count - 1][row], atol=1e-4, rtol=1e-4)
+
+
+def check_probabilities(model: Segmentor, config: ModelConfig, folder: Path) -> None:
+    """The written probabilities add up to 1 and are highest at the mask's class: whole, windows, several views.
+
+    Confidence is that probability; the mask is the same whatever is written beside it.
+    """
+    background = model.ignore_index == 0
+    names = tuple(f"class {k}" for k in range(model.num_classes - background))
+    data = DataConfig("folder", classes=names, add_background_class=background)
+    image = torch.randint(256, (64, 96, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    for evaluate in (
+        EvalConfig(None),
+        EvalConfig(None, "slide", crop=(64, 64), stride=(64, 32)),
+        EvalConfig((96, 64), img_ratios=(0.75, 1.25), flip=True),
+    ):
+        exp = Experiment("mine", config, data, evaluate=evaluate)
+        seg = LoadedModel(exp, Predictor.of(model.eval(), exp))
+        plain, result = seg(image), seg(image, probabilities=True)
+        mask_file, _ = plain.save(folder / "mask")
+        found, _, confidence_file, file = result.save(folder, confidence=True, probabilities=True)
+        assert found.read_bytes() == mask_file.read_bytes()
+        mask, gray = read_label(found), read_label(confidence_file)
+        with np.load(file, allow_pickle=False) as stored:
+            probabilities, values = stored["probabilities"], stored["values"]
+            assert tuple(stored["names"]) == seg.class_names
+        assert (probabilities.dtype, probabilities.shape) == (np.float16, (model.num_classes, 64, 96))
+        np.testing.assert_allclose(probabilities.sum(0, dtype=np.float64), 1, atol=1e-3)
+        chosen = np.where(values[:, None, None] == mask, probabilities, -1).max(0)
+        assert (chosen == probabilities.max(0)).all()  # rounding keeps the order; only ties may go to another class
+        np.testing.assert_allclose(gray / 255, chosen, atol=0.5 / 255 + 1e-3)
+        np.testing.assert_allclose(plain.probabilities, result.probabilities, atol=1e-5)  # by another run
 
 
 def check_backward(model: Segmentor) -> None:
