@@ -1,4 +1,4 @@
-"""Overlays, class PNGs, panels, and legends."""
+"""Overlays, class PNGs, panels and legends."""
 
 import numpy as np
 import pytest

@@ -79,7 +79,9 @@ class Test(Parallel):
             return None
         if saved:
             print(f"{count} masks written below {self.save}", *filter(None, [self.zip]), sep="\n")
-        return partial(self._page, results, predictor) if results and not self.no_report else None
+        if results and not self.no_report and not distributed.rank():
+            return partial(self._page, results, predictor)
+        return None
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other."""
