@@ -79,9 +79,7 @@ class Test(Parallel):
             return None
         if saved:
             print(f"{count} masks written below {self.save}", *filter(None, [self.zip]), sep="\n")
-        if results and not self.no_report and not distributed.rank():
-            return partial(self._page, results, predictor)
-        return None
+        return partial(self._page, results, predictor) if results and not self.no_report else None
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other."""
