@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,6 @@ import segcore
 from segcore.web import answers
 
 NAME = "ddps_segformer_b0_toy"
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +100,8 @@ def test_the_files_hold_the_answer(seg, photo, tmp_path, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_in_the_browser(weights, photo, tmp_path):
+def test_in_the_browser(weights, photo, tmp_path, browser):
     pytest.importorskip("gradio")
-    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -120,53 +116,49 @@ def test_in_the_browser(weights, photo, tmp_path):
         )  # fmt: skip
     try:
         address = process.stdout.readline().split()[0]
-        with sync_playwright() as play:
-            flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-            browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            asked, errors = [], []
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
-            page.goto(address)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        asked, errors = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.goto(address)
 
-            page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
-            page.get_by_text("96 x 64 pixels, 3 denoising steps").wait_for()
-            image = page.locator("#answer img")
-            seen = [image.get_attribute("src")]
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
+        page.get_by_text("96 x 64 pixels, 3 denoising steps").wait_for()
+        image = page.locator("#answer img")
+        seen = [image.get_attribute("src")]
 
-            def changes(act) -> None:
-                act()
-                page.wait_for_function("([e, before]) => e.src !== before", arg=[image.element_handle(), seen[-1]])
-                seen.append(image.get_attribute("src"))
+        def changes(act) -> None:
+            act()
+            page.wait_for_function("([e, before]) => e.src !== before", arg=[image.element_handle(), seen[-1]])
+            seen.append(image.get_attribute("src"))
 
-            step = page.get_by_label("number input for After this denoising step")
-            changes(lambda: (step.fill("1"), step.press("Enter")))
-            page.get_by_text("timestep 0").wait_for()
-            opacity = page.get_by_label("number input for Opacity")
-            changes(lambda: (opacity.fill("1"), opacity.press("Enter")))
+        step = page.get_by_label("number input for After this denoising step")
+        changes(lambda: (step.fill("1"), step.press("Enter")))
+        page.get_by_text("timestep 0").wait_for()
+        opacity = page.get_by_label("number input for Opacity")
+        changes(lambda: (opacity.fill("1"), opacity.press("Enter")))
 
-            page.get_by_role("button", name="Prepare files").click()
-            with page.expect_download() as download:
-                page.locator("a[download]").filter(has_text=re.compile("MB|KB|B")).first.click()
-            assert Image.open(download.value.path()).size == (96, 64)
+        page.get_by_role("button", name="Prepare files").click()
+        with page.expect_download() as download:
+            page.locator("a[download]").filter(has_text=re.compile("MB|KB|B")).first.click()
+        assert Image.open(download.value.path()).size == (96, 64)
 
-            page.get_by_text("Correct the classes by hand").click()
-            canvas = page.locator("canvas").last
-            canvas.scroll_into_view_if_needed()
-            page.wait_for_timeout(1000)  # the editor shows the photo some time after its canvas
-            box = canvas.bounding_box()
-            page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] / 2)
-            page.mouse.down()
-            page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] / 2, steps=5)
-            page.mouse.up()
-            changes(page.get_by_role("button", name="Start from here").click)
+        page.get_by_text("Correct the classes by hand").click()
+        canvas = page.locator("canvas").last
+        canvas.scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)  # the editor shows the photo some time after its canvas
+        box = canvas.bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] / 2, steps=5)
+        page.mouse.up()
+        changes(page.get_by_role("button", name="Start from here").click)
 
-            page.set_viewport_size({"width": 390, "height": 844})
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
-            assert errors == []
-            browser.close()
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+        assert errors == []
         assert list(temporary.rglob("photo.png"))
     finally:
         process.send_signal(signal.SIGTERM)
