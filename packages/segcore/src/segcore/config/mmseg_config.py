@@ -50,20 +50,24 @@ def import_config(path: Path, batch_size: int | None = None) -> Imported:
     of images per optimizer step over all of them; None: what `gpu_ids`, the file's name or a published row of that name
     says. Raises UserError naming file, line, key and value of what has no equal here.
     """
-    table, used = read_config(path)
+    return translate(path, *read_config(path), batch_size)
+
+
+def translate(path: Path, table: Table, used: set[str], batch_size: int | None = None) -> Imported:
+    """Return what the settings of a file mean; `used` are the names that are variables of it."""
     found = Translation()
     top = Key("", f"{path}:1")
     new = "train_dataloader" in table or "optim_wrapper" in table
     rules = LINE_1 if new else LINE_0
-    model = table.pop("model", None)
+    model = table.get("model")
     if not isinstance(model, Table):
         raise UserError(f"{path}: has no `model = dict(…)`, as a configuration of MMSegmentation has")
     method = _method(model, top.of(table, "model"))
     more = {"data_preprocessor": PREPROCESSOR} if new else {}
     found.read({**method.rules, **more}, model, Key("model", table.lines["model"]))
-    for name in [name for name in table if name not in rules and (name in used or name in HELPERS)]:
-        del table[name]  # a variable of the file
-    found.read(rules, table, top)
+    variables = (used | set(HELPERS)) - rules.keys()
+    rest = {name: value for name, value in table.items() if name not in variables | {"model"}}
+    found.read(rules, Table(rest, table.lines), top)
     settings = {**found.settings, **method.settings}
     try:
         _check(settings)
@@ -72,7 +76,8 @@ def import_config(path: Path, batch_size: int | None = None) -> Imported:
         sections = {name: kind(**_part(settings, name)) for name, kind in SECTIONS.items()}
         built = Experiment(path.stem, method.kind(**_part(settings, "model")), **sections)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        key = found.keys.get(str(error).partition(" ")[0])
+        raise UserError(f"{f'{key.where}: {key.name}' if key else path}: {error}") from None
     return Imported(built, tuple(found.skipped), batch)
 
 

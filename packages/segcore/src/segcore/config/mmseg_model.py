@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -81,12 +82,17 @@ def start_weights(known: Mapping[str, str]) -> Callable[[Any], Any]:
         for start, ours in known.items():
             if name.startswith(start):
                 return ours
-        row = published_files().get(name)
-        if row is not None:
-            rows = experiments()
-            return f"official:{rows[row]().name if row in rows else row}"
+        if name in (rows := _official()):
+            return rows[name]
         if "://" in address:
             raise ValueError("these weights are not known here; download them and write the path of the file")
         return address
 
     return convert
+
+
+@cache
+def _official() -> dict[str, str]:
+    """Return `official:CONFIG` of each published weights file, by the file's name."""
+    rows = experiments()
+    return {file: f"official:{rows[row]().name if row in rows else row}" for file, row in published_files().items()}

@@ -116,7 +116,7 @@ class Translation:
                 try:
                     ours = convert(value)
                 except (ValueError, TypeError, AttributeError, LookupError) as error:
-                    wanted = str(error) if type(error) is ValueError else f"it has no counterpart in {setting}"
+                    wanted = str(error) if isinstance(error, ValueError) else f"it has no counterpart in {setting}"
                     key.refuse(value, wanted)
                 if ours is not NOTHING:
                     self.set(setting, ours, key, value)
