@@ -345,6 +345,24 @@ def test_nothing_is_ignored_in_silence(folder, name):
     assert skipped == {*plain.skipped}
 
 
+@pytest.mark.parametrize("name", [next(iter(MODELS)), list(MODELS)[-2]])
+@pytest.mark.usefixtures("quick")
+def test_values_of_any_kind_are_refused_in_one_line(folder, name):
+    """Or have a meaning, as None often has; nothing else is raised."""
+    path = folder / f"{name}.py"
+    table, used = read_config(path)
+    refused = 0
+    for place, _ in leaves(table):
+        for item in (Table(), (), (Table(), 1), "x", "ab", 7, -1.5, True, None):
+            try:
+                translate(path, changed(table, place, place[-1], item), used)
+            except UserError as error:
+                refused += 1
+                if "\n" in str(error) or not str(error).startswith(str(folder.parent)):
+                    raise
+    assert refused > 500
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -370,6 +388,8 @@ def test_nothing_is_ignored_in_silence(folder, name):
         ("lr_config = dict(by_epoch=True)", "3: lr_config.by_epoch is True; known here: False"),
         ("lr_config = dict(warmup='exp')", "3: lr_config.warmup is 'exp'; known here: None, 'linear'"),
         ("runner = dict(type='EpochBasedRunner')", "3: runner.type is 'EpochBasedRunner'"),
+        ("resume_from = 'latest.pth'", "3: resume_from is 'latest.pth'; known here: None"),
+        ("gpu_ids = '0,1'", "3: gpu_ids is '0,1'; a list is known here"),
         ("custom_hooks = [dict(type='Mine')]", "3: custom_hooks[0].type is 'Mine'; known here"),
         ("fp16 = dict(loss_scale=512.)\nimg_ratios = fp16", "3: fp16 is {'loss_scale': 512.0}; known"),
         ("optimiser = dict(lr=1)", "3: optimiser is {'lr': 1}; this key is not understood"),
@@ -420,6 +440,9 @@ HOSTILE = {
     "lambda": "x = lambda: 1",
     "walrus": "x = (y := 1)",
     "unbound": "x = y",
+    "of a loop": "x = [i for i in range(3)]\ny = i",
+    "twice in a dict": "x = dict(a=1, **dict(a=2))",
+    "twice, written": "x = dict(a=1, a=2)",
     "star": "x = [*range(3)]",
     "starred dict": "x = dict(**3)",
     "key": "x = {1: 2}",
@@ -436,6 +459,8 @@ HOSTILE = {
     "laughs": "a = [1, 1]\n" + "a = [a, a]\n" * 45,
     "sums": "a = [1]\n" + "a = a + a\n" * 45,
     "texts": "a = 'ha'\n" + "a = a + a\n" * 45,
+    "long texts": f"a = '{'x' * 50_000}'\nx = [a for i in range(9000)]",
+    "loops": "".join(f"n{i} = 1\n" for i in range(9000)) + "x = [[j for j in [i]] for i in range(90_000)]",
     "growing": "a = dict(b=1)\n" + "a = dict(a=a)\n" * 5000,
     "statement": "for i in range(3):\n    x = i",
     "condition": "if True:\n    x = 1",
@@ -522,7 +547,8 @@ def test_expressions_and_bases_mean_what_they_do_in_python(tmp_path):
     """By Python itself, and by the merging rules of MMCV."""
     text = """
 a = 3
-b = [i * 2 for i in range(a)] + [-a // 2, 7 % 4, 1 / 4, 'x' + 'y']
+i = 7
+b = [i * 2 for i in range(a)] + [i] + [-a // 2, 7 % 4, 1 / 4, 'x' + 'y']
 c = dict(p=a, **dict(q=(1, [2, None, True])), r={'s': 1.5e-3, **dict(t=a - 1)})
 d = [dict(i=i) for i in b]
 """
@@ -533,13 +559,13 @@ d = [dict(i=i) for i in b]
     assert found == {name: tuples(expected[name]) for name in "abcd"}
     assert {"a", "b"} <= used
     (tmp_path / "b.py").write_text("_base_ = ['./a.py']\nc = dict(p=dict(x=1), r=dict(_delete_=True, u=1))\nb = 1")
-    with pytest.raises(UserError, match=r"b\.py:2: p is a dict, but 3 in the base \(.*a\.py:4\); write _delete_=True"):
+    with pytest.raises(UserError, match=r"b\.py:2: p is a dict, but 3 in the base \(.*a\.py:5\); write _delete_=True"):
         read_config(tmp_path / "b.py")
     (tmp_path / "b.py").write_text("_base_ = ['./a.py']\nc = dict(p=4, r=dict(_delete_=True, u=1))\nb = 1")
     merged, _ = read_config(tmp_path / "b.py")
     assert merged["c"] == {"p": 4, "q": (1, (2, None, True)), "r": {"u": 1}}
     assert merged["b"] == 1
-    assert merged["c"].lines["q"].endswith("a.py:4")
+    assert merged["c"].lines["q"].endswith("a.py:5")
 
 
 def test_the_written_file_is_a_configuration(folder, tmp_path, monkeypatch, capsys):

@@ -95,8 +95,8 @@ class Reader:
                 case ast.With() | ast.Import() | ast.ImportFrom():
                     self._refuse(
                         node,
-                        "imports and `with read_base()` (the new style) are code, which is not executed; "
-                        "give the file that `Config.dump` writes",
+                        "imports and `with read_base()`, the new style, are code, which is not executed; "
+                        "write plain values and _base_",
                     )
                 case _:
                     self._refuse(node, "only `name = value` is read, and nothing is executed")
@@ -138,12 +138,11 @@ class Reader:
             if isinstance(key, ast.expr):
                 key = self._value(key, depth + 1)
                 key = key if isinstance(key, str) else self._not_data(node)
-            if key is None:
-                table |= value if isinstance(value, Table) else self._not_data(node)
-                table.lines |= value.lines
-            else:
-                table[key] = value
-                table.lines[key] = self._at(part)
+            new = Table({key: value}, {key: self._at(part)}) if key is not None else value
+            if not isinstance(new, Table) or (isinstance(node, ast.Call) and table.keys() & new.keys()):
+                self._not_data(part)
+            table |= new
+            table.lines |= new.lines
         return table
 
     def _range(self, node: ast.expr, limits: list[Any]) -> tuple[int, ...]:
@@ -155,10 +154,11 @@ class Reader:
     def _loop(self, node: ast.ListComp, name: str, items: Any, depth: int) -> tuple[Any, ...]:
         if not isinstance(items, tuple):
             self._not_data(node)
-        outer, found = self.names.get(name), []
+        outer, found = {name: self.names[name]} if name in self.names else {}, []
         for self.names[name] in items:
             found.append(self._value(node.elt, depth + 1))
-        self.names[name] = outer
+        self.names.pop(name, None)
+        self.names |= outer
         return tuple(found)
 
     def _arithmetic(self, node: ast.BinOp, left: Any, right: Any) -> Any:
@@ -180,7 +180,7 @@ class Reader:
 
     def _copy(self, node: ast.expr, value: Any, depth: int) -> Any:
         """Return a copy of a value, so that whoever mentions a name has its own, and pays for its size."""
-        self._count(node, len(value) >> 10 if isinstance(value, str) else 1, depth)
+        self._count(node, 1 + (len(value) >> 6 if isinstance(value, str) else 0), depth)
         if isinstance(value, Table):
             return Table({key: self._copy(node, item, depth + 1) for key, item in value.items()}, value.lines)
         return tuple(self._copy(node, item, depth + 1) for item in value) if isinstance(value, tuple) else value

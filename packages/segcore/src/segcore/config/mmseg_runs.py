@@ -48,6 +48,20 @@ def names(value: Any) -> tuple[str, ...]:
     return tuple("mBIoU" if name == "mbIoU" else name for name in ((value,) if isinstance(value, str) else value))
 
 
+def count(items: Any) -> int:
+    """Return the length of a list."""
+    if not isinstance(items, tuple):
+        raise ValueError("a list is known here")
+    return len(items)
+
+
+def whole(number: Any) -> int:
+    """Return a whole number."""
+    if not isinstance(number, int):
+        raise ValueError("a whole number is known here")
+    return number
+
+
 def clip_norm(value: Any) -> float:
     """Return the norm that gradients are clipped to."""
     if not isinstance(value, Table) or value.keys() - {"max_norm", "norm_type"} or value.get("norm_type", 2) != 2:
@@ -228,12 +242,16 @@ EMA = {
     "priority": SKIP,
 }
 HOOKS = Maybe(Steps({"ConstantMomentumEMAHook": EMA}))
-LOAD_FROM = Maybe(To("_load_from", start_weights({})))
+START = {
+    "load_from": Maybe(To("_load_from", start_weights({}))),
+    "resume_from": Maybe(Is(None)),
+    "resume": Maybe(Is(False)),
+}
 RUNTIME = dict.fromkeys(
     (
-        *("log_config", "log_level", "dist_params", "resume_from", "workflow", "cudnn_benchmark", "work_dir", "seed"),
+        *("log_config", "log_level", "dist_params", "workflow", "cudnn_benchmark", "work_dir", "seed"),
         *("find_unused_parameters", "auto_resume", "custom_imports", "opencv_num_threads", "mp_start_method", "device"),
-        *("default_scope", "env_cfg", "vis_backends", "visualizer", "log_processor", "resume", "randomness"),
+        *("default_scope", "env_cfg", "vis_backends", "visualizer", "log_processor", "randomness"),
         *("tta_model", "tta_pipeline", "launcher"),
     ),
     SKIP,
@@ -242,7 +260,7 @@ RUNTIME = dict.fromkeys(
 LINE_0: dict[str, Any] = {
     **RUNTIME,
     "data": {
-        "samples_per_gpu": To("train.device_batch_size"),
+        "samples_per_gpu": To("train.device_batch_size", whole),
         "workers_per_gpu": SKIP,
         "train": data_set("train", TRAIN_0, new=False),
         "val": data_set("val", TEST_0, new=False),
@@ -266,8 +284,8 @@ LINE_0: dict[str, Any] = {
         "save_best": SKIP,
     },
     "custom_hooks": HOOKS,
-    "load_from": LOAD_FROM,
-    "gpu_ids": Maybe(To("_devices", len)),
+    **START,
+    "gpu_ids": Maybe(To("_devices", count)),
     "fp16": Maybe(Is(None)),
     "momentum_config": Maybe(Is(None)),
 }
@@ -283,7 +301,7 @@ LINE_1: dict[str, Any] = {
     **RUNTIME,
     "train_dataloader": {
         **_SAMPLER,
-        "batch_size": To("train.device_batch_size"),
+        "batch_size": To("train.device_batch_size", whole),
         "sampler": Is({"type": "InfiniteSampler", "shuffle": True}),
         "dataset": data_set("train", TRAIN_1, new=True),
     },
@@ -316,7 +334,7 @@ LINE_1: dict[str, Any] = {
         },
     },
     "custom_hooks": HOOKS,
-    "load_from": LOAD_FROM,
+    **START,
     "auto_scale_lr": Maybe({"enable": Is(False), "base_batch_size": SKIP}),
 }
 HELPERS = (
