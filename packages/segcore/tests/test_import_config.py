@@ -556,7 +556,7 @@ d = [dict(i=i) for i in b]
     expected: dict = {}
     exec(text, expected)
     found, used = read_config(tmp_path / "a.py")
-    assert found == {name: tuples(expected[name]) for name in "abcd"}
+    assert found == {name: tuples(expected[name]) for name in "aibcd"}
     assert {"a", "b"} <= used
     (tmp_path / "b.py").write_text("_base_ = ['./a.py']\nc = dict(p=dict(x=1), r=dict(_delete_=True, u=1))\nb = 1")
     with pytest.raises(UserError, match=r"b\.py:2: p is a dict, but 3 in the base \(.*a\.py:5\); write _delete_=True"):
