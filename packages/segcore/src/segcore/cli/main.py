@@ -28,6 +28,7 @@ from segcore.cli.demo import Demo
 from segcore.cli.env import Env
 from segcore.cli.export import Export
 from segcore.cli.import_coco import ImportCoco
+from segcore.cli.import_config import ImportConfig
 from segcore.cli.import_isprs import ImportPotsdam, ImportVaihingen
 from segcore.cli.predict import Predict
 from segcore.cli.report import Report
@@ -55,6 +56,7 @@ COMMANDS: dict[str, type[Any]] = {
     "import coco": ImportCoco,
     "import potsdam": ImportPotsdam,
     "import vaihingen": ImportVaihingen,
+    "import-config": ImportConfig,
     "demo": Demo,
     "env": Env,
 }

@@ -40,6 +40,17 @@ def published(name: str) -> Published | None:
     return None
 
 
+def published_files() -> dict[str, str]:
+    """Return the row of each published weights file, by the file's name."""
+    found: dict[str, str] = {}
+    for point in entry_points(group="segcore.methods"):
+        rows: dict[str, Published] = importlib.import_module(f"{point.value}.official").PUBLISHED
+        for name, row in rows.items():
+            file = row.file or (row.url or "").rpartition("/")[2]
+            found.setdefault(file, name)
+    return found
+
+
 def load_experiment(config: str | Path, package: str | None = None) -> Experiment:
     """Return the configuration that `config` names.
 
