@@ -217,7 +217,15 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     with suppress(SystemExit):
         main("ddrnet_seg", ["report", str(Path())])  # shows what it can
     capsys.readouterr()
-    none = {"demo", "env", "convert", "import coco", "import potsdam", "import vaihingen"}  # read no run
+    none = {
+        "demo",
+        "env",
+        "convert",
+        "import coco",
+        "import potsdam",
+        "import vaihingen",
+        "import-config",
+    }  # read no run
     for command in sorted(set(COMMANDS) - none - {"report"}):
         for source in (Path(), run_checkpoint.folder_of(folder, 1)):
             with suppress(SystemExit):

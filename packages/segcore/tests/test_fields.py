@@ -199,10 +199,10 @@ def test_commands_read_what_they_need(name):
     inference = {f"data.{key}" for key in ("mean", "std", "channels", "bit_depth", "max_pixels", "photometric")}
     labels = {f"data.{key}" for key in ("dataset", "classes", "labels", "unlisted", "add_background_class")}
     predict = set(offered("predict", exp))
-    assert {name for name in predict if name.startswith("data.")} == inference | labels
+    assert {name for name in predict if name.startswith("data.")} == inference | labels | {"data.workers"}
     assert {name for name in offered("bench", exp) if name.startswith("data.")} == inference
     assert {"model.num_classes", "evaluate.mode", "evaluate.precision", "seed"} <= predict
-    assert len(predict) <= 32  # and about 15 of its own
+    assert len(predict) <= 34  # and about 25 of its own
     assert {"data.root", "data.val_images", "data.workers", "data.on_error", "evaluate.metrics"} <= set(
         offered("test", exp)
     )
