@@ -13,6 +13,8 @@ STAND_IN = '''\
 
 def __getattr__(name):
     def operator(*args, **kwargs):
+        if name in ("get_compiler_version", "get_compiling_cuda_version"):  # asked for every log
+            return "none"
         raise NotImplementedError(f"{name}: this mmcv has no compiled operators")
 
     return operator

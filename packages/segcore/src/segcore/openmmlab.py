@@ -45,20 +45,12 @@ if ONE:
     from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
     from mmseg.registry import MODELS
 
-    # mmengine writes these into its checkpoints, and torch's default reader must know that they are harmless.
-    torch.serialization.add_safe_globals([HistoryBuffer])
 else:
     from mmcv import ConfigDict
     from mmcv.utils import print_log
     from mmseg.core.builder import OPTIMIZER_BUILDERS as OPTIM_WRAPPER_CONSTRUCTORS
     from mmseg.models import SEGMENTORS as MODELS
 
-# Published checkpoints and those of mmengine hold NumPy's scalars and arrays, in part under the names before NumPy 2.
-_NUMPY = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)  # type: ignore[attr-defined]
-torch.serialization.add_safe_globals(
-    [np.ndarray, np.dtype, *_NUMPY, *((function, f"numpy.core.multiarray.{function.__name__}") for function in _NUMPY)]
-    + [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
-)
 _SHARDED = ("torch.distributed.fsdp", "deepspeed", "colossalai")
 """Modules of programs that run parts of a model, which do not know the published names of parameters."""
 
@@ -388,3 +380,26 @@ def _publish(model: _Published, state: MutableMapping[str, Tensor], prefix: str,
     """Rename the network's tensors in `state` to the published names, in the published layout."""
     for name, official in model.net.key_map().items():
         state[f"{prefix}{official}"] = model.net.publish(official, state.pop(f"{prefix}net.{name}"))
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """Return a method of HistoryBuffer; mmengine's checkpoints hold some, as calls of `getattr`."""
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return vars(HistoryBuffer)[name]
+    raise UserError(f"a checkpoint asks for getattr of {owner!r:.80}, which mmengine does not write; nothing was run")
+
+
+def _know_harmless() -> None:
+    """Tell torch's reader, which executes nothing that it does not know, what OpenMMLab writes besides tensors.
+
+    That is NumPy's scalars and arrays, also under their names before NumPy 2, and mmengine's history of the log.
+    """
+    functions = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)  # type: ignore[attr-defined]
+    known = [np.ndarray, np.dtype, *functions, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+    known += [(function, f"numpy.core.multiarray.{function.__name__}") for function in functions]
+    if ONE:
+        known += [HistoryBuffer, (_statistic, "builtins.getattr"), (_statistic, "__builtin__.getattr")]
+    torch.serialization.add_safe_globals(known)
+
+
+_know_harmless()
