@@ -19,7 +19,7 @@ METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
 ORDER = (
     *("errors", "seeds", "files", "distributed", "progress", "ops", "environment"),
     *("config", "data", "models", "checkpoints", "evaluation", "reporting", "training", "deploy"),
-    *("inference", "demo", "cli", "__main__", "testing"),
+    *("inference", "openmmlab", "demo", "cli", "__main__", "testing"),
 )
 """Folders and modules of segcore in import order: each imports only those before it."""
 

@@ -1,5 +1,7 @@
 """Configs of MMSegmentation for the toy set, one per line, as its users write them."""
 
+from pathlib import Path
+
 COMMON = """
 custom_imports = dict(imports=["{module}"], allow_failed_imports=False)
 model = dict(type="SegcoreModel", experiment="{experiment}", overrides={overrides})
@@ -91,7 +93,7 @@ log_processor = dict(by_epoch=False)
 """
 
 
-def config(one: bool, module: str, experiment: str, overrides: list[str], root: object) -> str:
+def config_text(one: bool, module: str, experiment: str, overrides: list[str], root: Path) -> str:
     """Return the text of a config for MMSegmentation 1.x (`one`) or 0.30, on the toy set below `root`."""
     resize = 'type="RandomResize", scale=(128, 64)' if one else 'type="Resize", img_scale=(128, 64)'
     images, labels = 'f"leftImg8bit/{split}"', 'f"gtFine/{split}"'
@@ -99,7 +101,7 @@ def config(one: bool, module: str, experiment: str, overrides: list[str], root: 
     common = COMMON.format(
         module=module,
         experiment=experiment,
-        overrides=overrides,
+        overrides=["data.crop=64 64", *overrides],
         root=root,
         resize=f"dict({resize}, ratio_range=(0.5, 2.0)),",
         folders=f"data_prefix=dict(img_path={images}, seg_map_path={labels})" if one else folders,
