@@ -86,7 +86,7 @@ test_cfg = dict(type="TestLoop")
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=1, log_metric_by_epoch=False),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2),
-    visualization=dict(type="SegVisualizationHook"),
+    visualization=dict(type="SegVisualizationHook", interval=1),
 )
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
 log_processor = dict(by_epoch=False)
