@@ -51,6 +51,8 @@ else:
     from mmseg.core.builder import OPTIMIZER_BUILDERS as OPTIM_WRAPPER_CONSTRUCTORS
     from mmseg.models import SEGMENTORS as MODELS
 
+_LOGGER = "current" if ONE else "root"
+FACTORS = {"lr_mult", "decay_mult"}
 _SHARDED = ("torch.distributed.fsdp", "deepspeed", "colossalai")
 """Modules of programs that run parts of a model, which do not know the published names of parameters."""
 
@@ -71,10 +73,8 @@ class _Published(EncoderDecoder):
     ) -> None:
         overrides = [overrides] if isinstance(overrides, str) else list(overrides)
         exp = load_experiment(experiment).with_overrides(overrides)
-        parent: dict[str, Any] = {"init_cfg": init_cfg}
-        if ONE:
-            parent["data_preprocessor"] = stated.pop("data_preprocessor", None) or MODELS.build(_preprocessor(exp))
-        super(EncoderDecoder, self).__init__(**parent)  # EncoderDecoder's own would build a backbone and heads
+        reading = {"data_preprocessor": stated.pop("data_preprocessor", None) or _preprocessor(exp)} if ONE else {}
+        super(EncoderDecoder, self).__init__(init_cfg=init_cfg, **reading)  # its own would build a backbone and heads
         self.experiment, self.loss_config = exp, _loss(exp)
         self.net = _network(exp)
         self.train_cfg, self.test_cfg = train_cfg, test_cfg or _test_cfg(exp)
@@ -143,9 +143,7 @@ class _Published(EncoderDecoder):
             classes, _ = palette_of(self.experiment.data)
             print_log(load_init(self.net, start, exp=self.experiment, classes=classes), logger=_LOGGER)
 
-    def _load_from_state_dict(
-        self, state: MutableMapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors below `prefix`, which have their published names; as strict as `load_official`.
 
         They are replaced by those of the network's own names, which the caller then hands to its modules.
@@ -157,7 +155,7 @@ class _Published(EncoderDecoder):
             {name.removeprefix(prefix): x for name, x in given.items() if not name.startswith(f"{prefix}ema_")}
         )
         state.update({f"{prefix}net.{name}": tensor for name, tensor in self.net.state_dict().items()})
-        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state, prefix, *args)
 
     # Training
 
@@ -296,9 +294,7 @@ class SegcoreOptimizer:
     configs. Clipping is up to the config (`grad_clip`, `clip_grad`).
     """
 
-    def __init__(
-        self, optimizer_cfg: Any = None, paramwise_cfg: Any = None, *, optim_wrapper_cfg: Any = None
-    ) -> None:
+    def __init__(self, optimizer_cfg: Any = None, paramwise_cfg: Any = None, *, optim_wrapper_cfg: Any = None) -> None:
         self.wrapper = dict(optim_wrapper_cfg or {})
         self.optimizer = dict((self.wrapper.pop("optimizer", None) if ONE else optimizer_cfg) or {})
         self.paramwise = dict(paramwise_cfg or {})
@@ -315,27 +311,23 @@ class SegcoreOptimizer:
 
     def settings(self, own: OptimizerConfig) -> OptimizerConfig:
         """Return `own` with the values of the config; raises UserError for one that it has no counterpart of."""
-        given = dict(self.optimizer)
-        if kind := given.pop("type", None):
-            given["kind"] = str(kind).lower()
-        known = {"kind", "lr", "weight_decay", "betas", "momentum"}
-        wrong = [f"optimizer.{name}" for name in given.keys() - known]
+        given, custom = dict(self.optimizer), self.paramwise.get("custom_keys", {})
+        if "type" in given:
+            given["kind"] = str(given.pop("type")).lower()
+        wrong = [f"optimizer.{name}" for name in given.keys() - {"kind", "lr", "weight_decay", "betas", "momentum"}]
+        wrong += [f"optimizer {given['kind']}"] if given.get("kind", "sgd") not in ("adamw", "sgd") else []
         wrong += [f"paramwise_cfg.{name}" for name in self.paramwise.keys() - {"custom_keys"}]
-        rules = []
-        for key, factors in self.paramwise.get("custom_keys", {}).items():
-            wrong += [f"custom_keys.{key}.{name}" for name in factors.keys() - {"lr_mult", "decay_mult"}]
-            rules.append(ParamRule(key, factors.get("lr_mult", 1.0), factors.get("decay_mult", 1.0)))
-        if wrong or given.get("kind", "sgd") not in ("adamw", "sgd"):
+        wrong += [f"custom_keys.{k}.{n}" for k, factors in custom.items() for n in factors.keys() - FACTORS]
+        if wrong:
             raise UserError(
-                f"SegcoreOptimizer knows no {wrong[0] if wrong else 'optimizer ' + kind}; it has AdamW and SGD with "
-                "lr, weight_decay, betas, momentum, and lr_mult and decay_mult of custom_keys"
+                f"SegcoreOptimizer knows no {wrong[0]}; it has AdamW and SGD with lr, weight_decay, betas, momentum, "
+                f"and {' and '.join(sorted(FACTORS))} of custom_keys"
             )
         if "betas" in given:
             given["betas"] = tuple(given["betas"])
-        return replace(own, **given, **({"rules": tuple(rules)} if self.paramwise else {}))
-
-
-_LOGGER = "current" if ONE else "root"
+        if self.paramwise:
+            given["rules"] = tuple(ParamRule(key, **factors) for key, factors in custom.items())
+        return replace(own, **given)
 
 
 def _network(exp: Experiment) -> Segmentor:
@@ -358,11 +350,11 @@ def _loss(exp: Experiment) -> LossConfig:
     return loss
 
 
-def _preprocessor(exp: Experiment) -> dict[str, Any]:
-    """Return the normalization and padding of the experiment for 1.x, which reads images as BGR."""
+def _preprocessor(exp: Experiment) -> nn.Module:
+    """Return 1.x's normalization, of images that it reads as BGR, and padding to the crop, as in the experiment."""
     data = exp.data
-    return {"type": "SegDataPreProcessor", "mean": data.mean, "std": data.std, "bgr_to_rgb": data.channels == 3,
-            "size": data.crop, "pad_val": 0, "seg_pad_val": IGNORE}  # fmt: skip
+    settings = {"mean": data.mean, "std": data.std, "bgr_to_rgb": data.channels == 3, "size": data.crop}
+    return MODELS.build({"type": "SegDataPreProcessor", "pad_val": 0, "seg_pad_val": IGNORE, **settings})
 
 
 def _test_cfg(exp: Experiment) -> ConfigDict:

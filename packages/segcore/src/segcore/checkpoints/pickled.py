@@ -48,7 +48,7 @@ _INERT = re.compile(
     | numpy\.(dtype | ndarray | bool_? | u?int\d+ | float\d+ | dtypes\.\w+
         | _?core\.(multiarray\.(scalar | _reconstruct) | numeric\._frombuffer)
         | random\.(_pickle\.__(randomstate | bit_generator | generator)_ctor | _mt19937\.MT19937 | _pcg64\.PCG64))
-    | mmengine\.(logging\.history_buffer\.HistoryBuffer | config\.config\.(Config | ConfigDict))
+    | mmengine\.(logging\.history_buffer\.HistoryBuffer(\.\w+)? | config\.config\.(Config | ConfigDict))
     | omegaconf\.(base | dictconfig | listconfig | nodes)\.\w+
     | (lightning | lightning_fabric | pytorch_lightning)(\.\w+)*\.(AttributeDict | EarlyStopping | ModelCheckpoint)
     | (detectron2\.config\.config | fvcore\.common\.config | yacs\.config)\.CfgNode
