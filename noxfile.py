@@ -79,7 +79,7 @@ def oracle_tests(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
-@nox.parametrize("line", OPENMMLAB, ids=OPENMMLAB)
+@nox.parametrize("line", list(OPENMMLAB), ids=list(OPENMMLAB))
 def openmmlab(session: nox.Session, line: str) -> None:
     """Run our models inside MMSegmentation 0.30 and 1.x, both with an mmcv that has no compiled operators."""
     session.install("setuptools<81", "wheel", *EDITABLE, *group("test"))

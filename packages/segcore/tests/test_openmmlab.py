@@ -15,7 +15,9 @@ from torch import nn
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import load_weights
 from segcore.config.registry import experiments, load_experiment
+from segcore.config.schema import DataConfig
 from segcore.data.images import read_image
+from segcore.data.layouts import palette_of
 from segcore.demo.toy import generate
 from segcore.errors import UserError
 from segcore.evaluation.metrics import ConfusionMatrix
@@ -125,13 +127,28 @@ def test_their_tools_train_and_test_and_ours_load_the_checkpoint(row, tool, tmp_
     tool("test.py", row, file, *evaluated())
 
 
-def test_their_other_ways_to_test(tool, tmp_path):
-    torch.save({"state_dict": build(DDPS).state_dict()}, "w.pth")
+def predict_one(toy):
+    """Predict one image with their function for it."""
+    from mmseg import apis
+
+    image = str(next(toy.glob("leftImg8bit/val/**/*.png")))
+    if ONE:
+        found = apis.inference_model(apis.init_model("config.py", "w.pth", "cpu"), image).pred_sem_seg.data[0]
+    else:
+        [found] = apis.inference_segmentor(apis.init_segmentor("config.py", "w.pth", "cpu"), image)
+    assert tuple(found.shape) == (SIDE, 2 * SIDE)
+
+
+def test_their_other_ways_to_test(tool, tmp_path, toy):
+    classes, palette = palette_of(DataConfig("cityscapes"))
+    meta = {"CLASSES": classes, "PALETTE": palette.tolist()}
+    torch.save({"state_dict": build(DDPS).state_dict(), "meta": meta}, "w.pth")
     slide = ("model.test_cfg.mode=slide", f"model.test_cfg.crop_size=({SIDE},{SIDE})", "model.test_cfg.stride=(40,40)")
     tool("test.py", DDPS, "w.pth", *evaluated("--cfg-options", *slide))
     tool("test.py", DDPS, "w.pth", *evaluated("--tta" if ONE else "--aug-test"))
     tool("test.py", DDPS, "w.pth", "--show-dir", "shown")
     assert len(list(tmp_path.glob("shown/**/*.png"))) == 2
+    predict_one(toy)
     if ONE:  # 0.30 does not write the palette of Cityscapes with the Pillow of today
         form = "test_evaluator.format_only=True", "test_evaluator.output_dir=out"
         tool("test.py", DDPS, "w.pth", "--cfg-options", *form)
@@ -453,10 +470,13 @@ def test_a_contradicting_config_is_refused(name):
 
 def test_a_contradicting_data_set_is_refused():
     model = build(DDPS)
+    wrong = batch(model, torch.full((2, SIDE, SIDE), 19))
     with pytest.raises(UserError, match=r"value 19; .* takes 0 to 18 and 255") as error:
-        losses(model, batch(model, torch.full((2, SIDE, SIDE), 19)))
+        losses(model, wrong)
     assert one_line(error)
     if ONE:
+        with pytest.raises(UserError, match="value 19;"):
+            model.val_step(wrong)
         data = batch(model, torch.zeros(2, SIDE, SIDE, dtype=torch.long))
         for sample in data["data_samples"]:
             sample.set_metainfo({"reduce_zero_label": True})
@@ -496,10 +516,26 @@ def test_weights_load_strictly():
     assert not any(build(DDRNET).load_state_dict({**state, **averages}, strict=True))
 
 
+def test_start_weights_of_the_experiment(tmp_path):
+    start = build(SEGFORMER)
+    torch.save(start.state_dict(), tmp_path / "start.pth")
+    model = build(SEGFORMER, f"train.init_from={tmp_path / 'start.pth'}")
+    nn.init.zeros_(next(model.net.parameters()))
+    model.init_weights()
+    assert all(torch.equal(tensor, start.net.state_dict()[name]) for name, tensor in model.net.state_dict().items())
+
+
 def test_swin_has_the_published_layout():
     overrides = ["train.init_from=None"]
     row = "ddp_swin_t_4x4_512x1024_160k_cityscapes"
     model, other = (MODELS.build({"type": "SegcoreModel", "experiment": row, "overrides": overrides}) for _ in range(2))
+    if ONE:
+        from mmengine.model import ExponentialMovingAverage
+
+        ExponentialMovingAverage(model).update_parameters(other)
+        with pytest.raises(UserError, match="update_buffers=False") as error:
+            ExponentialMovingAverage(model, update_buffers=True)
+        assert one_line(error)
     state = model.state_dict()
     name = "backbone.stages.0.downsample.reduction.weight"
     assert not torch.equal(state[name], dict(model.net.named_parameters())[_own_name(model, name)])

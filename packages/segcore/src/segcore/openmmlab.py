@@ -51,10 +51,11 @@ else:
     from mmseg.core.builder import OPTIMIZER_BUILDERS as OPTIM_WRAPPER_CONSTRUCTORS
     from mmseg.models import SEGMENTORS as MODELS
 
-_LOGGER = "current" if ONE else "root"
 FACTORS = {"lr_mult", "decay_mult"}
 _SHARDED = ("torch.distributed.fsdp", "deepspeed", "colossalai")
 """Modules of programs that run parts of a model, which do not know the published names of parameters."""
+_AVERAGES = "mmengine.model.averaged_model"
+"""Where a state dict is asked for in order to change its tensors, with `update_buffers`."""
 
 
 class _Published(EncoderDecoder):
@@ -77,18 +78,19 @@ class _Published(EncoderDecoder):
         super(EncoderDecoder, self).__init__(init_cfg=init_cfg, **reading)  # its own would build a backbone and heads
         self.experiment, self.loss_config = exp, _loss(exp)
         self.net = _network(exp)
-        self.train_cfg, self.test_cfg = train_cfg, test_cfg or _test_cfg(exp)
+        own = {"mode": exp.evaluate.mode, "crop_size": exp.evaluate.crop, "stride": exp.evaluate.stride}
+        self.train_cfg, self.test_cfg = train_cfg, ConfigDict({**own, **(test_cfg or {})})
         self.has_background = self.net.ignore_index == 0  # DDPS; their labels do not count it
         self.out_channels = self.net.num_classes
         self.num_classes = self.out_channels - self.has_background
         self.ignore_index = IGNORE if self.has_background else self.net.ignore_index
         self.align_corners = self.net.align_corners
         self.reduce_zero_label = {"ade20k": True, "cityscapes": False, "toy": False}.get(exp.data.dataset)
-        names = ("num_classes", "align_corners", "ignore_index", "out_channels")
-        self.decode_head = SimpleNamespace(threshold=0.5, **{name: getattr(self, name) for name in names})
+        self.decode_head = SimpleNamespace(threshold=0.5, num_classes=self.num_classes)  # what their functions read
         self._check_stated(stated | ({"pretrained": pretrained} if pretrained else {}))
         if ONE:
-            self._check("data_preprocessor.seg_pad_val", "ignore_index", self.data_preprocessor.seg_pad_val)
+            padding = getattr(self.data_preprocessor, "seg_pad_val", None)
+            self._check("data_preprocessor.seg_pad_val", "ignore_index", padding)
         self.frozen = freeze(self.net, exp.train.freeze)
         if exp.train.checkpoint_activations:
             checkpoint_activations(self.net)
@@ -141,7 +143,9 @@ class _Published(EncoderDecoder):
         start = self.experiment.train.init_from
         if start and not self.init_cfg:
             classes, _ = palette_of(self.experiment.data)
-            print_log(load_init(self.net, start, exp=self.experiment, classes=classes), logger=_LOGGER)
+            print_log(
+                load_init(self.net, start, exp=self.experiment, classes=classes), logger="current" if ONE else "root"
+            )
 
     def _load_from_state_dict(self, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors below `prefix`, which have their published names; as strict as `load_official`.
@@ -221,6 +225,11 @@ class _Published(EncoderDecoder):
         logits = self.net(images, seeds)
         return logits.roll(-1, 1) if self.has_background else logits
 
+    def _forward(self, images: Tensor, _: Any = None) -> Tensor:
+        return self.net(images)
+
+    forward_dummy = _forward  # 0.30's name
+
     def _ignore_background(self, classes: Any) -> Any:
         """Set predicted background to the ignored label, in place: a miss in their metrics, as in ours."""
         if self.has_background:
@@ -240,10 +249,10 @@ if ONE:
 
         def predict(self, inputs: Tensor, data_samples: Sequence[Any] | None = None) -> Sequence[Any]:
             self._check_samples(data_samples or ())
+            for sample in data_samples or ():
+                if "gt_sem_seg" in sample:
+                    self.own_labels(sample.gt_sem_seg.data)
             return super().predict(inputs, data_samples)
-
-        def _forward(self, inputs: Tensor, data_samples: Any = None) -> Tensor:
-            return self.net(inputs)
 
         def postprocess_result(self, *args: Any) -> Sequence[Any]:
             samples = super().postprocess_result(*args)
@@ -275,9 +284,6 @@ else:
 
         def forward_train(self, img: Tensor, img_metas: Any, gt_semantic_seg: Tensor, **_: Any) -> dict[str, Tensor]:
             return self._losses(img, gt_semantic_seg.squeeze(1))
-
-        def forward_dummy(self, img: Tensor) -> Tensor:
-            return self.net(img)
 
         def simple_test(self, *args: Any, **kwargs: Any) -> list[np.ndarray]:
             return [self._ignore_background(classes) for classes in super().simple_test(*args, **kwargs)]
@@ -357,12 +363,6 @@ def _preprocessor(exp: Experiment) -> nn.Module:
     return MODELS.build({"type": "SegDataPreProcessor", "pad_val": 0, "seg_pad_val": IGNORE, **settings})
 
 
-def _test_cfg(exp: Experiment) -> ConfigDict:
-    evaluate = exp.evaluate
-    windows = {"crop_size": evaluate.crop, "stride": evaluate.stride} if evaluate.mode == "slide" else {}
-    return ConfigDict(mode=evaluate.mode, **windows)
-
-
 def _kinds(net: nn.Module) -> dict[str, tuple[type, bool]]:
     """Return, by name, each module's type and whether its `forward` was replaced."""
     return {name: (type(module), "forward" in vars(module)) for name, module in net.named_modules()}
@@ -371,7 +371,10 @@ def _kinds(net: nn.Module) -> dict[str, tuple[type, bool]]:
 def _publish(model: _Published, state: MutableMapping[str, Tensor], prefix: str, _: Any) -> None:
     """Rename the network's tensors in `state` to the published names, in the published layout."""
     for name, official in model.net.key_map().items():
-        state[f"{prefix}{official}"] = model.net.publish(official, state.pop(f"{prefix}net.{name}"))
+        own = state.pop(f"{prefix}net.{name}")
+        state[f"{prefix}{official}"] = tensor = model.net.publish(official, own)
+        if tensor is not own and any(f.f_globals.get("__name__") == _AVERAGES for f, _ in traceback.walk_stack(None)):
+            raise UserError(f"EMAHook would not average {official}, which is a copy; set its update_buffers=False")
 
 
 def _statistic(owner: Any, name: str) -> Any:

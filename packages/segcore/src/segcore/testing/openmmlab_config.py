@@ -62,6 +62,7 @@ val_set.update(pipeline=[
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ])
+test_pipeline = val_set["pipeline"]
 tta_model = dict(type="SegTTAModel")
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
