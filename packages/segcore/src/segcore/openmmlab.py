@@ -208,7 +208,7 @@ class _Published(EncoderDecoder):
         for meta in metas:
             file = Path(str(meta.get("img_path") or meta.get("filename") or "")).name
             flip = str(meta.get("flip_direction")) if meta.get("flip") else ""
-            seeds.append(file_seed(self.experiment.seed, height, width, flip, file))
+            seeds.append(file_seed(self.experiment.seed, f"{height}x{width} {flip}", file))
         return seeds
 
     def encode_decode(self, images: Tensor, metas: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -37,9 +37,9 @@ def evaluation_seed(seed: int, index: int) -> int:
     return _derive("evaluation", seed, index)
 
 
-def file_seed(seed: int, height: int, width: int, flip: str, name: str) -> int:
-    """Return the seed of the noise for a view of the image file `name`, in programs that know no index of an image."""
-    return _derive("file", seed, height, width, flip, name)
+def file_seed(seed: int, view: str, name: str) -> int:
+    """Return the seed of the noise for a view (scale, flip) of the image file `name`, where images have no index."""
+    return _derive("file", seed, view, name)
 
 
 def window_seed(image_seed: int, view: int, window: int) -> int:
