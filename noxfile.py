@@ -32,6 +32,14 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist=worksteal")
 """One test process per core, each with one thread (packages/conftest.py): threads of several would wait for another."""
 
+OPENMMLAB = {"0.x": ["mmcv==1.7.2"], "1.x": ["mmcv-lite==2.1.0", "mmengine==0.10.7"]}
+"""The lines of OpenMMLab by name, with what is installed with its dependencies."""
+OPENMMLAB_ALONE = {
+    "0.x": ["mmsegmentation==0.30.0", "mmcls==0.25.0", "cityscapesscripts"],
+    "1.x": ["mmsegmentation==1.2.2", "cityscapesscripts"],
+}
+"""What is installed without its dependencies, which would pull in a second OpenCV, or a mmcv with operators."""
+
 
 def group(name: str) -> list[str]:
     """Return the requirements of a dependency group of the root pyproject.toml."""
@@ -70,6 +78,17 @@ def oracle_tests(session: nox.Session) -> None:
     """Compare with libraries that nothing else needs: transformers, MLflow, Ray Data, the Cityscapes scripts."""
     session.install(*EDITABLE, *group("test"), *group("oracle"))
     session.run("pytest", "-m", "oracle", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(python="3.11")
+@nox.parametrize("line", list(OPENMMLAB), ids=list(OPENMMLAB))
+def openmmlab(session: nox.Session, line: str) -> None:
+    """Run our models inside MMSegmentation 0.30 and 1.x, both with an mmcv that has no compiled operators."""
+    session.install("setuptools<81", "wheel", *EDITABLE, *group("test"))
+    session.install("--no-build-isolation", *OPENMMLAB[line], *group("openmmlab"))  # mmcv's setup.py needs setuptools
+    session.install("--no-deps", *OPENMMLAB_ALONE[line])
+    session.run("python", "scripts/mmcv_without_operators.py")
+    session.run("pytest", "-m", "openmmlab and not gpu", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -19,7 +19,7 @@ METHODS = sorted(set(PACKAGES) - {"segcore", "seg_cuda_ops"})
 ORDER = (
     *("errors", "seeds", "files", "distributed", "progress", "ops", "environment"),
     *("config", "data", "models", "checkpoints", "evaluation", "reporting", "training", "deploy"),
-    *("result", "inference", "web", "demo", "cli", "__main__", "testing"),
+    *("result", "inference", "openmmlab", "web", "demo", "cli", "__main__", "testing"),
 )
 """Folders and modules of segcore in import order: each imports only those before it."""
 

@@ -263,6 +263,8 @@ BOMBS = {
         b"}(" + b"".join(plain(n * (2**61 - 1)) + b"N" for n in range(40_000)) + b"u",
         "a key other than a name is NoneType",
     ),
+    "an attribute of a list": (call("builtins.getattr", b"]", plain("append")), "requires builtins.getattr"),
+    "an attribute of nothing": (call("builtins.getattr"), DAMAGED),
     "zeros by number": (call("builtins.bytearray", plain(10**12)), "holds builtins.bytearray"),
     "copies of a text": (
         plain("0" * 100_000) + put(0) + b"0" + call("_codecs.encode", get(0), plain("latin1")) * 40_000,

@@ -128,9 +128,14 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, model, same, n
 
 
 def named(name):
-    """Return a class of another program that pickle finds under `name`."""
+    """Return a class of another program that pickle finds under `name`, with a method `mean`."""
+
+    def mean(self):
+        pass
+
     module, _, kind = name.rpartition(".")
-    return type(kind, (), {"__module__": module})
+    mean.__module__, mean.__qualname__ = module, f"{kind}.mean"
+    return type(kind, (), {"__module__": module, "mean": mean})
 
 
 NAMES = (
@@ -180,7 +185,7 @@ def test_checkpoints_of_other_programs(tmp_path, monkeypatch, model, same, progr
                 patch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
             patch.setattr(sys.modules[".".join(parts[:-1])], parts[-1], named(name), raising=False)
             objects.append(getattr(sys.modules[".".join(parts[:-1])], parts[-1])())
-            objects[-1].__dict__ = {"lr": 0.1, "parent": objects[0]}
+            objects[-1].__dict__ = {"lr": 0.1, "parent": objects[0], "statistics": type(objects[0]).mean}
         torch.save(OTHERS[program](state, objects), path, pickle_protocol=protocol)
     load.load_weights(other := Tiny(), path)
     assert same(other)

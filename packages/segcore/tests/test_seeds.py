@@ -29,6 +29,7 @@ def test_known_values():
         "noise_seed": 2_014_637_354,
         "dropout_seed": 1_539_109_492,
         "evaluation_seed": 4_210_185_765,
+        "file_seed": 1_798_853_442,
         "window_seed": 1_501_236_526,
         "start_seed": 1_317_177_170,
         "corruption_seed": 3_594_371_342,

@@ -37,6 +37,11 @@ def evaluation_seed(seed: int, index: int) -> int:
     return _derive("evaluation", seed, index)
 
 
+def file_seed(seed: int, view: str, name: str) -> int:
+    """Return the seed of the noise for a view (scale, flip) of the image file `name`, where images have no index."""
+    return _derive("file", seed, view, name)
+
+
 def window_seed(image_seed: int, view: int, window: int) -> int:
     """Return the seed of the noise for one view (scale or flip) and window of an image with `image_seed`."""
     return _derive("window", image_seed, view, window)

@@ -48,7 +48,7 @@ _INERT = re.compile(
     | numpy\.(dtype | ndarray | bool_? | u?int\d+ | float\d+ | dtypes\.\w+
         | _?core\.(multiarray\.(scalar | _reconstruct) | numeric\._frombuffer)
         | random\.(_pickle\.__(randomstate | bit_generator | generator)_ctor | _mt19937\.MT19937 | _pcg64\.PCG64))
-    | mmengine\.(logging\.history_buffer\.HistoryBuffer | config\.config\.(Config | ConfigDict))
+    | mmengine\.(logging\.history_buffer\.HistoryBuffer(\.\w+)? | config\.config\.(Config | ConfigDict))
     | omegaconf\.(base | dictconfig | listconfig | nodes)\.\w+
     | (lightning | lightning_fabric | pytorch_lightning)(\.\w+)*\.(AttributeDict | EarlyStopping | ModelCheckpoint)
     | (detectron2\.config\.config | fvcore\.common\.config | yacs\.config)\.CfgNode
@@ -68,6 +68,8 @@ _OPCODES = (
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
 )
 """Those of the binary protocols 2 to 5 that the unpickler takes as they are; the class replaces more."""
+
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 class RefusedError(Exception):
@@ -153,6 +155,8 @@ class Unpickler(_Unpickler):
                 return lambda rebuild, kind, args, attributes: self.call(rebuild, args)
             case "collections.OrderedDict" | "collections.defaultdict":
                 return self.dictionary
+            case "builtins.getattr" | "__builtin__.getattr":
+                return self.method
         if _INERT.fullmatch(full):
             return StandIn(full)
         printable = full[:80] if full.isprintable() else repr(full[:80])
@@ -206,6 +210,12 @@ class Unpickler(_Unpickler):
             return {}
         self.meter.spend(len(items[0]))
         return {_key(key): value for key, value in items[0]}
+
+    def method(self, owner: Any, name: Any) -> StandIn:
+        """Return a stand-in for a method of mmengine's HistoryBuffer, which keeps its statistics by name."""
+        if isinstance(owner, StandIn) and owner.name == _HISTORY:
+            return owner
+        raise RefusedError("requires builtins.getattr, which weights do not need")
 
     def call(self, function: Any, args: Any) -> Any:
         """Call what `find_class` returned; nothing else on the stack can be called."""

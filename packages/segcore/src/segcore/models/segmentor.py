@@ -144,15 +144,18 @@ class Segmentor(nn.Module, ABC):
         """Return a published tensor in this model's layout, of the same shape; `name` is the published name."""
         return tensor
 
+    def publish(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of this model in the published layout, the inverse of `convert`; itself if they are equal."""
+        probe = torch.empty(tensor.shape, device="meta")
+        if self.convert(name, probe) is probe:
+            return tensor
+        order = self.convert(name, torch.arange(tensor.numel()).reshape(tensor.shape)).to(tensor.device)
+        return torch.empty_like(tensor).flatten().scatter_(0, order.flatten(), tensor.flatten()).reshape(tensor.shape)
+
     def official_state(self) -> dict[str, Tensor]:
         """Return the tensors under their published names and in the published layout; `load_official` takes them."""
-        names, state = self.key_map(), {}
-        for name, tensor in self.state_dict().items():
-            official = names[name]
-            order = self.convert(official, torch.arange(tensor.numel()).reshape(tensor.shape))  # keeps shapes
-            moved = torch.empty_like(tensor).flatten().scatter_(0, order.flatten(), tensor.flatten())
-            state[official] = moved.reshape(tensor.shape)
-        return state
+        names = self.key_map()
+        return {names[name]: self.publish(names[name], tensor) for name, tensor in self.state_dict().items()}
 
     def load_official(self, state: Mapping[str, Tensor]) -> LoadReport:
         """Load a published checkpoint's tensors, given under their published names, and report which were used.
