@@ -96,7 +96,7 @@ def test_the_files_hold_the_answer(seg, photo, tmp_path, steps):
     best, own = stored.max(0), np.take_along_axis(stored, found.result.classes[None].astype(int), 0)[0]
     np.testing.assert_allclose(own, best, atol=2e-3)  # float16 has ties
     started = answers.answer(seg, photo, start=found.result.classes.astype(np.int64))
-    assert [path.name for path in answers.files(started, tmp_path)] == ["mask.png", "overlay.png"]
+    assert [path.name for path in answers.files(started, tmp_path / "started")] == ["mask.png", "overlay.png"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import segcore
 from segcore.cli.main import COMMANDS, main, offers, parse
 from segcore.config import options, registry
+from segcore.errors import UserError
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
 
@@ -126,6 +127,11 @@ def test_version_and_completion(capsys):
             main(None, words)
         assert not end.value.code
         assert expected in capsys.readouterr().out
+
+
+def test_no_word_is_a_command():
+    with pytest.raises(UserError, match="there is no command ''"):
+        parse([""])
 
 
 def options_of(command, name):

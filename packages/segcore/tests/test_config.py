@@ -440,6 +440,9 @@ def test_a_record_of_an_earlier_version_has_the_defaults_of_newer_settings(tmp_p
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps({"experiment": stored}))
     assert load_experiment(tmp_path) == exp
+    unread = stored["data"] | {"classes": ["road", "sky"], "val_share": 0.5}  # which no version read of the toy set
+    path.write_text(json.dumps({"experiment": stored | {"data": unread}}))
+    assert load_experiment(tmp_path) == exp
     path.write_text(json.dumps({"experiment": stored | {"gone": 1}}))
     with pytest.raises(UserError, match="gone is unknown, as in no run of this version"):
         load_experiment(tmp_path)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class ImportIsprs:
-    """What both have."""
+    """The places of both commands, and how they cut."""
 
     name: ClassVar[str]
     folder: Path = field(kw_only=True)

@@ -148,7 +148,7 @@ def parse(words: list[str], package: str | None = None) -> Any:
     group = {key: kind for key, kind in COMMANDS.items() if key.startswith(f"{name} ")}
     if group:
         name, rest = " ".join([name, *rest[:1]]), rest[1:]
-    if name.split()[-1] in ("-h", "--help") or name == "--version":
+    if name.endswith(("-h", "--help")) or name == "--version":
         listed = (group or COMMANDS).items()
         commands = "\n".join(f"  {key:18}{str(kind.__doc__).splitlines()[0]}" for key, kind in listed)
         print(_version(package) if name == "--version" else HELP.format(prog=prog, commands=commands))

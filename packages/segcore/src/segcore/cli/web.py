@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Web(Command):
             except ImportError:
                 raise UserError("the page needs gradio; install segcore[web]") from None
             seg = load(self, self.checkpoint)
-            made = page.build(seg, examples=self._examples(Path(folder)), max_side=self.max_side)
+            made = page.build(seg, examples=self._examples(Path(folder)), max_side=self.max_side, share=self.share)
             try:
                 page.launch(
                     made, host=self.host, port=self.port, share=self.share, max_upload=self.max_upload * 10**6,
@@ -57,16 +58,16 @@ class Web(Command):
                 raise UserError(f"cannot listen at {self.host}, {port}; choose another with --port, --host") from None
 
     def _examples(self, folder: Path) -> list[Path]:
-        """Return photos of the validation set if it is there, otherwise street scenes, drawn below `folder`."""
+        """Return photos of the validation set if it is there and the page is private, otherwise drawn street scenes."""
         from segcore.data.layouts import open_dataset
         from segcore.demo import toy
 
-        try:
-            dataset = open_dataset(self.experiment.data, "val")
-        except UserError:
-            toy.generate(folder / "scenes", train=1, val=EXAMPLES)
-            return sorted(folder.glob("scenes/leftImg8bit/val/*/*.png"))
-        return [sample.image for sample in dataset.samples[:EXAMPLES]]
+        if not self.share:
+            with contextlib.suppress(UserError):
+                dataset = open_dataset(self.experiment.data, "val")
+                return [sample.image for sample in dataset.samples[:EXAMPLES]]
+        toy.generate(folder / "scenes", train=1, val=EXAMPLES)
+        return sorted(folder.glob("scenes/leftImg8bit/val/*/*.png"))
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -20,8 +20,10 @@ _CHECK = ("check",)
 """The command that opens the training images, and draws the crops of training."""
 
 
-_OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
+OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
 """Settings that describe a folder's files and what the masks mean."""
+WITHOUT_FILES = ("cityscapes", "ade20k", "toy")
+"""Data sets that read none of these."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class DataConfig(Section):
         check_reference("data.dataset", self.dataset, get_args(LayoutName))
         check_reference("data.augment", self.augment)
         check_classes(self.classes, self.labels)
-        given = [name for name in _OF_FILES if getattr(self, name) != getattr(type(self), name)]
-        if given and self.dataset in ("cityscapes", "ade20k", "toy"):
+        given = [name for name in OF_FILES if getattr(self, name) != getattr(type(self), name)]
+        if given and self.dataset in WITHOUT_FILES:
             name = f"data.{given[0]}"
             raise UserError(f"{name} is not read with data.dataset {self.dataset}; add --data.dataset folder")
         check_also(self.also, self.dataset)

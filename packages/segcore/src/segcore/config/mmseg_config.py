@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -87,7 +87,8 @@ def _method(model: Table, key: Key) -> Found:
     kind = head.get("type") if isinstance(head, Table) else None
     known: dict[Any, Any] = {}
     for point in entry_points(group="segcore.methods"):
-        known |= importlib.import_module(f"{point.value}.configs.from_mmseg").HEADS
+        if importlib.util.find_spec(f"{point.value}.configs.from_mmseg"):
+            known |= importlib.import_module(f"{point.value}.configs.from_mmseg").HEADS
     if not isinstance(kind, str) or kind not in known:
         where = key.of(model, "decode_head")
         (where.of(head, "type") if isinstance(head, Table) else where).refuse(

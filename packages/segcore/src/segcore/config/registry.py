@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+from segcore.config.data import OF_FILES, WITHOUT_FILES
 from segcore.config.options import nearest
 from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
@@ -47,7 +48,8 @@ def published_files() -> dict[str, str]:
         rows: dict[str, Published] = importlib.import_module(f"{point.value}.official").PUBLISHED
         for name, row in rows.items():
             file = row.file or (row.url or "").rpartition("/")[2]
-            found.setdefault(file, name)
+            if file:
+                found.setdefault(file, name)
     return found
 
 
@@ -122,8 +124,10 @@ def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
     try:
         if Path(name).name != name or name in ("", "..") or not name.isprintable():  # files are named by it
             raise VersionError(f"name is {name!r}")
-        typed = from_plain(known[kind], model, "model")
-        return cast(Experiment, from_plain(Experiment, {**stored, "model": typed}))
+        typed, data = from_plain(known[kind], model, "model"), dict(stored["data"])
+        if data.get("dataset") in WITHOUT_FILES:  # earlier versions took these settings, and did not read them
+            data = {key: value for key, value in data.items() if key not in OF_FILES}
+        return cast(Experiment, from_plain(Experiment, {**stored, "data": data, "model": typed}))
     except VersionError as error:
         raise UserError(
             f"{path}: {error}, as in no run of this version; train again, or name a configuration"

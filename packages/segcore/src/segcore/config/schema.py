@@ -202,7 +202,7 @@ class EvalConfig(Section):
     """Scales of multi-scale testing; probabilities are averaged."""
     flip: bool = False
     """Add the horizontally flipped view of every scale."""
-    batch_size: int = setting(1, least=1)
+    batch_size: int = setting(1, least=1, commands=("test", "predict"))
     """Images per forward pass, where sizes are equal."""
     precision: Precision | None = None
     """Precision of the forward pass (autocast); None: as trained, `train.precision`."""

@@ -168,22 +168,19 @@ def drawn_start(layer: np.ndarray, found: Answer) -> np.ndarray:
     height, width = result.classes.shape
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_NEAREST)
     drawn = layer[..., 3] > 127
-    distance = ((layer[drawn][:, None, :3].astype(int) - colors[None].astype(int)) ** 2).sum(2)
+    strokes, of_pixel = np.unique(layer[drawn][:, :3].astype(int), axis=0, return_inverse=True)
+    nearest = ((strokes[:, None] - colors[None].astype(int)) ** 2).sum(2).argmin(1)
     start = result.classes.astype(np.int64)
-    start[drawn] = distance.argmin(1) + first
+    start[drawn] = nearest[of_pixel] + first
     return start
 
 
 def files(found: Answer, folder: Path) -> list[Path]:
-    """Write mask, overlay and probabilities of the answer into `folder`; return the files.
+    """Write mask, overlay and probabilities of the answer into `folder`, see `Result.write`; return the files.
 
-    The probabilities are a float16 array (K, H, W) `probabilities` in an .npz file. There are none for an answer that
-    started from a given map.
+    There are no probabilities for an answer that started from a given map.
     """
-    result, written = found.result, [folder / "mask.png", folder / "overlay.png"]
-    result.write(*written)
-    if not found.started:
-        written.append(folder / "probabilities.npz")
-        with number_of_steps(result.loaded, found.count):
-            np.savez_compressed(written[-1], probabilities=result.probabilities.astype(np.float16))
-    return written
+    mask, overlay, probabilities = (folder / name for name in ("mask.png", "overlay.png", "probabilities.npz"))
+    with number_of_steps(found.result.loaded, found.count):
+        found.result.write(mask, overlay, None, None if found.started else probabilities)
+    return [path for path in (mask, overlay, probabilities) if path.exists()]

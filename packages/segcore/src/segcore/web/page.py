@@ -25,20 +25,26 @@ STYLE = """
 .swatch { display: inline-block; width: 1em; height: 1em; margin-right: .4em; border-radius: 2px; }
 """
 PRIVACY = f"Photos stay on the machine that runs this page, which deletes them after {LIFETIME // 60} minutes."
+SHARED = "This page has a public address: photos pass through a server of gradio's."
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """The browser's own: gradio's would be fetched from elsewhere."""
 IMAGE: Any = {"buttons": ["download", "fullscreen"]}
 """Without gradio's button for sharing, which would send the image elsewhere."""
 PRIVATE: Any = {"api_visibility": "private"}
 QUICK: Any = PRIVATE | {"show_progress": "hidden"}
+MODEL: Any = PRIVATE | {"concurrency_id": "model", "concurrency_limit": 1}
+"""For what runs the model, whose number of steps is changed meanwhile: one after the other."""
 
 
-def build(seg: LoadedModel, *, examples: Sequence[str | Path] = (), max_side: int = 1024) -> gr.Blocks:
+def build(
+    seg: LoadedModel, *, examples: Sequence[str | Path] = (), max_side: int = 1024, share: bool = False
+) -> gr.Blocks:
     """Return the page for a model of 8-bit RGB images; `launch` shows it.
 
     Args:
         examples: photos that are offered to begin with.
         max_side: a photo with a longer side, in pixels, is shrunk first.
+        share: the page will have a public address, and says so.
 
     Raises UserError for models of other images.
     """
@@ -48,7 +54,9 @@ def build(seg: LoadedModel, *, examples: Sequence[str | Path] = (), max_side: in
     act, (names, colors), stepwise = _Actions(seg, max_side), answers.named_classes(seg), answers.is_stepwise(seg)
     with gr.Blocks(title=seg.experiment.name, analytics_enabled=False, delete_cache=(LIFETIME, LIFETIME)) as page:
         found = gr.State(None, time_to_live=LIFETIME)
-        gr.Markdown(f"# {seg.experiment.name}\nSegments a photo into {len(names)} classes. {PRIVACY}")
+        gr.Markdown(
+            f"# {seg.experiment.name}\nSegments a photo into {len(names)} classes. {SHARED if share else PRIVACY}"
+        )
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(label="Photo", sources=["upload", "webcam", "clipboard"], **IMAGE)
@@ -71,17 +79,17 @@ def build(seg: LoadedModel, *, examples: Sequence[str | Path] = (), max_side: in
                 prepare = gr.Button("Prepare files")
                 files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False)
         how, shown = [count, seed, unsure, opacity, only], [found, painted, step, legend, gray, report, files]
-        gr.on([photo.change, run.click], act.segment, [photo, *how], shown, show_progress_on=painted, **PRIVATE)
+        gr.on([photo.change, run.click], act.segment, [photo, *how], shown, show_progress_on=painted, **MODEL)
         changed = [step.change, opacity.change, only.change]
         gr.on(changed, act.repaint, [found, step, opacity, only], [painted, legend], **QUICK)
-        prepare.click(act.files, found, files, **PRIVATE)
+        prepare.click(act.files, found, files, **MODEL)
         if answers.starts_from_masks(seg):
             with gr.Accordion("Correct the classes by hand, and let the model go on from there", open=False):
                 brush = gr.Brush(colors=["#{:02x}{:02x}{:02x}".format(*color) for color in colors], color_mode="fixed")
                 editor = gr.ImageEditor(label="Start mask", brush=brush, transforms=(), sources=())
                 again = gr.Button("Start from here")
             found.change(lambda answer: answer and answers.paint(answer), found, editor, **QUICK)
-            again.click(act.go_on, [editor, found, *how], shown, show_progress_on=painted, **PRIVATE)
+            again.click(act.go_on, [editor, found, *how], shown, show_progress_on=painted, **MODEL)
     return page
 
 
