@@ -100,6 +100,16 @@ def test_step_entries(dataset):
     assert results.entries["1"]["mIoU"] > results.final["mIoU"]
 
 
+def test_only_the_main_entry_has_a_matrix_of_every_image(dataset, monkeypatch):
+    """With thousands of classes a matrix costs more than the counting."""
+    made, start = [], ConfusionMatrix.__init__
+    monkeypatch.setattr(ConfusionMatrix, "__init__", lambda *args: (made.append(1), start(*args))[1])
+    results = run(Redness(), dataset, dataclasses.replace(PLAIN, steps=(1, 2, 3)))
+    assert len(results.entries) == 3
+    assert len(made) == 3 + len(dataset)
+    assert all(matrix.sum() == results.confusion["3"].sum() for matrix in results.confusion.values())
+
+
 def test_an_entry_that_stops_early(dataset):
     class Early(Redness):
         def early_exit(self, images, percent, seeds=None):
