@@ -157,6 +157,13 @@ def test_the_test_split(run, toy, tmp_path, capsys):
     assert "data.dataset toy has no test split known here; run `predict`" in refused(capsys, *no_split)
 
 
+def test_a_list_of_someone_else_is_refused_before_the_evaluation(run, toy, tmp_path, capsys):
+    (tmp_path / "classes.json").write_text('{"mine": 1}')
+    line = refused(capsys, "test", run, f"--data.root={toy}", "--device=cpu", "--limit=1", f"--save={tmp_path}")
+    assert "classes.json: is no list of classes and would be overwritten" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.json"]
+
+
 def test_sets_without_a_server_are_refused(run, toy, tmp_path, capsys):
     words = [run, "--device=cpu", "--label-ids"]
     line = "these sets have one: cityscapes, toy, ade20k, loveda, voc2012, voc2012_aug"
