@@ -81,6 +81,7 @@ def test_masks_give_the_figures(tested, toy):
             assert row[f"IoU {name}"] == ("" if np.isnan(value) else str(value))
     assert "steps" not in rows[0]
     assert stored["confusion"] == {"final": total.matrix[:19, :19].tolist()}
+    assert (tested / "test.report.html").is_file()
     assert stored["entries"]["final"]["mIoU"] == total.compute()["mIoU"]
     assert sum(stored["calibration"]["counts"]) == total.matrix.sum()
     assert 0 < stored["calibration"]["ece"] < 1
@@ -155,6 +156,17 @@ def test_the_test_split(run, toy, tmp_path, capsys):
     assert "would overwrite this file of the data set" in refused(capsys, *words[:-1], f"--save={here}")
     no_split = ["test", run, f"--data.root={toy}", "--split=test", f"--save={tmp_path / 'out'}", "--device=cpu"]
     assert "data.dataset toy has no test split known here; run `predict`" in refused(capsys, *no_split)
+
+
+def test_files_of_the_user_are_not_overwritten_by_figures(run, toy, tmp_path, capsys):
+    words = ["test", run, f"--data.root={toy}", "--device=cpu", f"--save={tmp_path / 'out'}"]
+    for option, suffix in (("json", ".json"), ("per-image", ".csv"), ("zip", ".zip")):
+        line = refused(capsys, *words, f"--{option}={tmp_path / 'mine.png'}")
+        assert line == f"error: --{option} {tmp_path / 'mine.png'}: does not end in {suffix}; name a file that does"
+    before = (run / "experiment.json").read_bytes()
+    assert "would overwrite what this command reads" in refused(capsys, *words, f"--json={run / 'experiment.json'}")
+    assert (run / "experiment.json").read_bytes() == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_list_of_someone_else_is_refused_before_the_evaluation(run, toy, tmp_path, capsys):
