@@ -145,7 +145,9 @@ class Predict(Parallel):
         try:
             predict_images.run(seg, jobs, record)
         except UserError as error:
-            raise UserError(f"{error}; {self.zip} is not written") if self.zip else error from None
+            if self.zip:
+                error.args = (f"{error}; {self.zip} is not written",)
+            raise
         if self.zip:
             root = self.output if many else jobs[0].mask.parent
             root = root / FOLDER if self.label_ids else root
