@@ -189,7 +189,7 @@ def test_results_of_other_settings_or_weights_are_not_taken_for_these(photos: Pa
     assert calls(predict(photos, loaded(batch_size=2), resume=True, opacity=0.5)) == [], "which changes no result"
     photos.with_name("out").joinpath("predict.json").write_text("{")
     for resume in (True, False):
-        with pytest.raises(UserError, match=r"predict\.json: damaged .*; move it away, or choose another output folder"):
+        with pytest.raises(UserError, match=r"predict\.json: damaged .*; move it away, or choose another"):
             predict(photos, resume=resume, opacity=0.5)
     photos.with_name("out").joinpath("predict.json").unlink()
     predict(photos, other)

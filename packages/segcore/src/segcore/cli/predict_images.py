@@ -169,7 +169,7 @@ def _write(done: Done) -> Done:
         if done.answer:
             write(done.job, *done.answer)
     except UserError as error:
-        cause = error.__context__
+        cause = error.__context__  # which `from None` keeps
         if not (isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG):
             raise
         return done._replace(answer=None, error=str(error))

@@ -39,8 +39,8 @@ class Test(Parallel):
     calibration: Flag = False
     """Also compute the expected calibration error, from the probabilities of the predicted classes in 15 bins."""
     json: Path | None = None
-    """A file .json for the figures at full precision and the confusion matrices; by default test.json in the run that CONFIG
-    is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
+    """A file .json for the figures at full precision and the confusion matrices; by default test.json in the run that
+    CONFIG is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
     per_image: Path | None = None
     """A file .csv for the figures of every image."""
     save: Path | None = None
