@@ -138,6 +138,11 @@ def test_another_evaluation_has_another_file(run, toy, capsys):
     assert names == {"test.limit_1.json", "test.multi_scale.limit_1.json", "test.ensemble.json"}
 
 
+def test_a_model_knows_the_settings_of_those_that_it_is_averaged_with(run):
+    other = segcore.load_model(run, device="cpu")
+    assert segcore.load_model(run, device="cpu", ensemble=[other]).ensemble == (other.experiment,)
+
+
 def test_the_test_split(run, toy, tmp_path, capsys):
     """Masks and nothing else; a Cityscapes set has one, the toy set none."""
     words = ["test", run, "--data.dataset=cityscapes", f"--data.root={tmp_path}", "--device=cpu", "--split=test"]

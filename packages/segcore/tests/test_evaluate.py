@@ -193,6 +193,11 @@ def test_says_what_does_not_fit(dataset):
         run(Redness(), dataclasses.replace(dataset, samples=(bare,)))
 
 
+def test_images_outside_the_image_folder_have_figures(dataset, tmp_path):
+    results = run(Redness(), dataclasses.replace(dataset, image_root=tmp_path / "images"))
+    assert [image.name for image in results.per_image] == [f"__/{i}" for i in range(5)]
+
+
 def test_figures_of_every_image_add_up_to_the_total(dataset):
     """An image's figures are those of a data set of this image alone."""
     results = run(Redness(noise=6.0), dataset, dataclasses.replace(PLAIN, batch_size=2, steps=(1, 3)), seed=3)
