@@ -14,7 +14,8 @@ from typing import Any
 import ray
 
 import segcore
-from segcore.data.images import IMAGE_SUFFIXES
+from segcore.cli.predict_files import plan
+from segcore.errors import UserError
 
 
 class Segmenter:
@@ -52,7 +53,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=what)
     args = parser.parse_args()
     source, target = args.source.resolve(), args.target.resolve()
-    paths = sorted(str(path) for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not source.is_dir():
+        parser.error(f"{source}: no such folder")
+    try:
+        paths = [str(job.image) for job in plan(source, target)]
+    except UserError as error:  # results would overwrite images or each other
+        parser.error(str(error))
     results = ray.data.from_items([{"path": path} for path in paths]).map_batches(
         Segmenter,
         fn_constructor_args=(args.config, args.checkpoint, source, target, args.batch_size),

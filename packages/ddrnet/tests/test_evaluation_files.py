@@ -81,6 +81,7 @@ def test_masks_give_the_figures(tested, toy):
             assert row[f"IoU {name}"] == ("" if np.isnan(value) else str(value))
     assert "steps" not in rows[0]
     assert stored["confusion"] == {"final": total.matrix[:19, :19].tolist()}
+    assert (tested / "test.report.html").is_file()
     assert stored["entries"]["final"]["mIoU"] == total.compute()["mIoU"]
     assert sum(stored["calibration"]["counts"]) == total.matrix.sum()
     assert 0 < stored["calibration"]["ece"] < 1
@@ -137,6 +138,11 @@ def test_another_evaluation_has_another_file(run, toy, capsys):
     assert names == {"test.limit_1.json", "test.multi_scale.limit_1.json", "test.ensemble.json"}
 
 
+def test_a_model_knows_the_settings_of_those_that_it_is_averaged_with(run):
+    other = segcore.load_model(run, device="cpu")
+    assert segcore.load_model(run, device="cpu", ensemble=[other]).ensemble == (other.experiment,)
+
+
 def test_the_test_split(run, toy, tmp_path, capsys):
     """Masks and nothing else; a Cityscapes set has one, the toy set none."""
     words = ["test", run, "--data.dataset=cityscapes", f"--data.root={tmp_path}", "--device=cpu", "--split=test"]
@@ -155,6 +161,24 @@ def test_the_test_split(run, toy, tmp_path, capsys):
     assert "would overwrite this file of the data set" in refused(capsys, *words[:-1], f"--save={here}")
     no_split = ["test", run, f"--data.root={toy}", "--split=test", f"--save={tmp_path / 'out'}", "--device=cpu"]
     assert "data.dataset toy has no test split known here; run `predict`" in refused(capsys, *no_split)
+
+
+def test_files_of_the_user_are_not_overwritten_by_figures(run, toy, tmp_path, capsys):
+    words = ["test", run, f"--data.root={toy}", "--device=cpu", f"--save={tmp_path / 'out'}"]
+    for option, suffix in (("json", ".json"), ("per-image", ".csv"), ("zip", ".zip")):
+        line = refused(capsys, *words, f"--{option}={tmp_path / 'mine.png'}")
+        assert line == f"error: --{option} {tmp_path / 'mine.png'}: does not end in {suffix}; name a file that does"
+    before = (run / "experiment.json").read_bytes()
+    assert "would overwrite what this command reads" in refused(capsys, *words, f"--json={run / 'experiment.json'}")
+    assert (run / "experiment.json").read_bytes() == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_someone_else_is_refused_before_the_evaluation(run, toy, tmp_path, capsys):
+    (tmp_path / "classes.json").write_text('{"mine": 1}')
+    line = refused(capsys, "test", run, f"--data.root={toy}", "--device=cpu", "--limit=1", f"--save={tmp_path}")
+    assert "classes.json: is no list of classes and would be overwritten" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.json"]
 
 
 def test_sets_without_a_server_are_refused(run, toy, tmp_path, capsys):

@@ -173,7 +173,7 @@ def test_gpus_option_starts_the_processes(root: Path, alone: Path, tmp_path: Pat
     assert done.stdout.count("Summary:") == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert json.loads(json_file.read_text())["entries"] == results["entries"]
-    assert json_file.with_suffix(".html").is_file()
+    assert json_file.with_suffix(".report.html").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
     done = train(root, tmp_path / "other", "--gpus", 3)
     assert (done.returncode, done.stdout) == (1, "")

@@ -100,6 +100,16 @@ def test_step_entries(dataset):
     assert results.entries["1"]["mIoU"] > results.final["mIoU"]
 
 
+def test_only_the_main_entry_has_a_matrix_of_every_image(dataset, monkeypatch):
+    """With thousands of classes a matrix costs more than the counting."""
+    made, start = [], ConfusionMatrix.__init__
+    monkeypatch.setattr(ConfusionMatrix, "__init__", lambda *args: (made.append(1), start(*args))[1])
+    results = run(Redness(), dataset, dataclasses.replace(PLAIN, steps=(1, 2, 3)))
+    assert len(results.entries) == 3
+    assert len(made) == 3 + len(dataset)
+    assert all(matrix.sum() == results.confusion["3"].sum() for matrix in results.confusion.values())
+
+
 def test_an_entry_that_stops_early(dataset):
     class Early(Redness):
         def early_exit(self, images, percent, seeds=None):
@@ -181,6 +191,11 @@ def test_says_what_does_not_fit(dataset):
     bare = dataclasses.replace(dataset.samples[0], label=None)
     with pytest.raises(UserError, match=r"0\.png: has no label"):
         run(Redness(), dataclasses.replace(dataset, samples=(bare,)))
+
+
+def test_images_outside_the_image_folder_have_figures(dataset, tmp_path):
+    results = run(Redness(), dataclasses.replace(dataset, image_root=tmp_path / "images"))
+    assert [image.name for image in results.per_image] == [f"__/{i}" for i in range(5)]
 
 
 def test_figures_of_every_image_add_up_to_the_total(dataset):

@@ -1,9 +1,12 @@
 """The example for Ray Data runs on a local Ray, beside our torch, and gives the masks of `predict`."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,11 +17,29 @@ from safetensors.torch import save_file
 import segcore
 from segcore.cli.main import main
 
-pytestmark = pytest.mark.oracle
 EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_predict.py"
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
 
 
+@pytest.mark.parametrize(
+    ("target", "line"), [("photos", "is the folder of the images"), ("out", "results of two images of .* rename one")]
+)
+def test_no_file_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, line: str
+) -> None:
+    """Neither an image by its mask, nor a mask by that of an image with another suffix."""
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / "photos" / name).touch()
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    words = ["ray_predict.py", CONFIG, "none", str(tmp_path / "photos"), str(tmp_path / target)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert re.search(line, capsys.readouterr().err)
+
+
+@pytest.mark.oracle
 def test_masks_are_those_of_predict(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     torch.manual_seed(0)

@@ -206,4 +206,17 @@ def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_zip(tmp_path / "out/some.zip", tmp_path / "in", ["a/1.png", "a/2.png"])
     with pytest.raises(UserError, match=r"in: cannot be written \(Is a directory"):
         write_zip(tmp_path / "in", tmp_path / "in", ["a/1.png"])
+    for name in ("../2.png", "a/../../2.png", str(tmp_path / "in/a/1.png")):
+        with pytest.raises(UserError, match="leads out of a folder; give the file another name"):
+            write_zip(tmp_path / "out/some.zip", tmp_path / "in", [name])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "a", "all.zip", "in", "out"]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are UTF-8 there")
+def test_an_archive_takes_names_of_any_encoding_and_files_of_any_age(tmp_path: Path) -> None:
+    name = os.fsdecode(b"z\xff.png")
+    write(tmp_path / name, b"one")
+    os.utime(tmp_path / name, (0, 0))  # 1970: the format begins with 1980
+    write_zip(tmp_path / "all.zip", tmp_path, [name])
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.read("z\\udcff.png") == b"one"

@@ -164,6 +164,18 @@ def test_lists_name_images_or_pairs(tmp_path: Path) -> None:
         open_dataset(replace(listed, train_list=tmp_path / "nowhere.txt"), "train")
 
 
+def test_images_outside_the_folder_of_a_list_have_names_that_stay_below_it(tmp_path: Path) -> None:
+    """Also of those that lie above `data.root`, and none is that of an image inside."""
+    data = write_folder(tmp_path / "data")
+    rows = ["images/train/a.png", "scene1/a.png", "../out.png", "images/out.png", str(tmp_path / "far/a.png")]
+    for row in rows[1:]:
+        write(data.root / row, IMAGE)
+    (tmp_path / "list.txt").write_text("".join(f"{row} masks/train/a.png\n" for row in rows))
+    found = open_dataset(replace(data, train_list=tmp_path / "list.txt"), "train")
+    names = [found.name(i) for i in range(len(found))]
+    assert names == ["a", "__/__/scene1/a", "__/__/__/out", "__/out", "__/__/__/far/a"]
+
+
 def test_a_share_of_the_training_images_is_held_out(tmp_path: Path) -> None:
     data = folder_of(
         tmp_path, {f"{n}.png": np.zeros((4, 4), np.uint8) for n in range(10)}, classes="a b", val_share=0.3

@@ -149,8 +149,8 @@ def predict(folder, monkeypatch):
     monkeypatch.setattr("segcore.cli.predict.load", lambda *given: seg)
 
     def run(output, **options):
-        given = {"input": folder / "in" / "a.png", **options}
-        Predict(exp, checkpoint="none", output=folder / output, **given).run(None)
+        given = {"input": folder / "in" / "a.png", "checkpoint": "none", **options}
+        Predict(exp, output=folder / output, **given).run(None)
         return folder / output
 
     return run
@@ -212,6 +212,8 @@ def test_legend_and_contours_are_in_the_overlay_only(predict):
     [
         ("out.tif", {"legend": True}, "--legend and --contours, give a folder"),
         ("out.tif", {"contours": True}, "--legend and --contours, give a folder"),
+        ("out", {"zip": Path("a.png")}, r"--zip a\.png: does not end in \.zip; name a file that does"),
+        ("out", {"zip": Path("in.zip"), "checkpoint": "in.zip"}, "would overwrite what this command reads"),
         ("out", {"input": Path("a.mp4"), "confidence": True}, "--confidence, --probabilities, .* not for videos"),
         ("out", {"input": Path("a.mp4"), "probabilities": True}, "--confidence, --probabilities, .* not for videos"),
     ],
@@ -220,6 +222,14 @@ def test_what_cannot_be_written_is_refused(predict, output, options, match):
     with pytest.raises(UserError, match=match) as caught:
         predict(output, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_is_not_written_is_named(predict, folder):
+    (folder / "in" / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"bad\.png: cannot be read .*; .*masks\.zip is not written"):
+        predict("out", input=folder / "in", zip=folder / "masks.zip")
+    assert not (folder / "masks.zip").exists()
+    assert (folder / "out" / "a.png").is_file()
 
 
 def test_background_is_no_class_of_the_mask_but_has_a_probability(tmp_path):

@@ -188,10 +188,53 @@ def test_results_of_other_settings_or_weights_are_not_taken_for_these(photos: Pa
     assert rows(photos) == before
     assert calls(predict(photos, loaded(batch_size=2), resume=True, opacity=0.5)) == [], "which changes no result"
     photos.with_name("out").joinpath("predict.json").write_text("{")
-    with pytest.raises(UserError, match=r"predict\.json: damaged .*; leave out --resume to start anew"):
-        predict(photos, resume=True, opacity=0.5)
+    for resume in (True, False):
+        with pytest.raises(UserError, match=r"predict\.json: damaged .*; move it away, or choose another"):
+            predict(photos, resume=resume, opacity=0.5)
+    photos.with_name("out").joinpath("predict.json").unlink()
     predict(photos, other)
     assert json.loads(photos.with_name("out").joinpath("predict.json").read_text())["input"] == str(photos)
+
+
+def test_another_setting_of_a_second_model_is_one_of_the_results(photos: Path) -> None:
+    second = replace(EXPERIMENT, name="second")
+    predict(photos, replace(loaded(), ensemble=(second,)))
+    other = replace(second, evaluate=replace(second.evaluate, flip=True))
+    with pytest.raises(UserError, match=r"ensemble\.second\.evaluate\.flip: False -> True"):
+        predict(photos, replace(loaded(), ensemble=(other,)), resume=True)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "predict.json"])
+def test_notes_of_someone_else_are_kept_and_nothing_is_predicted(photos: Path, name: str) -> None:
+    out = photos.with_name("out")
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match="would be overwritten; move it away, or choose another output folder"):
+        predict(photos)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, '{"mine": 1}\n')]
+
+
+def test_only_parts_of_results_are_deleted(photos: Path) -> None:
+    out = photos.with_name("out")
+    out.mkdir()
+    for name in ("results.csv.partial", "results.csv.part12"):
+        (out / name).touch()
+    predict(photos)
+    assert [path.name for path in out.glob("results.csv.*")] == ["results.csv.partial"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of this kind")
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_name_that_is_too_long_costs_a_line(photos: Path, threads: int) -> None:
+    name = f"{'a' * 240}.png"
+    (photos / name).write_bytes(photos.joinpath("below/0.png").read_bytes())
+    with pytest.raises(UserError, match=r"_overlay\.png: cannot be written \(File name too long\)") as caught:
+        predict(photos, threaded(threads))
+    assert "more)" not in str(caught.value)
+    assert [(row["file"], bool(row["error"])) for row in rows(photos)] == [
+        (name, True), *((f"below/{n}.png", False) for n in range(5))
+    ]  # fmt: skip
+    assert len(masks(photos)) == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of this kind")

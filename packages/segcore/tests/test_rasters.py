@@ -355,6 +355,14 @@ def test_names_of_bands_have_any_letters(tmp_path: Path) -> None:
         assert (file.read() == 0.25).all()
 
 
+def test_probabilities_of_one_class_are_one_band(tmp_path: Path) -> None:
+    with rasters.probability_writer(tmp_path / "p.tif", (40, 30), ["water"]) as put:
+        put(0, 0, np.full((1, 40, 30), 0.25))
+    with rasterio.open(tmp_path / "p.tif") as file:
+        assert file.descriptions == ("water",)
+        assert (file.read() == np.full((1, 40, 30), 0.25)).all()
+
+
 def test_a_result_of_a_raster_does_not_overwrite_it(tmp_path: Path) -> None:
     source = tmp_path / "a_confidence.tif"
     source.touch()

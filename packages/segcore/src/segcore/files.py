@@ -28,10 +28,15 @@ def write(path: Path | str, content: str | bytes) -> None:
 
 
 def write_zip(path: Path, folder: Path, names: Iterable[str]) -> None:
-    """Write an archive of files by their names below `folder`, as `write` does; they are not compressed."""
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    """Write an archive of files by their names below `folder`, as `write` does; they are not compressed.
+
+    What UTF-8 lacks in a name is escaped. Raises UserError for a name that leads out of the folder.
+    """
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive:
         for name in names:
-            archive.write(folder / name, name)
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{path}: not written, as {name} leads out of a folder; give the file another name")
+            archive.write(folder / name, name.encode(errors="backslashreplace").decode())
 
 
 @contextlib.contextmanager

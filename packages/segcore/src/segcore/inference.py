@@ -96,7 +96,8 @@ def load_model(
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
         fused.to(memory_format=torch.channels_last)
-    return LoadedModel(exp, predictor, report=(f"{path}{of_a_run}: {loaded}", *note))
+    report = (f"{path}{of_a_run}: {loaded}", *note)
+    return LoadedModel(exp, predictor, report=report, ensemble=tuple(other.experiment for other in ensemble))
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -128,6 +129,8 @@ class LoadedModel:
     """Source of the colors: the configuration's dataset (auto), a named data set, or a file with `r g b` per line."""
     report: tuple[str, ...] = ()
     """A description of the loaded model, and of settings that differ from the training."""
+    ensemble: tuple[Experiment, ...] = ()
+    """The settings of the further models in the average."""
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.experiment.name!r} on {self.predictor.device})"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segcore.config.options import Flag
 from segcore.config.schema import Experiment
-from segcore.errors import UsageError
+from segcore.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from segcore.inference import LoadedModel
@@ -79,6 +80,19 @@ def load(command: Command, checkpoint: str | None, ensemble: tuple[str, ...] = (
     if not distributed.rank():
         print(*(line for loaded in (*others, seg) for line in loaded.report), sep="\n", file=sys.stderr)
     return seg
+
+
+def check_file(option: str, path: Path | None, suffix: str, inputs: Iterable[object] = ()) -> None:
+    """Raise UserError unless the file that an option writes, if given, has this suffix and is none of the inputs.
+
+    Of the inputs, what is neither a path nor text does not count.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise UserError(f"--{option} {path}: does not end in {suffix}; name a file that does")
+    if os.path.realpath(path) in {os.path.realpath(other) for other in inputs if isinstance(other, (str, Path))}:
+        raise UserError(f"--{option} {path}: would overwrite what this command reads; name another file")
 
 
 def complete_toy_set(command: Command) -> None:

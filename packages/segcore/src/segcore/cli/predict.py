@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.cli.common import STEPWISE, Parallel, load
+from segcore.cli.common import STEPWISE, Parallel, check_file, load
 from segcore.config.data_sets import ServerFiles, server_files
 from segcore.config.options import Flag
 from segcore.errors import UserError
@@ -111,6 +111,7 @@ class Predict(Parallel):
         """Raise UserError about options that do not suit what is read or written."""
         from segcore import distributed
 
+        check_file("zip", self.zip, ".zip", (self.input, self.checkpoint, self.start_mask, *self.ensemble))
         if not 0 <= self.opacity <= 1:
             raise UserError(f"--opacity {self.opacity} is not between 0 and 1")
         steps = self.uncertainty or self.steps or self.animate or self.start_mask
@@ -141,7 +142,12 @@ class Predict(Parallel):
         many = self.input.is_dir()
         options = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_NOTED}
         record = Record(self.input, self.output, seg, options, self.resume) if many else None
-        predict_images.run(seg, jobs, record)
+        try:
+            predict_images.run(seg, jobs, record)
+        except UserError as error:
+            if self.zip:
+                error.args = (f"{error}; {self.zip} is not written",)
+            raise
         if self.zip:
             root = self.output if many else jobs[0].mask.parent
             root = root / FOLDER if self.label_ids else root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -163,7 +164,13 @@ def _answer(seg: LoadedModel, job: Job, image: np.ndarray, result: Result | None
 
 
 def _write(done: Done) -> Done:
-    """Write the files of a job, and let go of what they show."""
-    if done.answer:
-        write(done.job, *done.answer)
+    """Write the files of a job, and let go of what they show; a name that is too long for the disk is its error."""
+    try:
+        if done.answer:
+            write(done.job, *done.answer)
+    except UserError as error:
+        cause = error.__context__  # which `from None` keeps
+        if not (isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG):
+            raise
+        return done._replace(answer=None, error=str(error))
     return done._replace(answer=None)

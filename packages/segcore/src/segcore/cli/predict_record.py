@@ -18,8 +18,9 @@ from torch import nn
 from segcore import distributed
 from segcore.cli.predict_files import Job, classes_path, realpath
 from segcore.config.record import differences, settings_of
+from segcore.config.schema import Experiment
 from segcore.errors import UserError
-from segcore.files import read_json, regular_file, write, writing
+from segcore.files import read_json, reading, regular_file, write, writing
 from segcore.inference import LoadedModel
 
 COLUMNS = ("file", "width", "height", "seconds", "error", "bytes", "modified")
@@ -45,10 +46,11 @@ class Record:
     def begin(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that are left to do: with `resume`, without those whose results are whole and up to date.
 
-        Notes of earlier runs are taken over or deleted. Raises UserError when their results were made otherwise.
+        Notes of earlier runs are taken over or deleted. Raises UserError when their results were made otherwise, or a
+        file in the place of the notes is none of ours.
         """
-        made_by = self._made_by()
-        rows = self._earlier(made_by) if self.resume else {}
+        made_by, before = self._made_by(), self._earlier()
+        rows = self._taken_over(before, made_by) if self.resume and before else {}
         kept = {}
         for job in jobs:
             row = rows.get(self._name(job), [])
@@ -88,28 +90,40 @@ class Record:
         return job.image.relative_to(self.source).as_posix().encode(errors="backslashreplace").decode()
 
     def _parts(self) -> list[Path]:
-        return sorted(self.target.glob("results.csv.part*"))
+        return sorted(self.target.glob("results.csv.part[0-9]*"))
 
     def _made_by(self) -> dict[str, Any]:
         """Return what the results depend on, as plain data."""
-        settings = settings_of(self.seg.experiment)
-        del settings["data"]["workers"], settings["evaluate"]["batch_size"]
+        others = {exp.name: _settings(exp) for exp in self.seg.ensemble}
         return {
             "input": str(realpath(self.source)),
             "options": json.loads(json.dumps(self.options, default=str)),
             "colors": self.seg.palette.tobytes().hex(),
             "weights": digest([self.seg.model, *self.seg.predictor.ensemble]),
-            "experiment": settings,
+            "experiment": _settings(self.seg.experiment),
+            **({"ensemble": others} if others else {}),
         }
 
-    def _earlier(self, made_by: dict[str, Any]) -> dict[str, list[str]]:
-        path = self.target / "predict.json"
+    def _earlier(self) -> dict[str, Any] | None:
+        """Return what made the results that are there, if any. Raises UserError for files that are not our notes."""
+        table, path = self.target / "results.csv", self.target / "predict.json"
+        remedy = "move it away, or choose another output folder"
+        if table.is_file():
+            with reading(table), table.open("rb") as file:
+                if file.readline(1 << 10).strip() != ",".join(COLUMNS).encode():
+                    raise UserError(f"{table}: is no list of results and would be overwritten; {remedy}")
         try:
             before = read_json(path)
-        except (FileNotFoundError, NotADirectoryError):  # nothing to take over
-            return {}
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except UserError as error:
-            raise UserError(f"{error}; leave out --resume to start anew") from None
+            raise UserError(f"{error}; {remedy}") from None
+        if not before.keys() >= {"options", "weights", "experiment"}:
+            raise UserError(f"{path}: does not say what made results and would be overwritten; {remedy}")
+        return before
+
+    def _taken_over(self, before: dict[str, Any], made_by: dict[str, Any]) -> dict[str, list[str]]:
+        """Return the noted rows, see `_rows`; raises UserError when the results were made otherwise."""
         if changed := differences(before, made_by):
             raise UserError(
                 f"{self.target}: its results were made with other settings ({changed[0][:120]}); repeat the command "
@@ -131,6 +145,13 @@ class Record:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
         write(self.target / "results.csv", text.getvalue())
+
+
+def _settings(exp: Experiment) -> dict[str, Any]:
+    """Return the settings that results depend on."""
+    settings = settings_of(exp)
+    del settings["data"]["workers"], settings["evaluate"]["batch_size"]
+    return settings
 
 
 def stamp(job: Job) -> list[str]:

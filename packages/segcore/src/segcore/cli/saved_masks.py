@@ -24,7 +24,8 @@ from segcore.reporting.label_ids import FOLDER, write_label_ids
 class SavedMasks:
     """Writes the masks of this process's images, each whole or not at all.
 
-    Raises UserError when two images share a name, or a mask would overwrite a file of the data set.
+    The list of classes is there from the start. Raises UserError when two images share a name, or a mask would
+    overwrite a file of the data set, or the list one that is none.
     """
 
     seg: LoadedModel
@@ -46,6 +47,7 @@ class SavedMasks:
         inputs = {os.path.realpath(path) for s in self.dataset.samples for path in (s.image, s.label) if path}
         if own := next((path for path in paths if os.path.realpath(path) in inputs), None):
             raise UserError(f"{own}: a mask would overwrite this file of the data set; choose another --save folder")
+        distributed.on_main_process(lambda: self.seg.write_classes(self.folder / "classes.json"))
 
     def paths(self, name: str) -> list[Path]:
         """Return the mask's file of an image and, with a server, the one for it."""
@@ -66,15 +68,12 @@ class SavedMasks:
         self.written.append(name)
 
     def finish(self, archive: Path | None) -> int:
-        """Write the list of classes and the archive, once for all processes, and return the number of masks."""
+        """Write the archive, once for all processes, and return the number of masks."""
         names = sorted(distributed.all_gather_object(self.written))
 
-        def write() -> None:
-            self.seg.write_classes(self.folder / "classes.json")
-            if archive:
-                root = self.folder / FOLDER if self.server else self.folder
-                files = [self.paths(name)[-1].relative_to(root).as_posix() for name in names]
-                write_zip(archive, root, files if self.server else [*files, "classes.json"])
-
-        distributed.on_main_process(write)
+        if archive:
+            root = self.folder / FOLDER if self.server else self.folder
+            files = [self.paths(name)[-1].relative_to(root).as_posix() for name in names]
+            files += [] if self.server else ["classes.json"]
+            distributed.on_main_process(lambda: write_zip(archive, root, files))
         return len(names)

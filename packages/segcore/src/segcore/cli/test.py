@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from segcore.cli.common import Parallel, complete_toy_set, is_row, load
+from segcore.cli.common import Parallel, check_file, complete_toy_set, is_row, load
 from segcore.config.data_sets import server_files
 from segcore.config.options import Flag
 from segcore.config.registry import published
@@ -39,8 +39,8 @@ class Test(Parallel):
     calibration: Flag = False
     """Also compute the expected calibration error, from the probabilities of the predicted classes in 15 bins."""
     json: Path | None = None
-    """File for the figures at full precision and the confusion matrices; by default test.json in the run that CONFIG
-    is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
+    """A file .json for the figures at full precision and the confusion matrices; by default test.json in the run that
+    CONFIG is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
     per_image: Path | None = None
     """A file .csv for the figures of every image."""
     save: Path | None = None
@@ -52,7 +52,7 @@ class Test(Parallel):
     """With --save: a file .zip to pack the label_ids into, or without --label-ids the masks."""
     no_report: Flag = False
     """Do not write the page with the results: report.html in the run, otherwise runs/<configuration>.report.html, or
-    beside the file of --json."""
+    beside the file of --json, NAME.json, as NAME.report.html."""
     split: Literal["val", "test"] = "val"
     """The images: `test` are those without labels, of which only masks are written (--save)."""
 
@@ -82,7 +82,13 @@ class Test(Parallel):
         return partial(self._page, results, predictor) if results and not self.no_report else None
 
     def _check(self) -> None:
-        """Raise UserError for options that need or exclude each other."""
+        """Raise UserError for options that need or exclude each other, and for files that would be overwritten."""
+        record = self.folder and self.folder / "experiment.json"
+        inputs = (record, self.checkpoint, *self.ensemble, *vars(self.experiment.data).values())
+        for option, path, suffix in (
+            ("json", self.json, ".json"), ("per-image", self.per_image, ".csv"), ("zip", self.zip, ".zip"),
+        ):  # fmt: skip
+            check_file(option, path, suffix, inputs)
         for option, value in (("label-ids", self.label_ids), ("zip", self.zip), ("split test", self.split == "test")):
             if value and not self.save:
                 raise UserError(f"--{option} writes masks; add --save FOLDER")
@@ -144,7 +150,7 @@ class Test(Parallel):
         if of_a_run and iteration is not None and not self._kinds() and not self.json:
             write_evaluation(self.run_dir, exp, evaluation)
         run = replace(read_run(self.run_dir), evaluation=evaluation) if of_a_run else Run.of(exp, evaluation)
-        path = self.json.with_suffix(".html") if self.json else self._file("report", "html")
+        path = self.json.with_suffix(".report.html") if self.json else self._file("report", "html")
         for note in write_report(path, [run], [lambda: (predictor, exp)]):
             print(f"note: {note}")
         print(path)

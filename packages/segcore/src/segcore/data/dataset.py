@@ -5,6 +5,7 @@ Nothing here imports torch, and everything pickles, so that worker processes sta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,13 @@ class Dataset:
     def name(self, index: int) -> str:
         """Return the image's path below the image folder, with `/` and without its suffix, to name outputs.
 
-        The name of a part of an image ends in the row and column of its upper left corner.
+        The name of a part of an image ends in the row and column of its upper left corner. For an image outside the
+        folder, which a list may name, every step up to a folder above becomes `__`: no name leads out of a folder.
         """
         sample = self.samples[index]
         corner = "_{}_{}".format(*sample.box) if sample.box else ""
-        return sample.image.relative_to(self.image_root).with_suffix("").as_posix() + corner
+        path = Path(os.path.relpath(sample.image, self.image_root)).with_suffix("")
+        return "/".join("__" if part == ".." else part for part in path.parts) + corner
 
     def image(self, index: int) -> np.ndarray:
         """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""

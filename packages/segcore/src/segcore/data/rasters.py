@@ -318,7 +318,7 @@ def probability_writer(path: Path, size: tuple[int, int], names: Sequence[str], 
     described = f"<GDALMetadata>{''.join(items)}</GDALMetadata>".encode()
     tags = (*tags, (GDAL_METADATA, "s", 0, described, True))
     half, full = np.dtype(np.float16), np.dtype(np.float32)
-    how = {"photometric": "minisblack", "planarconfig": "separate"}
+    how = {"photometric": "minisblack"} | ({"planarconfig": "separate"} if len(names) > 1 else {})
     with _writer(path, (len(names), *size), half, full, "nan", tags, **how) as put:
         yield put
 

@@ -290,12 +290,14 @@ class _Counts:
         """Count what each entry predicts for an image with this label (H, W)."""
         main = configured_entry(self.predictor, found.classes)
         for entry, classes in found.classes.items():
-            of_image = self.new_matrix().update(classes, label)
-            self.matrices[entry].merge(of_image)
+            if entry == main:
+                of_image = self.new_matrix().update(classes, label)
+                self.matrices[entry].merge(of_image)
+                self.per_image.append(self.figures(found, of_image))
+            else:  # no matrix of its own: with many classes it costs more than the counting
+                self.matrices[entry].update(classes, label)
             if self.boundaries:
                 self.bands[entry].update(classes, label)
-            if entry == main:
-                self.per_image.append(self.figures(found, of_image))
         if self.calibration:
             self.calibration.update(found.confidence[main], found.classes[main], torch.from_numpy(label))
 
