@@ -25,11 +25,12 @@ from segcore.config.user_code import FROM_FILE
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
-from segcore.files import MAX_JSON, parse_json, read_json, reading, regular_file, write
+from segcore.files import MAX_RECORD, parse_json, read_json, reading, regular_file, write
+from segcore.reporting.tables import MAX_CONFUSION
 
 EVALUATION = "evaluation.json"
-MAX_LOG = 16 * MAX_JSON
-"""Bytes of a log that are read."""
+LARGEST = 1e15
+"""Absolute value that no number in a log reaches."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Evaluation(Stored):
     images: int = setting(0, least=0)
     skipped: int = setting(0, least=0)
     confusion: tuple[tuple[int, ...], ...] = ()
-    """Pixels by class (K rows) and predicted class (K + 1, the last one is for values outside), of the main entry."""
+    """Pixels by class (K rows) and predicted class (K + 1, the last one is for values outside), of the main entry; none
+    above MAX_CONFUSION classes."""
     per_image: tuple[ImageRow, ...] = ()
     calibration: Bins | None = None
 
@@ -105,7 +107,7 @@ class Evaluation(Stored):
     def of(cls, results: Results, command: Literal["train", "test"], iteration: int | None) -> Evaluation:
         """Return what is stored of `results`."""
         main, bins = results.final_step, results.calibration
-        matrix = results.confusion.get(main)
+        matrix = results.confusion.get(main) if len(results.classes) <= MAX_CONFUSION else None
         return cls(
             command,
             iteration,
@@ -211,7 +213,7 @@ def read_run(folder: Path) -> Run:
     train, val = read_log(folder / "log.jsonl")
     evaluation: Evaluation | None
     try:
-        stored = read_json(folder / EVALUATION)["evaluation"]
+        stored = read_json(folder / EVALUATION, MAX_RECORD)["evaluation"]
         evaluation = _evaluation(stored)
     except FileNotFoundError:
         evaluation = _of_log(val)
@@ -222,13 +224,17 @@ def read_run(folder: Path) -> Run:
 
 
 def read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
-    """Return the usable records `train` and `val` of a log; none if there is no log. Other lines are left out."""
+    """Return the usable records `train` and `val` of a log; none if there is no log.
+
+    Other lines are left out, and numbers from LARGEST on, with which the charts could not compute.
+    """
     found: dict[str, list[Mapping[str, Any]]] = {"train": [], "val": []}
     needs = {"train": "loss", "val": "mIoU"}
     for record in _records(path):
+        usable = {name: value for name, value in record.items() if not _is_number(value) or abs(value) < LARGEST}
         mode = str(record.get("mode"))
-        if mode in needs and isinstance(record.get("iteration"), int) and _is_number(record.get(needs[mode])):
-            found[mode].append(record)
+        if mode in needs and isinstance(usable.get("iteration"), int) and _is_number(usable.get(needs[mode])):
+            found[mode].append(usable)
     return tuple(found["train"]), tuple(found["val"])
 
 
@@ -237,7 +243,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         with reading(path):
             regular_file(path)
             with path.open("rb") as file:
-                lines = file.read(MAX_LOG).splitlines()
+                lines = file.read(MAX_RECORD).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
