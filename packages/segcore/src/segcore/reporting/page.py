@@ -52,7 +52,7 @@ class Group:
     text: str
     cards: Sequence[Card]
     legend: Sequence[tuple[str, str]] = field(default=())
-    """Color and meaning of what the panels mark besides the classes."""
+    """Color and meaning of what the panels mark in addition to the classes."""
 
 
 def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = (), missing: Sequence[str] = ()) -> str:

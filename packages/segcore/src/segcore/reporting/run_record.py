@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_type_hints
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from segcore.config.data import DataConfig
 from segcore.config.fields import Section, setting
-from segcore.config.record import describe, from_plain, settings_of
+from segcore.config.record import changed_settings, describe, flat_settings, from_plain, settings_of
 from segcore.config.registry import method_packages, model_configs
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import FROM_FILE
@@ -281,21 +281,9 @@ def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
 
 def not_neutral(run: Run) -> dict[str, Any]:
     """Return the settings of a run by dotted name that differ from the neutral defaults, or have none."""
-    settings: Mapping[str, Any] = run.record["experiment"]
-    hints = get_type_hints(Experiment) | {"model": model_configs().get(settings["model"]["class"], ModelConfig)}
-    found = {}
-    for part, value in settings.items():
-        kind = hints.get(part)
-        fields = {item.name: item for item in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            default = fields[key].default if key in fields else {"seed": 0}.get(part, dataclasses.MISSING)
-            if key != "class" and part != "name" and item != json.loads(json.dumps(_plain(default), default=str)):
-                found[f"{part}.{key}".rstrip(".")] = item
-    return found
-
-
-def _plain(default: Any) -> Any:
-    return "(none)" if default is dataclasses.MISSING else default
+    settings = run.record["experiment"]
+    changed = changed_settings(settings, model_configs().get(settings["model"]["class"], ModelConfig))
+    return {name: value for name, value in changed.items() if name not in ("name", "model.class")}  # stand elsewhere
 
 
 def different_settings(runs: list[Run]) -> dict[str, list[Any]]:
@@ -303,20 +291,12 @@ def different_settings(runs: list[Run]) -> dict[str, list[Any]]:
 
     Of models of different classes, only the settings that all have.
     """
-    flat = [dict(_flat(run.record["experiment"])) for run in runs]
+    flat = [flat_settings(run.record["experiment"]) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     if len({settings["model.class"] for settings in flat}) > 1:
         names = dict.fromkeys(name for name in names if not name.startswith("model.") or all(name in s for s in flat))
     table = {name: [settings.get(name) for settings in flat] for name in names}
     return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def confusions(evaluation: Evaluation, least: float = 0.01, most: int = 8) -> list[tuple[float, str, str]]:
