@@ -39,8 +39,8 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def changed_settings(settings: Mapping[str, Any], model: type[ModelConfig] = ModelConfig) -> dict[str, Any]:
-    """Return those of `flat_settings` that differ from the neutral defaults, or have none; `model` is the model's."""
+def changed_settings(settings: Mapping[str, Any], model: Any = ModelConfig) -> dict[str, Any]:
+    """Return those of `flat_settings` that differ from the neutral defaults, or have none; `model`: the model class."""
     neutral = flat_settings(json.loads(json.dumps(_defaults(Experiment) | {"model": _defaults(model)}, default=str)))
     flat = flat_settings(settings)
     return {name: value for name, value in flat.items() if name not in neutral or value != neutral[name]}
@@ -48,14 +48,13 @@ def changed_settings(settings: Mapping[str, Any], model: type[ModelConfig] = Mod
 
 def _defaults(kind: Any) -> dict[str, Any]:
     """Return the defaults of a dataclass, also of those in it; a setting without one is left out."""
-    found = {item.name: _default(item) for item in dataclasses.fields(kind)}
-    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in found.items()}
-    return {name: value for name, value in plain.items() if value is not dataclasses.MISSING}
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    made = item.default_factory is not dataclasses.MISSING
-    return item.default_factory() if made else item.default
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        make: Any = item.default_factory
+        value = item.default if make is dataclasses.MISSING else make()
+        if value is not dataclasses.MISSING:
+            found[item.name] = dataclasses.asdict(cast(Any, value)) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 class VersionError(ValueError):

@@ -282,7 +282,8 @@ def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
 def not_neutral(run: Run) -> dict[str, Any]:
     """Return the settings of a run by dotted name that differ from the neutral defaults, or have none."""
     settings = run.record["experiment"]
-    changed = changed_settings(settings, model_configs().get(settings["model"]["class"], ModelConfig))
+    kinds: dict[str, Any] = model_configs()
+    changed = changed_settings(settings, kinds.get(settings["model"]["class"], ModelConfig))
     return {name: value for name, value in changed.items() if name not in ("name", "model.class")}  # stand elsewhere
 
 
