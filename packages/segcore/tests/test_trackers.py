@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from segcore.cli.main import parse
 from segcore.config.schema import DataConfig, Experiment, ModelConfig, TrainConfig
 from segcore.config.user_code import Stored
 from segcore.errors import UserError
-from segcore.training import trackers
+from segcore.training import loop, trackers
 from segcore.training.logger import Logger
 from segcore.training.trackers import start_trackers
 
@@ -33,8 +34,8 @@ class Sink:
         print(json.dumps(values), file=self.file, flush=True)
     def log(self, iteration, values):
         self.add("log", iteration, values)
-    def picture(self, iteration, image):
-        self.add("picture", iteration, image.shape)
+    def image(self, iteration, image):
+        self.add("image", iteration, image.shape)
     def finish(self, results):
         self.add("finish", results)
 
@@ -74,22 +75,22 @@ def with_log(exp: Experiment, *names: str) -> Experiment:
 
 
 def logged(exp: Experiment, work_dir: Path, start: int = 0) -> None:
-    """Log a step, an evaluation with a picture, and the end."""
+    """Log a step, an evaluation with an image, and the end."""
     with Logger(work_dir, 9, {}, start=start, trackers=start_trackers(exp, work_dir, start)) as log:
         log.train(start + 1, VALUES)
         log.val(start + 1, VAL, "")
-        log.picture(start + 1, np.zeros((4, 6, 3), np.uint8))
+        log.image(start + 1, np.zeros((4, 6, 3), np.uint8))
         log.finish({"mIoU": 0.5})
 
 
 def test_a_sink_of_ones_own_gets_everything(exp: Experiment, run_dir: Path) -> None:
     logged(with_log(exp, f"{run_dir.parent / 'my.py'}:Sink"), run_dir, start=3)
-    start, train, val, picture, finish = map(json.loads, (run_dir / "sunk.jsonl").read_text().splitlines())
+    start, train, val, image, finish = map(json.loads, (run_dir / "sunk.jsonl").read_text().splitlines())
     changed = ["data.root", "model.class", "model.num_classes", "name", "train.batch_size", "train.log"]
     assert start == ["start", 3, 4, changed]
     assert train == ["log", 4, {f"train/{name}": value for name, value in VALUES.items()}]
     assert val == ["log", 4, {"val/mIoU": 0.5, "val_means/aAcc": 0.75, "val_iou/road": 0.5}]
-    assert picture == ["picture", 4, [4, 6, 3]]
+    assert image == ["image", 4, [4, 6, 3]]
     assert finish == ["finish", {"mIoU": 0.5}]
 
 
@@ -115,11 +116,27 @@ def test_a_run_that_ends_early_tells_its_trackers(exp: Experiment, run_dir: Path
     assert (run_dir / "sunk.jsonl").read_text().splitlines()[-1] == '["finish", null]'
 
 
+@pytest.mark.parametrize("failing", ["write", "Logger"])
+def test_trackers_end_when_the_run_cannot_begin(exp, run_dir: Path, monkeypatch, failing: str) -> None:
+    """Between their start and the first step: no space for experiment.json, or a log that cannot be written."""
+
+    def full(*_: object, **__: object) -> None:
+        raise UserError("no space")
+
+    exp = with_log(exp, f"{run_dir.parent / 'my.py'}:Sink")
+    state = types.SimpleNamespace(iteration=0, best_miou=0.0, description={}, device=torch.device("cpu"))
+    monkeypatch.setattr(loop, "setup", lambda *_, **__: (exp, state, [], None, []))
+    monkeypatch.setattr(loop, failing, full)
+    with pytest.raises(UserError, match="no space"):
+        loop.train(exp, run_dir)
+    assert (run_dir / "sunk.jsonl").read_text().splitlines()[1:] == ['["finish", null]']
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("broken", "my.py: cannot be run, line 23: OSError: no server"),
-        ("nothing", "my.py:nothing: returned builtin_function_or_method without log, picture, finish; return an obj"),
+        ("nothing", "my.py:nothing: returned builtin_function_or_method without log, image, finish; return an obj"),
         ("absent", "my.py:absent: name the function as "),
     ],
 )

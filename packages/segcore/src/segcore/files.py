@@ -110,6 +110,8 @@ _KINDS = {
 }
 MAX_JSON, MAX_DEPTH = 1 << 24, 64
 """Bytes and levels of nesting beyond which a stored JSON file counts as damaged."""
+MAX_RECORD = 16 * MAX_JSON
+"""Bytes of what a run stores by iteration, class or image: its log and its evaluation."""
 
 
 def regular_file(path: Path | str) -> None:

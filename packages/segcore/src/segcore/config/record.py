@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
-from segcore.config.schema import Experiment
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import Stored, is_reference
 from segcore.environment import git_hash, versions
 from segcore.files import read_json
@@ -30,22 +30,31 @@ def settings_of(exp: Experiment) -> dict[str, Any]:
     return settings
 
 
-def flat_settings(exp: Experiment) -> dict[str, Any]:
-    """Return the settings as plain data by their dotted names, `train.batch_size`."""
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as plain data, see `settings_of`, by their dotted names, `train.batch_size`."""
     flat: dict[str, Any] = {}
-    for part, found in settings_of(exp).items():
-        flat |= {f"{part}.{key}": value for key, value in found.items()} if isinstance(found, dict) else {part: found}
+    for part, found in settings.items():
+        for key, value in flat_settings(found).items() if isinstance(found, dict) else [("", found)]:
+            flat[f"{part}.{key}".rstrip(".")] = value
     return flat
 
 
-def changed_settings(exp: Experiment) -> dict[str, Any]:
-    """Return those of `flat_settings` that differ from the neutral defaults, or have none."""
-    neutral = {item.name: item.default for item in dataclasses.fields(exp)}
-    for part in dataclasses.fields(exp):
-        if dataclasses.is_dataclass(section := getattr(exp, part.name)):
-            neutral |= {f"{part.name}.{item.name}": item.default for item in dataclasses.fields(section)}
-    plain = json.loads(json.dumps(neutral, default=str))
-    return {name: value for name, value in flat_settings(exp).items() if name not in plain or value != plain[name]}
+def changed_settings(settings: Mapping[str, Any], model: Any = ModelConfig) -> dict[str, Any]:
+    """Return those of `flat_settings` that differ from the neutral defaults, or have none; `model`: the model class."""
+    neutral = flat_settings(json.loads(json.dumps(_defaults(Experiment) | {"model": _defaults(model)}, default=str)))
+    flat = flat_settings(settings)
+    return {name: value for name, value in flat.items() if name not in neutral or value != neutral[name]}
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Return the defaults of a dataclass, also of those in it; a setting without one is left out."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        make: Any = item.default_factory
+        value = item.default if make is dataclasses.MISSING else make()
+        if value is not dataclasses.MISSING:
+            found[item.name] = dataclasses.asdict(cast(Any, value)) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 class VersionError(ValueError):

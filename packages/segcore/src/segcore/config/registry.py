@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,7 +17,7 @@ from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.config.user_code import FROM_FILE, cannot_run, find_function
 from segcore.errors import UserError
-from segcore.files import read_json
+from segcore.files import MAX_RECORD, read_json
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
@@ -114,9 +115,10 @@ def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
     module, _, title = kind.partition(":")
     if module.startswith(FROM_FILE):
         file = f"{module.removeprefix(FROM_FILE)}.py"
+        config = shlex.join([f"{file}:FUNCTION", str(folder)])
         raise UserError(
             f"{path}: its model {title} is defined in a file of yours, which is not imported unless you name it: "
-            f"write `{file}:FUNCTION {folder}` instead of {folder}, with the path of {file}"
+            f"write `{config}` instead of {folder}, with the path of {file}"
         )
     known = model_configs()
     if kind not in known:
@@ -138,7 +140,7 @@ def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
 
 def _stored(path: Path) -> dict[str, Any]:
     """Return the settings in an experiment.json; raises UserError without a remedy when there are none in it."""
-    settings: Any = read_json(path).get("experiment")
+    settings: Any = read_json(path, MAX_RECORD).get("experiment")
     match settings:
         case {"name": str(), "model": {"class": str(kind)}} if kind.isprintable():
             return dict(settings)

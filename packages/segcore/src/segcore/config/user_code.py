@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -43,7 +44,7 @@ def load_function(setting: str, reference: str) -> Callable[..., Any]:
     if isinstance(reference, Stored):
         raise UserError(
             f"{setting} {reference} is stored in the run, and a file of yours is imported only if you name it: "
-            f"add --{setting} {reference}"
+            f"add --{setting} {shlex.quote(reference)}"
         )
     path, name = split_reference(reference)
     if not Path(path).is_file():

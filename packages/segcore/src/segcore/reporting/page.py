@@ -52,7 +52,7 @@ class Group:
     text: str
     cards: Sequence[Card]
     legend: Sequence[tuple[str, str]] = field(default=())
-    """Color and meaning of what the panels mark besides the classes."""
+    """Color and meaning of what the panels mark in addition to the classes."""
 
 
 def render(runs: Sequence[Run], groups: Sequence[Group], notes: Sequence[str] = (), missing: Sequence[str] = ()) -> str:
@@ -279,9 +279,8 @@ def commands(runs: Sequence[Run]) -> list[tuple[str, str]]:
             continue
         folder, of = shlex.quote(str(run.folder)), f" {label}" if label else ""
         file = run.user_file  # without which a run of a user's own model cannot be used
-        config, work_dir = (
-            (f"{file}:FUNCTION {folder}", f"{file}:FUNCTION --work-dir {folder}") if file else (folder,) * 2
-        )
+        own = shlex.quote(f"{file}:FUNCTION")
+        config, work_dir = (f"{own} {folder}", f"{own} --work-dir {folder}") if file else (folder,) * 2
         prog = program(run.package)
         found.append((f"Evaluate{of} with calibration", f"{prog} test {config} --calibration"))
         found.append((f"Segment your own photos{' with' * bool(of)}{of}", f"{prog} predict {config} PHOTOS masks"))

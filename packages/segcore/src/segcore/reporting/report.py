@@ -23,26 +23,40 @@ PAIR = (96, 165, 250), (251, 146, 60)
 """Colors of the pixels where only the first, or only the second of two runs is right."""
 
 
+class UnopenedError(UserError):
+    """The validation images cannot be opened. The text may quote any file that a stored setting names as a list, so it
+    is not for the page, which is made to be passed on.
+    """
+
+
 def write_report(path: Path, runs: Sequence[Run], models: Sequence[Open], notes: Sequence[str] = ()) -> list[str]:
     """Write the page of one run, or the one that compares several, with images that their `models` predict again.
 
-    `notes` are sentences without final periods. Returns what the page lacks, in sentences that it also shows.
+    `notes` are sentences without final periods. Returns what the page lacks, in sentences that it also shows,
+    except for why the validation images cannot be opened.
     """
     missing: list[str] = []
+    details: list[str] = []
     groups: list[Group] = []
     try:
         groups = _compare(runs, models) if len(runs) > 1 else _show(runs[0], models[0])
+    except UnopenedError as error:
+        missing = ["Without images: the validation images cannot be opened"]
+        details = [f"Without images: {error}"]
     except UserError as error:
         missing = [f"Without images: {error}"]
     except torch.OutOfMemoryError:
         missing = ["Without images: out of GPU memory; `segcore report` with `--device cpu` adds them"]
     write(path, render(runs, groups, notes, missing))
-    return [note for run in runs for note in run.notes] + missing
+    return [note for run in runs for note in run.notes] + (details or missing)
 
 
 def _predict(run: Run, load: Open, rows: Sequence[ImageRow], what: str) -> list[Shown]:
     predictor, exp = load()
-    dataset = open_dataset(exp.data, "val")
+    try:
+        dataset = open_dataset(exp.data, "val")
+    except UserError as error:
+        raise UnopenedError(*error.args) from None
     assert run.evaluation is not None
     if [row for row in rows if row.index >= len(dataset) or dataset.name(row.index) != row.name]:
         raise UserError(f"{exp.data.root} has other validation images than those that were evaluated")

@@ -12,24 +12,25 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_type_hints
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from segcore.config.data import DataConfig
 from segcore.config.fields import Section, setting
-from segcore.config.record import describe, from_plain, settings_of
+from segcore.config.record import changed_settings, describe, flat_settings, from_plain, settings_of
 from segcore.config.registry import method_packages, model_configs
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import FROM_FILE
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import Results
-from segcore.files import MAX_JSON, parse_json, read_json, reading, regular_file, write
+from segcore.files import MAX_RECORD, parse_json, read_json, reading, regular_file, write
+from segcore.reporting.tables import MAX_CONFUSION
 
 EVALUATION = "evaluation.json"
-MAX_LOG = 16 * MAX_JSON
-"""Bytes of a log that are read."""
+LARGEST = 1e15
+"""Absolute value that no number in a log reaches."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Evaluation(Stored):
     images: int = setting(0, least=0)
     skipped: int = setting(0, least=0)
     confusion: tuple[tuple[int, ...], ...] = ()
-    """Pixels by class (K rows) and predicted class (K + 1, the last one is for values outside), of the main entry."""
+    """Pixels by class (K rows) and predicted class (K + 1, the last one is for values outside), of the main entry; none
+    above MAX_CONFUSION classes."""
     per_image: tuple[ImageRow, ...] = ()
     calibration: Bins | None = None
 
@@ -105,7 +107,7 @@ class Evaluation(Stored):
     def of(cls, results: Results, command: Literal["train", "test"], iteration: int | None) -> Evaluation:
         """Return what is stored of `results`."""
         main, bins = results.final_step, results.calibration
-        matrix = results.confusion.get(main)
+        matrix = results.confusion.get(main) if len(results.classes) <= MAX_CONFUSION else None
         return cls(
             command,
             iteration,
@@ -211,7 +213,7 @@ def read_run(folder: Path) -> Run:
     train, val = read_log(folder / "log.jsonl")
     evaluation: Evaluation | None
     try:
-        stored = read_json(folder / EVALUATION)["evaluation"]
+        stored = read_json(folder / EVALUATION, MAX_RECORD)["evaluation"]
         evaluation = _evaluation(stored)
     except FileNotFoundError:
         evaluation = _of_log(val)
@@ -222,13 +224,17 @@ def read_run(folder: Path) -> Run:
 
 
 def read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
-    """Return the usable records `train` and `val` of a log; none if there is no log. Other lines are left out."""
+    """Return the usable records `train` and `val` of a log; none if there is no log.
+
+    Other lines are left out, and numbers from LARGEST on, with which the charts could not compute.
+    """
     found: dict[str, list[Mapping[str, Any]]] = {"train": [], "val": []}
     needs = {"train": "loss", "val": "mIoU"}
     for record in _records(path):
+        usable = {name: value for name, value in record.items() if not _is_number(value) or abs(value) < LARGEST}
         mode = str(record.get("mode"))
-        if mode in needs and isinstance(record.get("iteration"), int) and _is_number(record.get(needs[mode])):
-            found[mode].append(record)
+        if mode in needs and isinstance(usable.get("iteration"), int) and _is_number(usable.get(needs[mode])):
+            found[mode].append(usable)
     return tuple(found["train"]), tuple(found["val"])
 
 
@@ -237,7 +243,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         with reading(path):
             regular_file(path)
             with path.open("rb") as file:
-                lines = file.read(MAX_LOG).splitlines()
+                lines = file.read(MAX_RECORD).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
@@ -275,21 +281,10 @@ def _of_log(val: tuple[Mapping[str, Any], ...]) -> Evaluation | None:
 
 def not_neutral(run: Run) -> dict[str, Any]:
     """Return the settings of a run by dotted name that differ from the neutral defaults, or have none."""
-    settings: Mapping[str, Any] = run.record["experiment"]
-    hints = get_type_hints(Experiment) | {"model": model_configs().get(settings["model"]["class"], ModelConfig)}
-    found = {}
-    for part, value in settings.items():
-        kind = hints.get(part)
-        fields = {item.name: item for item in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            default = fields[key].default if key in fields else {"seed": 0}.get(part, dataclasses.MISSING)
-            if key != "class" and part != "name" and item != json.loads(json.dumps(_plain(default), default=str)):
-                found[f"{part}.{key}".rstrip(".")] = item
-    return found
-
-
-def _plain(default: Any) -> Any:
-    return "(none)" if default is dataclasses.MISSING else default
+    settings = run.record["experiment"]
+    kinds: dict[str, Any] = model_configs()
+    changed = changed_settings(settings, kinds.get(settings["model"]["class"], ModelConfig))
+    return {name: value for name, value in changed.items() if name not in ("name", "model.class")}  # stand elsewhere
 
 
 def different_settings(runs: list[Run]) -> dict[str, list[Any]]:
@@ -297,20 +292,12 @@ def different_settings(runs: list[Run]) -> dict[str, list[Any]]:
 
     Of models of different classes, only the settings that all have.
     """
-    flat = [dict(_flat(run.record["experiment"])) for run in runs]
+    flat = [flat_settings(run.record["experiment"]) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     if len({settings["model.class"] for settings in flat}) > 1:
         names = dict.fromkeys(name for name in names if not name.startswith("model.") or all(name in s for s in flat))
     table = {name: [settings.get(name) for settings in flat] for name in names}
     return {name: values for name, values in table.items() if any(value != values[0] for value in values)}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def confusions(evaluation: Evaluation, least: float = 0.01, most: int = 8) -> list[tuple[float, str, str]]:

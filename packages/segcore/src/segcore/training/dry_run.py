@@ -62,30 +62,39 @@ def dry_run(exp: Experiment, work_dir: Path, *, device: torch.device, offline: b
     Nothing else is kept, and `work_dir` is neither made nor touched. On CUDA with one process it also finds the largest
     device batch. Raises UserError for what a run would raise until then, and for a disk too small for the checkpoints.
     """
-    main = not distributed.rank()
+    work_dir = work_dir.resolve()  # "." has no name to write the image under
     with tempfile.TemporaryDirectory() as scratch:
         exp, state, dataset, val, notes = setup(exp, Path(scratch, "run"), device, resume=False, offline=offline)
     if work_dir.is_dir() and any(work_dir.iterdir()):
         notes.append(f"{work_dir}: is not empty; to train there, add --resume, or choose another --work-dir")
-    if main:
+    if not distributed.rank():
         print(*notes, "", source(exp), sep="\n", flush=True)
     search = device.type == "cuda" and distributed.world_size() == 1
     with closing(batches_of_rank(exp, state, dataset, SignalHandler())) as batches:
-        first = next(batches)
+        first, failed = next(batches), ""
         try:
             needs = measure(exp, state, chain([first], islice(batches, STEPS - 1)), val)
         except OutOfMemoryError as error:
-            largest = largest_device_batch(exp, state, first[0]) if search else 0
-            raise UserError(f"{error}; {largest} fit" if largest else str(error)) from None
-    if not main:
-        return
-    picture = work_dir.with_name(f"{work_dir.name}.dry_run.png")
-    write_image(picture, batch_picture(first[0].images, first[0].labels, dataset, exp.data))
-    lines = {"first images": str(picture), **_lines(exp, needs, device)}
-    if search:
-        largest = largest_device_batch(exp, state, first[0])
-        lines["device batch"] = f"{exp.train.device_batch_size} as set, at most {largest} (train.device_batch_size)"
-    folder = next(path for path in (work_dir.resolve(), *work_dir.resolve().parents) if path.exists())
+            failed = str(error)
+    if failed:  # searched only here, because the exception keeps the tensors of the failed pass in memory
+        largest = largest_device_batch(exp, state, first[0]) if search else 0
+        raise UserError(f"{failed}; {largest} fit" if largest else failed)
+
+    def report() -> None:
+        image = work_dir.parent / f"{work_dir.name}.dry_run.png"
+        write_image(image, batch_picture(first[0].images, first[0].labels, dataset, exp.data))
+        lines = {"first images": str(image), **_lines(exp, needs, device)}
+        if search:
+            largest = largest_device_batch(exp, state, first[0])
+            lines["device batch"] = f"{exp.train.device_batch_size} as set, at most {largest} (train.device_batch_size)"
+        _print_needs(exp, needs, lines, work_dir)
+
+    distributed.on_main_process(report)
+
+
+def _print_needs(exp: Experiment, needs: Needs, lines: dict[str, str], work_dir: Path) -> None:
+    """Print `lines` and the space that the checkpoints need; raises UserError if there is less."""
+    folder = next(path for path in (work_dir, *work_dir.parents) if path.exists())
     disk, free = (exp.train.keep_last + 2) * needs.checkpoint, shutil.disk_usage(folder).free
     lines["disk"] = f"{_size(disk)} at most: train.keep_last {exp.train.keep_last}, the best and a new checkpoint of "
     lines["disk"] += f"{_size(needs.checkpoint)} each; {_size(free)} are free"

@@ -29,7 +29,7 @@ class Logger:
     On a terminal it shows a progress bar with rate, loss and time left, otherwise it prints plain lines. `log.jsonl`
     gets one object per line at full precision: `{"mode": "meta", …}` at every start, then `train` and `val`, each with
     `iteration`, the number of finished iterations. Values that are not finite become null. `trackers` get the values,
-    too, until they fail.
+    too, and leave the dictionary when they fail or end.
 
     `start` is the iteration that a resumed run continues from: later log entries are dropped, so that curves are clean.
     `best` is its best mIoU (0..1) so far.
@@ -46,11 +46,11 @@ class Logger:
         *,
         start: int = 0,
         best: float = -math.inf,
-        trackers: Mapping[str, Tracker] | None = None,
+        trackers: dict[str, Tracker] | None = None,
         console: Console | None = None,
     ) -> None:
         self.path, self.iterations, self.start = work_dir and work_dir / "log.jsonl", iterations, start
-        self.best, self.trackers = best, dict(trackers or {})
+        self.best, self.trackers = best, {} if trackers is None else trackers
         self.console = console or Console(quiet=work_dir is None)
         self.began = time.perf_counter()
         self.said = set[str]()
@@ -131,11 +131,11 @@ class Logger:
         self._track("log", iteration, tags)
         self.line(f"Iter(val) [{iteration}]\n{text}")
 
-    def picture(self, iteration: int, image: np.ndarray | None) -> None:
+    def image(self, iteration: int, image: np.ndarray | None) -> None:
         """Write an evaluation's image (H, W, 3) uint8 to figures/predictions_<iteration>.png and to the trackers."""
         if self.path and image is not None:
             write_image(self.path.parent / "figures" / f"predictions_{iteration}.png", image)
-            self._track("picture", iteration, image)
+            self._track("image", iteration, image)
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
         """End the trackers, see `Tracker.finish`, once."""
@@ -143,7 +143,7 @@ class Logger:
         self.trackers.clear()
 
     def _track(self, method: str, *values: Any) -> None:
-        """Call a method of every tracker; one that fails is reported and called no more."""
+        """Call a method of every tracker; one that fails is reported and not called again."""
         for name, tracker in list(self.trackers.items()):
             try:
                 getattr(tracker, method)(*values)

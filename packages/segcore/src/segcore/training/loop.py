@@ -33,7 +33,7 @@ from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.predictor import Predictor, autocast
 from segcore.files import write
-from segcore.reporting import tables as report
+from segcore.reporting import tables
 from segcore.reporting.prediction_grid import PredictionGrid
 from segcore.reporting.run_record import Evaluation, write_evaluation
 from segcore.seeds import dropout_seed
@@ -45,7 +45,7 @@ from segcore.training.schedule import learning_rate
 from segcore.training.setup import batch_shares, setup
 from segcore.training.signals import SignalHandler
 from segcore.training.state import TrainState, save_state
-from segcore.training.trackers import start_on_main_process
+from segcore.training.trackers import Tracker, trackers_of_main_process
 
 MAX_FAILURES = 3
 """Consecutive steps with a loss or gradient that is not finite, after which the run stops."""
@@ -73,7 +73,16 @@ def _train(
     exp: Experiment, work_dir: Path, device: torch.device, *, resume: bool, offline: bool
 ) -> Results | None:  # fmt: skip
     exp, state, dataset, val, notes = setup(exp, work_dir, device, resume=resume, offline=offline)
-    trackers = start_on_main_process(exp, work_dir, state.iteration)
+    with trackers_of_main_process(exp, work_dir, state.iteration) as trackers:
+        return _run(exp, state, dataset, val, work_dir, notes, trackers)
+
+
+def _run(
+    exp: Experiment, state: TrainState, dataset: Dataset, val: Dataset | None, work_dir: Path, notes: list[str],
+    trackers: dict[str, Tracker],
+) -> Results | None:  # fmt: skip
+    """Train from the state that `setup` returned, and write what the run's folder holds."""
+    device = state.device
     how = {"torchrun": distributed.elastic_run_id(), "command": command_line(), "device": device_name(device)}
     record = {**state.description, **how}
     distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
@@ -170,7 +179,7 @@ def train_loop(
         found = results
         extra: dict[str, object] = {"name": exp.name, "iteration": state.iteration}
         extra |= {"stopped_early": state.early_end(exp), "skipped_training_samples": state.skipped}
-        distributed.on_main_process(lambda: report.write_json(work_dir / "results.json", found, extra))
+        distributed.on_main_process(lambda: tables.write_json(work_dir / "results.json", found, extra))
     return results
 
 
@@ -244,9 +253,9 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
     if figures["mIoU"] > state.best_miou:
         state.best_iteration, state.best_miou, state.not_better = state.iteration, figures["mIoU"], 0
     metrics = exp.evaluate.metrics
-    text = f"{report.per_class(results, metrics)}\n\n{report.summary(results, metrics)}"
+    text = f"{tables.per_class(results, metrics)}\n\n{tables.summary(results, metrics)}"
     log.val(state.iteration, {**figures, **results.to_json()}, text)
-    log.picture(state.iteration, gallery.picture())
+    log.image(state.iteration, gallery.picture())
     return results
 
 

@@ -5,11 +5,12 @@ Rank 0 alone has trackers. Those that `train.log` names must start, or the run d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from segcore import distributed
-from segcore.config.record import changed_settings, flat_settings
+from segcore.config.record import changed_settings, flat_settings, settings_of
 from segcore.config.schema import Experiment
 from segcore.config.user_code import is_reference, load_function
 from segcore.errors import UserError
@@ -26,7 +27,7 @@ from segcore.files import read_json, write
 
 WANDB_ID = "wandb.json"
 """File of the run's id at Weights & Biases: a resumed run continues there."""
-METHODS = ("log", "picture", "finish")
+METHODS = ("log", "image", "finish")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,20 @@ class Run:
     changed: dict[str, Any]
     """Those that differ from the neutral defaults."""
 
+    @classmethod
+    def of(cls, exp: Experiment, work_dir: Path, start: int = 0) -> Run:
+        """Return what a tracker receives about a run."""
+        settings = settings_of(exp)
+        return cls(exp.name, work_dir, start, flat_settings(settings), changed_settings(settings, type(exp.model)))
+
 
 class Tracker(Protocol):
-    """What receives the figures of a run. A tracker that raises is told no more, and the run goes on."""
+    """What receives the figures of a run. A tracker that raises receives nothing further, and the run goes on."""
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         """Take values after `iteration` iterations: `train/loss`, `train/lr`, `val/mIoU`, `val_iou/road` …, 0..1."""
 
-    def picture(self, iteration: int, image: np.ndarray) -> None:
+    def image(self, iteration: int, image: np.ndarray) -> None:
         """Take an evaluation's images with ground truth and prediction, (H, W, 3) uint8 RGB."""
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
@@ -63,7 +70,7 @@ def start_trackers(exp: Experiment, work_dir: Path, start: int) -> dict[str, Tra
 
     Raises UserError when one of `train.log` cannot start; the others are then ended.
     """
-    run = Run(exp.name, work_dir, start, flat_settings(exp), changed_settings(exp))
+    run = Run.of(exp, work_dir, start)
     found: dict[str, Tracker] = {}
     try:
         for name, begin in find_trackers(exp.train.log).items():
@@ -76,11 +83,20 @@ def start_trackers(exp: Experiment, work_dir: Path, start: int) -> dict[str, Tra
     return {"tensorboard": board, **found} if board else found
 
 
-def start_on_main_process(exp: Experiment, work_dir: Path, start: int) -> dict[str, Tracker]:
-    """Call `start_trackers` on rank 0, whose UserError all ranks raise; the others have no trackers."""
+@contextlib.contextmanager
+def trackers_of_main_process(exp: Experiment, work_dir: Path, start: int) -> Iterator[dict[str, Tracker]]:
+    """Call `start_trackers` on rank 0, whose UserError all ranks raise, and yield the trackers; other ranks have none.
+
+    Those that are left in the dictionary after the block are ended as those of a run that did not get to its end.
+    """
     found: dict[str, Tracker] = {}
     distributed.on_main_process(lambda: found.update(start_trackers(exp, work_dir, start)))
-    return found
+    try:
+        yield found
+    finally:
+        for tracker in found.values():
+            with contextlib.suppress(Exception):
+                tracker.finish(None)
 
 
 def find_trackers(names: Sequence[str]) -> dict[str, Callable[[Run], Tracker]]:
@@ -143,7 +159,7 @@ class WandB:
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         self.run.log({"iteration": iteration, **values})
 
-    def picture(self, iteration: int, image: np.ndarray) -> None:
+    def image(self, iteration: int, image: np.ndarray) -> None:
         self.run.log({"iteration": iteration, "predictions": self.wandb.Image(image)})
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
@@ -163,7 +179,7 @@ def send_report(exp: Experiment, work_dir: Path, path: Path) -> None:
     if "wandb" not in exp.train.log:
         return
     try:
-        board = WandB(Run(exp.name, work_dir, 0, flat_settings(exp), changed_settings(exp)))
+        board = WandB(Run.of(exp, work_dir))
         board.send(path)
         board.run.finish()
     except Exception as error:
@@ -199,7 +215,7 @@ class TensorBoard:
         for name, value in values.items():
             self.board.add_scalar(name.encode(errors="backslashreplace").decode(), value, iteration)
 
-    def picture(self, iteration: int, image: np.ndarray) -> None:
+    def image(self, iteration: int, image: np.ndarray) -> None:
         self.board.add_image("predictions", image, iteration, dataformats="HWC")
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
