@@ -176,7 +176,8 @@ def test_gpus_option_starts_the_processes(root: Path, alone: Path, tmp_path: Pat
     assert json_file.with_suffix(".report.html").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
     done = train(root, tmp_path / "other", "--gpus", 3)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
+    assert done.stdout.startswith("tiny: 20 iterations of batch 4, device cpu, folder ")
     assert done.stderr == (
         "error: train.batch_size 4 on 3 devices does not divide into passes of train.device_batch_size 1; "
         "make train.batch_size a multiple, or change the number of devices\n"

@@ -69,7 +69,8 @@ def headline(exp: Experiment, work_dir: Path, device: str) -> str:
     """Return what is known of a run before torch is imported, in a line."""
     batch, micro, world = exp.train.batch_size, exp.train.device_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     micro = min(micro, max(batch // world, 1))
-    passes = batch // (world * micro)  # an uneven batch is refused later
+    passes, rest = divmod(batch, world * micro)
     length = f"{exp.schedule.epochs} epochs" if exp.schedule.epochs else f"{exp.schedule.iterations} iterations"
     shares = f"{world} device{'s' * (world > 1)} x {micro} images" + (f" x {passes} passes" if passes > 1 else "")
-    return f"{exp.name}: {length} of batch {batch} = {shares}, device {device}, folder {work_dir}"
+    shares = "" if rest else f" = {shares}"  # an uneven batch is refused later
+    return f"{exp.name}: {length} of batch {batch}{shares}, device {device}, folder {work_dir}"

@@ -111,7 +111,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def points(value: float | None) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "–" if value is None else f"{100 * value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def value_text(value: Any) -> str:
