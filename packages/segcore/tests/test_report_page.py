@@ -190,6 +190,7 @@ def test_in_a_browser(pages, browser, name):
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate(FAINT) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.evaluate("Promise.all([...document.images].filter((x) => x.src).map((x) => x.decode()))")
     assert page.evaluate("[...document.images].filter((x) => x.src).every((x) => x.complete && x.naturalWidth > 0)")
     assert page.evaluate("[...document.querySelectorAll('.enlarge img')].every((x) => x.alt)")
     assert page.evaluate("[...document.querySelectorAll('table')].every((x) => x.caption)")
@@ -208,8 +209,14 @@ def test_in_a_browser(pages, browser, name):
     page.keyboard.press("ArrowLeft")
     assert large.get_attribute("alt") == small.last.locator("img").get_attribute("alt")
     page.keyboard.press("Escape")
-    assert not page.locator("dialog").is_visible()
-    assert page.evaluate("document.activeElement === [...document.querySelectorAll('.enlarge')].at(-1)")
+    page.locator("dialog").wait_for(state="hidden")
+    assert page.evaluate(
+        """new Promise((done) => {  // the dialog gives the focus back a little later
+            const last = [...document.querySelectorAll('.enlarge')].at(-1);
+            if (document.activeElement === last) done(true);
+            last.addEventListener('focus', () => done(true));
+        })"""
+    )
 
     page.set_viewport_size({"width": 1280, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
