@@ -67,7 +67,7 @@ def test_a_step_that_is_cut_off_leaves_its_part(tmp_path, bundle):
     out = tmp_path / "out"
     done = run("--rehearse", "--bundle", bundle, "--out", out, "--seconds", 2, PYTHON=str(python))
     first, second, *_, last = done.stdout.splitlines()
-    assert re.fullmatch(r"install the bundle +cut off +[23] s", first)
+    assert re.fullmatch(r"install the bundle +cut off +\d+ s", first)
     assert re.fullmatch(r"build the kernels +left out +0 s", second)
     assert re.fullmatch(r"rehearsed: 0 gpu tests collected, \d+ errors", last)
     assert done.returncode == 1
