@@ -3,15 +3,23 @@
 `test_openmmlab.py` has our models inside its tools; here both sides compute the same thing by themselves.
 """
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from numpy.random import RandomState
 
+from segcore.config.mmseg_config import import_config
 from segcore.config.schema import DataConfig
 from segcore.data.images import read_image, read_label
+from segcore.data.layouts.ade20k import TABLE as ADE20K_TABLE
 from segcore.data.transforms import TrainTransform
+from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.training.schedule import learning_rate
 
 mmseg = pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]
@@ -110,3 +118,191 @@ def test_train_pipelines_agree_for_the_same_draws(scale, cat_max_ratio, pictures
                 assert torch.equal(found[0], expected[0]), (number, seed)
     finally:
         np.random.set_state(state)
+
+
+# Metrics
+
+METRICS = ["mIoU", "mDice", "mFscore"]
+
+
+def random_maps(seed, values, labels=None):
+    """Return predictions and labels of three sizes, int64, of the given values, equal in about half of the pixels."""
+    rng, pairs = RandomState(seed), []
+    for shape in ((20, 30), (7, 50), (31, 11)):
+        label = rng.choice(values if labels is None else labels, shape)
+        other = rng.choice(values, shape)
+        pairs.append((np.where((rng.rand(*shape) < 0.5) & np.isin(label, values), label, other), label))
+    return [list(maps) for maps in zip(*pairs, strict=True)]
+
+
+ALL = np.arange(19)
+CASES = {  # classes, predicted values, labels
+    "all": (19, ALL, [*ALL, 255]),
+    "absent class": (19, np.delete(ALL, [0, 7]), [*np.delete(ALL, [0, 7]), 255]),
+    "only predicted": (19, ALL, [*np.delete(ALL, [3, 18]), 255]),
+    "only labeled": (19, np.delete(ALL, [3, 18]), [*ALL, 255]),
+    "all ignored": (19, ALL, [255]),
+    "never right": (4, [0, 1], [2, 3]),
+    "beyond the classes": (5, np.arange(8), [*range(9), 254, 255]),
+    "many": (150, np.arange(150), [*range(150), 255]),
+    "two": (2, [0, 1], [0, 1, 255]),
+    "one": (1, [0, 1], [0, 1, 255]),
+}
+
+
+def their_metrics(predictions, labels, num_classes, **settings):
+    """Return their values per class, and 1.x's means as it reports them."""
+    if not ONE:
+        from mmseg.core.evaluation.metrics import eval_metrics
+
+        return eval_metrics(predictions, labels, num_classes, 255, METRICS, **settings), {}
+    from mmseg.evaluation import IoUMetric
+
+    metric = IoUMetric(iou_metrics=METRICS)
+    metric.dataset_meta = {"classes": [f"class {i}" for i in range(num_classes)]}
+    maps = [[torch.from_numpy(array)[None] for array in arrays] for arrays in (predictions, labels)]
+    samples = [{"pred_sem_seg": {"data": p}, "gt_sem_seg": {"data": g}} for p, g in zip(*maps, strict=True)]
+    metric.process({}, samples)
+    areas = map(sum, zip(*metric.results, strict=True))
+    return metric.total_area_to_metrics(*areas, METRICS), metric.compute_metrics(metric.results)
+
+
+def assert_same_metrics(matrix, theirs):
+    found, (classes, reported) = matrix.compute(), theirs
+    assert {"aAcc", "IoU", "Acc", "Dice", "Fscore", "Precision", "Recall"} == set(classes)
+    for name, values in classes.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+        if name != "aAcc":
+            np.testing.assert_allclose(found[f"m{name}"], np.nanmean(values), rtol=1e-6, atol=1e-7, err_msg=name)
+    for name, percent in reported.items():
+        np.testing.assert_allclose(100 * found[name], percent, atol=0.0051, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_agree(case):
+    num_classes, values, labels = CASES[case]
+    for seed in range(10):
+        maps = random_maps(seed, values, labels)
+        matrix = ConfusionMatrix(num_classes)
+        for prediction, label in zip(*maps, strict=True):
+            matrix.update(prediction, label)
+        assert_same_metrics(matrix, their_metrics(*maps, num_classes))
+
+
+def test_metrics_agree_where_the_zero_label_is_reduced(tmp_path):
+    """0.30 reduces it when it evaluates, and both lines when they load a label file."""
+    predictions, labels = random_maps(0, np.arange(150), [*range(151), 255])
+    labels = [label.astype(np.uint8) for label in labels]
+    matrix, loaded = ConfusionMatrix(150), []
+    for prediction, label in zip(predictions, labels, strict=True):
+        cv2.imwrite(str(tmp_path / "label.png"), label)
+        reduced = ADE20K_TABLE[read_label(tmp_path / "label.png")]
+        loaded.append(their_label(str(tmp_path / "label.png")))
+        np.testing.assert_array_equal(reduced, loaded[-1])
+        matrix.update(prediction, reduced)
+    assert_same_metrics(matrix, their_metrics(predictions, [label.astype(np.int64) for label in loaded], 150))
+    if not ONE:
+        assert_same_metrics(matrix, their_metrics(predictions, labels, 150, reduce_zero_label=True))
+
+
+def their_label(path):
+    """Return a label file as they load it with `reduce_zero_label`."""
+    if ONE:
+        from mmseg.registry import TRANSFORMS
+
+        load = TRANSFORMS.build({"type": "LoadAnnotations"})
+        return load({"seg_map_path": path, "reduce_zero_label": True, "seg_fields": []})["gt_seg_map"]
+    from mmseg.datasets.pipelines import LoadAnnotations
+
+    load = LoadAnnotations(reduce_zero_label=True)
+    return load({"ann_info": {"seg_map": path}, "seg_prefix": None, "seg_fields": []})["gt_semantic_seg"]
+
+
+# Published files of theirs, read by them and by us
+
+CONFIGS = Path(mmseg.__path__[0], ".mim", "configs")
+FILES = {
+    "segformer": ("segformer_mit-b0_512x512_160k_ade20k", "segformer_mit-b0_8xb2-160k_ade20k-512x512"),
+    "deeplabv3plus": (
+        "deeplabv3plus_r50-d8_512x1024_80k_cityscapes",
+        "deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024",
+    ),
+    "mobilenet_v2": (
+        "deeplabv3plus_m-v2-d8_512x1024_80k_cityscapes",
+        "mobilenet-v2-d8_deeplabv3plus_4xb2-80k_cityscapes-512x1024",
+    ),
+}
+if ONE:
+    FILES["ddrnet"] = None, "ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024"
+
+
+def both(folder):
+    """Return one published file as their Config and as our Experiment."""
+    if ONE:
+        from mmengine import Config
+    else:
+        from mmcv import Config
+    path = CONFIGS / folder / f"{FILES[folder][ONE]}.py"
+    return Config.fromfile(str(path)), import_config(path).experiment
+
+
+# Learning rates
+
+
+def groups(base):
+    """Return an optimizer of theirs with two learning rates."""
+    parts = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (base, 10 * base)]
+    return torch.optim.SGD(parts, lr=base)
+
+
+def rates_of_zero(settings, base, total, iterations):
+    """Return the rates that 0.30's hook sets at these iterations of a run."""
+    from mmcv.runner.hooks import lr_updater
+
+    assert settings.pop("policy") == "poly"
+    hook = lr_updater.PolyLrUpdaterHook(**settings)
+    runner = SimpleNamespace(optimizer=groups(base), max_iters=total)
+    hook.before_run(runner)
+    for runner.iter in iterations:
+        hook.before_train_iter(runner)
+        yield [group["lr"] for group in runner.optimizer.param_groups]
+
+
+def rates_of_one(schedulers, base, iterations):
+    """Return the rates that 1.x's schedulers set in the first iterations of a run."""
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    optimizer = groups(base)
+    schedulers = [PARAM_SCHEDULERS.build({**each, "optimizer": optimizer}) for each in schedulers]
+    for _ in range(iterations):
+        yield [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("folder", FILES)
+def test_learning_rates_agree(folder, short):
+    """The first 100 iterations of the published run, 0.30's also up to its end; and a run of 100 in all."""
+    config, exp = both(folder)
+    schedule, base = exp.schedule, exp.optimizer.lr
+    total, warmup = (100, min(schedule.warmup_iterations, 30)) if short else (
+        schedule.iterations, schedule.warmup_iterations
+    )  # fmt: skip
+    schedule = replace(schedule, iterations=total, warmup_iterations=warmup)
+    steps = [*range(100)]
+    if ONE:  # whose schedulers arrive an iteration earlier
+        ends = {schedule.iterations: total, exp.schedule.iterations: total, exp.schedule.warmup_iterations: warmup}
+        made = [{**each, "begin": ends.get(each.begin, 0), "end": ends[each.end]} for each in config.param_scheduler]
+        theirs = rates_of_one(made, base, 100)
+        early = [replace(schedule, iterations=total - 1, warmup_iterations=warmup - (i < warmup)) for i in steps]
+    else:
+        assert config.runner.max_iters == exp.schedule.iterations
+        settings = dict(config.lr_config) | ({"warmup_iters": warmup} if warmup else {})
+        steps += [] if short else [*range(100, total, 1111), total - 1]
+        theirs = rates_of_zero(settings, base, total, steps)
+        early = [schedule] * len(steps)
+    for i, found, ours in zip(steps, theirs, early, strict=True):
+        expected = [learning_rate(ours, lr, i) for lr in (base, 10 * base)]
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-16, err_msg=str(i))
