@@ -306,3 +306,103 @@ def test_learning_rates_agree(folder, short):
     for i, found, ours in zip(steps, theirs, early, strict=True):
         expected = [learning_rate(ours, lr, i) for lr in (base, 10 * base)]
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-16, err_msg=str(i))
+
+
+# Models
+
+
+def build_theirs(config):
+    """Return their model with random weights, batch norm's statistics among them, and plain batch norm."""
+    if ONE:
+        from mmengine.model import revert_sync_batchnorm
+        from mmseg.registry import MODELS
+
+        build = MODELS.build
+    else:
+        from mmcv.cnn.utils import revert_sync_batchnorm
+        from mmseg.models import build_segmentor as build
+    config.model.pop("data_preprocessor", None)
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(build(config.model))
+    for tensor in model.state_dict().values():
+        if tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5)
+    return model
+
+
+def without_drops(model):
+    for module in model.modules():
+        for name in ("p", "drop_prob", "rate"):  # of Dropout, their and our DropPath
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model.double().train()
+
+
+def their_losses(model, images, labels):
+    meta = {"img_shape": images.shape[2:], "ori_shape": images.shape[2:], "pad_shape": images.shape[2:]}
+    if ONE:
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label[None])) for label in labels]
+        return model.loss(images, samples)
+    return model.forward_train(images, [meta] * len(images), labels[:, None])
+
+
+@pytest.fixture(params=FILES)
+def models(request):
+    """Their model and ours with the same weights, and our Experiment."""
+    config, exp = both(request.param)
+    if request.param == "ddrnet":
+        weights = [round(64 * weight) / 64 for weight in exp.loss.class_weight]  # exact in float32, as ours are
+        exp = replace(exp, loss=replace(exp.loss, ohem_min_kept=3000, class_weight=tuple(weights)))
+        for loss in config.model.decode_head.loss_decode:
+            loss.update(min_kept=3000, class_weight=weights)
+    theirs, ours = build_theirs(config), exp.model.build()
+    report = ours.load_official(theirs.state_dict())
+    assert not report.dropped
+    assert not report.ignored
+    if request.param != "ddrnet":  # which we publish under its authors' names, not under those of 1.x
+        theirs.load_state_dict(ours.official_state(), strict=True)
+    return theirs, ours, exp
+
+
+def batch(exp, dtype=torch.float64):
+    """Return images and labels; DDRNet's sides are multiples of 8, to which ours would pad."""
+    size = (64, 96) if exp.name.startswith("ddrnet") else (49, 67)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(exp.model.num_classes, (2, *size), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+    return torch.randn(2, 3, *size, generator=generator, dtype=dtype), labels
+
+
+def test_logits_agree(models):
+    theirs, ours, exp = (*(model.eval() for model in models[:2]), models[2])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        images, _ = batch(exp, dtype)
+        meta = [{"img_shape": images.shape[2:]}] * len(images)
+        with torch.no_grad():
+            expected = theirs.to(dtype).encode_decode(images, meta)
+            largest = float(expected.abs().max())
+            torch.testing.assert_close(ours.to(dtype)(images), expected, rtol=0, atol=tolerance * largest)
+        assert expected.std() > 0.01 * largest
+
+
+def test_losses_gradients_and_statistics_agree(models):
+    theirs, ours, exp = (*map(without_drops, models[:2]), models[2])
+    images, labels = batch(exp)
+    expected = sum(loss for name, loss in their_losses(theirs, images, labels).items() if "loss" in name)
+    found = ours.losses(images, labels, loss=exp.loss)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    expected.backward()
+    found.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    loaded = exp.model.build().double()  # their gradients and statistics under our names
+    loaded.load_official({**theirs.state_dict(), **gradients})
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in found.values())
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(
+            found.get(name, ours.state_dict()[name]), tensor, rtol=1e-8, atol=1e-10 * largest,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )  # fmt: skip
