@@ -19,6 +19,8 @@ from segcore.data.images import read_image, read_label
 from segcore.data.layouts.ade20k import TABLE as ADE20K_TABLE
 from segcore.data.transforms import TrainTransform
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.models.backbones import build_backbone
+from segcore.models.heads import FPN
 from segcore.training.schedule import learning_rate
 
 mmseg = pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
@@ -406,3 +408,41 @@ def test_losses_gradients_and_statistics_agree(models):
             found.get(name, ours.state_dict()[name]), tensor, rtol=1e-8, atol=1e-10 * largest,
             msg=lambda m, name=name: f"{name}: {m}",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["swin_t", "convnext_t"])
+def test_features_agree(name):
+    """Backbone and feature pyramid of DDP. ConvNeXt is mmcls's, which 1.x's environment has no successor of."""
+    torch.manual_seed(0)
+    if name == "swin_t":
+        from mmseg.models.backbones import SwinTransformer
+
+        theirs = SwinTransformer(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+    else:
+        backbones = pytest.importorskip("mmcls.models.backbones", reason="mmcls is not installed")
+        theirs = backbones.ConvNeXt(layer_scale_init_value=1.0, gap_before_final_norm=False, out_indices=(0, 1, 2, 3))
+    from mmseg.models import necks
+
+    ours = build_backbone(name)
+    neck = necks.FPN([*ours.channels], 64, 4, norm_cfg={"type": "GN", "num_groups": 32})
+    for module in (theirs, neck):
+        for name, tensor in module.state_dict().items():
+            if tensor.ndim == 1:
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("position_bias_table"):
+                tensor.normal_()
+    ours.load_pretrained(theirs.state_dict())
+    fpn = FPN(ours.channels, 64)
+    renamed = {"lateral_convs": "lateral", "fpn_convs": "output", "gn": "norm"}
+    names = {name: ".".join(renamed.get(part, part) for part in name.split(".")) for name in neck.state_dict()}
+    fpn.load_state_dict({names[name]: tensor for name, tensor in neck.state_dict().items()})
+    for module in (theirs, neck, ours, fpn):
+        module.eval()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        images = torch.randn(2, 3, 61, 99, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        with torch.no_grad():
+            maps = theirs.to(dtype)(images), ours.to(dtype)(images)
+            pyramids = neck.to(dtype)(maps[0]), fpn.to(dtype)(maps[1])
+        for expected, found in (*zip(*maps, strict=True), *zip(*pyramids, strict=True)):
+            atol = tolerance * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol)
