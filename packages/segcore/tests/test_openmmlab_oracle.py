@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from segcore.data.transforms import TrainTransform
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN
+from segcore.training.optimizer import build_optimizer
 from segcore.training.schedule import learning_rate
 
 mmseg = pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
@@ -283,30 +285,42 @@ def rates_of_one(schedulers, base, iterations):
             scheduler.step()
 
 
+def shorten(config, exp, total, warmup):
+    """Return our Experiment with the learning rates of a shorter run, to which their Config is changed."""
+    if ONE:
+        ends = {exp.schedule.iterations: total, exp.schedule.warmup_iterations: warmup}
+        for each in config.param_scheduler:
+            each.update(begin=ends.get(each.begin, 0), end=ends[each.end])
+    else:
+        assert config.runner.max_iters == exp.schedule.iterations
+        config.runner.max_iters = total
+        config.lr_config.update({"warmup_iters": warmup} if warmup else {})
+    return replace(exp, schedule=replace(exp.schedule, iterations=total, warmup_iterations=warmup))
+
+
+def our_rate(schedule, base, i):
+    """Return our learning rate; 1.x's arrives one iteration earlier, at the end of the warm-up and of the run."""
+    if ONE:
+        warmup = schedule.warmup_iterations
+        schedule = replace(schedule, iterations=schedule.iterations - 1, warmup_iterations=warmup - (i < warmup))
+    return learning_rate(schedule, base, i)
+
+
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("folder", FILES)
 def test_learning_rates_agree(folder, short):
     """The first 100 iterations of the published run, 0.30's also up to its end; and a run of 100 in all."""
     config, exp = both(folder)
-    schedule, base = exp.schedule, exp.optimizer.lr
-    total, warmup = (100, min(schedule.warmup_iterations, 30)) if short else (
-        schedule.iterations, schedule.warmup_iterations
-    )  # fmt: skip
-    schedule = replace(schedule, iterations=total, warmup_iterations=warmup)
-    steps = [*range(100)]
-    if ONE:  # whose schedulers arrive an iteration earlier
-        ends = {schedule.iterations: total, exp.schedule.iterations: total, exp.schedule.warmup_iterations: warmup}
-        made = [{**each, "begin": ends.get(each.begin, 0), "end": ends[each.end]} for each in config.param_scheduler]
-        theirs = rates_of_one(made, base, 100)
-        early = [replace(schedule, iterations=total - 1, warmup_iterations=warmup - (i < warmup)) for i in steps]
+    steps, base = [*range(100)], exp.optimizer.lr
+    if short:
+        exp = shorten(config, exp, 100, min(exp.schedule.warmup_iterations, 30))
+    if ONE:
+        theirs = rates_of_one(config.param_scheduler, base, len(steps))
     else:
-        assert config.runner.max_iters == exp.schedule.iterations
-        settings = dict(config.lr_config) | ({"warmup_iters": warmup} if warmup else {})
-        steps += [] if short else [*range(100, total, 1111), total - 1]
-        theirs = rates_of_zero(settings, base, total, steps)
-        early = [schedule] * len(steps)
-    for i, found, ours in zip(steps, theirs, early, strict=True):
-        expected = [learning_rate(ours, lr, i) for lr in (base, 10 * base)]
+        steps += [] if short else [*range(100, exp.schedule.iterations, 1111), exp.schedule.iterations - 1]
+        theirs = rates_of_zero(dict(config.lr_config), base, config.runner.max_iters, steps)
+    for i, found in zip(steps, theirs, strict=True):
+        expected = [our_rate(exp.schedule, lr, i) for lr in (base, 10 * base)]
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-16, err_msg=str(i))
 
 
@@ -340,42 +354,45 @@ def without_drops(model):
     return model.double().train()
 
 
-def their_losses(model, images, labels):
+def their_batch(images, labels):
+    """Return a batch as their loaders give it to their model."""
     meta = {"img_shape": images.shape[2:], "ori_shape": images.shape[2:], "pad_shape": images.shape[2:]}
-    if ONE:
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
+    if not ONE:
+        return {"img": images, "img_metas": [meta] * len(images), "gt_semantic_seg": labels[:, None]}
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
 
-        samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label[None])) for label in labels]
-        return model.loss(images, samples)
-    return model.forward_train(images, [meta] * len(images), labels[:, None])
+    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label[None])) for label in labels]
+    return {"inputs": images, "data_samples": samples}
 
 
 @pytest.fixture(params=FILES)
 def models(request):
-    """Their model and ours with the same weights, and our Experiment."""
+    """Their model and ours with the same weights, our Experiment and their Config."""
     config, exp = both(request.param)
     if request.param == "ddrnet":
         weights = [round(64 * weight) / 64 for weight in exp.loss.class_weight]  # exact in float32, as ours are
-        exp = replace(exp, loss=replace(exp.loss, ohem_min_kept=3000, class_weight=tuple(weights)))
+        exp = replace(exp, loss=replace(exp.loss, ohem_min_kept=3000, ohem_threshold=0.05, class_weight=tuple(weights)))
         for loss in config.model.decode_head.loss_decode:
-            loss.update(min_kept=3000, class_weight=weights)
+            loss.update(min_kept=3000, thres=0.05, class_weight=weights)
     theirs, ours = build_theirs(config), exp.model.build()
     report = ours.load_official(theirs.state_dict())
     assert not report.dropped
     assert not report.ignored
     if request.param != "ddrnet":  # which we publish under its authors' names, not under those of 1.x
         theirs.load_state_dict(ours.official_state(), strict=True)
-    return theirs, ours, exp
+    return theirs, ours, exp, config
 
 
-def batch(exp, dtype=torch.float64):
-    """Return images and labels; DDRNet's sides are multiples of 8, to which ours would pad."""
-    size = (64, 96) if exp.name.startswith("ddrnet") else (49, 67)
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(exp.model.num_classes, (2, *size), generator=generator)
+def batch(exp, dtype=torch.float64, seed=1):
+    """Return images and labels."""
+    count, size = 2, (49, 67)
+    if exp.name.startswith("ddrnet"):  # ours would pad; and batch norm of two pooled images multiplies differences
+        count, size = 4, (64, 96)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(exp.model.num_classes, (count, *size), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
-    return torch.randn(2, 3, *size, generator=generator, dtype=dtype), labels
+    return torch.randn(count, 3, *size, generator=generator, dtype=dtype), labels
 
 
 def test_logits_agree(models):
@@ -393,7 +410,8 @@ def test_logits_agree(models):
 def test_losses_gradients_and_statistics_agree(models):
     theirs, ours, exp = (*map(without_drops, models[:2]), models[2])
     images, labels = batch(exp)
-    expected = sum(loss for name, loss in their_losses(theirs, images, labels).items() if "loss" in name)
+    losses = theirs(**their_batch(images, labels), **({"mode": "loss"} if ONE else {}))
+    expected = sum(loss for name, loss in losses.items() if "loss" in name)
     found = ours.losses(images, labels, loss=exp.loss)["loss"]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     expected.backward()
@@ -446,3 +464,63 @@ def test_features_agree(name):
         for expected, found in (*zip(*maps, strict=True), *zip(*pyramids, strict=True)):
             atol = tolerance * float(expected.abs().max())
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def run_theirs(model, config, batches, folder):
+    """Train with their runner, optimizer and schedule; return the losses."""
+    losses, step = [], model.train_step
+
+    def train_step(*args, **settings):
+        found = step(*args, **settings)
+        losses.append(float(found["loss"]))
+        return found
+
+    model.train_step = train_step
+    loader = torch.utils.data.DataLoader([their_batch(*each) for each in batches], collate_fn=itemgetter(0))
+    if ONE:
+        from mmengine.runner import Runner
+
+        model.init_weights = lambda: None  # it has its weights
+        train = {"by_epoch": False, "max_iters": len(batches)}
+        schedule = {"optim_wrapper": config.optim_wrapper, "param_scheduler": config.param_scheduler}
+        Runner(
+            model, str(folder), loader, train_cfg=train, **schedule, default_hooks={"checkpoint": None},
+            default_scope="mmseg", experiment_name=folder.name,
+        ).train()  # fmt: skip
+    else:
+        from mmcv import runner as runners
+        from mmseg.utils import get_root_logger
+
+        optimizer = runners.build_optimizer(model, config.optimizer)
+        runner = runners.IterBasedRunner(
+            model, optimizer=optimizer, logger=get_root_logger(), max_iters=len(batches), work_dir=str(folder), meta={}
+        )
+        runner.register_training_hooks(config.lr_config, {"grad_clip": None})
+        runner.run([loader], [("train", 1)])
+    return losses
+
+
+@pytest.mark.parametrize("models", [name for name in FILES if name in ("segformer", "ddrnet")], indirect=True)
+def test_runs_of_20_iterations_agree(models, tmp_path, monkeypatch):
+    """Optimizer, parameter groups, learning rates and losses, in float64, where small differences do not grow."""
+    if ONE:  # a description of the machine for the log, which takes seconds
+        monkeypatch.setattr("mmengine.runner.runner.collect_env", dict)
+    theirs, ours, exp, config = (*map(without_drops, models[:2]), *models[2:])
+    exp = shorten(config, exp, 20, min(exp.schedule.warmup_iterations, 5))
+    batches = [batch(exp, seed=seed) for seed in range(20)]
+    optimizer, found = build_optimizer(ours, exp.optimizer), []
+    for i, (images, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = our_rate(exp.schedule, group["initial_lr"], i)
+        loss = ours.losses(images, labels, loss=exp.loss)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss))
+    np.testing.assert_allclose(found, run_theirs(theirs, config, batches, tmp_path), rtol=1e-8)
+    loaded = exp.model.build().double()
+    loaded.load_official(theirs.state_dict())
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(
+            ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
