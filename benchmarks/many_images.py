@@ -4,7 +4,7 @@
 
 DDRNet-23-slim with random weights at the images' own size; the images are generated street scenes as JPEG, of which
 each becomes a mask and an overlay. The two forms take turns in one process, so that a busy machine slows them alike.
-What `predict` needs to start its worker processes and to write results.csv counts. The masks are compared, byte by
+What `predict` needs to start its threads and to write results.csv counts. The masks are compared, byte by
 byte.
 """
 
