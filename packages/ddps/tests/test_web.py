@@ -62,7 +62,7 @@ def test_a_large_photo_is_shrunk(seg, photo):
 
 def test_only_chosen_classes_are_painted_and_the_legend_counts(seg, photo):
     found = answers.answer(seg, photo)
-    names, colors = answers.named_classes(seg)
+    names, colors = seg.mask_classes
     most = int(np.bincount(found.result.mask.ravel()).argmax())
     painted = answers.paint(found, opacity=1, only=[names[most]])
     chosen = found.result.mask == most
@@ -74,7 +74,7 @@ def test_only_chosen_classes_are_painted_and_the_legend_counts(seg, photo):
 
 def test_a_stroke_becomes_the_class_of_its_color_and_the_rest_stays(seg, photo):
     found = answers.answer(seg, photo)
-    _, colors = answers.named_classes(seg)
+    _, colors = seg.mask_classes
     layer = np.zeros((128, 192, 4), np.uint8)  # the editor's own size
     layer[:64, :, :3], layer[:64, :, 3] = colors[11] + 1, 255
     start = answers.drawn_start(layer, found)

@@ -150,6 +150,12 @@ class LoadedModel:
         """The classes' colors, (K, 3) uint8 RGB."""
         return self._classes_and_palette[1]
 
+    @property
+    def mask_classes(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names and colors (K, 3) of the values in masks, of which a leading class `background` is none."""
+        first = int(self.experiment.data.add_background_class)
+        return self.class_names[first:], self.palette[first:]
+
     @cached_property
     def _classes_and_palette(self) -> tuple[tuple[str, ...], np.ndarray]:
         names, colors = classes_and_palette(self.experiment.data, self.colors)
@@ -224,10 +230,10 @@ class LoadedModel:
 
         `nodata`: the masks also have pixels without data.
         """
-        first = int(self.experiment.data.add_background_class)
-        names = self.class_names[first:]
-        ignored = ignored_label(len(names)) if first or nodata else None
-        write_classes(path, names, self.palette[first:], ignored)
+        names, palette = self.mask_classes
+        background = self.experiment.data.add_background_class
+        ignored = ignored_label(len(names)) if background or nodata else None
+        write_classes(path, names, palette, ignored)
 
     def uncertainty(self, result: Result) -> np.ndarray:
         """Return, per pixel, the probability (H, W) in 0..1 of any class but the result's; stepwise models only.

@@ -61,7 +61,7 @@ class Result:
         `legend` adds the names of its classes below; "all" those of all classes, so that images of one size stay so.
         `contours` draws the borders between classes as lines in their full colors.
         """
-        (names, colors), mask = self._shown, self.mask
+        (names, colors), mask = self.loaded.mask_classes, self.mask
         painted = figures.overlay(
             figures.to_uint8_rgb(self.image), mask, colors, opacity, ignored_label(len(names)), contours=contours
         )
@@ -97,7 +97,7 @@ class Result:
         `values[probabilities.argmax(0)]` is the mask, but for ties in float16.
         """
         if self.classes.dtype == np.uint8:
-            figures.write_class_png(mask, self.mask, self._shown[1])
+            figures.write_class_png(mask, self.mask, self.loaded.mask_classes[1])
         else:
             figures.write_image(mask, self.mask)
         figures.write_image(overlay, np.array(self.overlay(legend, opacity, contours)))
@@ -112,12 +112,6 @@ class Result:
                 values=self.loaded.mask_values,
             )
             write(probabilities, data.getvalue())
-
-    @property
-    def _shown(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The names and colors (K, 3) of the mask's values."""
-        first = int(self.loaded.experiment.data.add_background_class)
-        return self.loaded.class_names[first:], self.loaded.palette[first:]
 
 
 def probability_of(classes: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def run(
     if scale := seg.experiment.evaluate.img_scale:
         print(f"note: a .tif keeps the image's own size; evaluate.img_scale {scale} is not applied", file=sys.stderr)
     data, used, done = seg.experiment.data, list[int](), 0
-    palette = seg.palette[int(data.add_background_class) :]
+    palette = seg.mask_classes[1]
     nodata = ignored_label(len(palette))
     with (
         open_raster(source, data.channels, data.bit_depth, data.max_pixels) as raster,

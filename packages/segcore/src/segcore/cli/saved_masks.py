@@ -60,7 +60,7 @@ class SavedMasks:
         mask = self.seg.mask(classes.cpu().numpy().astype(np.uint8 if small else np.uint16))
         path, *server = self.paths(name)
         if small:
-            write_class_png(path, mask, self.seg.palette[int(data.add_background_class) :])
+            write_class_png(path, mask, self.seg.mask_classes[1])
         else:
             write_image(path, mask)
         for file in server:

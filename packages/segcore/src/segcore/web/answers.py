@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from segcore.data.labels import ignored_label
 from segcore.inference import LoadedModel, as_array
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.reporting import figures
@@ -115,12 +116,6 @@ def gray(values: np.ndarray) -> np.ndarray:
     return figures.to_gray(values)[..., None].repeat(3, 2)
 
 
-def named_classes(seg: LoadedModel) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return names and colors (K, 3) uint8 of the classes that masks hold: DDPS's background class is none of them."""
-    first = int(seg.experiment.data.add_background_class)
-    return seg.class_names[first:], seg.palette[first:]
-
-
 def paint(found: Answer, *, step: int | None = None, opacity: float = 0.5, only: Sequence[str] = ()) -> np.ndarray:
     """Return the photo painted with the classes, (H, W, 3) uint8.
 
@@ -128,10 +123,10 @@ def paint(found: Answer, *, step: int | None = None, opacity: float = 0.5, only:
     unpainted.
     """
     result = found.result
-    names, colors = named_classes(result.loaded)
+    names, colors = result.loaded.mask_classes
     classes = result.mask if step is None else result.loaded.mask(list(found.steps.values())[step])
     photo = figures.to_uint8_rgb(result.image)
-    painted = figures.overlay(photo, classes, colors, opacity)
+    painted = figures.overlay(photo, classes, colors, opacity, ignored_label(len(names)))
     if not only:
         return painted
     chosen = np.isin(classes, [number for number, name in enumerate(names) if name in only])
@@ -144,7 +139,7 @@ def legend(found: Answer, step: int | None = None) -> str:
     The name of the step, if there is one, comes first.
     """
     result = found.result
-    names, colors = named_classes(result.loaded)
+    names, colors = result.loaded.mask_classes
     classes = result.mask if step is None else result.loaded.mask(list(found.steps.values())[step])
     counts = np.bincount(classes.ravel(), minlength=len(names))[: len(names)]
     rows = [
@@ -163,7 +158,7 @@ def drawn_start(layer: np.ndarray, found: Answer) -> np.ndarray:
     `layer` is (h, w, 4) uint8 RGBA of any size; a stroke is the class with the nearest color.
     """
     result = found.result
-    _, colors = named_classes(result.loaded)
+    _, colors = result.loaded.mask_classes
     first = int(result.loaded.experiment.data.add_background_class)
     height, width = result.classes.shape
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_NEAREST)

@@ -51,7 +51,7 @@ def build(
     data = seg.experiment.data
     if (data.channels, data.bit_depth) != (3, 8):
         raise UserError(f"the page takes photos, but the model {data.bit_depth}-bit images of {data.channels} channels")
-    act, (names, colors), stepwise = _Actions(seg, max_side), answers.named_classes(seg), answers.is_stepwise(seg)
+    act, (names, colors), stepwise = _Actions(seg, max_side), seg.mask_classes, answers.is_stepwise(seg)
     with gr.Blocks(title=seg.experiment.name, analytics_enabled=False, delete_cache=(LIFETIME, LIFETIME)) as page:
         found = gr.State(None, time_to_live=LIFETIME)
         gr.Markdown(
