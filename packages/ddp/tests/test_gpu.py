@@ -22,6 +22,7 @@ def test_logits_and_gradients_match_the_cpu(backbone, sampler):
     gpu = DDPConfig(backbone=backbone, sampler=sampler, **SMALL).build().eval()
     gpu.load_checkpoint(cpu.state_dict())
     gpu.cuda()
+    gpu.noise_device = "cpu"
     images, labels = contract.images(2), contract.labels(cpu, 2)
     with torch.no_grad():
         # One step: with more, a pixel whose two best classes differ only by rounding may diverge.

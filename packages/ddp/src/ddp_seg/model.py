@@ -22,8 +22,9 @@ from segcore.models.heads import FPN, FCNHead
 from segcore.models.key_map import rename
 from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device
 from segcore.models.losses import segmentation_loss
+from segcore.models.noise import draw
 from segcore.models.segmentor import LoadReport
-from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators, last
+from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, last
 
 AUXILIARY_WEIGHT = 0.4
 Sampler = Literal["ddim", "ddpm"]
@@ -118,11 +119,13 @@ class DDP(StepwiseSegmentor):
         """
         count = {"ddim": 1, "ddpm": steps or self.num_inference_steps}[self.sampler]
         shape, dtype = (self.randsteps, *features.shape[1:]), torch.promote_types(features.dtype, torch.float32)
-        drawn = [
-            [torch.randn(shape, generator=generator) for _ in range(count)]
-            for generator in generators(seeds, len(features), run)
-        ]
-        start, *noise = (torch.cat(maps).to(features.device, dtype) for maps in zip(*drawn, strict=True))
+        drawing = self.generators_for(features, seeds, run)
+
+        def normal(generator: torch.Generator) -> Tensor:
+            maps = [torch.randn(shape, generator=generator, device=generator.device) for _ in range(count)]
+            return torch.stack(maps).to(dtype)
+
+        start, *noise = draw(normal, drawing, features.device).transpose(0, 1).flatten(1, 2)
         return start, noise
 
     def denoising_steps(
@@ -242,11 +245,13 @@ class DDP(StepwiseSegmentor):
 
     def _draw_training(self, features: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         low, high = self.sample_range
-        times, noise = [], []
-        for generator in generators(seeds, len(features)):
-            times.append(torch.rand(1, generator=generator) * (high - low) + low)
-            noise.append(torch.randn(1, *features.shape[1:], generator=generator))
-        return torch.cat(times), torch.cat(noise)
+        drawing = self.generators_for(features, seeds)
+        times = [torch.rand(1, generator=each.host) * (high - low) + low for each in drawing]
+
+        def normal(generator: torch.Generator) -> Tensor:
+            return torch.randn(features.shape[1:], generator=generator, device=generator.device)
+
+        return torch.cat(times), draw(normal, drawing, features.device)
 
     def recomputed_blocks(self) -> list[nn.Module]:
         heads = [] if self.auxiliary_head is None else [self.auxiliary_head]

@@ -23,8 +23,9 @@ from segcore.errors import UserError
 from segcore.models.key_map import rename
 from segcore.models.layers import pass_without_grad, to_device
 from segcore.models.losses import segmentation_loss
+from segcore.models.noise import draw, draw_steps
 from segcore.models.segmentor import LoadReport
-from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators
+from segcore.models.stepwise import Step, Steps, StepwiseSegmentor
 
 BACKGROUND = 0
 DRAWS_LIMIT = 1_500_000_000
@@ -122,12 +123,20 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
 
         They are drawn one step at a time: a map's draws are larger than its logits.
         """
-        shape = (self.num_classes, *features.shape[-2:])
-        drawing = list(generators(seeds, len(features), run))
-        start = torch.stack([torch.randint(shape[0], shape[1:], generator=g) for g in drawing])
+        drawing, device = self.generators_for(features, seeds, run), features.device
+        start = draw(self._labels(features), drawing, device)
         count = len(self._timesteps(steps or self.num_inference_steps)) - 1
-        noise = (torch.stack([torch.rand(shape, generator=g) for g in drawing]) for _ in range(count))
-        return start.to(features.device), noise
+        return start, draw_steps(self._uniforms(features), drawing, device, count)
+
+    def _labels(self, features: Tensor) -> Callable[[torch.Generator], Tensor]:
+        """Return a function that draws a random label map (h, w)."""
+        size = features.shape[-2:]
+        return lambda g: torch.randint(self.num_classes, size, generator=g, device=g.device)
+
+    def _uniforms(self, features: Tensor) -> Callable[[torch.Generator], Tensor]:
+        """Return a function that draws uniform numbers (K, h, w)."""
+        shape = (self.num_classes, *features.shape[-2:])
+        return lambda g: torch.rand(shape, generator=g, device=g.device)
 
     def denoising_steps(
         self,
@@ -156,7 +165,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         # The stem is linear: its output for the condition is the same in every step.
         image_part = F.conv2d(features, stem.weight[:, :channels], stem.bias, padding=3)
         label_weight = stem.weight[:, channels:]
-        mask, rows = start, torch.arange(len(features))  # the images still in the run
+        mask, rows = start, torch.arange(len(features), device=start.device)  # the images still in the run
         for k, (timestep, time) in enumerate(zip(timesteps, times, strict=True), 1):
             label_part = F.conv2d(self.label_embedding(mask).permute(0, 3, 1, 2), label_weight, padding=3)
             logits = self.classifier(self.unet.body(image_part + label_part, time))
@@ -167,10 +176,13 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             going = yield Step(str(timestep), logits, mask)
             if k == len(timesteps):
                 return
-            uniform = torch.rand(len(features), *logits.shape[1:]) if draws is None else next(draws)
+            if draws is None:
+                uniform = torch.rand(len(features), *logits.shape[1:], device=logits.device)
+            else:
+                uniform = to_device(next(draws), logits.device)
             if going is not None:
-                image_part, mask, logits, rows = image_part[going], mask[going], logits[going], rows[going.cpu()]
-            mask = self._next_map(logits.argmax(1), mask, timesteps[k], uniform[rows].to(logits.device), mode)
+                image_part, mask, logits, rows = image_part[going], mask[going], logits[going], rows[going]
+            mask = self._next_map(logits.argmax(1), mask, timesteps[k], uniform[rows], mode)
 
     def _next_map(self, clean: Tensor, noisy: Tensor, timestep: int, uniform: Tensor, mode: Mode) -> Tensor:
         """Return the label map (N, h, w) that `timestep` starts from, given the predicted clean map."""
@@ -298,15 +310,14 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
 
     def draw_training(self, condition: Tensor, seeds: Sequence[int] | None) -> dict[str, Tensor]:
         """Return the random draws of `losses`; each image draws from its own seed."""
-        shape = (self.num_classes, *condition.shape[-2:])
-        drawn: dict[str, list[Tensor]] = {name: [] for name in ("condition", "timesteps", "masks", "uniforms")}
-        for g in generators(seeds, len(condition)):
-            drawn["condition"].append(torch.rand((), generator=g))
-            drawn["timesteps"].append(torch.randint(self.num_train_timesteps, (), generator=g))
-            drawn["masks"].append(torch.randint(shape[0], shape[1:], generator=g))
-            if not self.single_step:
-                drawn["uniforms"].append(torch.rand(shape, generator=g))
-        return {name: torch.stack(values) for name, values in drawn.items() if values}
+        drawing, device = self.generators_for(condition, seeds), condition.device
+        hosts = [each.host for each in drawing]  # the host reads the timesteps
+        drawn = {
+            "condition": torch.stack([torch.rand((), generator=g) for g in hosts]),
+            "timesteps": torch.stack([torch.randint(self.num_train_timesteps, (), generator=g) for g in hosts]),
+            "masks": draw(self._labels(condition), drawing, device),
+        }
+        return drawn if self.single_step else drawn | {"uniforms": draw(self._uniforms(condition), drawing, device)}
 
     def recomputed_blocks(self) -> list[nn.Module]:
         return [*super().recomputed_blocks(), *(part for part in self.unet.modules() if isinstance(part, unet.BLOCKS))]

@@ -31,12 +31,12 @@ from segcore.config.schema import Experiment, LossConfig, OptimizerConfig, Param
 from segcore.data.labels import IGNORE
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
-from segcore.models.segmentor import Segmentor
 from segcore.seeds import file_seed, window_seed
 from segcore.training.activations import checkpoint_activations
 from segcore.training.class_weight import weights_are_of_row
 from segcore.training.optimizer import build_optimizer
 from segcore.training.parameters import freeze
+from segcore.training.setup import build_network
 
 ONE = not mmseg.__version__.startswith("0.")
 if ONE:
@@ -77,7 +77,7 @@ class _Published(EncoderDecoder):
         reading = {"data_preprocessor": stated.pop("data_preprocessor", None) or _preprocessor(exp)} if ONE else {}
         super(EncoderDecoder, self).__init__(init_cfg=init_cfg, **reading)  # its own would build a backbone and heads
         self.experiment, self.loss_config = exp, _loss(exp)
-        self.net = _network(exp)
+        self.net = build_network(exp, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         own = {"mode": exp.evaluate.mode, "crop_size": exp.evaluate.crop, "stride": exp.evaluate.stride}
         self.train_cfg, self.test_cfg = train_cfg, ConfigDict({**own, **(test_cfg or {})})
         self.has_background = self.net.ignore_index == 0  # DDPS; their labels do not count it
@@ -334,16 +334,6 @@ class SegcoreOptimizer:
         if self.paramwise:
             given["rules"] = tuple(ParamRule(key, **factors) for key, factors in custom.items())
         return replace(own, **given)
-
-
-def _network(exp: Experiment) -> Segmentor:
-    net = exp.model.build()
-    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if parallel and torch.distributed.get_world_size() > 1 and torch.cuda.is_available():
-        from timm.layers import convert_sync_batchnorm  # unlike torch's, it supports timm's norms with an activation
-
-        net = convert_sync_batchnorm(net)
-    return net
 
 
 def _loss(exp: Experiment) -> LossConfig:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
 Precision = Literal["fp32", "bf16", "fp16"]
+NoiseDevice = Literal["model", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,9 @@ class EvalConfig(Section):
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble_steps: bool = setting(False, stepwise=True)
     """Answer every entry of `steps` with the mean of its probabilities and those of the entries before."""
+    noise_device: NoiseDevice = setting("model", commands=("test", "predict", "train"), stepwise=True)
+    """Where the model's noise is drawn, in training too. model: on its device, which differs by its kind; cpu: the same
+    numbers on every device, more slowly."""
     metrics: tuple[Literal["mIoU", "mDice", "mFscore", "mBIoU"], ...] = setting(("mIoU",), commands=("test",))
     """What the tables show per class: IoU, Dice, F-score with precision and recall, or the IoU of boundaries."""
 

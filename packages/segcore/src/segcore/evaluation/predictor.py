@@ -21,7 +21,7 @@ from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
-from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries
+from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries, set_noise_device
 from segcore.seeds import window_seed
 
 Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
@@ -102,7 +102,7 @@ class Predictor:
 
     model: Segmentor
     evaluate: EvalConfig
-    """Views, windows, steps, precision (None: fp32) and memory layout (None: contiguous)."""
+    """Views, windows, steps, precision (None: fp32), memory layout (None: contiguous) and where noise is drawn."""
     data: DataConfig
     """Mean and standard deviation of the normalization."""
     ensemble: tuple[Segmentor, ...] = ()
@@ -110,6 +110,8 @@ class Predictor:
 
     def __post_init__(self) -> None:
         check_ensemble(self.model, self.ensemble)
+        for model in (self.model, *self.ensemble):
+            set_noise_device(model, self.evaluate.noise_device)
 
     @classmethod
     def of(cls, model: Segmentor, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:

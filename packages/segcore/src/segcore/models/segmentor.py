@@ -58,8 +58,8 @@ class Segmentor(nn.Module, ABC):
         size_divisor: a dynamic export accepts images whose sides are multiples of it.
         auxiliary_names: prefixes of an auxiliary head's names, here and in published checkpoints.
 
-    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed on the CPU, so
-    an image's prediction does not depend on its batch, the device or the process. None means seed 0 for every image.
+    Randomness: `seeds` holds one integer per image, and all noise of an image is drawn from its own seed, so an image's
+    prediction does not depend on its batch or the process. None means seed 0 for every image.
     """
 
     num_classes: int

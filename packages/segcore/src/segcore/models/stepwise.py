@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from segcore.config.schema import NoiseDevice
 from segcore.errors import UserError
+from segcore.models.noise import Generators, generators
 from segcore.models.segmentor import Segmentor
-from segcore.seeds import start_seed
 
 SHOWN = 20
 """Maximum number of steps in a trajectory: each is kept for all classes at the image's size."""
@@ -47,12 +48,14 @@ class StepwiseSegmentor(Segmentor):
         step_unit: the unit of the step keys: "steps", the number taken so far, or "timestep".
         run_per_entry: whether an entry of `predict_steps` is a separate run with that number of steps, from the same
             noise; otherwise the entries are collected from the configured run.
+        noise_device: where noise is drawn, see `evaluate.noise_device`; `set_noise_device` sets it.
         accumulation: whether an output is the mean probability over the steps so far instead of a step's logits.
     """
 
     step_unit: str
     run_per_entry: bool = False
     accumulation: bool = False
+    noise_device: NoiseDevice = "model"
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -64,9 +67,13 @@ class StepwiseSegmentor(Segmentor):
     ) -> tuple[Tensor, Iterable[Tensor]]:
         """Return the random draws of a run: the initial map (N*R, …) and the draws of each further step.
 
-        Each image draws from its own seed, see `generators`; `run` counts the runs of one seed. `steps` is the number
-        of steps, as configured by default.
+        Each image draws from its own seed, see `generators_for`; `run` counts the runs of one seed. `steps` is their
+        number, as configured by default.
         """
+
+    def generators_for(self, features: Tensor, seeds: Sequence[int] | None, run: int = 0) -> list[Generators]:
+        """Return the random generators of each image; `run` counts the runs of one seed."""
+        return generators(seeds, len(features), run, device=features.device, noise_device=self.noise_device)
 
     @abstractmethod
     def denoising_steps(
@@ -265,6 +272,12 @@ def predict_entries(
     return {"final": model(images, seeds)}
 
 
+def set_noise_device(model: Segmentor, device: NoiseDevice) -> None:
+    """Set where a stepwise model draws its noise; nothing for other models."""
+    if isinstance(model, StepwiseSegmentor):
+        model.noise_device = device
+
+
 def require_stepwise(model: Segmentor, options: str) -> StepwiseSegmentor:
     """Return `model` if it denoises in steps; otherwise raise UserError that names the options to leave out."""
     if isinstance(model, StepwiseSegmentor):
@@ -276,14 +289,6 @@ def average_entries(entries: Mapping[str, Tensor]) -> None:
     """Replace the probabilities of every entry, in place, by their mean with those of all previous entries."""
     for number, (before, entry) in enumerate(pairwise(entries), 1):
         entries[entry].add_(entries[before], alpha=number).div_(number + 1)
-
-
-def generators(seeds: Sequence[int] | None, images: int, run: int = 0) -> Iterator[torch.Generator]:
-    """Yield a CPU generator per image, seeded with its seed and, after a seed's first run, the run number."""
-    if seeds is not None and len(seeds) != images:
-        raise ValueError(f"{len(seeds)} seeds for {images} images; give one seed per image")
-    for seed in seeds or [0] * images:
-        yield torch.Generator().manual_seed(start_seed(seed, run))
 
 
 def last(answers: Answers) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from segcore.config.schema import LossConfig
 from segcore.models.losses import segmentation_loss
+from segcore.models.noise import generators
 from segcore.models.segmentor import Segmentor
-from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, generators
+from segcore.models.stepwise import Step, Steps, StepwiseSegmentor
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -103,5 +104,5 @@ class TinyStepwise(Tiny, StepwiseSegmentor):
 
 def draw(images: Tensor, seeds: Sequence[int] | None, run: int = 0) -> Tensor:
     """Return standard normal numbers of the images' shape (N, C, H, W); each image draws from its own seed."""
-    drawn = [torch.randn(images.shape[1:], generator=g) for g in generators(seeds, len(images), run)]
+    drawn = [torch.randn(images.shape[1:], generator=g.host) for g in generators(seeds, len(images), run)]
     return torch.stack(drawn).to(images)

@@ -22,7 +22,7 @@ from segcore.data.transforms import TrainTransform
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
-from segcore.models.stepwise import StepwiseSegmentor
+from segcore.models.stepwise import StepwiseSegmentor, set_noise_device
 from segcore.training.activations import checkpoint_activations
 from segcore.training.class_weight import rare_classes, resolve_loss, weights_are_of_row
 from segcore.training.ema import start_ema
@@ -96,17 +96,26 @@ def with_names(exp: Experiment, dataset: Dataset) -> Experiment:
     return replace(exp, data=replace(exp.data, classes=dataset.classes[first:], palette=palette))
 
 
-def init_state(exp: Experiment, device: torch.device) -> TrainState:
-    """Return the state before the first step, on `device`, with random weights determined by the seed."""
-    torch.manual_seed(exp.seed)
-    model = exp.model.build()  # on the CPU, so that the weights do not depend on the device
-    model = model.to(device)
-    if exp.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+def build_network(exp: Experiment, device: torch.device) -> Segmentor:
+    """Return the experiment's model as it is trained on `device`, with random weights that do not depend on it.
+
+    It is still on the CPU. With several GPUs, batch norms use the statistics of all.
+    """
+    model = exp.model.build()
+    set_noise_device(model, exp.evaluate.noise_device)
     if distributed.world_size() > 1 and device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # unlike torch's, it supports timm's norms with an activation
 
         model = convert_sync_batchnorm(model)
+    return model
+
+
+def init_state(exp: Experiment, device: torch.device) -> TrainState:
+    """Return the state before the first step, on `device`, with random weights determined by the seed."""
+    torch.manual_seed(exp.seed)
+    model = build_network(exp, device).to(device)
+    if exp.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     frozen = freeze(model, exp.train.freeze)
     if exp.train.checkpoint_activations:
         checkpoint_activations(model)
