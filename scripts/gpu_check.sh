@@ -80,9 +80,9 @@ build+=(--config-settings build-dir="$work/build")
   step setup 30 "install the kernels" "${install[@]}" "$work"/*.whl; } ||
   echo "the bundle's kernels are used" | tee -a "$out/summary.txt"
 
-device=cuda sizes=(512x1024 1024x2048) few=() skip=()
+device=cuda few=() skip=()
 if [[ $rehearse ]]; then
-  device=cpu sizes=(64x128) few=(--warmup 1 --repeats 1) skip=(-p gpu_rehearsal)
+  device=cpu few=(--small --repeats 1) skip=(-p gpu_rehearsal)
 fi
 sanitize() { check sanitizer 60 "$1" compute-sanitizer --tool "$1" --error-exitcode 9 "${operators[@]}"; }
 operators=("$python" benchmarks/ops_gpu.py --small --repeats 1 --device "$device")
@@ -101,12 +101,9 @@ else
 fi
 for model in ddp_convnext_t_4x4_512x1024_160k_cityscapes fpn_dgmn2_tiny_4x2_769x769_40k_cityscapes \
   ddrnet_23_slim_cityscapes ddps_segformer_mit_b2_cityscapes20_multistep; do
-  bench=("$python" -m segcore bench "$model" --device "$device" --sizes "${sizes[@]}" --dtypes bf16 fp32 "${few[@]}")
-  check models_gpu 40 "benchmark: $model" "${bench[@]}"
-  case $model in ddp_* | *dgmn2*)
-    check models_gpu 40 "benchmark: $model, plain" env SEG_KERNELS=0 "${bench[@]}" ;;
-  esac
+  check models_gpu 75 "benchmark: $model" "$python" benchmarks/models_gpu.py --device "$device" --only "$model" "${few[@]}"
 done
+check models_gpu 75 "benchmark: training" "$python" benchmarks/models_gpu.py --device "$device" --train "${few[@]}"
 if [[ ! $rehearse ]] && command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   sanitize memcheck
