@@ -19,6 +19,10 @@ STRIP = 2048
 """Pixels, in whole rows, that `winograd` computes at a time; its buffers are six times as large."""
 
 
+SMALLEST = 256
+"""Pixels of the smallest map for which `winograd` is faster."""
+
+
 class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
@@ -63,7 +67,7 @@ def standardize(weight: Tensor) -> Tensor:
 def suits(x: Tensor) -> bool:
     """Return whether `winograd` is faster for a map than `F.conv2d`: with oneDNN's products, unless it is small."""
     height, width = x.shape[-2:]
-    return height % 2 == 0 and width % 2 == 0 and height * width >= 256 and x.shape[1] >= 64 and by_onednn(x)
+    return by_onednn(x) and height % 2 == width % 2 == 0 and height * width >= SMALLEST and x.shape[1] >= 64
 
 
 def winograd_weight(weight: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def by_onednn(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear` of `x` (…, I), a weight (O, I) and a bias (O,), from the library that `by_onednn` selects."""
-    if x.numel() * len(weight) < FEW or not by_onednn(x):
+    if not by_onednn(x) or x.numel() * len(weight) < FEW:
         return F.linear(x, weight, bias)
     # A strided view would take 20 times as long.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
@@ -54,7 +54,7 @@ class Conv1x1(nn.Conv2d):
     """A 1x1 convolution by oneDNN where `by_onednn` says so; with one thread PyTorch takes MKL's products instead."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not by_onednn(input):
+        if not by_onednn(input) or input.numel() * self.out_channels < FEW:
             return super().forward(input)
         return torch.mkldnn_convolution(input, self.weight, self.bias, (0, 0), self.stride, (1, 1), 1)
 
@@ -62,8 +62,10 @@ class Conv1x1(nn.Conv2d):
 def use_fast_products(module: M) -> M:
     """Make the linear layers and 1x1 convolutions in `module` ours, a library's too, and return it.
 
-    They keep parameters, names and hooks; layers of a derived class stay as they are.
+    They keep parameters, names and hooks; layers of a derived class stay as they are. Raises UserError for a wrong
+    SEG_LINEAR, which a training run should not meet in its first evaluation.
     """
+    product_library()
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = Linear
