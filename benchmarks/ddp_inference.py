@@ -3,7 +3,7 @@
     python benchmarks/ddp_inference.py [--size 256x512] [--steps 3] [--threads 1] [--repeats 5] [--no-compile]
 
 All forms take turns in one process, on the same image, noise and (random) weights, after a warm-up each. Printed is a
-form's best turn and the ratio to the plain form's. With one thread the seconds are the process's CPU time, which other
+form's best turn and the ratio to the plain form's; the second form of ours has MKL's products on any processor. With one thread the seconds are the process's CPU time, which other
 programs on the machine disturb less than the clock; with more they are wall time. Memory is the peak of a pass beyond
 model and image; the difference is the largest one of the logits, whose standard deviation is printed. Compiled are the
 decoder's layers, which share one compilation.
@@ -11,6 +11,7 @@ decoder's layers, which share one compilation.
 
 import argparse
 import copy
+import os
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from torch import Tensor
 import segcore
 from ddp_seg.model import DDP
 from segcore.deploy import bench
-from segcore.environment import environment
+from segcore.environment import environment, product_library
 
 CONFIG = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
 Form = Callable[[], Tensor]
@@ -38,14 +39,20 @@ def build_forms(images: Tensor, steps: int, with_compile: bool) -> dict[str, For
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     noise = model.draw(torch.empty(1, 256, images.shape[2] // 4, images.shape[3] // 4), None)[0]
 
-    def ours(network: DDP, dtype: str) -> Form:
+    def ours(network: DDP, dtype: str, library: str = product_library()) -> Form:  # noqa: B008
         x = images.to(memory_format=torch.channels_last) if network is last else images
         forward = bench.forward_of(network, (steps,), dtype, False, images.device)
-        return lambda: forward(x)[str(steps)]
+
+        def form() -> Tensor:
+            os.environ["SEG_LINEAR"] = library
+            return forward(x)[str(steps)]
+
+        return form
 
     forms = {
         "plain": lambda: predict(weights, images, noise, steps),
         "ddp_seg": ours(model, "fp32"),
+        "ddp_seg, SEG_LINEAR=mkl": ours(model, "fp32", "mkl"),
         "ddp_seg, channels_last": ours(last, "fp32"),
         "ddp_seg, bf16": ours(model, "bf16"),
         "ddp_seg, bf16, channels_last": ours(last, "bf16"),

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: small tensors lose time on more threads
 
+os.environ["SEG_LINEAR"] = "mkl"  # equal numbers on every processor; tests of oneDNN's products set it themselves
+
 import contextlib
 import importlib.util
 import json

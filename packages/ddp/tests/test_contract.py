@@ -40,6 +40,11 @@ def test_seeds(variant):
     contract.check_seeds(build(variant))
 
 
+@pytest.mark.parametrize("variant", ["convnext", "swin"])
+def test_products(variant):
+    contract.check_products(build(variant))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps(variant):
     contract.check_steps(build(variant), (1, 2, 3))

@@ -46,6 +46,11 @@ def test_forward_and_seeds(variant):
     contract.check_seeds(model)
 
 
+@pytest.mark.parametrize("variant", ["segformer", "deeplab", "prior on mit"])
+def test_products(variant):
+    contract.check_products(build(variant))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps(variant):
     model = build(variant)

@@ -18,6 +18,7 @@ from ddps_seg.diffusion import (
     step_list,
 )
 from segcore.config.schema import ScheduleConfig
+from segcore.environment import LIBRARIES
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
 from segcore.evaluation.predictor import window_boxes
@@ -46,7 +47,10 @@ def close(ours, theirs, atol):
 @pytest.mark.parametrize(("case", "arguments", "seed", "shape"), [
     ("a", (272, 128, 256, (1, 1, 1)), 1, (3, 272, 8, 12)),
     ("b", (20, 32, 24, (1, 2, 4)), 2, (3, 20, 16, 8))])  # fmt: skip
-def test_unet(golden, fill, case, arguments, seed, shape):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_unet(golden, fill, monkeypatch, library, case, arguments, seed, shape):
+    monkeypatch.setenv("SEG_LINEAR", library)
+    monkeypatch.setattr(unet, "SMALLEST", 0)  # these maps are small
     g, model = golden("unet"), unet.UNet(*arguments).eval()
     names = {rename(name, unet.RULES): name for name in model.state_dict()}
     state = fill({k: model.state_dict()[v].shape for k, v in names.items()})
@@ -114,7 +118,9 @@ def test_condition(golden, b2):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "mode", "guidance"), [
     ("q_pred_g1", "q_pred", 1.0), ("q_pred_g2", "q_pred", 2.0), ("q_posterior_g1", "q_posterior", 1.0)])  # fmt: skip
-def test_denoising(golden, b2, name, mode, guidance):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_denoising(golden, b2, monkeypatch, library, name, mode, guidance):
+    monkeypatch.setenv("SEG_LINEAR", library)
     g = golden("ddps_b2")
     steps = run(b2, g, mode, guidance)
     assert [step.key for step in steps] == [str(t) for t in STEPS]

@@ -36,6 +36,10 @@ def test_forward_and_seeds(variant):
     contract.check_seeds(build(variant))
 
 
+def test_products():
+    contract.check_products(build(SMALL[0]))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plain(variant):
     contract.check_plain(build(variant))

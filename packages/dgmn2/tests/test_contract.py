@@ -26,6 +26,10 @@ def build(head, **settings):
 every_head = pytest.mark.parametrize("head", HEADS)
 
 
+def test_products():
+    contract.check_products(build("fpn"))
+
+
 @every_head
 def test_forward_and_seeds(head):
     contract.check_forward(build(head))

@@ -20,7 +20,7 @@ from segcore.config.schema import LossConfig
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.key_map import rename
-from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device
+from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.noise import draw
 from segcore.models.segmentor import LoadReport
@@ -80,6 +80,7 @@ class DDP(StepwiseSegmentor):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         assert self.transform.bias is not None
         nn.init.zeros_(self.transform.bias)
+        use_fast_products(self)
 
     # Inference
 

@@ -15,6 +15,7 @@ from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.heads import FCNHead
 from segcore.models.key_map import AUXILIARY_HEAD, rename
+from segcore.models.layers import use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -95,6 +96,7 @@ class BaseModel(EncoderSegmentor):
         assert self.classifier.bias is not None
         nn.init.zeros_(self.classifier.bias)
         self.auxiliary_head = FCNHead(self.backbone.channels[2], 256, num_classes) if auxiliary else None
+        use_fast_products(self)
 
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Return logits (N, K, H/4, W/4), sides rounded up; nothing is drawn."""

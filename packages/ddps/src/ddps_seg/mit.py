@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from segcore.models.backbones import Backbone
 from segcore.models.key_map import rename
-from segcore.models.layers import DropPath
+from segcore.models.layers import DropPath, linear
 
 
 class Variant(NamedTuple):
@@ -70,8 +70,8 @@ class Attention(nn.Module):
         if self.reduce is not None and self.norm is not None:
             source = self.norm(as_tokens(self.reduce(as_map(tokens, height, width))))
         weight, bias = self.projection.weight, self.projection.bias
-        q = F.linear(tokens, weight[:channels], bias[:channels])
-        k, v = F.linear(source, weight[channels:], bias[channels:]).chunk(2, -1)
+        q = linear(tokens, weight[:channels], bias[:channels])
+        k, v = linear(source, weight[channels:], bias[channels:]).chunk(2, -1)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

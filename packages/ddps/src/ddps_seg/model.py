@@ -21,7 +21,7 @@ from ddps_seg.diffusion import Mode, NoiseSchedule, Schedule, log_q_posterior, m
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.key_map import rename
-from segcore.models.layers import pass_without_grad, to_device
+from segcore.models.layers import pass_without_grad, to_device, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.noise import draw, draw_steps
 from segcore.models.segmentor import LoadReport
@@ -86,6 +86,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         for part in (self.backbone, self.head):
             part.requires_grad_(trains)
         self.label_embedding.requires_grad_(train_labels)
+        use_fast_products(self)
 
     def train(self, mode: bool = True) -> DDPS:
         """Set the mode; with `freeze` eval, backbone and head stay in evaluation mode."""

@@ -10,14 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segcore.models.layers import by_onednn, linear
+
 HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
+
+
+STRIP = 2048
+"""Pixels, in whole rows, that `winograd` computes at a time; its buffers are six times as large."""
+
+
+SMALLEST = 256
+"""Pixels of the smallest map for which `winograd` is faster."""
 
 
 class StandardConv(nn.Conv2d):
     """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
     In evaluation the standardized weights are cached until the weights change; never in training, as fused optimizers
-    change weights without increasing their version. On a CPU in float32 they are cached in the form for `winograd`.
+    change weights without increasing their version. They are cached in the form for `winograd` where that is used.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -30,8 +40,7 @@ class StandardConv(nn.Conv2d):
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if self.training or recorded or weight.is_inference():
             return F.conv2d(x, standardize(weight), self.bias, padding=1)
-        tiled = weight.dtype == x.dtype == torch.float32 and x.device.type == "cpu" and suits(x)
-        tiled = tiled and not torch.is_autocast_enabled("cpu")
+        tiled = weight.dtype == x.dtype and suits(x)
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._kept.get(tiled, (None,))[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # the cache must be usable anywhere
@@ -56,40 +65,49 @@ def standardize(weight: Tensor) -> Tensor:
 
 
 def suits(x: Tensor) -> bool:
-    """Return whether a map has even sides and is large enough for `winograd` to be faster."""
+    """Return whether `winograd` is faster for a map than `F.conv2d`: with oneDNN's products, unless it is small."""
     height, width = x.shape[-2:]
-    return height % 2 == 0 and width % 2 == 0 and height * width >= 256 and x.shape[1] >= 64
+    return by_onednn(x) and height % 2 == width % 2 == 0 and height * width >= SMALLEST and x.shape[1] >= 64
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """Return 3x3 weights (O, I, 3, 3) in the form for `winograd`, (16, O, I)."""
+    """Return 3x3 weights (O, I, 3, 3) in the form for `winograd`, (4, 4, O, I)."""
     g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-    return torch.einsum("ia,ocab,jb->ijoc", g, weight, g).flatten(0, 1).contiguous()
+    return torch.einsum("ia,ocab,jb->ijoc", g, weight, g).contiguous()
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the 3x3 convolution, padded by 1, of maps (N, I, h, w), h and w even (Lavin and Gray, arXiv 1509.09308).
 
     Tiles of 2x2 outputs take 16 products instead of 36, so matrix products compute it with 1 / 2.25 of the
-    multiplications.
+    multiplications. A strip of rows is computed at a time, so that what lies in between stays in the caches. Maps in
+    channels_last layout are not copied, and the answer has that layout.
     """
-    n, channels, height, width = x.shape
-    tiles = x.new_empty(4, 4, channels, n, height // 2, width // 2)
-    for i, rows in enumerate(_differences(F.pad(x, (1, 1, 1, 1)), 2, height)):
-        for j, part in enumerate(_differences(rows, 3, width)):
-            tiles[i, j] = part.transpose(0, 1)
-    m = torch.bmm(weight, tiles.view(16, channels, -1)).view(4, 4, -1, n, height // 2, width // 2)
-    y = x.new_empty(n, weight.shape[1], height, width)
-    for i, s in enumerate((m[0] + m[1] + m[2], m[1] - m[2] - m[3])):
-        y[:, :, i::2, 0::2] = (s[0] + s[1] + s[2]).transpose(0, 1)
-        y[:, :, i::2, 1::2] = (s[1] - s[2] - s[3]).transpose(0, 1)
-    return y if bias is None else y.add_(bias[:, None, None])
+    n, _, height, width = x.shape
+    x = x.permute(0, 2, 3, 1)
+    y = x.new_empty(n, height, width, weight.shape[2])
+    step = max(STRIP // width // 2 * 2, 2)
+    for k, top in itertools.product(range(n), range(0, height, step)):
+        end = min(top + step, height)
+        strip = F.pad(x[k, max(top - 1, 0) : end + 1], (0, 0, 1, 1, int(top == 0), int(end == height)))
+        rows = [_sum(strip, i, 0) for i in range(4)]
+        columns = []
+        for j in range(4):  # the bias is in the one product that is a part of all four outputs
+            tiles = [_sum(row, j, 1) for row in rows]
+            a, b, c, d = (linear(t, weight[i, j], bias if i == j == 1 else None) for i, t in enumerate(tiles))
+            columns.append((a.add_(b).add_(c), b.sub_(c).sub_(d)))
+        for i, (a, b, c, d) in enumerate(zip(*columns, strict=True)):
+            torch.add(a.add_(b), c, out=y[k, top + i : end : 2, 0::2])
+            torch.sub(b.sub_(c), d, out=y[k, top + i : end : 2, 1::2])
+    return y.permute(0, 3, 1, 2)
 
 
-def _differences(x: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a tile's four sums along a dimension of a padded map, `size` without the padding."""
-    a, b, c, d = (x[(slice(None),) * dim + (slice(k, k + size - 1, 2),)] for k in range(4))
-    return a - c, b + c, c - b, b - d
+def _sum(x: Tensor, k: int, dim: int) -> Tensor:
+    """Return sum `k` of the tiles along a dimension of a padded map, of two of the four positions in a tile."""
+    first, second, sign = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))[k]
+    last = x.shape[dim] - 3
+    a, b = (x[(slice(None),) * dim + (slice(start, start + last, 2),)] for start in (first, second))
+    return torch.add(a, b, alpha=sign)
 
 
 class ChannelNorm(nn.Module):
@@ -101,6 +119,9 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the same shape (N, C, h, w)."""
+        if by_onednn(x) and x.is_contiguous(memory_format=torch.channels_last):
+            gain = self.gain.flatten()
+            return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain, None, EPS).permute(0, 3, 1, 2)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centered = wide - wide.mean(1, keepdim=True)
         variance = centered.square().mean(1, keepdim=True)  # much faster than torch.var over strided memory
@@ -242,6 +263,8 @@ class UNet(nn.Module):
 
     def body(self, stem: Tensor, time: Tensor) -> Tensor:
         """Return the output for a stem output (N, width, h, w) and a time embedding (N or 1, 4 * width)."""
+        if by_onednn(stem):
+            stem = stem.contiguous(memory_format=torch.channels_last)  # the layout of `winograd`
         x, saved = stem, list[Tensor]()
         for down in self.downs:
             x, *left = down(x, time)

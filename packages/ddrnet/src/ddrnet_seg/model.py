@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ddrnet_seg.official import Source, official_name, recognize
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
-from segcore.models.layers import ConvNorm, fused, resize
+from segcore.models.layers import ConvNorm, fused, resize, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -217,6 +217,7 @@ class DDRNet(Segmentor):
         self.head = Head(4 * planes, width, num_classes)
         self.auxiliary_head = Head(2 * planes, width, num_classes) if auxiliary else None
         initialize(self)
+        use_fast_products(self)
 
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Return logits (N, K, H/8, W/8) of padded images (N, C, H, W); nothing is drawn."""

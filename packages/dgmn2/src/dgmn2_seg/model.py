@@ -12,7 +12,7 @@ from dgmn2_seg.heads import SETRMLA, SETRPUP, SemanticFPN, SETRNaive
 from dgmn2_seg.official import RULES
 from segcore.config.schema import LossConfig
 from segcore.models.key_map import rename
-from segcore.models.layers import ConvNorm, fused, residual_blocks
+from segcore.models.layers import ConvNorm, fused, residual_blocks, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -44,6 +44,7 @@ class DGMN2(Segmentor):
             if fpn
             else SETR[head](variant.widths, num_classes, img_size)
         )
+        use_fast_products(self)
 
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Return logits (N, K, h, w) at the head's own size; nothing is drawn."""

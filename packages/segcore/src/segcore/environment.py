@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -11,12 +12,15 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segcore.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "segcore", "seg-cuda-ops")
 VARIABLES = ("OMP_", "MKL_", "CUDA_", "NCCL_", "PYTORCH_", "TORCH", "SEG", "WORLD_SIZE", "SLURM_NTASKS")
 """Prefixes of the environment variables that affect a run."""
+LIBRARIES = ("mkl", "onednn")
 
 
 def versions() -> dict[str, str | None]:
@@ -62,14 +66,43 @@ def environment() -> dict[str, dict[str, Any]]:
         },
         "machine": {
             "system": platform.platform(),
-            "cpu": _cpu(),
+            "cpu": processor("model name"),
             "cores": os.cpu_count(),
             "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch threads": torch.get_num_threads(),
+            "float32 products": product_library(),
         },
         "variables": {name: os.environ[name] if "/" not in os.environ[name] else "(set)" for name in names},
         "kernels": _kernels(),
     }
+
+
+def product_library() -> str:
+    """Return the library of float32 products in CPU inference: "mkl", PyTorch's own choice, or "onednn".
+
+    MKL leaves the AVX-512 units of AMD's processors unused; oneDNN, in the same PyTorch, does not. The rule is fixed,
+    never a measurement, so that equal commands give equal numbers. The variable SEG_LINEAR overrides it; where PyTorch
+    lacks oneDNN's operator, the answer is "mkl" all the same. Raises UserError for another value of the variable.
+    """
+    chosen = os.environ.get("SEG_LINEAR")
+    if chosen and chosen not in LIBRARIES:
+        raise UserError(f"SEG_LINEAR is {chosen!r}; set it to {' or '.join(LIBRARIES)}, or unset it")
+    return (chosen or _suited_library()) if _has_onednn() else "mkl"
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    import torch
+
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private, but what torch.compile uses
+
+
+@functools.cache
+def _suited_library() -> str:
+    import torch
+
+    wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if wide and "AuthenticAMD" in processor("vendor_id") else "mkl"
 
 
 def device_name(device: torch.device) -> str:
@@ -91,12 +124,13 @@ def as_text(groups: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cpu() -> str:
+def processor(field: str) -> str:
+    """Return the `model name` or `vendor_id` of the processor in Linux's words; elsewhere what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or (
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "") or (
         platform.processor() or platform.machine()
     )
 

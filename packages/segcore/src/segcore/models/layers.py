@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from segcore.environment import product_library
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -19,6 +21,57 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
     if not symbolic and tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=align_corners)
+
+
+FEW = 1 << 20
+"""Multiplications below which PyTorch's own product is faster: a call of oneDNN's takes 15 µs."""
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Return whether products with `x` go to oneDNN: float32 inference on a CPU that nothing records or compiles."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return product_library() == "onednn"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear` of `x` (…, I), a weight (O, I) and a bias (O,), from the library that `by_onednn` selects."""
+    if not by_onednn(x) or x.numel() * len(weight) < FEW:
+        return F.linear(x, weight, bias)
+    # A strided view would take 20 times as long.
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+
+
+class Linear(nn.Linear):
+    """A linear layer by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution by oneDNN where `by_onednn` says so; with one thread PyTorch takes MKL's products instead."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not by_onednn(input) or input.numel() * self.out_channels < FEW:
+            return super().forward(input)
+        return torch.mkldnn_convolution(input, self.weight, self.bias, (0, 0), self.stride, (1, 1), 1)
+
+
+def use_fast_products(module: M) -> M:
+    """Make the linear layers and 1x1 convolutions in `module` ours, a library's too, and return it.
+
+    They keep parameters, names and hooks; layers of a derived class stay as they are. Raises UserError for a wrong
+    SEG_LINEAR, which a training run should not meet in its first evaluation.
+    """
+    product_library()
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Linear
+        elif type(part) is nn.Conv2d and part.kernel_size == (1, 1) and part.groups == 1 and part.padding == (0, 0):
+            part.__class__ = Conv1x1
+    return module
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Floating-point operations of our operators for `torch.utils.flop_counter`, which otherwise counts them as none.
+"""Floating-point operations of our operators and oneDNN's for `torch.utils.flop_counter`, which counts them as none.
 
 Importing this module registers the formulas. A multiply-add counts 2, as always in the counter, and a bilinear sample 8
 per channel, for its four corners. Work on coordinates and in the softmax, a few operations per point, is not counted.
@@ -7,6 +7,8 @@ per channel, for its four corners. Work on coordinates and in the softmax, a few
     deform_unfold        8 N C K Ho Wo
     deform_conv2d        8 N C K Ho Wo + 2 N Co (C / groups) K Ho Wo
     deform_local_attn    20 B N M K D       samples of key and value, the logits and the weighted sum
+
+    products, 1x1 convolutions   2 per output and input channel
 
 A gradient, `NAME_backward`, counts twice as much as its operator.
 """
@@ -41,6 +43,10 @@ def _deform_local_attn(q: Shape, k: Shape, v: Shape, offset: Shape, *_: Any) -> 
     return 20 * math.prod(q) * (offset[3] // 2)
 
 
+def _products(input: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
 def _register(name: str, formula: Callable[..., int]) -> None:
     def forward(*args: Any, out_shape: Any = None) -> int:
         return formula(*args)
@@ -54,3 +60,8 @@ def _register(name: str, formula: Callable[..., int]) -> None:
 
 for _formula in (_ms_deform_attn, _deform_unfold, _deform_conv2d, _deform_local_attn):
     _register(_formula.__name__[1:], _formula)
+
+for _operator in ("mkldnn::_linear_pointwise", "aten::mkldnn_convolution"):
+    _space, _, _name = _operator.partition("::")
+    if hasattr(getattr(torch.ops, _space), _name):  # private: may be missing
+        register_flop_formula(getattr(getattr(torch.ops, _space), _name))(_products)

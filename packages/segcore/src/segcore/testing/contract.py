@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,8 +29,10 @@ from segcore.config.registry import experiments, load_experiment
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.images import read_label
 from segcore.data.layouts import palette_of
+from segcore.environment import LIBRARIES
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
+from segcore.models import layers
 from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
@@ -93,6 +97,23 @@ def check_seeds(model: Segmentor, atol: float = 1e-4) -> None:
     for i, seed in enumerate(seeds):
         alone = model(batch[i : i + 1], seeds=[seed])
         torch.testing.assert_close(together[i : i + 1], alone, atol=atol, rtol=1e-4)
+
+
+@torch.no_grad()
+def check_products(model: Segmentor) -> None:
+    """Check that oneDNN's products, where the operator is present, give the logits of MKL's within 2e-5 of the largest.
+
+    The classes are equal, except for ties within that difference.
+    """
+    batch, answers = images(2), []
+    for library in LIBRARIES:
+        with mock.patch.dict(os.environ, SEG_LINEAR=library), mock.patch.object(layers, "FEW", 0):
+            answers.append(copy.deepcopy(model).eval()(batch))
+    mkl, onednn = answers
+    most = 2e-5 * mkl.abs().max().item()
+    torch.testing.assert_close(onednn, mkl, atol=most, rtol=0)
+    first, second = mkl.topk(2, 1).values.unbind(1)
+    assert (first - second)[onednn.argmax(1) != mkl.argmax(1)].le(2 * most).all()
 
 
 @torch.no_grad()
