@@ -28,8 +28,8 @@ from segcore.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from segcore.data.batch import Batch
 from segcore.data.layouts import open_dataset
-from segcore.data.loader import Batch
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.predictor import Predictor

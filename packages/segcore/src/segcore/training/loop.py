@@ -25,8 +25,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import Experiment
+from segcore.data.batch import Batch
 from segcore.data.dataset import Dataset
-from segcore.data.loader import Batch, train_batches
+from segcore.data.loader import train_batches
 from segcore.data.transforms import TrainTransform
 from segcore.environment import command_line, device_name
 from segcore.errors import Stopped, UserError
@@ -200,8 +201,7 @@ def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], m
     with guarded_passes(state.buffers, out_of_memory(exp)):
         for number, batch in enumerate(micro_batches, 1):
             with distributed.no_sync(state.losses, number < count):
-                images = batch.images.to(device, memory_format=layout, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
+                images, labels = batch.on(device, exp.data.mean, exp.data.std, layout)
                 with autocast(device, exp.train.precision):
                     losses = state.losses(images, labels, batch.seeds)
                 distributed.announce()
