@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +38,10 @@ class Batch:
         size: tuple[int, int],
         ignore_index: int,
         seeds: list[int],
-        *rest: Any,
+        iteration: int,
+        skipped: tuple[str, ...] = (),
     ) -> Batch:
-        """Return images (h, w, C) and labels (h, w), each of one type, padded to `size`; `rest` as for `Batch`."""
+        """Return images (h, w, C) and labels (h, w), each of one type, padded to `size`."""
         image, label = samples[0]
         images = np.zeros((len(samples), image.shape[2], *size), image.dtype)
         labels = np.full((len(samples), *size), ignore_index, label.dtype)
@@ -50,7 +50,7 @@ class Batch:
             images[n, :, :height, :width] = image.transpose(2, 0, 1)
             labels[n, :height, :width] = label
         sizes = tuple(label.shape for _, label in samples)
-        return cls(torch.from_numpy(images), torch.from_numpy(labels), seeds, *rest, sizes=sizes)
+        return cls(torch.from_numpy(images), torch.from_numpy(labels), seeds, iteration, skipped, sizes)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; `read_ahead` calls this."""

@@ -29,6 +29,7 @@ from segcore.data.batch import Batch
 from segcore.data.dataset import Dataset
 from segcore.data.loader import train_batches
 from segcore.data.transforms import TrainTransform
+from segcore.data.workers import worker_count
 from segcore.environment import command_line, device_name
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
@@ -243,7 +244,7 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
             Predictor.of(state.model, exp),
             val,
             seed=exp.seed,
-            workers=exp.data.workers,
+            workers=worker_count(exp.data.workers),
             on_progress=on_progress,
             on_prediction=gallery.add if log.path else None,
         )
@@ -325,7 +326,7 @@ def batches_of_rank(
         seed=exp.seed,
         start=state.iteration,
         stop=exp.schedule.iterations,
-        workers=exp.data.workers,
+        workers=worker_count(exp.data.workers),
         rank=distributed.rank(),
         world=distributed.world_size(),
         on_error=exp.data.on_error,
