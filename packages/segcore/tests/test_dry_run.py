@@ -25,7 +25,7 @@ from segcore.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from segcore.data.loader import Batch
+from segcore.data.batch import Batch
 from segcore.errors import UserError
 from segcore.testing.tiny import Tiny
 from segcore.training import dry_run

@@ -1,13 +1,17 @@
 """What `segcore env` prints, and what it keeps private."""
 
 import json
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from segcore import environment as module
 from segcore.cli.main import main
+from segcore.data import workers
 from segcore.environment import as_text, environment, git_hash, versions
 
 
@@ -25,6 +29,58 @@ def test_environment_is_plain_data_without_paths(monkeypatch: pytest.MonkeyPatch
         assert str(path) not in text
     assert f"  torch: {versions()['torch']}\n" in text
     assert found["machine"]["cores"] >= found["machine"]["usable cores"] >= 1
+
+
+def test_torch_sees_how_its_threads_shall_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP itself says it, when torch is loaded: spinning threads take the cores from each other."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")
+    shown = subprocess.run([sys.executable, "-m", "segcore", "env"], capture_output=True, text=True, timeout=120)
+    if "OMP_WAIT_POLICY" not in shown.stderr:
+        pytest.skip("this OpenMP shows no settings")
+    assert re.search(r"OMP_WAIT_POLICY ?= ?'PASSIVE'", shown.stderr)
+    assert "OMP_WAIT_POLICY: PASSIVE" in shown.stdout
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_the_users_own_way_to_wait_wins(monkeypatch: pytest.MonkeyPatch, given: str | None, found: str) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY") if given is None else monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    with pytest.raises(SystemExit):
+        main(None, ["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == found
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000"}, 6),
+        ({"cpu.max": "250000 100000"}, 3),
+        ({"cpu.max": "900000 100000"}, 6),
+        ({"cpu.max": "1000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+    ],
+)
+def test_usable_cpus_are_those_of_the_container(tmp_path, monkeypatch, files, cpus) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert module.usable_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "count"), [(1, None, 1), (2, None, 1), (6, None, 5), (64, None, 8), (32, "4", 7), (8, "8", 1)]
+)
+def test_auto_workers_share_the_cpus(monkeypatch, cpus: int, processes: str | None, count: int) -> None:
+    monkeypatch.setattr(workers, "usable_cpus", lambda: cpus)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert workers.worker_count("auto") == count
+    assert workers.worker_count(0) == 0
 
 
 def test_command(capsys) -> None:

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from segcore.config.schema import DataConfig
 from segcore.data import workers
+from segcore.data.batch import Batch
 from segcore.data.layouts import open_dataset
 from segcore.data.loader import (
-    Batch,
     RareClasses,
     eval_samples,
     rare_class_probabilities,
@@ -70,7 +70,7 @@ def batches(data, **changes):
 def assert_equal(first, second):
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
-        assert (a.iteration, a.seeds) == (b.iteration, b.seeds)
+        assert (a.iteration, a.seeds, a.sizes) == (b.iteration, b.seeds, b.sizes)
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
 
@@ -118,7 +118,7 @@ def test_rare_class_sampling_draws_a_class_then_an_image_with_it(data):
     image, _ = transform(
         *open_dataset(data, "train").pair(rare.index(5, 3, 1)), np.random.RandomState(augmentation_seed(5, 3, 1))
     )
-    assert torch.equal(whole[6].images[1], image)
+    assert torch.equal(whole[6].on("cpu", data.mean, data.std)[0][1], image)
 
 
 def test_batches_have_the_stated_parts_and_seeds(data):
@@ -126,7 +126,7 @@ def test_batches_have_the_stated_parts_and_seeds(data):
     assert [b.iteration for b in found] == [2, 2, 3, 3]
     assert found[1].seeds == [noise_seed(5, 2, 2), noise_seed(5, 2, 3)]
     assert found[0].images.shape == (2, 3, 24, 32)
-    assert (found[0].images.dtype, found[0].labels.dtype) == (torch.float32, torch.int64)
+    assert (found[0].images.dtype, found[0].labels.dtype) == (torch.uint8, torch.uint8), "few bytes to hand over"
     assert found[0].labels.shape == (2, 24, 32)
 
 
@@ -135,8 +135,9 @@ def test_a_sample_is_its_file_transformed_with_its_own_draws(data):
     part = next(iter(batches(data, start=3, stop=4)))
     index = sample_index(5, 3, 1, 4, LENGTH)
     image, label = transform(*dataset.pair(index), np.random.RandomState(augmentation_seed(5, 3, 1)))
-    assert torch.equal(part.images[1], image)
-    assert torch.equal(part.labels[1], label)
+    images, labels = part.on("cpu", data.mean, data.std)
+    assert torch.equal(images[1], image)
+    assert torch.equal(labels[1], label)
 
 
 def test_a_run_resumes_at_any_iteration_and_micro_batches_only_divide_the_batch(data):
@@ -194,7 +195,8 @@ def test_waiting_for_a_worker_can_be_ended(data):
 
 def test_a_message_that_ends_early_is_no_item():
     sent = io.BytesIO()
-    batch = Batch(torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64), [1, 2], 3)
+    images = torch.randint(0, 1 << 16, (2, 3, 4, 5)).to(torch.uint16)
+    batch = Batch(images, torch.zeros(2, 4, 5, dtype=torch.uint8), [1, 2], 3, sizes=((4, 5), (2, 3)))
     workers._send(sent, (None, batch))
     _, found = workers._receive(io.BytesIO(sent.getvalue()))
     assert_equal([found], [batch])

@@ -28,8 +28,8 @@ from segcore.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from segcore.data.batch import Batch
 from segcore.data.layouts import open_dataset
-from segcore.data.loader import Batch
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.predictor import Predictor
@@ -37,6 +37,7 @@ from segcore.models.segmentor import Segmentor
 from segcore.testing.host_reads import HostReads
 from segcore.testing.tiny import Tiny
 from segcore.training import loop
+from segcore.training import setup as training_setup
 from segcore.training.guard import HostCopy
 from segcore.training.logger import Logger, MetricLogger
 from segcore.training.loop import train, train_step
@@ -542,6 +543,19 @@ def test_weights_follow_from_the_seed(exp: Experiment, tmp_path: Path) -> None:
     a, b, c = (state(tmp_path / run, 1)["conv.weight"] for run in "abc")
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_a_cache_and_workers_by_themselves_change_nothing(exp: Experiment, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(training_setup, "worker_count", lambda workers: 0)
+    cached = replace(exp, data=replace(exp.data, cache=tmp_path / "cache", workers="auto"))
+    for name, each in (("plain", exp), ("filled", cached), ("read", cached)):
+        train(each, tmp_path / name)
+    weights = [state(tmp_path / name)["conv.weight"] for name in ("plain", "filled", "read")]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert capsys.readouterr().out.count(f"data.cache {tmp_path / 'cache'}: ") == 2
+    stored = json.loads((tmp_path / "read/experiment.json").read_text())["experiment"]["data"]
+    assert stored["workers"] == 0, "what auto stands for"
 
 
 def test_start_weights_come_from_a_file_once(exp: Experiment, tmp_path: Path, capsys) -> None:

@@ -16,6 +16,7 @@ from numpy.random import RandomState
 
 from segcore.config.schema import DataConfig
 from segcore.data import transforms as T
+from segcore.data.batch import Batch
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SIDE = st.integers(1, 3000)
@@ -281,10 +282,36 @@ def test_normalize_any_image(channels, dtype):
 
 def test_pad(golden):
     cases = golden("eval/golden/train_pipeline.npz")
-    padded = T.pad(cases["normalized"], (72, 140))
-    np.testing.assert_array_equal(padded[-12:, -20:], cases["pad_size72x140_img_corner"])
-    np.testing.assert_array_equal(T.pad(cases["label"], (72, 140), 255), cases["pad_size72x140_label"])
-    assert T.pad(padded, (10, 10)) is padded
+    batch = Batch.of([(cases["image"], cases["label"])], (72, 140), 255, [0], 0)
+    [image], [label] = batch.on("cpu", MEAN, STD)
+    np.testing.assert_array_equal(image[:, -12:, -20:].permute(1, 2, 0), cases["pad_size72x140_img_corner"])
+    np.testing.assert_array_equal(label, cases["pad_size72x140_label"])
+
+
+@given(st.data(), st.sampled_from([np.uint8, np.uint16, np.float32]), st.integers(1, 4), st.booleans())
+def test_a_batch_on_its_device_is_every_sample_normalized_then_padded(draw, dtype, channels, channels_last):
+    numbers = st.floats(-1e5, 1e5, width=32)
+    mean = draw.draw(st.lists(numbers, min_size=channels, max_size=channels))
+    std = draw.draw(st.lists(numbers.filter(lambda x: x > 1e-3), min_size=channels, max_size=channels))
+    rng = RandomState(draw.draw(st.integers(0, 99)))
+    image = rng.randint(0, 1 << 16, (20, 70, channels)).astype(dtype)
+    image[0] = np.arange(70)[:, None] * 3
+    image[-4:] = np.arange(280).reshape(4, 70, 1)  # all of 8 bits
+    label = rng.randint(0, 5, (20, 70)).astype(np.uint8)
+    batch = Batch.of([(image, label), (image[:9, :8], label[:9, :8])], (20, 70), 4, [1, 2], 3)
+    assert (batch.images.element_size(), batch.labels.element_size()) == (np.dtype(dtype).itemsize, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images, labels = batch.on("cpu", mean, std, layout)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert images.is_contiguous(memory_format=layout)
+    expected = np.zeros((2, channels, 20, 70), np.float32)
+    expected[0] = T.normalize(image, mean, std).transpose(2, 0, 1)
+    expected[1, :, :9, :8] = T.normalize(image[:9, :8], mean, std).transpose(2, 0, 1)
+    assert images.contiguous().numpy().tobytes() == expected.tobytes()
+    np.testing.assert_array_equal(labels[0], label)
+    np.testing.assert_array_equal(labels[1], np.pad(label[:9, :8], [(0, 11), (0, 62)], constant_values=4))
+    again, _ = batch.on("cpu", mean, std)
+    assert torch.equal(again, images), "the batch itself does not change"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import platform
 import shlex
@@ -68,7 +70,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "system": platform.platform(),
             "cpu": processor("model name"),
             "cores": os.cpu_count(),
-            "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "usable cores": usable_cpus(),
             "torch threads": torch.get_num_threads(),
             "float32 products": product_library(),
         },
@@ -122,6 +124,17 @@ def as_text(groups: dict[str, dict[str, Any]]) -> str:
             *(f"  {name}: {'none' if value is None else value}" for name, value in values.items()),
         ]
     return "\n".join(lines)
+
+
+def usable_cpus(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the CPUs that this process may use, at least 1: of its affinity, or less where a container has a quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup 2, cgroup 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, "max", or no quota
+            quota, period = map(int, " ".join((groups / name).read_text() for name in names).split())
+            if quota > 0:
+                count = min(count, math.ceil(quota / period))
+    return max(count, 1)
 
 
 def processor(field: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from segcore.environment import usable_cpus
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def launch(command: Parallel, words: list[str], package: str | None) -> None:
         )
     at = next(i for i, word in enumerate(words) if word.split("=")[0] == "--gpus")
     own = words[:at] + words[at + (1 if "=" in words[at] else 2) :]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
     logging.disable(logging.ERROR)  # torchrun's own messages: the processes say what is wrong
     try:
         torchrun(parse_args(["--standalone", f"--nproc-per-node={count}", "-m", package or "segcore", *own]))

@@ -20,7 +20,7 @@ from segcore.cli.predict_files import Job, start_map, write
 from segcore.cli.predict_record import Record, stamp
 from segcore.config.schema import DataConfig
 from segcore.data.loader import equal_sized
-from segcore.data.workers import in_threads
+from segcore.data.workers import in_threads, worker_count
 from segcore.errors import UserError
 from segcore.inference import LoadedModel, as_array
 from segcore.progress import progress
@@ -95,7 +95,7 @@ def _report(jobs: Sequence[Job], left: int, record: Record | None, failures: lis
 def _done(seg: LoadedModel, jobs: Sequence[Job]) -> Generator[Done, None, None]:
     """Yield what became of every job once its files are written. Threads read and write while this one computes."""
     data = seg.experiment.data
-    threads = max(min(data.workers, len(jobs) - 1), 0)
+    threads = max(min(worker_count(data.workers), len(jobs) - 1), 0)
     with contextlib.closing(in_threads(partial(_read, data), jobs, threads)) as images:
         yield from in_threads(_write, _predicted(seg, images), threads)
 

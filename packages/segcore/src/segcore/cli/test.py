@@ -98,6 +98,7 @@ class Test(Parallel):
 
     def _evaluate(self, predictor: Predictor, dataset: Dataset, saved: SavedMasks | None) -> Results | None:
         """Return the results; None for a split without labels."""
+        from segcore.data.workers import worker_count
         from segcore.evaluation.evaluate import configured_entry, evaluate, predict_all
         from segcore.progress import progress
 
@@ -107,7 +108,7 @@ class Test(Parallel):
                 saved.write(index, entries[configured_entry(predictor, entries)])
 
         exp = self.experiment
-        how: dict[str, Any] = {"seed": exp.seed, "workers": exp.data.workers, "limit": self.limit}
+        how: dict[str, Any] = {"seed": exp.seed, "workers": worker_count(exp.data.workers), "limit": self.limit}
         with progress("evaluating") as advance:
             if self.split == "val":
                 return evaluate(

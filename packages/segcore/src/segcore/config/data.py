@@ -104,9 +104,12 @@ class DataConfig(Section):
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
-    workers: int = setting(4, least=0, commands=("test", "predict"))
+    workers: int | Literal["auto"] = setting("auto", least=0, commands=("test", "predict"))
     """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it.
-    `predict` reads in that many threads, and writes in as many."""
+    `predict` reads in that many threads, and writes in as many. auto: a share of the usable CPUs, 1 to 8."""
+    cache: Path | None = None
+    """Folder, best on a fast disk, where training keeps decoded images and labels, which are then not decoded again.
+    The run says first how much space it needs (docs/own_data.md). None: none."""
     on_error: Literal["stop", "skip"] = setting("stop", commands=("test",))
     """A file that cannot be read ends the run, or is skipped (training takes the next sample), reported and counted."""
 

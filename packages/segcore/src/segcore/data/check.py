@@ -5,20 +5,26 @@ Files are read in threads: decoding, nearly all of the work, releases the interp
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
-from segcore.data.images import read_size
+from segcore.data.images import read_image, read_size
 from segcore.data.layouts import Split, find_files, source_of
 from segcore.data.pairs import PairDataset
 from segcore.errors import UserError
+from segcore.files import writing
 from segcore.progress import progress
 
 T = TypeVar("T")
@@ -206,6 +212,44 @@ def check_headers(dataset: Dataset) -> list[str]:
         for lines in _each(lambda i: _headers(dataset, i), len(dataset), "checking that images and labels open")
         for line in lines
     ]
+
+
+def cache_note(folder: Path, datasets: Sequence[Dataset]) -> str:
+    """Return a line about what the cache of decoded images and labels in `folder`, that of all `datasets`, will take.
+
+    Raises UserError when there is less space, or the folder cannot be made or written.
+    """
+    needed = 0
+    for dataset in datasets:
+        needed += sum(_each(partial(_bytes_to_cache, dataset), len(dataset), "sizing data.cache"))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if needed and not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        free = shutil.disk_usage(folder).free
+    count = sum(map(len, datasets))
+    line = f"data.cache {folder}: {count} images, {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    if needed > free:
+        raise UserError(f"{line}; name a folder on a larger disk, or leave data.cache out")
+    return line
+
+
+def _bytes_to_cache(dataset: Dataset, index: int) -> int:
+    """Return the bytes that the cache lacks of a sample, 0 for one that cannot be read."""
+    sample = dataset.samples[index]
+    try:
+        if not (each := dataset.not_cached(index)):
+            return 0
+        height, width = read_size(sample.image)
+    except OSError:
+        return 0
+    except UserError:  # only OpenCV or NumPy can read it, or it is damaged
+        found = _collect([], lambda: read_image(sample.image, dataset.channels, dataset.bit_depth, dataset.max_pixels))
+        height, width = (0, 0) if found is None else found.shape[:2]
+    if sample.box:
+        y1, x1, y2, x2 = sample.box
+        height, width = y2 - y1, x2 - x1
+    return height * width * sum(each)
 
 
 def label_pixels(

@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from segcore.data.cache import cache_file, cached
 from segcore.data.images import MAX_PIXELS, color_indices, hex_colors, read_image, read_label, read_label_colors
 from segcore.data.labels import FORBIDDEN, ranges
 from segcore.data.rasters import Box, read_label_window, read_window
@@ -48,6 +49,7 @@ class Dataset:
         max_pixels: size limit of images and labels.
         missing: one line per image without a label (it is left out of `samples`); `open_dataset` raises for these.
         unmatched_labels: label files without an image.
+        cache: folder of decoded images and labels, see `segcore.data.cache`; None: files are decoded every time.
         opened_by: opens the same split in another process, where what a user's function made need not pickle.
     """
 
@@ -63,6 +65,7 @@ class Dataset:
     colors: np.ndarray | None = None
     missing: tuple[str, ...] = ()
     unmatched_labels: tuple[Path, ...] = ()
+    cache: Path | None = None
     opened_by: Callable[[], Dataset] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -85,7 +88,11 @@ class Dataset:
     def image(self, index: int) -> np.ndarray:
         """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""
         sample, how = self.samples[index], (self.channels, self.bit_depth, self.max_pixels)
-        return read_window(sample.image, sample.box, *how) if sample.box else read_image(sample.image, *how)
+
+        def read() -> np.ndarray:
+            return read_window(sample.image, sample.box, *how) if sample.box else read_image(sample.image, *how)
+
+        return cached(self.cache, sample.image, read, *self._decoding(sample.box))
 
     @property
     def label_values(self) -> int:
@@ -100,9 +107,30 @@ class Dataset:
         path, box = self.samples[index].label, self.samples[index].box
         if path is None:
             raise UserError(f"{self.samples[index].image}: has no label file; provide the masks of this split")
-        read = read_label if self.colors is None else read_label_colors
-        stored = read_label_window(path, box, read, self.max_pixels) if box else read(path, self.max_pixels)
-        return self.train_ids(path, stored)
+
+        def ids() -> np.ndarray:
+            read = read_label if self.colors is None else read_label_colors
+            stored = read_label_window(path, box, read, self.max_pixels) if box else read(path, self.max_pixels)
+            return self.train_ids(path, stored)
+
+        return cached(self.cache, path, ids, *self._decoding(box, label=True))
+
+    def _decoding(self, box: Box | None, label: bool = False) -> tuple[object, ...]:
+        """Return what an image, or the train ids of a label, depend on beside their file."""
+        if not label:
+            return "image", box, self.max_pixels, self.channels, self.bit_depth
+        colors = b"" if self.colors is None else self.colors.tobytes()
+        return "label", box, self.max_pixels, self.label_values, self.table.tobytes(), b"colors" + colors
+
+    def not_cached(self, index: int) -> tuple[int, ...]:
+        """Return the bytes per pixel of the image and the label of a sample, of those that the cache lacks."""
+        sample = self.samples[index]
+        parts = [(sample.image, self._decoding(sample.box), self.channels * self.bit_depth // 8)]
+        if sample.label:
+            parts.append((sample.label, self._decoding(sample.box, label=True), 1 if self.label_values <= 256 else 2))
+        return tuple(
+            size for path, how, size in parts if self.cache and not cache_file(self.cache, path, *how).exists()
+        )
 
     def train_ids(self, path: Path, stored: np.ndarray) -> np.ndarray:
         """Return the train ids of label values (H, W), or colors (H, W, 3), as `label` does; errors name `path`."""

@@ -6,50 +6,25 @@ run can therefore resume at any iteration, and the samples do not depend on the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.random import RandomState
-from torch import Tensor
 
+from segcore.data.batch import Batch
 from segcore.data.dataset import Dataset
+from segcore.data.transforms import TrainTransform
 from segcore.data.workers import read_ahead
 from segcore.errors import UserError
 from segcore.seeds import augmentation_seed, noise_seed, order_seed, rare_class_seed
 
-Transform = Callable[[np.ndarray, np.ndarray, RandomState], tuple[Tensor, Tensor]]
 OnError = Literal["stop", "skip"]
 S = TypeVar("S", bound=tuple[Any, ...])
 Loaded = tuple[int, np.ndarray, np.ndarray | None] | UserError
 """Index, image and label of a sample, or the error of an unreadable one."""
-
-
-@dataclass
-class Batch:
-    """One forward pass of training.
-
-    Attributes:
-        images: (n, C, H, W) float32, normalized.
-        labels: (n, H, W) int64 train ids.
-        seeds: one integer per image, for the model's noise; augmentation has its own seed.
-        iteration: the optimizer step that the batch belongs to.
-        skipped: one error message per sample that was replaced by another one.
-    """
-
-    images: Tensor
-    labels: Tensor
-    seeds: list[int]
-    iteration: int
-    skipped: tuple[str, ...] = ()
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory; `read_ahead` calls this."""
-        return dataclasses.replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def sample_index(seed: int, iteration: int, position: int, batch: int, length: int) -> int:
@@ -98,7 +73,7 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 def train_batches(
     dataset: Dataset,
-    transform: Transform,
+    transform: TrainTransform,
     *,
     batch: int,
     micro: int,
@@ -158,7 +133,7 @@ def equal_sized(samples: Iterable[S], batch: int) -> Iterator[list[S]]:
 
 def _load_batch(
     dataset: Dataset,
-    transform: Transform,
+    transform: TrainTransform,
     batch: int,
     micro: int,
     seed: int,
@@ -176,10 +151,9 @@ def _load_batch(
             index = sample_index(seed, iteration, position, batch, len(dataset))
         image, label, errors = _readable(dataset, index, on_error)
         skipped += errors
-        samples.append(transform(image, label, RandomState(augmentation_seed(seed, iteration, position))))
-    images, labels = zip(*samples, strict=True)
+        samples.append(transform.crop(image, label, RandomState(augmentation_seed(seed, iteration, position))))
     seeds = [noise_seed(seed, iteration, position) for position in positions]
-    return Batch(torch.stack(images), torch.stack(labels), seeds, iteration, tuple(skipped))
+    return Batch.of(samples, transform.data.crop, transform.ignore_index, seeds, iteration, tuple(skipped))
 
 
 def _readable(dataset: Dataset, index: int, on_error: OnError) -> tuple[np.ndarray, np.ndarray, list[str]]:

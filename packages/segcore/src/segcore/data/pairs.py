@@ -63,6 +63,10 @@ class PairDataset(Dataset):
         check_sizes(self.samples[index], image.shape[:2], label.shape)
         return image, label
 
+    def not_cached(self, index: int) -> tuple[int, ...]:
+        """Return nothing: there is no file to decode."""
+        return ()
+
     def _item(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         name = self.samples[index].image
         try:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import torch
 from numpy.random import RandomState
 from torch import Tensor
 
 from segcore.config.schema import DataConfig
 from segcore.data.augment import Augmentation
+from segcore.data.batch import Batch
 from segcore.data.labels import IGNORE
 
 CropBox = tuple[int, int, int, int]
@@ -163,20 +163,13 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     return planes.transpose(1, 2, 0)
 
 
-def pad(array: np.ndarray, size: tuple[int, int], value: float = 0) -> np.ndarray:
-    """Return an image (H, W, C) or label (H, W), padded with `value` at the right and bottom to at least `size`."""
-    missing = [(0, max(new - old, 0)) for new, old in zip(size, array.shape[:2], strict=True)]
-    if not any(after for _, after in missing):
-        return array
-    return np.pad(array, missing + [(0, 0)] * (array.ndim - 2), constant_values=value)
-
-
 class TrainTransform:
     """The published training pipeline: random resize, crop, flip, photometric distortion, blur, normalize, pad.
 
     Not published, and without a draw unless it is set: a vertical flip and quarter turns after the flip, the user's
     function before the normalization.
-    Labels are padded with `ignore_index`, images with 0 after normalization (the mean color). The crop's class limit
+    `Batch` does the last two steps: labels are padded with `ignore_index`, images with 0 after normalization (the mean
+    color). The crop's class limit
     always excludes only 255, so a `background` class counts, as published.
     """
 
@@ -187,7 +180,13 @@ class TrainTransform:
         self.augment = Augmentation(data, ignore_index, num_classes) if data.augment else None
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: RandomState) -> tuple[Tensor, Tensor]:
-        """Return the image as float32 (C, *crop) and the label as int64 (*crop)."""
+        """Return the image as float32 (C, *crop) and the label as int64 (*crop), as the model gets them."""
+        batch = Batch.of([self.crop(image, label, rng)], self.data.crop, self.ignore_index, [0], 0)
+        images, labels = batch.on("cpu", self.data.mean, self.data.std)
+        return images[0], labels[0]
+
+    def crop(self, image: np.ndarray, label: np.ndarray, rng: RandomState) -> tuple[np.ndarray, np.ndarray]:
+        """Return image (h, w, C) and label (h, w) before the last two steps, of the given types; at most the crop."""
         data, (height, width) = self.data, image.shape[:2]
         low, high = data.ratio_range
         ratio = rng.random_sample() * (high - low) + low
@@ -209,6 +208,4 @@ class TrainTransform:
             image = gaussian_blur(image, rng.random_sample())
         if self.augment:
             image, label = self.augment(image, label, rng)
-        image = pad(normalize(image, data.mean, data.std), data.crop)
-        label = pad(label, data.crop, self.ignore_index).astype(np.int64)
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), torch.from_numpy(label)
+        return image, label

@@ -21,18 +21,34 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import resource_tracker
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from segcore.environment import usable_cpus
 from segcore.errors import UserError
 
 T = TypeVar("T")
 Load = Callable[[Any], Any]
 Link = io.BufferedRWPair
+
+
+MOST_WORKERS = 8
+"""Workers per device that `data.workers auto` starts at most: each takes memory for its own libraries and batches."""
+
+
+def worker_count(workers: int | Literal["auto"]) -> int:
+    """Return the number that `data.workers` stands for. auto: this process's share of the usable CPUs, but for one.
+
+    The share is that among the processes that torchrun has started on this machine; 1 to MOST_WORKERS.
+    """
+    if workers != "auto":
+        return workers
+    share = usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 1), MOST_WORKERS)
 
 
 def read_ahead(

@@ -10,6 +10,7 @@ from numpy.random import RandomState
 from torch import Tensor
 
 from segcore.config.schema import DataConfig
+from segcore.data.batch import Batch
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.data.transforms import TrainTransform
@@ -37,8 +38,9 @@ def crop_panels(image: Tensor, label: Tensor, dataset: Dataset, data: DataConfig
     return [shown, overlay(shown, classes, dataset.palette, ignore_index=dataset.ignore_index)]
 
 
-def batch_picture(images: Tensor, labels: Tensor, dataset: Dataset, data: DataConfig) -> np.ndarray:
-    """Return the first 8 crops of a batch (N, C, H, W) with their labels (N, H, W), two in a row, and the legend."""
+def batch_picture(batch: Batch, dataset: Dataset, data: DataConfig) -> np.ndarray:
+    """Return the first 8 crops of a batch with their labels, two in a row, and the legend."""
+    images, labels = batch.on("cpu", data.mean, data.std)
     found = [crop_panels(image, label, dataset, data) for image, label in zip(images[:8], labels, strict=False)]
     rows = [[panel for pair in found[i : i + 2] for panel in pair] for i in range(0, len(found), 2)]
     return vstack([*(hstack_panels(row, [""] * len(row)) for row in rows), _legend(dataset)])

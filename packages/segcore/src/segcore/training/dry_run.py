@@ -21,8 +21,8 @@ from torch import Tensor
 from segcore import distributed
 from segcore.config.schema import Experiment
 from segcore.config.source import source
+from segcore.data.batch import Batch
 from segcore.data.dataset import Dataset
-from segcore.data.loader import Batch
 from segcore.environment import device_name
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
@@ -82,7 +82,7 @@ def dry_run(exp: Experiment, work_dir: Path, *, device: torch.device, offline: b
 
     def report() -> None:
         image = work_dir.parent / f"{work_dir.name}.dry_run.png"
-        write_image(image, batch_picture(first[0].images, first[0].labels, dataset, exp.data))
+        write_image(image, batch_picture(first[0], dataset, exp.data))
         lines = {"first images": str(image), **_lines(exp, needs, device)}
         if search:
             largest = largest_device_batch(exp, state, first[0])
@@ -138,7 +138,7 @@ def largest_device_batch(exp: Experiment, state: TrainState, batch: Batch) -> in
     share, largest = batch_shares(exp)[0], 0
     for count in (number for number in range(1, share + 1) if share % number == 0):
         images, labels = (part[:1].repeat_interleave(count, 0) for part in (batch.images, batch.labels))
-        repeated = Batch(images, labels, batch.seeds[:1] * count, batch.iteration)
+        repeated = Batch(images, labels, batch.seeds[:1] * count, batch.iteration, sizes=batch.sizes[:1] * count)
         try:
             with enough_memory(""):
                 train_step(exp, state, [repeated], MetricLogger())

@@ -25,9 +25,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import Experiment
+from segcore.data.batch import Batch
 from segcore.data.dataset import Dataset
-from segcore.data.loader import Batch, train_batches
+from segcore.data.loader import train_batches
 from segcore.data.transforms import TrainTransform
+from segcore.data.workers import worker_count
 from segcore.environment import command_line, device_name
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.evaluate import Results, evaluate
@@ -200,8 +202,7 @@ def train_step(exp: Experiment, state: TrainState, micro_batches: list[Batch], m
     with guarded_passes(state.buffers, out_of_memory(exp)):
         for number, batch in enumerate(micro_batches, 1):
             with distributed.no_sync(state.losses, number < count):
-                images = batch.images.to(device, memory_format=layout, non_blocking=True)
-                labels = batch.labels.to(device, non_blocking=True)
+                images, labels = batch.on(device, exp.data.mean, exp.data.std, layout)
                 with autocast(device, exp.train.precision):
                     losses = state.losses(images, labels, batch.seeds)
                 distributed.announce()
@@ -243,7 +244,7 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
             Predictor.of(state.model, exp),
             val,
             seed=exp.seed,
-            workers=exp.data.workers,
+            workers=worker_count(exp.data.workers),
             on_progress=on_progress,
             on_prediction=gallery.add if log.path else None,
         )
@@ -325,7 +326,7 @@ def batches_of_rank(
         seed=exp.seed,
         start=state.iteration,
         stop=exp.schedule.iterations,
-        workers=exp.data.workers,
+        workers=worker_count(exp.data.workers),
         rank=distributed.rank(),
         world=distributed.world_size(),
         on_error=exp.data.on_error,

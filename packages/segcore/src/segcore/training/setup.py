@@ -15,10 +15,12 @@ from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
 from segcore.config.user_code import is_reference
-from segcore.data.check import check_headers, require_meaning
+from segcore.data.check import cache_note, check_headers, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset, source_of
 from segcore.data.transforms import TrainTransform
+from segcore.data.workers import worker_count
+from segcore.environment import usable_cpus
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
@@ -59,6 +61,10 @@ def setup(
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
     dataset, val, notes = _datasets(exp)
     exp, length = resolve_epochs(exp, len(dataset))
+    if exp.data.workers == "auto":
+        count = worker_count("auto")
+        exp = replace(exp, data=replace(exp.data, workers=count))
+        notes.append(f"data.workers: auto, {count} per device ({usable_cpus()} usable CPUs)")
     state = init_state(with_names(exp, dataset), device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
@@ -166,20 +172,20 @@ def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
 
 def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
     """Return the training set, the validation set if the run evaluates, and one line per broken file."""
-    dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train"))
-    val = open_dataset(exp.data, "val") if exp.train.evaluate_every else None
-    broken = distributed.on_main_process(
-        lambda: [line for part in (dataset, val) if part for line in check_headers(part)]
-    )
+    cache = exp.data.cache
+    dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train", cache))
+    val = open_dataset(exp.data, "val", cache) if exp.train.evaluate_every else None
+    parts = {"train": dataset} | ({"val": val} if val else {})
+    size = distributed.on_main_process(lambda: [cache_note(cache, [*parts.values()])] if cache else [])
+    broken = distributed.on_main_process(lambda: [line for part in parts.values() for line in check_headers(part)])
     if broken and exp.data.on_error == "stop":
         raise UserError(f"{broken[0]} (and {len(broken) - 1} more; `check` lists all)" if broken[1:] else broken[0])
     if val and (bare := next((sample.image for sample in val.samples if sample.label is None), None)):
         raise UserError(f"{bare}: has no label to evaluate with; set data.val_masks, or train.evaluate_every to 0")
-    parts = {"train": dataset} | ({"val": val} if val else {})
     doubts = distributed.on_main_process(
         lambda: [line for split, part in parts.items() for line in require_meaning(part, split, source_of(exp.data))]
     )
-    return dataset, val, [*broken, *doubts]
+    return dataset, val, [*size, *broken, *doubts]
 
 
 def _notes(state: TrainState) -> Iterator[str]:

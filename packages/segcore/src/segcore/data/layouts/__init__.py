@@ -56,20 +56,21 @@ def source_of(data: DataConfig) -> str:
     return f"data.dataset {data.dataset}" if is_reference(data.dataset) else str(data.root)
 
 
-def open_dataset(data: DataConfig, split: Split) -> Dataset:
+def open_dataset(data: DataConfig, split: Split, cache: Path | None = None) -> Dataset:
     """Return a split of `data`, which also sets the layout, the channels and the classes; `test` has no labels.
 
+    `cache` is a folder for decoded images and labels, as `data.cache` is in training.
     Raises UserError when the folder is missing, a split is empty or not known, or an image has no label. Generates
     nothing.
     """
-    dataset = find_files(data, split)
+    dataset = find_files(data, split, cache)
     if dataset.missing:
         more = f" (and {len(dataset.missing) - 1} more; `check` lists them)" if len(dataset.missing) > 1 else ""
         raise UserError(dataset.missing[0] + more)
     return dataset
 
 
-def find_files(data: DataConfig, split: Split) -> Dataset:
+def find_files(data: DataConfig, split: Split, cache: Path | None = None) -> Dataset:
     """Return the split as `open_dataset` does, but leave out images without a label, which `missing` then lists."""
     layout = layout_of(data)
     if split == "test" and data.dataset not in TEST_SPLITS:
@@ -90,14 +91,15 @@ def find_files(data: DataConfig, split: Split) -> Dataset:
         channels=data.channels,
         bit_depth=data.bit_depth,
         max_pixels=data.max_pixels,
-        opened_by=partial(find_files, data, split) if layout is OWN else None,
+        cache=cache,
+        opened_by=partial(find_files, data, split, cache) if layout is OWN else None,
     )
     dataset = with_background(dataset) if data.add_background_class else dataset
     dataset = replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
     if split != "train" or not data.also:
         return dataset
     others = [entry.partition("=") for entry in data.also]
-    return join(dataset, [find_files(_plain(data, name, folder), split) for name, _, folder in others])
+    return join(dataset, [find_files(_plain(data, name, folder), split, cache) for name, _, folder in others])
 
 
 def _plain(data: DataConfig, name: str, folder: str) -> DataConfig:

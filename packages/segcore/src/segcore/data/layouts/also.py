@@ -31,6 +31,11 @@ class JoinedDataset(Dataset):
         part, index = self._part(index)
         return part.label(index)
 
+    def not_cached(self, index: int) -> tuple[int, ...]:
+        """Return what the cache lacks as `Dataset.not_cached` does."""
+        part, index = self._part(index)
+        return part.not_cached(index)
+
     def _part(self, index: int) -> tuple[Dataset, int]:
         for part in self.parts[:-1]:
             if index < len(part):
