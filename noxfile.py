@@ -32,13 +32,19 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist=worksteal")
 """One test process per core, each with one thread (packages/conftest.py): threads of several would wait for another."""
 
-OPENMMLAB = {"0.x": ["mmcv==1.7.2"], "1.x": ["mmcv-lite==2.1.0", "mmengine==0.10.7"]}
+OPENMMLAB = {
+    "0.x": ["mmcv==1.7.2"],
+    "1.x": ["mmcv-lite==2.1.0", "mmengine==0.10.7"],
+    "onedl": ["onedl-mmcv==2.3.6", "onedl-mmengine==0.10.12"],  # the forks of 1.x that are maintained
+}
 """The lines of OpenMMLab by name, with what is installed with its dependencies."""
 OPENMMLAB_ALONE = {
     "0.x": ["mmsegmentation==0.30.0", "mmcls==0.25.0", "cityscapesscripts"],
-    "1.x": ["mmsegmentation==1.2.2", "cityscapesscripts"],
+    "1.x": ["mmsegmentation==1.2.2", "mmpretrain==1.2.0", "cityscapesscripts"],
+    "onedl": ["onedl-mmsegmentation==1.4.2", "cityscapesscripts"],
 }
 """What is installed without its dependencies, which would pull in a second OpenCV, or a mmcv with operators."""
+OPENMMLAB_TESTS = sorted(map(str, Path("packages/segcore/tests").glob("test_*openmmlab*.py")))
 
 
 def group(name: str) -> list[str]:
@@ -83,12 +89,12 @@ def oracle_tests(session: nox.Session) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("line", list(OPENMMLAB), ids=list(OPENMMLAB))
 def openmmlab(session: nox.Session, line: str) -> None:
-    """Run our models inside MMSegmentation 0.30 and 1.x, both with an mmcv that has no compiled operators."""
+    """Run our models inside MMSegmentation 0.30, 1.x and its fork, with an mmcv that has no compiled operators."""
     session.install("setuptools<81", "wheel", *EDITABLE, *group("test"))
     session.install("--no-build-isolation", *OPENMMLAB[line], *group("openmmlab"))  # mmcv's setup.py needs setuptools
     session.install("--no-deps", *OPENMMLAB_ALONE[line])
     session.run("python", "scripts/mmcv_without_operators.py")
-    session.run("pytest", "-m", "openmmlab and not gpu", *session.posargs)
+    session.run("pytest", *PARALLEL, "-m", "openmmlab and not gpu", *OPENMMLAB_TESTS, *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -1,11 +1,15 @@
 """Our models inside real MMSegmentation, 0.30 or 1.x, whichever the environment has (nox -s openmmlab)."""
 
 import copy
+import importlib
 import itertools
+import json
+import re
 import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from torch import nn
 
 from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import load_weights
+from segcore.cli.main import main
 from segcore.config.registry import experiments, load_experiment
 from segcore.config.schema import DataConfig
 from segcore.data.images import read_image
@@ -28,7 +33,7 @@ from segcore.training.optimizer import build_optimizer
 mmseg = pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 pytestmark = [pytest.mark.openmmlab, pytest.mark.filterwarnings("ignore")]
 
-from segcore.openmmlab import MODELS, ONE, SegcoreOptimizer  # noqa: E402
+from segcore.openmmlab import MODELS, ONE, ConfigDict, SegcoreOptimizer  # noqa: E402
 
 ROWS = {
     "ddp_resnet18_toy": ("ddp_seg.mmseg", ["model.width=32", "model.decoder_layers=1", "model.num_inference_steps=2"]),
@@ -61,7 +66,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch, toy):
-    """A function that runs one of MMSegmentation's own tools, in this process, on a row's config."""
+    """A function that runs one of MMSegmentation's own tools, in this process, on a row's config, or on config.py."""
     monkeypatch.chdir(tmp_path)
     # a description of the machine for the log, which takes seconds
     monkeypatch.setattr("mmengine.runner.runner.collect_env" if ONE else "mmseg.utils.collect_env", dict)
@@ -72,11 +77,13 @@ def tool(tmp_path, monkeypatch, toy):
     runs = itertools.count()
 
     def run(name, row, *args, extra="", overrides=()):
-        module, own = ROWS[row]
-        text = config_text(ONE, module, row, ["train.init_from=None", *own, *overrides], toy)
-        if ONE:  # one exists of each name
-            text += f"visualizer.update(name='{tmp_path.name}_{next(runs)}')"
-        Path("config.py").write_text(text + extra)
+        if row:
+            module, own = ROWS[row]
+            text = config_text(ONE, module, row, ["train.init_from=None", *own, *overrides], toy)
+            Path("config.py").write_text(text + extra)
+        if ONE:  # one visualizer exists of each name
+            named = f"visualizer.name={tmp_path.name}_{next(runs)}"
+            args = (*args, *(() if "--cfg-options" in args else ("--cfg-options",)), named)
         monkeypatch.setattr(sys, "argv", [name, "config.py", *map(str, args)])
         runpy.run_path(str(Path(mmseg.__path__[0], ".mim", "tools", name)), run_name="__main__")
 
@@ -279,6 +286,85 @@ def test_background_in_front_is_a_miss_in_their_metric_as_in_ours(monkeypatch):
     assert (predicted == 255).any()
     np.testing.assert_allclose(table["IoU"], np.asarray(expected["IoU"])[1:], atol=1e-7)
     np.testing.assert_allclose(table["aAcc"], float(expected["aAcc"]), atol=1e-7)
+
+
+METRICS = ["mIoU", "mDice", "mFscore"]
+PUBLISHED = ("segformer_mit-b0_8x1_1024x1024_160k_cityscapes", "segformer_mit-b0_8xb1-160k_cityscapes-1024x1024")[ONE]
+SMALLER = {"2048": "128", "1024": "64", "768": "40", "160000": "8", "16000": "8", "1500": "1", "0.00006": "0.001"}
+"""Numbers of the published config, and those for images of 64 x 128 pixels and a run of 8 iterations."""
+HERE = f"_base_ = '{PUBLISHED}/{PUBLISHED}.py'\n" + (
+    """
+model = dict(backbone=dict(init_cfg=None), decode_head=dict(norm_cfg=dict(type="BN")))
+train_dataloader = dict(num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = dict(num_workers=0, persistent_workers=False)
+"""
+    if ONE
+    else """
+model = dict(backbone=dict(init_cfg=None), decode_head=dict(norm_cfg=dict(type="BN")))
+data = dict(workers_per_gpu=0, persistent_workers=False)
+"""
+)
+"""What the published config changes to run on this machine: no download, batch norm for a CPU, no processes."""
+
+
+def published(toy):
+    """Write the published config for smaller images and a shorter run, and config.py, which uses it here."""
+    source = Path(mmseg.__path__[0], ".mim", "configs")
+    for file in (*source.glob("_base_/*/*.py"), *source.glob("_base_/*.py"), source / "segformer" / f"{PUBLISHED}.py"):
+        text = file.read_text().replace("data/cityscapes/", f"{toy}/")
+        for old, new in SMALLER.items():
+            text = re.sub(rf"\b{re.escape(old)}\b", new, text)
+        target = Path("_base_", file.relative_to(source / "_base_")) if "_base_" in file.parts else None
+        target = target or Path(PUBLISHED, file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    Path("config.py").write_text(HERE)
+    main(None, ["import-config", f"{PUBLISHED}/{PUBLISHED}.py", "--write", "ours.py"])
+
+
+@pytest.fixture
+def their_tables(monkeypatch):
+    """What their metric says about the areas of a data set, before it is rounded."""
+    if ONE:
+        from mmseg.evaluation import IoUMetric as owner  # noqa: N813
+    else:
+        from mmseg.core.evaluation import metrics as owner
+    found, compute = [], owner.total_area_to_metrics
+
+    def record(*args, **settings):
+        values = compute(*args, **settings)
+        found.append(dict(values))  # they take values out
+        return values
+
+    monkeypatch.setattr(owner, "total_area_to_metrics", staticmethod(record) if ONE else record)
+    return found
+
+
+@pytest.mark.parametrize("row", ["published", DDRNET, DGMN2])
+def test_a_trained_result_has_the_same_table_in_both(row, tool, their_tables, toy):
+    """Trained and tested by their tools, and tested by ours: a published model of theirs, and our models in theirs."""
+    if row == "published":
+        published(toy)
+        row, ours = None, ["ours.py:experiment"]
+    else:
+        ours = [row, *(f"--{override}" for override in ROWS[row][1]), "--evaluate.img-scale=128 64"]
+    tool("train.py", row, "--work-dir", "work", *(() if ONE else ("--seed", "0")))
+    [file] = Path("work").glob("iter_*.pth")
+    metrics = ("--cfg-options", f"test_evaluator.iou_metrics=[{','.join(METRICS)}]") if ONE else ("--eval", *METRICS)
+    their_tables.clear()
+    tool("test.py", row, file, *metrics)
+    [theirs] = their_tables
+    plain = "--evaluate.precision=fp32", "--evaluate.channels-last=False", "--device=cpu", "--no-report"
+    main(None, ["test", *ours, str(file), f"--data.root={toy}", "--json=ours.json", *plain])
+    [found] = json.loads(Path("ours.json").read_text())["entries"].values()
+    assert {"aAcc", "IoU", "Acc", "Dice", "Fscore", "Precision", "Recall"} == set(theirs)
+    for name, values in theirs.items():
+        values = np.asarray(values, float)
+        np.testing.assert_allclose(np.array(found[name], float), values, atol=1e-7, err_msg=name)
+        if name != "aAcc":
+            assert found[f"m{name}"] == pytest.approx(np.nanmean(values), abs=1e-7)
+    assert np.count_nonzero(theirs["IoU"] > 0.01) > 1
 
 
 RULED = [name for name, row in experiments().items() if row().optimizer.rules]
@@ -545,6 +631,63 @@ def test_swin_has_the_published_layout():
 
 def _own_name(model, published):
     return next(name for name, value in model.net.key_map().items() if value == published)
+
+
+# Their own tests of segmentors, which the wheel of MMSegmentation brings
+
+
+@pytest.fixture
+def their_tests(monkeypatch):
+    """A function that imports a module of their tests, where an EncoderDecoder is one of our models.
+
+    Their images of 8 x 16 and 10 x 10 pixels, and windows of 3 x 3, are larger here, as ours must be.
+    """
+    pytest.importorskip("tests.test_models.test_segmentors", reason="the wheel of this MMSegmentation has no tests")
+    if ONE:
+        from mmengine.registry import DefaultScope
+
+        monkeypatch.setattr(DefaultScope, "_instance_dict", DefaultScope._instance_dict.copy())
+
+    def ours(**config):
+        if config.get("type") == "EncoderDecoder":
+            own = {"experiment": SEGFORMER, "overrides": ["train.init_from=None"], "test_cfg": config.get("test_cfg")}
+            config = {"type": "SegcoreModel", **own, **PLAIN}
+        if config.get("mode") == "slide":
+            config |= {"crop_size": (SIDE, SIDE // 2), "stride": (SIDE, SIDE // 4)}
+        return ConfigDict(config)
+
+    def images(count, channels, height, width):
+        return torch.randn(count, channels, 4 * height, 4 * width)
+
+    def load(name):
+        module = importlib.import_module(f"tests.test_models.test_segmentors.{name}")
+        monkeypatch.setattr(module, "ConfigDict", ours, raising=False)
+        if name == "test_seg_tta_model":
+            monkeypatch.setattr(module, "torch", SimpleNamespace(randn=images, randint=torch.randint))
+        utils = importlib.import_module("tests.test_models.test_segmentors.utils")
+        monkeypatch.setattr(utils, "_demo_mm_inputs", partial(utils._demo_mm_inputs, (2, 3, SIDE, SIDE)))
+        return module
+
+    return load
+
+
+PLAIN = {"data_preprocessor": {"type": "BaseDataPreprocessor"}} if ONE else {}  # their inputs are what it gives
+THEIRS = [("test_encoder_decoder", "test_encoder_decoder")]
+if ONE:
+    THEIRS += [("test_encoder_decoder", "test_postprocess_result"), ("test_seg_tta_model", "test_encoder_decoder_tta")]
+
+
+@pytest.mark.parametrize(("module", "name"), THEIRS)
+def test_their_tests_of_segmentors_pass(module, name, their_tests):
+    getattr(their_tests(module), name)()
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+@pytest.mark.parametrize("row", ROWS)
+def test_their_test_of_a_segmentor_passes(row, mode, their_tests):
+    """The part that all of their tests share."""
+    windows = {"mode": mode, "crop_size": (SIDE, SIDE // 2), "stride": (SIDE, SIDE // 4)}
+    their_tests("utils")._segmentor_forward_train_test(build(row, test_cfg=windows, **PLAIN))
 
 
 # What a CPU cannot do

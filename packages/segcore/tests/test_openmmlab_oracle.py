@@ -3,6 +3,7 @@
 `test_openmmlab.py` has our models inside its tools; here both sides compute the same thing by themselves.
 """
 
+import copy
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from numpy.random import RandomState
 
 from segcore.config.mmseg_config import import_config
-from segcore.config.schema import DataConfig
+from segcore.config.schema import DataConfig, EvalConfig
 from segcore.data.images import read_image, read_label
 from segcore.data.layouts.ade20k import TABLE as ADE20K_TABLE
 from segcore.data.transforms import TrainTransform
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.evaluation.predictor import Predictor
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN
 from segcore.training.optimizer import build_optimizer
@@ -122,6 +124,91 @@ def test_train_pipelines_agree_for_the_same_draws(scale, cat_max_ratio, pictures
                 assert torch.equal(found[0], expected[0]), (number, seed)
     finally:
         np.random.set_state(state)
+
+
+# The test pipeline
+
+
+def their_views(scale, ratios, flip):
+    """Return a function of an image file: what their test pipeline, with augmentations, hands to their models.
+
+    For each view, on 0.30 the normalized image and its meta data, on 1.x the image and its sample.
+    """
+    if ONE:
+        from mmseg.registry import TRANSFORMS
+
+        sizes = [{"scale_factor": ratio} for ratio in ratios]
+        if scale:
+            sizes = [{"scale": tuple(int(x * ratio) for x in scale)} for ratio in ratios]
+        choices = [
+            [{"type": "Resize", "keep_ratio": True, **size} for size in sizes],
+            [{"type": "RandomFlip", "prob": prob} for prob in ((0.0, 1.0) if flip else (0.0,))],
+            [{"type": "mmseg.PackSegInputs"}],
+        ]
+        load, augment = map(
+            TRANSFORMS.build, ({"type": "LoadImageFromFile"}, {"type": "TestTimeAug", "transforms": choices})
+        )
+
+        def views(image):
+            found = augment(load({"img_path": image, "reduce_zero_label": False}))
+            return [*zip(found["inputs"], found["data_samples"], strict=True)]
+
+        return views
+    from mmseg.datasets.pipelines import Compose
+
+    steps = [
+        {"type": "Resize", "keep_ratio": True},
+        {"type": "RandomFlip"},
+        {"type": "Normalize", "to_rgb": True, **NORM},
+        {"type": "ImageToTensor", "keys": ["img"]},
+        {"type": "Collect", "keys": ["img"]},
+    ]
+    augment = {"type": "MultiScaleFlipAug", "img_scale": scale, "img_ratios": [*ratios], "flip": flip}
+    compose = Compose([{"type": "LoadImageFromFile"}, {**augment, "transforms": steps}])
+
+    def views(image):
+        found = compose({"img_info": {"filename": image}, "img_prefix": None})
+        return [*zip(found["img"], (meta.data for meta in found["img_metas"]), strict=True)]
+
+    return views
+
+
+def preprocessor():
+    from mmseg.models import SegDataPreProcessor
+
+    return SegDataPreProcessor(**NORM, bgr_to_rgb=True)
+
+
+RATIOS = (0.5, 0.75, 1.0, 1.75)
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratios", "flip"),
+    [
+        ((256, 64), (1.0,), False),
+        ((130, 90), RATIOS, True),
+        # with `scale_factor`, 1.x rounds the sizes for other ratios half up, where 0.30 and we cut off
+        (None, (1.0, 2.0) if ONE else RATIOS, True),
+    ],
+)
+def test_test_pipelines_agree(scale, ratios, flip, pictures):
+    norm = {name: tuple(values) for name, values in NORM.items()}
+    data, evaluate = DataConfig("cityscapes", **norm), EvalConfig(img_scale=scale, img_ratios=ratios, flip=flip)
+    plain = SimpleNamespace(num_classes=2, ignore_index=255, align_corners=False, parameters=lambda: iter(()))
+    predictor, views = Predictor(plain, evaluate, data), their_views(scale, ratios, flip)
+    for image, _ in pictures:
+        expected, found = views(image), []
+
+        def network(batch, _, found=found):
+            found.append(batch)
+            return {"final": batch[:, :2]}
+
+        predictor.probabilities([read_image(image)], [0], network=network)
+        assert len(found) == len(expected) == len(ratios) * (1 + flip)
+        for batch, (view, sample) in zip(found, expected, strict=True):
+            if ONE:
+                view = preprocessor()({"inputs": [view], "data_samples": [sample]})["inputs"][0]
+            assert torch.equal(batch[0], view)
 
 
 # Metrics
@@ -405,6 +492,81 @@ def test_logits_agree(models):
             largest = float(expected.abs().max())
             torch.testing.assert_close(ours.to(dtype)(images), expected, rtol=0, atol=tolerance * largest)
         assert expected.std() > 0.01 * largest
+
+
+def their_probabilities(model, views):
+    """Return their probabilities (K, H, W) for the views of an image, and the classes (H, W) that they predict."""
+    if ONE:
+        from mmseg.models import SegTTAModel
+
+        model.data_preprocessor = preprocessor()
+        found = [model.test_step({"inputs": [view], "data_samples": [sample]})[0] for view, sample in views]
+        mean = sum(sample.seg_logits.data.softmax(0) for sample in found) / len(found)
+        return mean, SegTTAModel(module=model).merge_preds([found])[0].pred_sem_seg.data
+    images, metas = [view[None] for view, _ in views], [[meta] for _, meta in views]
+    [probabilities], [classes] = model.aug_test_logits(images, metas), model.aug_test(images, metas)
+    return torch.from_numpy(probabilities), torch.from_numpy(classes)
+
+
+MODES = {  # windows, sizes, flips
+    "whole": ("whole", (256, 64), (1.0,), False),
+    "slide": ("slide", (130, 90), (1.0,), False),
+    "views": ("whole", None, (1.0, 2.0), True),
+    "windows of views": ("slide", (128, 72), (0.75, 1.25), True),
+}
+
+
+@pytest.mark.parametrize("case", MODES)
+@pytest.mark.parametrize("models", ["segformer", "mobilenet_v2"], indirect=True)
+def test_probabilities_agree(models, case, pictures):
+    """From the image file to probabilities at its size: whole, in windows, and the mean over scales and flips."""
+    mode, scale, ratios, flip = MODES[case]
+    theirs, ours, exp = (*(model.eval() for model in models[:2]), models[2])
+    theirs.test_cfg.update(mode=mode, crop_size=CROP, stride=(40, 50))
+    views = {"img_scale": scale, "img_ratios": ratios, "flip": flip}
+    plain = {"precision": "fp32", "channels_last": False}
+    predictor = Predictor.of(ours, exp).using(mode=mode, crop=CROP, stride=(40, 50), **views, **plain)
+    for image, _ in pictures[:2]:
+        with torch.no_grad():
+            expected, classes = their_probabilities(theirs, their_views(scale, ratios, flip)(image))
+        array = read_image(image)
+        [found] = predictor.probabilities([array], [0])
+        assert expected.shape[1:] == array.shape[:2]
+        torch.testing.assert_close(found["final"], expected, rtol=0, atol=2e-6)
+        first, second = expected.topk(2, 0).values
+        clear = first - second > 4e-6
+        assert clear.float().mean() > 0.99
+        assert torch.equal(found["final"].argmax(0)[clear], classes[clear])
+
+
+def test_parameter_groups_agree(models):
+    """Each parameter's learning rate and weight decay, written into it and loaded under our names."""
+    theirs, ours, exp, config = models
+    if ONE:
+        from mmengine.optim import build_optim_wrapper
+
+        optimizer = build_optim_wrapper(theirs, config.optim_wrapper).optimizer
+    else:
+        from mmcv.runner import build_optimizer as build
+
+        optimizer = build(theirs, config.optimizer)
+    own, loaded = build_optimizer(ours, exp.optimizer), copy.deepcopy(ours)
+    assert type(own) is type(optimizer)
+    for name in ("betas", "momentum", "eps", "nesterov", "amsgrad"):
+        assert {group.get(name) for group in own.param_groups} == {group.get(name) for group in optimizer.param_groups}
+    missing = set()  # the biases before batch norm that the published DDRNet has, and 1.x's has not, load as 0
+    for name in ("present", "lr", "weight_decay"):
+        with torch.no_grad():
+            for group in (*own.param_groups, *optimizer.param_groups):
+                for parameter in group["params"]:
+                    parameter.fill_(group.get(name, 1.0))
+        loaded.load_official(theirs.state_dict())
+        for (key, found), expected in zip(ours.named_parameters(), loaded.parameters(), strict=True):
+            if name == "present" and not expected.any():
+                missing.add(key)
+            assert key in missing or torch.equal(found, expected), (key, name)
+    assert all(key.endswith(".bias") for key in missing)
+    assert not missing or exp.name.startswith("ddrnet")
 
 
 def test_losses_gradients_and_statistics_agree(models):
