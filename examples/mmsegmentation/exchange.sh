@@ -29,7 +29,7 @@ else
   config=$here/toy_1x.py metric=()
   theirs=({train,val,test}_dataloader.dataset.data_root="$data")
 fi
-ours=(--data.root "$data" --evaluate.img-scale 256 128)
+ours=(--data.root "$data" --data.workers 0 --evaluate.img-scale 256 128 --evaluate.precision fp32 --no-report)
 
 for model in "${models[@]}"; do
   run=$work/$model
