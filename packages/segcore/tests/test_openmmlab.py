@@ -122,18 +122,6 @@ def metas(*names, size=(SIDE, SIDE), **more):
 # Their tools
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_their_tools_train_and_test_and_ours_load_the_checkpoint(row, tool, tmp_path):
-    tool("train.py", row, "--work-dir", "work")
-    file = Path("work/iter_2.pth")
-    theirs = torch.load(file, weights_only=True)["state_dict"]
-    ours = load_experiment(row).with_overrides(ROWS[row][1]).model.build()
-    assert set(theirs) == set(ours.key_map().values())
-    load_weights(ours, file)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.official_state().items())
-    tool("test.py", row, file, *evaluated())
-
-
 def predict_one(toy):
     """Predict one image with their function for it."""
     from mmseg import apis

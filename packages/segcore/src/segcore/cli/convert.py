@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write the weights of any file that can be read as safetensors, for other programs; nothing in it is executed."""
+    """Write the weights of a file as safetensors, or as .pth for MMSegmentation; nothing in it is executed."""
 
     input: str = field(kw_only=True)
     """A weights file, a run folder (its best checkpoint), a checkpoint folder, or official:CONFIG."""
     output: Path = field(kw_only=True)
-    """The file to write: .safetensors."""
+    """The file to write: .safetensors, or .pth with the tensors as `state_dict`, as MMSegmentation reads it."""
     published_names: str | None = None
     """CONFIG of the weights (of a run, its folder): write them under the names that the original programs load.
     Otherwise tensors keep the names that they have."""
@@ -34,8 +34,8 @@ class Convert:
         from segcore.checkpoints.load import find_weights, load_weights
         from segcore.config.registry import find_experiment
 
-        if self.output.suffix != ".safetensors":
-            raise UserError(f"{self.output}: weights are written as .safetensors; choose such a name")
+        if self.output.suffix not in (".safetensors", ".pth"):
+            raise UserError(f"{self.output}: weights are written as .safetensors or .pth; choose such a name")
         exp = find_experiment(self.published_names, package)[0] if self.published_names else None
         path = find_weights(self.input, exp.name if exp else "", offline=self.offline)
         target = Path(os.path.realpath(self.output))
@@ -52,7 +52,7 @@ class Convert:
 
 
 def write(path: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all; they may share memory."""
+    """Write tensors in the format that the name of the file says, whole or not at all; they may share memory."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -62,11 +62,14 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary, {"format": "pt"})
+            if path.suffix == ".pth":
+                torch.save({"state_dict": tensors}, temporary)
+            else:
+                save_file(tensors, temporary, {"format": "pt"})
             umask_permissions(temporary)
             sync(temporary)
             temporary.replace(path)
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:  # torch's, which a full disk raises
             raise OSError(error) from None
         finally:
             temporary.unlink(missing_ok=True)
