@@ -3,10 +3,10 @@
     python benchmarks/ddp_inference.py [--size 256x512] [--steps 3] [--threads 1] [--repeats 5] [--no-compile]
 
 All forms take turns in one process, on the same image, noise and (random) weights, after a warm-up each. Printed is a
-form's best turn and the ratio to the plain form's; the second form of ours has MKL's products on any processor. With one thread the seconds are the process's CPU time, which other
-programs on the machine disturb less than the clock; with more they are wall time. Memory is the peak of a pass beyond
-model and image; the difference is the largest one of the logits, whose standard deviation is printed. Compiled are the
-decoder's layers, which share one compilation.
+form's best turn and the ratio to the plain form's; one form of ours multiplies by MKL on every processor. With one
+thread the seconds are the process's CPU time, which other programs on the machine disturb less than the clock; with
+more they are wall time. Memory is the peak of a pass beyond model and image; the difference is the largest one of the
+logits, whose standard deviation is printed. Compiled are the decoder's layers, which share one compilation.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def build_forms(images: Tensor, steps: int, with_compile: bool) -> dict[str, For
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     noise = model.draw(torch.empty(1, 256, images.shape[2] // 4, images.shape[3] // 4), None)[0]
 
-    def ours(network: DDP, dtype: str, library: str = product_library()) -> Form:  # noqa: B008
+    def ours(network: DDP, dtype: str, library: str = product_library()) -> Form:
         x = images.to(memory_format=torch.channels_last) if network is last else images
         forward = bench.forward_of(network, (steps,), dtype, False, images.device)
 
