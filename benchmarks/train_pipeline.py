@@ -31,8 +31,8 @@ from segcore.data.layouts import open_dataset
 from segcore.demo.toy import generate
 from segcore.environment import environment
 
-STEPS = ("resize image", "resize label", "crop", "flip", "photometric", "normalize", "pad, to tensors")
-FUNCTIONS = ("resize_image", "resize_label", "random_crop_box", "flip", "photometric_distortion", "normalize")
+STEPS = ("resize image", "resize label", "crop", "flip", "photometric", "normalize, pad")
+FUNCTIONS = ("resize_image", "resize_label", "random_crop_box", "flip", "photometric_distortion")
 """The functions of `segcore.data.transforms` that do all steps but the last."""
 
 
@@ -82,8 +82,8 @@ class Plain:
         if rng.rand() < self.data.flip:
             image, label = clock("flip", self.flip)(image, label)
         image = clock("photometric", self.photometric)(image, rng)
-        image = clock("normalize", self.normalize)(image)
-        return clock("pad, to tensors", self.to_tensors)(image, label)
+        image = clock("normalize, pad", self.normalize)(image)
+        return clock("normalize, pad", self.to_tensors)(image, label)
 
     def size(self, image: np.ndarray, ratio: float) -> tuple[int, int]:
         """Return the (width, height) that fits the base scale times `ratio`."""

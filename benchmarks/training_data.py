@@ -1,10 +1,10 @@
 """Training samples of 1024 x 2048, from files to tensors in the main process: segcore against its former hand-over.
 
 Formerly a sample left its worker as float32 and int64; now it does as the files have it (uint8) and is normalized where
-it is used. With `data.cache` the arrays are read instead of decoded. Both forms make the same crops and go through the
-pickling and the socket of `segcore.data.workers`; their tensors are asserted to be equal, byte for byte. One core: the
-times of both sides of the socket are added up. Per draw each step counts with its fastest of several runs, the forms in
-turns.
+it is used. With `data.cache` the arrays are read instead of decoded. All forms make the same crops and go through
+a socket as `segcore.data.workers` sends them; their tensors are asserted to be equal, byte for byte. Times are those of
+the CPU, in all threads: both ends of the socket add up, and a busy machine matters little. Per draw each step counts
+with its fastest of several runs, the forms in turns.
 
     python benchmarks/training_data.py [--pictures 4] [--draws 12] [--repeats 5]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
@@ -203,6 +204,20 @@ def test_a_message_that_ends_early_is_no_item():
     for end in range(len(sent.getvalue())):
         with pytest.raises((EOFError, pickle.UnpicklingError)):
             workers._receive(io.BytesIO(sent.getvalue()[:end]))
+
+
+class Dying:
+    """What ends a process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_a_worker_that_dies_at_its_start_is_one_line(size):
+    load = functools.partial(max, Dying(), bytes(size))
+    with pytest.raises(UserError, match=r"^a data-loading process ended, see its output \(3\); "):
+        next(workers.read_ahead(load, [0], 1))
 
 
 def test_no_memory_is_one_line():

@@ -129,12 +129,12 @@ class _Worker:
     """A process that computes items: one of `count`."""
 
     def __init__(self, load: Load, count: int) -> None:
-        self.count = count
+        self.count, self.unsent = count, [load]
         try:
             own, other = socket.socketpair()
             with own, other:
                 self.link = own.makefile("rwb")
-                self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(load, count, other))
+                self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(count, other))
                 self.process.start()
         except OSError as error:
             raise UserError(f"a data-loading process cannot start ({error}); lower data.workers ({count})") from None
@@ -143,6 +143,8 @@ class _Worker:
     def ask(self, key: Any) -> Any:
         """Return the item of a key, or raise the error of `load`."""
         try:
+            while self.unsent:  # not when it starts: multiprocessing waits for ever for a process that ends then
+                pickle.dump(self.unsent.pop(), self.link)
             pickle.dump(key, self.link)
             self.link.flush()
             error, item = _receive(self.link)
@@ -177,16 +179,18 @@ def _remedy(workers: int) -> str:
     )
 
 
-def _serve(load: Load, count: int, connection: socket.socket) -> None:
-    """Answer keys with items until the main process closes the connection or has ended."""
+def _serve(count: int, connection: socket.socket) -> None:
+    """Answer keys with items, what `load` returns, which comes first, until the main process closes or has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):  # in case they were not inherited as blocked
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with connection:
         link = connection.makefile("rwb")
+    load: Load | None = None
     while True:
         try:
+            load = load or pickle.load(link)
             key = pickle.load(link)
         except (ConnectionError, EOFError):
             os._exit(0)  # without unloading libraries, whose running threads could abort

@@ -59,8 +59,9 @@ class Needs:
 def dry_run(exp: Experiment, work_dir: Path, *, device: torch.device, offline: bool = False) -> None:
     """Set a run up, take its first steps and print what it needs; `<work_dir>.dry_run.png` shows its first images.
 
-    Nothing else is kept, and `work_dir` is neither made nor touched. On CUDA with one process it also finds the largest
-    device batch. Raises UserError for what a run would raise until then, and for a disk too small for the checkpoints.
+    Nothing else is kept but in `data.cache`, and `work_dir` is neither made nor touched. On CUDA with one process it
+    also finds the largest device batch. Raises UserError for what a run would raise until then, and for a disk too
+    small for the checkpoints.
     """
     work_dir = work_dir.resolve()  # "." has no name to write the image under
     with tempfile.TemporaryDirectory() as scratch:
