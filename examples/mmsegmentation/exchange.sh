@@ -3,8 +3,8 @@
 #
 #     ./exchange.sh [DATA [WORK [MODEL …]]]
 #
-# DATA is a folder in the Cityscapes layout; a small one is generated if it is missing. MODEL is a configuration of
-# ours; without one, four methods and two base models take turns. Runs on a CPU, about half a minute per model.
+# DATA is a folder in the Cityscapes layout; a small one is generated if it is missing. WORK is a new folder for
+# checkpoints and logs. MODEL is a configuration of ours; without one, four methods and two base models take turns.
 set -euo pipefail
 here=$(dirname "$0")
 data=${1:-data/toy_small}
