@@ -258,6 +258,9 @@ def test_what_cannot_be_done_is_refused_in_one_line():
     refused = {
         r"level_start_index is \[0, 40\]": lambda: deformable_detr.sizes(LEVELS, torch.tensor([0, 40])),
         "value has 47 pixels": lambda: backward(value, LEVELS[:1], None, *one_level, value),
+        r"grad_output has shape \(2, 47, 4, 8\); it must be \(2, 6, 32\)": lambda: backward(
+            value, LEVELS, STARTS, loc, attn, value
+        ),
         "3 heads do not divide a width of 16": lambda: deformable_detr.MSDeformAttn(16, n_heads=3),
         "do not divide values of 6": lambda: mmcv.MultiScaleDeformableAttention(16, 4, value_proj_ratio=0.4),
         "last dimension must be": lambda: layer(query, reference_points=points, spatial_shapes=LEVELS, value=query),

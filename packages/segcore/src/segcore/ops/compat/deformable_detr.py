@@ -49,6 +49,9 @@ def ms_deform_attn_backward(
     """Return the gradients of value, locations and weights for the output's gradient (N, Q, M * D)."""
     flat = [size for pair in sizes(spatial_shapes, level_start_index) for size in pair]
     check(value, flat, sampling_loc, attn_weight)
+    shape = (*sampling_loc.shape[:2], value.shape[2] * value.shape[3])
+    if grad_output.shape != shape:
+        raise UserError(f"ms_deform_attn: grad_output has shape {tuple(grad_output.shape)}; it must be {shape}")
     inputs = (value, flat, sampling_loc, attn_weight)
     return list(torch.ops.segcore.ms_deform_attn_backward(grad_output.contiguous(), *inputs))
 
