@@ -97,6 +97,16 @@ def openmmlab(session: nox.Session, line: str) -> None:
     session.run("pytest", *PARALLEL, "-m", "openmmlab and not gpu", *OPENMMLAB_TESTS, *session.posargs)
 
 
+@nox.session(name="openmmlab(full)", python="3.11")
+def openmmlab_full(session: nox.Session) -> None:
+    """Run the tests of the 0.x line beside mmcv-full, and compare its operators with ours; builds it the first time."""
+    session.install("setuptools<81", "wheel", "pip", "ninja", *EDITABLE, *group("test"), *group("openmmlab"))
+    session.install("addict", "packaging", "pyyaml", "yapf")  # what mmcv needs: the wheel asks for a second OpenCV, too
+    session.run("python", "scripts/build_mmcv_full.py")
+    session.install("--no-deps", *OPENMMLAB_ALONE["0.x"], "mmdet==2.28.2")
+    session.run("pytest", "-m", "openmmlab and not gpu", *session.posargs)
+
+
 @nox.session(python="3.11")
 def tests_oldest(session: nox.Session) -> None:
     """Test every package with the oldest supported Python, torch and other dependencies."""

@@ -176,6 +176,18 @@ def test_training_imports_neither_timm_nor_torchvision_nor_tensorboard():
     assert done.returncode == 0, done.stderr
 
 
+def test_operators_for_other_projects_import_torch_alone():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "from segcore.ops.compat import deformable_detr, mmcv, torchvision\n"
+        "added = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "assert added <= {'segcore', 'seg_cuda_ops', 'torch'}, added\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", sorted(set(PACKAGES) - {"seg_cuda_ops"}))
 def test_wheel_is_pure_and_complete(package, tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")

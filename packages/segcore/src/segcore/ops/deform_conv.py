@@ -213,8 +213,10 @@ class DeformConv2d(nn.Module):
         super().__init__()
         if in_channels % groups or out_channels % groups:
             raise UserError(f"DeformConv2d: groups {groups} must divide {in_channels} and {out_channels} channels")
-        self.stride, self.padding, self.dilation = pair(stride), pair(padding), pair(dilation)
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *pair(kernel_size)))
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        window = (tuple(pair(value)) for value in (kernel_size, stride, padding, dilation))
+        self.kernel_size, self.stride, self.padding, self.dilation = window
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
@@ -255,16 +257,19 @@ class ModulatedDeformConv2d(DeformConv2d):
         bias: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        kernel = pair(kernel_size)
-        window = [(value[0], value[1]) for value in (kernel, self.stride, self.padding, self.dilation)]
-        size, stride, padding, dilation = window
-        predicted = 3 * offset_groups * math.prod(kernel)
-        self.conv_offset = nn.Conv2d(in_channels, predicted, size, stride, padding, dilation)
-        nn.init.zeros_(self.conv_offset.weight)
-        if self.conv_offset.bias is not None:
-            nn.init.zeros_(self.conv_offset.bias)
+        self.conv_offset = predictor(self, 3 * offset_groups)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Return (N, Co, Ho, Wo)."""
         first, second, mask = self.conv_offset(input).chunk(3, 1)
         return super().forward(input, torch.cat((first, second), 1), mask.sigmoid())
+
+
+def predictor(layer: DeformConv2d, per_tap: int) -> nn.Conv2d:
+    """Return a convolution over the layer's windows with `per_tap` channels for each of its taps, all zero at first."""
+    windows = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    size, stride, padding, dilation = ((window[0], window[1]) for window in windows)
+    conv = nn.Conv2d(layer.in_channels, per_tap * math.prod(size), size, stride, padding, dilation)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
