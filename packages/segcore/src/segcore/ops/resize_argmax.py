@@ -73,7 +73,7 @@ def strips(
     else:
         place = ((rows + 0.5) * (h / full_h) - 0.5).clamp(min=0)
     above = place.long().clamp(max=h - 1)
-    below, weight = (above + 1).clamp(max=h - 1), (place - above).to(logits.device)[:, None]
+    below, weight = (above + 1).clamp(max=h - 1), (place - above).to(logits)[:, None]
     step = max(1, values // max(n * width, 1))
     for start in range(0, height, step):
         part = slice(start, min(start + step, height))
