@@ -71,9 +71,10 @@ class Noisy(TinyStepwise):
         super().__init__(3, bright)
         self.starts = []
 
-    def denoising_trajectory(self, images, seeds=None):
+    def trajectory_answers(self, images, seeds=None):
         final = bright(images)
-        return {"step 1": final.roll(1, 1), "step 2": final}
+        yield "step 1", final.roll(1, 1)
+        yield "step 2", final
 
     def log_mean_probs(self, images, seeds=None, starts=4, *, resize=True):
         self.starts.append(starts)
