@@ -42,6 +42,17 @@ struct Transpose {
   static constexpr int64_t block = 16;
 };
 
+// resize_argmax. logits (N, K, h, w), which are resized to full_h x full_w; classes (N, out_h, out_w), uint8 up to 256
+// classes and int32 above, and confidence of the first rows and columns, or null.
+struct ResizeArgmax {
+  const float* logits;
+  void* classes;
+  float* confidence;
+  int64_t n, k, h, w, full_h, full_w, out_h, out_w;
+  bool corners;
+  int64_t rows, columns;  // of a block; columns in groups of 16
+};
+
 // How the gradients of maps are divided among threads, so that every element has one thread and a fixed order of its
 // sums: a unit is some heads of an image, or some channels of one head. Heads lie beside each other in memory, so few
 // threads want many heads each. When a unit has `whole` heads, it computes the gradients of the points on its way, while
@@ -69,6 +80,7 @@ struct Kernels {
 struct AllKernels {
   Kernels<float> f32;
   Kernels<double> f64;
+  void (*resize_argmax)(const ResizeArgmax&, int64_t begin, int64_t end);
 };
 
 // The same source compiled for several instruction sets.

@@ -155,6 +155,15 @@ void local_attn_backward(const std::vector<Address>& p, const Sizes& s, double s
   parallel(cut.units, 1, [&](int64_t b, int64_t e) { of<T>().local_attn_maps(a, cut, b, e); });
 }
 
+void resize_argmax(const std::vector<Address>& p, const Sizes& s, bool corners) {
+  constexpr int64_t rows = 64, group = 16, values = 24576;  // two lines of a block have 192 KiB at most, or one group
+  const int64_t fit = std::clamp<int64_t>(values / std::max<int64_t>(s[1], 1), group, 512) / group * group;
+  const ResizeArgmax a = {pointer<const float>(p[0]), pointer<void>(p[1]), pointer<float>(p[2]), s[0], s[1], s[2],
+                          s[3], s[4], s[5], s[6], s[7], corners, rows, fit};
+  parallel(a.n * divided(a.out_h, rows) * divided(a.out_w, fit), 1,
+           [&](int64_t b, int64_t e) { kernels->resize_argmax(a, b, e); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -173,4 +182,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("local_attn_backward_" suffix, &local_attn_backward<type>, Unlocked());
   DEFINE(float, "f32")
   DEFINE(double, "f64")
+  module.def("resize_argmax_f32", &resize_argmax, Unlocked());
 }

@@ -69,6 +69,12 @@ INLINE void scatter(T* map, int64_t stride, const Point<T>& p, int width, T fact
     if (weight[i] != T(0)) add_scaled(map + pixel[i] * stride, factor * weight[i], g, d);
 }
 
+}  // namespace
+
+#include "resize_argmax.h"
+
+namespace {
+
 // What unit `i` of a division works on.
 struct Part {
   int64_t n, head, last_head, first, d;  // image, heads from `head` to before `last_head`, d channels from `first`
@@ -449,5 +455,5 @@ constexpr Kernels<T> table() {
 }  // namespace
 
 namespace seg {
-extern const AllKernels KERNELS_NAME = {table<float>(), table<double>()};
+extern const AllKernels KERNELS_NAME = {table<float>(), table<double>(), resize_argmax};
 }

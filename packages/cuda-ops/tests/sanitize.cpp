@@ -1,5 +1,7 @@
 // Runs every CPU kernel on arrays of exactly their size with coordinates of every kind, to be built with sanitizers:
 // a read or write outside an array, or an undefined conversion, ends the program. The answers must be finite.
+#include <array>
+
 #include "../csrc/arguments.h"
 #include "arrays.h"
 
@@ -78,8 +80,31 @@ int run(const Kernels<T>& kernels, int64_t d) {
   return wrong;
 }
 
-int main() {
+// Blocks of few rows and columns, of which the last ones are cut; up and down, and the size as it is.
+int run_resize_argmax() {
   int wrong = 0;
+  for (const int64_t k : {2, 19, 300})
+    for (const bool corners : {false, true})
+      for (const auto& [h, w, full_h, full_w] : {std::array<int64_t, 4>{5, 7, 21, 40}, {9, 50, 4, 33}, {6, 35, 6, 35}}) {
+        const int64_t n = 2, out_h = full_h - 1, out_w = full_w - 2;
+        auto logits = normal<float>(n * k * h * w);
+        logits[0] = -std::numeric_limits<float>::infinity();
+        std::vector<uint8_t> small(k <= 256 ? n * out_h * out_w : 0, 255);
+        std::vector<int32_t> large(k <= 256 ? 0 : n * out_h * out_w, -1);
+        std::vector<float> confidence(n * out_h * out_w, NAN);
+        void* classes = k <= 256 ? static_cast<void*>(small.data()) : large.data();
+        const ResizeArgmax a = {logits.data(), classes, confidence.data(), n, k, h, w, full_h, full_w, out_h, out_w,
+                                corners, 8, 16};
+        kernels_under_test.resize_argmax(a, 0, n * ((out_h + 7) / 8) * ((out_w + 15) / 16));
+        wrong += not_finite<float>("resize_argmax", {&confidence});
+        for (const uint8_t x : small) wrong += x >= k;
+        for (const int32_t x : large) wrong += x < 0 || x >= k;
+      }
+  return wrong;
+}
+
+int main() {
+  int wrong = run_resize_argmax();
   for (int64_t d : {1, 3, 8, 20, 67}) wrong += run(kernels_under_test.f32, d) + run(kernels_under_test.f64, d);
   return wrong ? 1 : 0;
 }

@@ -107,6 +107,23 @@ def test_batches_and_no_mask_or_bias(op, n):
         assert_near(run(op, inputs), run(op, inputs, plain=True), 1e-5)
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("classes", [2, 19, 151, 256, 300])
+@pytest.mark.parametrize("corners", [False, True])
+def test_resize_argmax_equals_the_plain_kernel(name, classes, corners):
+    try:
+        _cpu.use_instruction_set(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    logits = 3 * torch.randn(2, classes, 23, 37, generator=torch.Generator().manual_seed(classes))
+    for size, crop in (([70, 150], [67, 149]), ([11, 30], [11, 30]), ([23, 60], [23, 60]), ([23, 37], [20, 37])):
+        found, confidence = torch.ops.segcore.resize_argmax(logits, size, crop, corners, True)
+        plain, expected = registry.defaults["resize_argmax"](logits, size, crop, corners, True)
+        assert (found.dtype, found.shape) == (plain.dtype, plain.shape)
+        assert (found != plain).sum() <= 2  # ties up to rounding
+        torch.testing.assert_close(confidence, expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("n", [1, 3])
 def test_threads_change_no_bit(op, n):

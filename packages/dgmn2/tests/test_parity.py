@@ -10,6 +10,7 @@ from dgmn2_seg.backbone import VARIANTS, Attention, Backbone, RelativePositionBi
 from dgmn2_seg.official import RULES
 from segcore.config.schema import EvalConfig, LossConfig
 from segcore.evaluation import predictor as inference
+from segcore.evaluation.scores import to_probabilities
 from segcore.models.key_map import rename
 
 ATTENTION = {
@@ -140,7 +141,8 @@ def test_training_mode(golden, filled):
 
 def slide(model, image):
     """The mean of the windows' logits, as `test` computes it."""
-    return inference.window_logits(lambda x, seeds: {"final": model(x)}, image, SLIDE, [0], 0)["final"]
+    [(_, mean)] = inference.mean_over_windows(lambda x, seeds: [("final", model(x))], image, SLIDE, [0], 0)
+    return mean
 
 
 @torch.no_grad()
@@ -149,7 +151,7 @@ def test_sliding_windows(golden, filled):
     case = golden("slide")
     logits = slide(filled("fpn"), case["fpn_image"])
     check(logits, case["fpn_slide_logits"])
-    probabilities = inference.to_probabilities(logits, (72, 104), True)
+    probabilities = to_probabilities(logits, (72, 104), True)
     check(probabilities[..., ::3, ::3], case["fpn_prob_rescaled_sub3"], 1e-5)
     assert (probabilities.argmax(1) == case["fpn_pred_rescaled"]).double().mean() > 0.999
     naive = filled("setr_naive", img_size=65)
@@ -160,8 +162,8 @@ def test_sliding_windows(golden, filled):
 def test_multi_scale_and_flip(golden, filled):
     case, model, views = golden("slide"), filled("fpn"), []
     for image in (case["fpn_image"], case["fpn_image2"]):
-        views.append(inference.to_probabilities(slide(model, image), (72, 104), True))
-        views.append(inference.to_probabilities(slide(model, image.flip(-1)), (72, 104), True).flip(-1))
+        views.append(to_probabilities(slide(model, image), (72, 104), True))
+        views.append(to_probabilities(slide(model, image.flip(-1)), (72, 104), True).flip(-1))
     mean = torch.stack(views).mean(0)
     check(mean[..., ::3, ::3], case["fpn_msflip_prob_sub3"], 1e-5)
     clear = case["fpn_msflip_margin"][0] > 1e-3

@@ -18,7 +18,8 @@ from segcore.errors import UserError
 from segcore.evaluation.calibration import BINS, CalibrationError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Predictor, most_confident
+from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.scores import most_confident
 from segcore.reporting.tables import summary
 from segcore.seeds import evaluation_seed, window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
@@ -112,7 +113,7 @@ def test_only_the_main_entry_has_a_matrix_of_every_image(dataset, monkeypatch):
 
 def test_an_entry_that_stops_early(dataset):
     class Early(Redness):
-        def early_exit(self, images, percent, seeds=None):
+        def early_exit(self, images, percent, seeds=None, *, resize=True):
             assert percent == 2.5
             return self.predict_steps(images, (20,), seeds)["20"], [1 + len(images)] * len(images)
 
@@ -153,10 +154,10 @@ def test_limit_and_progress(dataset):
 
 def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     made, alive = [], []  # weak references to all predictions, the pictures they are of; how many are left each time
-    predict = Predictor.classes
+    predict = Predictor.reduced
 
-    def watched(predictor, images, seeds, **options):
-        predictions = predict(predictor, images, seeds, **options)
+    def watched(predictor, images, seeds, reduce, **options):
+        predictions = predict(predictor, images, seeds, reduce, **options)
         made.extend(weakref.ref(classes) for by_entry in predictions for classes in by_entry.values())
         made.extend(weakref.ref(image) for image in images)
         return predictions
@@ -164,7 +165,7 @@ def test_nothing_of_a_prediction_is_kept(dataset, monkeypatch):
     def count(done, total):
         alive.append(sum(reference() is not None for reference in made))
 
-    monkeypatch.setattr(Predictor, "classes", watched)
+    monkeypatch.setattr(Predictor, "reduced", watched)
     many = dataclasses.replace(dataset, samples=dataset.samples[:2] * 6)
     run(Redness(), many, dataclasses.replace(PLAIN, batch_size=2), on_progress=count)
     assert len(made) == 2 * 12

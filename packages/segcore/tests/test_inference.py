@@ -1,6 +1,7 @@
 """Whole, sliding-window and multi-scale inference against published numbers and against exact properties."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from segcore.config.schema import DataConfig, EvalConfig, multi_scale
+from segcore.data.transforms import normalize, resize_image
 from segcore.errors import UserError
 from segcore.evaluation.predictor import (
     Predictor,
@@ -17,6 +19,8 @@ from segcore.evaluation.predictor import (
     view_sizes,
     window_boxes,
 )
+from segcore.evaluation.scores import to_probabilities
+from segcore.models.stepwise import average_entries, predict_entries
 from segcore.seeds import window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
 
@@ -268,6 +272,115 @@ def test_entries_accumulate():
     parts = list(single.values())
     for count, found in enumerate(running.values(), 1):
         torch.testing.assert_close(found, torch.stack(parts[:count]).mean(0))
+
+
+class Coarse(TinyStepwise):
+    """Steps at a quarter of the size, of images padded to multiples of 8; the logits that are still in memory."""
+
+    num_inference_steps = 1
+
+    def __init__(self, num_classes=3, pad_to=8, align_corners=False, background=False):
+        weight = torch.randn(num_classes, 3, 4, 4, generator=torch.Generator().manual_seed(num_classes))
+        super().__init__(num_classes, lambda images: F.conv2d(images / 500, weight, stride=4), noise=20.0)
+        self.pad_to, self.align_corners, self.ignore_index = pad_to, align_corners, 0 if background else 255
+        self.kept, self.most = [], 0
+
+    def step_answers(self, images, steps=None, seeds=None):
+        for entry, logits in super().step_answers(images, steps, seeds):
+            self.kept = [x for x in (*self.kept, weakref.ref(logits)) if x() is not None]
+            self.most = max(self.most, len(self.kept))
+            yield entry, logits
+
+
+SETTINGS = [
+    {},
+    {"img_scale": (40, 30)},
+    {"mode": "slide", "crop": (24, 24), "stride": (16, 16)},
+    {"flip": True},
+    {"flip": True, "img_ratios": (0.5, 1.5), "mode": "slide", "crop": (24, 24), "stride": (16, 16)},
+    {"ensemble_steps": True, "flip": True},
+]
+
+
+def former(predictor, image, seed):
+    """The probabilities by entry as they were once computed: all entries, views and windows as whole maps."""
+    settings, model = predictor.evaluate, predictor.model
+    size, views = image.shape[:2], view_sizes(*image.shape[:2], settings)
+
+    def view(model, number, batch):
+        if settings.mode == "whole":
+            return predict_entries(model, batch, settings.steps, [window_seed(seed, number, 0)])
+        total, count = {}, torch.zeros(batch.shape[2:])
+        boxes = window_boxes(*batch.shape[2:], settings.crop, settings.stride)
+        for window, (y1, x1, y2, x2) in enumerate(boxes):
+            count[y1:y2, x1:x2] += 1
+            part = predict_entries(model, batch[..., y1:y2, x1:x2], settings.steps, [window_seed(seed, number, window)])
+            for entry, logits in part.items():
+                total.setdefault(entry, torch.zeros(1, model.num_classes, *batch.shape[2:]))
+                total[entry][..., y1:y2, x1:x2] += logits
+        return {entry: logits / count for entry, logits in total.items()}
+
+    mean = {}
+    for number, (h, w, flip) in enumerate(views):
+        array = normalize(resize_image(image, (h, w)), predictor.data.mean, predictor.data.std)
+        batch = torch.from_numpy(array).permute(2, 0, 1)[None]
+        for entry, logits in view(model, number, batch.flip(-1) if flip else batch).items():
+            p = to_probabilities(logits, size, model.align_corners)
+            mean[entry] = mean.get(entry, 0) + (p.flip(-1) if flip else p) / len(views)
+    if settings.ensemble_steps:
+        average_entries(mean)
+    return {entry: p[0] for entry, p in mean.items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda x: " ".join(x) or "plain")
+@pytest.mark.parametrize("model", [{}, {"pad_to": 1, "align_corners": True}, {"num_classes": 1}], ids=str)
+@torch.no_grad()
+def test_classes_and_confidence_are_those_of_whole_maps_of_probabilities(settings, model):
+    """Also what `probabilities` gives; and no entry is there any more when the next one is computed."""
+    settings = dataclasses.replace(EvalConfig(img_scale=None, steps=(1, 2, 5)), **settings)
+    model, image = Coarse(**model).eval(), random_image(44, 57)
+    predictor = Predictor(model, settings, RAW)
+    expected = former(predictor, image, 3)
+    model.kept, model.most = [], 0
+    [classes] = predictor.classes([image], [3])
+    views = len(view_sizes(44, 57, settings))
+    windows = 1 if settings.mode == "whole" else 30
+    assert model.most <= views * windows, "more than one entry at a time"
+    [both] = predictor.classes_and_confidence([image], [3])
+    [probabilities] = predictor.probabilities([image], [3])
+    assert list(classes) == list(both) == list(probabilities) == list(expected) == ["1", "2", "5"]
+    for entry, p in expected.items():
+        torch.testing.assert_close(probabilities[entry], p, atol=1e-6, rtol=0)
+        best = p.topk(2, dim=0).values if len(p) > 1 else torch.stack([p[0], 1 - p[0]]).sort(0, descending=True).values
+        torch.testing.assert_close(both[entry][1], best[0], atol=2e-5, rtol=0)
+        clear = best[0] - best[1] > 1e-5
+        assert clear.float().mean() > 0.99
+        wanted = p.argmax(0) if len(p) > 1 else (p[0] > 0.5).long()
+        assert classes[entry].dtype == both[entry][0].dtype == torch.int64
+        assert torch.equal(classes[entry][clear], wanted[clear])
+        assert torch.equal(classes[entry], both[entry][0])
+
+
+def test_one_entry_at_a_time():
+    """At 20 entries no more logits are in memory than at one: those of the entry, or of an entry of each view."""
+    image = random_image(44, 57)
+    for settings, most in (({}, 2), ({"flip": True}, 3)):  # one is there while the next one comes
+        model = Coarse().eval()
+        evaluate = dataclasses.replace(EvalConfig(img_scale=None, steps=tuple(range(1, 21))), **settings)
+        Predictor(model, evaluate, RAW).classes([image], [0])
+        assert model.most <= most
+
+
+def test_an_ensemble_of_coarse_models():
+    models = [Coarse(4, background=True).eval(), Coarse(3).eval(), Coarse(4, pad_to=16).eval()]
+    evaluate = dataclasses.replace(EvalConfig(img_scale=None, steps=(1, 2)), flip=True)
+    image = random_image(44, 57)
+    found = Predictor(models[0], evaluate, RAW, tuple(models[1:])).probabilities([image], [3])[0]
+    single = [former(Predictor(x, dataclasses.replace(evaluate, steps=()), RAW), image, 3)["1"] for x in models[1:]]
+    own = former(Predictor(models[0], evaluate, RAW), image, 3)
+    for entry, p in own.items():
+        total = p + F.pad(single[0], (0, 0, 0, 0, 1, 0)) + single[1]
+        torch.testing.assert_close(found[entry], total / 3, atol=1e-6, rtol=0)
 
 
 def test_one_class_is_thresholded():

@@ -89,9 +89,9 @@ class Asked(TinyStepwise):
         super().__init__(2, lambda images: torch.cat([100 - images[:, :1], images[:, :1] - 100], 1))
         self.asked = []
 
-    def predict_steps(self, images, steps=None, seeds=None):
+    def step_answers(self, images, steps=None, seeds=None):
         self.asked.append(steps)
-        return super().predict_steps(images, steps, seeds)
+        return super().step_answers(images, steps, seeds)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def test_confidence_and_probabilities_lie_beside_the_same_mask(predict):
 
 
 def test_probabilities_cost_no_second_run_and_are_not_computed_unasked(predict, monkeypatch):
-    runs, network = [], Asked.predict_steps
-    monkeypatch.setattr(Asked, "predict_steps", lambda *given, **how: runs.append(1) or network(*given, **how))
+    runs, network = [], Asked.step_answers
+    monkeypatch.setattr(Asked, "step_answers", lambda *given, **how: runs.append(1) or network(*given, **how))
     predict("out", confidence=True, probabilities=True)
     assert len(runs) == 1
     monkeypatch.setattr(Result, "probabilities", property(lambda result: pytest.fail("computed")))

@@ -28,7 +28,8 @@ from segcore.data.layouts import find_files, open_dataset
 from segcore.data.rasters import open_raster, tile_boxes
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
-from segcore.evaluation.predictor import Predictor, most_probable
+from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.scores import most_probable
 from segcore.inference import LoadedModel
 from segcore.testing.tiny import Tiny, TinyStepwise
 

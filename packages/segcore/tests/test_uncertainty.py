@@ -71,16 +71,17 @@ class Noisy(TinyStepwise):
         super().__init__(3, bright)
         self.starts = []
 
-    def denoising_trajectory(self, images, seeds=None):
+    def trajectory_answers(self, images, seeds=None):
         final = bright(images)
-        return {"step 1": final.roll(1, 1), "step 2": final}
+        yield "step 1", final.roll(1, 1)
+        yield "step 2", final
 
-    def log_mean_probs(self, images, seeds=None, starts=4):
+    def log_mean_probs(self, images, seeds=None, starts=4, *, resize=True):
         self.starts.append(starts)
         other = images[:, 2:3] / 1000  # 0 to 0.255 for each of the two other classes
         return torch.where(bright(images) > 2, 1 - 2 * other, other).clamp(min=1e-8).log()
 
-    def early_exit(self, images, percent, seeds=None):
+    def early_exit(self, images, percent, seeds=None, *, resize=True):
         return bright(images).roll(1, 1), [2] * len(images)
 
 

@@ -237,6 +237,32 @@ def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[
     return {name: getattr(found, name) for operator in NAMES for name in (operator, f"{operator}_backward")}
 
 
+def resize_argmax(
+    checks: Mapping[str, Callable[..., Any]], call: Callable[..., None]
+) -> Callable[[Tensor, Window, Window, bool, bool], tuple[Tensor, Tensor]]:
+    """Return the kernel of the operator without gradient, with segcore's signature; for the CPU alone.
+
+    Plain PyTorch keeps float64 and the case of one class, which is decided by another rule.
+    """
+    default = checks["resize_argmax"]
+
+    def kernel(
+        logits: Tensor, size: Window, crop: Window, align_corners: bool, confidence: bool
+    ) -> tuple[Tensor, Tensor]:
+        shape = list(checks["resize_argmax_shape"](logits, size, crop))
+        if logits.shape[1] == 1 or logits.dtype == torch.float64:
+            found: tuple[Tensor, Tensor] = default(logits, size, crop, align_corners, confidence)
+            return found
+        values = logits.float().contiguous()
+        classes = values.new_empty(shape, dtype=torch.uint8 if values.shape[1] <= 256 else torch.int32)
+        certain = values.new_empty(shape if confidence else 0)
+        tensors = [values, classes, certain if confidence else None]
+        call("resize_argmax", values.dtype, tensors, [*values.shape, *size, *crop], align_corners)
+        return classes, certain
+
+    return kernel
+
+
 def attn_sizes(value: Tensor, attn: Tensor) -> list[int]:
     """Return N, S, M, D, Q, L and P."""
     return [*value.shape, attn.shape[1], attn.shape[3], attn.shape[4]]

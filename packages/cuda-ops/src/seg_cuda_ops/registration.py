@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seg_cuda_ops import _cpu
-from seg_cuda_ops.kernels import Backend, kernels
+from seg_cuda_ops.kernels import Backend, kernels, resize_argmax
 
 try:
     from seg_cuda_ops import _cuda
@@ -30,6 +30,7 @@ def register(library: torch.library.Library, defaults: Mapping[str, Callable[...
     """
     for name, kernel in kernels(defaults, Backend(call_cpu, half=False, chunk=2**20)).items():
         library.impl(name, kernel, "CPU")
+    library.impl("resize_argmax", resize_argmax(defaults, call_cpu), "CPU")  # on CUDA the plain one
     reason = why_no_cuda()
     if not reason:
         for name, kernel in kernels(defaults, Backend(call_cuda, half=True, chunk=2**28)).items():

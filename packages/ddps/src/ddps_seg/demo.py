@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from segcore.checkpoints.load import find_weights, load_weights
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
 from segcore.evaluation.metrics import ConfusionMatrix
-from segcore.evaluation.predictor import Predictor
+from segcore.evaluation.predictor import Network, Predictor
 from segcore.progress import progress
 from segcore.seeds import corruption_seed, evaluation_seed, start_seed
 
@@ -75,17 +74,15 @@ def base_predictor(predictor: Predictor, base: Experiment, base_dir: Path) -> Pr
     return dataclasses.replace(predictor.using(steps=()), model=model.to(predictor.device), data=data)
 
 
-def last_classes(
-    predictor: Predictor, image: np.ndarray, seed: int, network: Callable[..., dict[str, Tensor]] | None = None
-) -> Tensor:
+def last_classes(predictor: Predictor, image: np.ndarray, seed: int, network: Network | None = None) -> Tensor:
     """Return the classes (H, W) int64 of the last step, on the CPU."""
     [steps] = predictor.classes([image], [seed], network=network)
     return list(steps.values())[-1].cpu()
 
 
-def refinement_of(model: DDPS, start: Tensor) -> Callable[[Tensor, list[int]], dict[str, Tensor]]:
+def refinement_of(model: DDPS, start: Tensor) -> Network:
     """Return a network whose run starts from the label map `start` (H, W)."""
-    return lambda images, seeds: model.refine_mask(images, start[None], seeds)
+    return lambda images, seeds: model.refined_answers(images, start[None], seeds)
 
 
 def corrupt(classes: Tensor, num_classes: int, seed: int) -> Tensor:

@@ -247,12 +247,11 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             )
         return super().exportable(images, dynamic=dynamic)
 
-    def resize_to_input(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Return logits (N, K, H, W) at the input's size; at inference without background if configured."""
-        full = super().resize_to_input(logits, size)
+    def shown(self, logits: Tensor) -> Tensor:
+        """Return the logits that are resized to the image: at inference without background if configured."""
         if self.suppress_background and not self.training:
-            return torch.cat([torch.full_like(full[:, :1], -1e4), full[:, 1:]], 1)
-        return full
+            return torch.cat([torch.full_like(logits[:, :1], -1e4), logits[:, 1:]], 1)
+        return logits
 
     # Training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, overload
 
@@ -29,7 +30,8 @@ from segcore.data.layouts import palette_of
 from segcore.data.rasters import Box
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
-from segcore.evaluation.predictor import Predictor, early_exit_entry, most_probable
+from segcore.evaluation.predictor import Predictor, early_exit_entry
+from segcore.evaluation.scores import Scores, most_probable
 from segcore.evaluation.uncertainty import predict_uncertainty
 from segcore.files import regular_file
 from segcore.models.segmentor import Segmentor
@@ -38,6 +40,8 @@ from segcore.reporting.classes_file import write_classes
 from segcore.reporting.figures import step_title
 from segcore.result import Result
 
+Answer = tuple[Tensor, Tensor | None]
+"""The classes (H, W) of an image and, if asked for, its probabilities (K, H, W)."""
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are uint8
 uint16 or float32 depending on `data.bit_depth`; three channels are RGB."""
@@ -191,11 +195,12 @@ class LoadedModel:
             arrays = [as_array(image, self.experiment.data) for image in chunk]
             used: list[int] = []
             seeds = [self.experiment.seed] * len(arrays)
-            answers = self._answer.probabilities(arrays, seeds, network=self._network(used))
+            reduce = partial(_classes_and, probabilities=probabilities)
+            answers = self._answer.reduced(arrays, seeds, reduce, network=self._network(used))
             for image, array, entries in zip(chunk, arrays, answers, strict=True):
                 name = Path(image).stem if isinstance(image, (str, Path)) else f"image_{len(results)}"
                 steps_used = sum(used) / len(used) if used else None
-                results.append(self._result(array, entries, name, steps_used, keep=probabilities))
+                results.append(self._result(array, entries, name, steps_used))
         return results
 
     def blocks(
@@ -248,8 +253,8 @@ class LoadedModel:
     def steps(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """Return the classes (H, W) after every denoising step; stepwise models only."""
         model = self._stepwise()
-        entries = self._run(image, model.denoising_trajectory)
-        return {step_title(step, model.step_unit): most_probable(p).cpu().numpy() for step, p in entries.items()}
+        [entries] = self._configured.classes([image], [self.experiment.seed], network=model.trajectory_answers)
+        return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
 
     def refine(
         self, image: np.ndarray, start: np.ndarray, *, probabilities: bool = False
@@ -269,18 +274,22 @@ class LoadedModel:
                 "evaluate.early_exit_threshold and evaluate.ensemble_steps"
             )
         masks = torch.from_numpy(start)[None]
-        entries = self._run(image, lambda images, seeds: model.refine_mask(images, masks, seeds))
-        steps = {step: most_probable(p).cpu().numpy() for step, p in entries.items()}
-        return self._result(image, entries, keep=probabilities), {"start": start, **steps}
+        [entries] = self._configured.reduced(
+            [image],
+            [self.experiment.seed],
+            partial(_classes_and, probabilities=probabilities),
+            network=lambda images, seeds: model.refined_answers(images, masks, seeds),
+        )
+        steps = {step: classes.long().cpu().numpy() for step, (classes, _) in entries.items()}
+        return self._result(image, entries), {"start": start, **steps}
 
     def _result(
-        self, image: np.ndarray, entries: Mapping[str, Tensor], name: str = "image", used: float | None = None,
-        *, keep: bool,
-    ) -> Result:  # fmt: skip
-        """Return the result for probabilities (K, H, W) by step entry, of which the last is the answer."""
-        answer = list(entries.values())[-1]
-        classes = most_probable(answer).cpu().numpy().astype(self._dtype)
-        return Result(self, image, classes, name, used, answer.cpu().numpy() if keep else None)
+        self, image: np.ndarray, entries: Mapping[str, Answer], name: str = "image", used: float | None = None
+    ) -> Result:
+        """Return the result for classes and probabilities by step entry, of which the last is the answer."""
+        classes, kept = list(entries.values())[-1]
+        classes_array = classes.cpu().numpy().astype(self._dtype)
+        return Result(self, image, classes_array, name, used, None if kept is None else kept.cpu().numpy())
 
     @property
     def _dtype(self) -> type[np.unsignedinteger[Any]]:
@@ -299,13 +308,14 @@ class LoadedModel:
         percent = self.experiment.evaluate.early_exit_threshold
         return None if percent is None else partial(early_exit_entry, self._stepwise(), percent, steps_used)
 
-    def _run(self, image: np.ndarray, network: Any) -> dict[str, Tensor]:
-        """Return the probabilities (K, H, W) by step entry."""
-        [entries] = self._configured.probabilities([image], [self.experiment.seed], network=network)
-        return entries
-
     def _stepwise(self) -> StepwiseSegmentor:
         return require_stepwise(self.model, "uncertainty, steps, a start mask and evaluate.early_exit_threshold")
+
+
+def _classes_and(scores: Scores, *, probabilities: bool) -> Iterator[Answer]:
+    """Yield the classes (H, W) of every image, and if asked for its probabilities (K, H, W)."""
+    kept = scores.probabilities() if probabilities else repeat(None)
+    return zip(scores.classes(), kept, strict=False)
 
 
 def as_array(image: ImageLike, data: DataConfig) -> np.ndarray:

@@ -198,9 +198,7 @@ def panels(predictor: Predictor, val_set: Dataset, answer: Answer, step: str) ->
     model, label, prediction = predictor.model, answer.label, answer.classes[step].numpy()
     maps = {"ground truth": label}
     if isinstance(model, StepwiseSegmentor):
-        [steps] = predictor.classes(
-            [answer.image], [answer.seed], network=lambda images, seeds: model.denoising_trajectory(images, seeds)
-        )
+        [steps] = predictor.classes([answer.image], [answer.seed], network=model.trajectory_answers)
         maps |= {step_title(key, model.step_unit): classes.cpu().numpy() for key, classes in steps.items()}
     maps["prediction"] = prediction
     found = {"image": answer.image}

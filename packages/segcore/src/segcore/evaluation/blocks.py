@@ -14,7 +14,9 @@ from torch import Tensor
 from segcore.data.rasters import Box
 from segcore.data.transforms import normalize
 from segcore.errors import UserError
-from segcore.evaluation.predictor import Network, Predictor, to_probabilities, window_boxes
+from segcore.evaluation.predictor import Network, Predictor, at_input, window_boxes
+from segcore.evaluation.scores import to_probabilities
+from segcore.models.stepwise import average_entries
 from segcore.seeds import window_seed
 
 SUMS = 1 << 30
@@ -49,7 +51,7 @@ def predict_blocks(
     wanted = math.ceil(4 * values * min(crop[0], height) * width / sums)
     strips = max(min(wanted, width // crop[1]), 1)
     edges = np.linspace(0, width, strips + 1).astype(int).tolist()
-    networks = predictor.networks(network)
+    networks = [at_input(model, net) for net, model in predictor.networks(network)]
     for left, right in pairwise(edges):
         inside = [(number, box) for number, box in boxes if box[1] < right and box[3] > left]
         yield from _strip(predictor, networks, inside, (left, right), read, seed)
@@ -82,7 +84,7 @@ def _strip(
             batch = torch.from_numpy(image).permute(2, 0, 1)[None]
             x1, x2 = max(box[1], left), min(box[3], right)
             for network, total in zip(networks, totals, strict=True):
-                for entry, logits in network(batch, [window_seed(seed, 0, number)]).items():
+                for entry, logits in network(batch, [window_seed(seed, 0, number)]):
                     if entry not in total:
                         shape = *logits.shape[:3], right - left
                         total[entry] = logits.new_zeros(shape, dtype=torch.float32)
@@ -105,4 +107,24 @@ def _probabilities(predictor: Predictor, logits: Iterable[dict[str, Tensor]]) ->
         {entry: to_probabilities(x, (x.shape[2], x.shape[3]), model.align_corners) for entry, x in by_entry.items()}
         for by_entry, model in zip(logits, models, strict=True)
     )
-    return {entry: mean[0] for entry, mean in predictor.mean_over_models(probabilities).items()}
+    return {entry: mean[0] for entry, mean in _mean_over_models(predictor, probabilities).items()}
+
+
+def _mean_over_models(predictor: Predictor, found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return, per step entry, the mean of the probabilities (1, K, …) of the model and those of the ensemble's.
+
+    Changes the first ones in place.
+    """
+    rest = iter(found)
+    mean = next(rest)
+    for other in rest:
+        theirs = other["final"]
+        missing = predictor.model.num_classes - theirs.shape[1]  # one without background class has none for class 0
+        for probabilities in mean.values():
+            probabilities[:, missing:] += theirs
+    if predictor.evaluate.ensemble_steps:
+        average_entries(mean)
+    if predictor.ensemble:
+        for probabilities in mean.values():
+            probabilities.div_(1 + len(predictor.ensemble))
+    return mean

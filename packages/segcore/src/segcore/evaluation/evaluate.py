@@ -20,9 +20,10 @@ from segcore.data.loader import Loaded, equal_sized, eval_samples
 from segcore.errors import Stopped, UserError
 from segcore.evaluation.calibration import Calibration, CalibrationError
 from segcore.evaluation.metrics import BoundaryIoU, ConfusionMatrix
-from segcore.evaluation.predictor import Network, Predictor, early_exit_entry
+from segcore.evaluation.predictor import Answered, Network, Predictor, early_exit_entry
+from segcore.evaluation.scores import Scores
 from segcore.models.segmentor import Segmentor
-from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
+from segcore.models.stepwise import StepwiseSegmentor, answers_of, require_stepwise
 from segcore.seeds import evaluation_seed
 
 Sample = tuple[int, np.ndarray, np.ndarray | None]
@@ -59,7 +60,7 @@ class Prediction:
     image: np.ndarray
     label: np.ndarray | None
     classes: dict[str, Tensor]
-    """Class indices (H, W) int64."""
+    """Class indices (H, W), uint8 up to 256 classes and int32 above."""
     confidence: dict[str, Tensor]
     """Probability (H, W) float32 of each of them; empty unless asked for."""
     steps_used: float | None
@@ -163,8 +164,8 @@ def evaluate(
 
     `calibration` also computes `Results.calibration`. `on_progress(done, total)` is called after every batch, and every
     second without data (it may raise Stopped, which ends all processes). It assumes that all processes are equally far.
-    `on_prediction(index, image, label, entries)` is called for each image of this process with the classes (H, W) by
-    entry.
+    `on_prediction(index, image, label, entries)` is called for each image of this process with the classes (H, W) int64
+    by entry.
 
     Raises UserError when model and data set do not fit together, an image has no label, or one cannot be read, unless
     `data.on_error` is "skip".
@@ -176,7 +177,8 @@ def evaluate(
             raise UserError(f"{dataset.samples[found.index].image}: has no label file; evaluation needs one")
         counts.add(found, found.label)
         if on_prediction:
-            on_prediction(found.index, found.image, found.label, found.classes)
+            classes = {entry: x.long() for entry, x in found.classes.items()}
+            on_prediction(found.index, found.image, found.label, classes)
 
     how: dict[str, Any] = {"seed": seed, "workers": workers, "limit": limit, "on_progress": on_progress}
     images, missed, used = predict_all(predictor, dataset, count, confidence=calibration, **how)
@@ -244,12 +246,12 @@ def _network(predictor: Predictor, steps_used: list[int]) -> Network:
     if isinstance(model, StepwiseSegmentor):
         model.check_steps(settings.steps)
     if percent is None:
-        return lambda images, seeds: predict_entries(model, images, settings.steps, seeds)
+        return partial(answers_of, model, settings.steps)
     stepwise = require_stepwise(model, "early_exit_threshold")
 
-    def network(images: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        entries = predict_entries(model, images, settings.steps, seeds)
-        return entries | early_exit_entry(stepwise, percent, steps_used, images, seeds)
+    def network(images: Tensor, seeds: list[int]) -> Answered:
+        yield from answers_of(model, settings.steps, images, seeds)
+        yield from early_exit_entry(stepwise, percent, steps_used, images, seeds)
 
     return network
 
@@ -261,11 +263,13 @@ def _predict(
     images, seeds = [image for _, image, _ in batch], [evaluation_seed(seed, index) for index, *_ in batch]
     before = len(steps_used)
     if confidence:
-        both = predictor.classes_and_confidence(images, seeds, network=network)
+        both = predictor.reduced(
+            images, seeds, lambda scores: zip(*scores.classes_and_confidence(), strict=True), network=network
+        )
         classes = [{entry: pair[0] for entry, pair in by_entry.items()} for by_entry in both]
         confidences = [{entry: pair[1] for entry, pair in by_entry.items()} for by_entry in both]
     else:
-        classes, confidences = predictor.classes(images, seeds, network=network), [{}] * len(batch)
+        classes, confidences = predictor.reduced(images, seeds, Scores.classes, network=network), [{}] * len(batch)
     for i, (index, image, label) in enumerate(batch):
         own = steps_used[before + i :: len(batch)]  # every view and window appends one number per image
         used = sum(own) / len(own) if own else None

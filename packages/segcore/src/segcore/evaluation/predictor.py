@@ -1,16 +1,17 @@
 """From images to class probabilities: whole or sliding-window inference, several scales, horizontal flip.
 
 Follows MMSegmentation 0.x: logits are summed over sliding windows, softmax follows the resize to the image's own size,
-and views are averaged as probabilities.
+and views are averaged as probabilities. Step entries come one at a time, and each is reduced before the next.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import chain, starmap
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, Precision
 from segcore.data.transforms import normalize, rescale_size, resize_image
 from segcore.errors import UserError
-from segcore.models.layers import resize
+from segcore.evaluation.scores import Scores, averaged
 from segcore.models.segmentor import Segmentor
-from segcore.models.stepwise import StepwiseSegmentor, average_entries, predict_entries, set_noise_device
+from segcore.models.stepwise import StepwiseSegmentor, answers_of, set_noise_device
 from segcore.seeds import window_seed
 
-Network = Callable[[Tensor, list[int]], dict[str, Tensor]]
-"""Normalized images (N, C, h, w) and a seed for each -> logits (N, K, h, w) by entry."""
+T = TypeVar("T")
+Answered = Iterator[tuple[str, Tensor]]
+"""Logits (N, K, h, w) with the name of their entry, one entry after the other."""
+Network = Callable[[Tensor, list[int]], Iterable[tuple[str, Tensor]]]
+"""Normalized images (N, C, H, W) and a seed for each -> the entries, at the network's own resolution."""
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -66,15 +70,15 @@ def window_boxes(
 
 def early_exit_entry(
     model: StepwiseSegmentor, percent: float, steps_used: list[int], images: Tensor, seeds: list[int]
-) -> dict[str, Tensor]:
+) -> list[tuple[str, Tensor]]:
     """Return the entry `until P%`: denoising with early exit, see `StepwiseSegmentor.early_exit`.
 
     The number of steps of each image is appended to `steps_used`. With the first three arguments bound it is a
     `Network`.
     """
-    logits, counts = model.early_exit(images, percent, seeds)
+    logits, counts = model.early_exit(images, percent, seeds, resize=False)
     steps_used.extend(counts)
-    return {f"until {percent:g}%": logits}
+    return [(f"until {percent:g}%", logits)]
 
 
 def check_ensemble(model: Segmentor, ensemble: Sequence[Segmentor]) -> None:
@@ -141,17 +145,19 @@ class Predictor:
 
         A model with one class predicts 1 where its probability exceeds 0.5, else 0. Arguments as for `probabilities`.
         """
-        found = self.probabilities(images, seeds, network=network)
-        return [{entry: most_probable(p) for entry, p in by_entry.items()} for by_entry in found]
+        return self.reduced(images, seeds, lambda scores: scores.classes().long(), network=network)
 
     def classes_and_confidence(
         self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
     ) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """Return, per image and step entry, the classes as `classes` does and their probabilities (H, W) float32."""
-        found = self.probabilities(images, seeds, network=network)
-        return [{entry: most_confident(p) for entry, p in by_entry.items()} for by_entry in found]
 
-    @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
+        def both(scores: Scores) -> Iterable[tuple[Tensor, Tensor]]:
+            classes, confidence = scores.classes_and_confidence()
+            return zip(classes.long(), confidence, strict=True)
+
+        return self.reduced(images, seeds, both, network=network)
+
     def probabilities(
         self, images: Sequence[np.ndarray], seeds: Sequence[int], *, network: Network | None = None
     ) -> list[dict[str, Tensor]]:
@@ -163,124 +169,186 @@ class Predictor:
 
         `network` computes the logits of every view and window; None runs the model with the steps of `evaluate.steps`.
         """
+        return self.reduced(images, seeds, Scores.probabilities, network=network)
+
+    @torch.no_grad()  # not inference_mode: tables that a model caches here must stay usable in training
+    def reduced(
+        self,
+        images: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        reduce: Callable[[Scores], Iterable[T]],
+        *,
+        network: Network | None = None,
+    ) -> list[dict[str, T]]:
+        """Return, per image and step entry, what `reduce` makes of the scores of N images, a value for each.
+
+        Every entry is reduced before the next one is computed, so memory does not grow with their number by more than
+        what is returned. Other arguments as for `probabilities`.
+        """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
             groups[image.shape].append(i)
-        results: list[dict[str, Tensor]] = [{} for _ in images]
+        results: list[dict[str, T]] = [{} for _ in images]
         for members in groups.values():
-            mean = self._ensemble_mean([images[i] for i in members], [seeds[i] for i in members], network)
-            for row, i in enumerate(members):
-                results[i] = {entry: probabilities[row] for entry, probabilities in mean.items()}
+            for entry, scores in self._entries([images[i] for i in members], [seeds[i] for i in members], network):
+                for i, value in zip(members, reduce(scores), strict=True):
+                    results[i][entry] = value
+                del scores
         return results
 
-    def _ensemble_mean(
-        self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
-    ) -> dict[str, Tensor]:
-        """Return, per step entry, the probabilities (N, K, H, W) of N images of one size, averaged over the models."""
-        models = zip(self.networks(network), (self.model, *self.ensemble), strict=True)
-        return self.mean_over_models(self._mean_over_views(net, images, seeds, x.align_corners) for net, x in models)
+    def networks(self, network: Network | None = None) -> list[tuple[Network, Segmentor]]:
+        """Return the models, each with what computes its logits in the configured precision and memory layout.
 
-    def networks(self, network: Network | None = None) -> list[Network]:
-        """Return what computes the logits of the model, by default with the steps of `evaluate.steps`, and of the
-        ensemble's, in the configured precision and memory layout."""
-        own = network or partial(_answers, self.model, self.evaluate.steps)
-        return [partial(self._run, net) for net in (own, *(partial(_final, other) for other in self.ensemble))]
-
-    def _run(self, network: Network, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-        layout = torch.channels_last if self.evaluate.channels_last else torch.contiguous_format
-        with autocast(self.device, self.evaluate.precision or "fp32"):
-            return network(batch.to(self.device).contiguous(memory_format=layout), seeds)
-
-    def mean_over_models(self, found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return, per step entry, the mean of the probabilities (N, K, …) of the model and those of the ensemble's.
-
-        Changes the first ones in place.
+        The model's is by default the run with the steps of `evaluate.steps`; those of the ensemble have one entry.
         """
-        rest = iter(found)
-        mean = next(rest)
-        for other in rest:
-            theirs = other["final"]
-            if theirs.shape[1] < self.model.num_classes:  # it has no background class
-                theirs = torch.cat([torch.zeros_like(theirs[:, :1]), theirs], 1)
-            for probabilities in mean.values():
-                probabilities.add_(theirs)
-        if self.evaluate.ensemble_steps:
-            average_entries(mean)
-        for probabilities in mean.values():
-            probabilities.div_(1 + len(self.ensemble))
-        return mean
+        own = network or partial(answers_of, self.model, self.evaluate.steps)
+        nets = (own, *(partial(_final, other) for other in self.ensemble))
+        return [(partial(self._run, net), x) for net, x in zip(nets, (self.model, *self.ensemble), strict=True)]
 
-    def _mean_over_views(
-        self, network: Network, images: Sequence[np.ndarray], seeds: Sequence[int], align_corners: bool
-    ) -> dict[str, Tensor]:
-        """Return, per step entry, the mean of the views' probabilities (N, K, H, W) for N images of one size."""
-        height, width = images[0].shape[:2]
-        views = view_sizes(height, width, self.evaluate)
-        total: dict[str, Tensor] = {}
-        for view, (h, w, flip) in enumerate(views):
+    def _run(self, network: Network, batch: Tensor, seeds: list[int]) -> Answered:
+        layout = torch.channels_last if self.evaluate.channels_last else torch.contiguous_format
+        answers: Answered | None = None
+        while True:
+            with autocast(self.device, self.evaluate.precision or "fp32"):  # what reads the answers is outside
+                if answers is None:
+                    answers = iter(network(batch.to(self.device).contiguous(memory_format=layout), seeds))
+                answer = next(answers, None)
+            if answer is None:
+                return
+            yield answer
+            del answer
+
+    def _entries(
+        self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
+    ) -> Iterator[tuple[str, Scores]]:
+        """Yield the step entries of N images of one size."""
+        (own, model), *others = self.networks(network)
+        entries = self._over_views(own, model, images, seeds)
+        if others:
+            entries = self._with_ensemble(entries, [self._over_views(*other, images, seeds) for other in others])
+        return _running_means(entries) if self.evaluate.ensemble_steps else entries
+
+    def _with_ensemble(
+        self, entries: Iterator[tuple[str, Scores]], others: Sequence[Iterator[tuple[str, Scores]]]
+    ) -> Iterator[tuple[str, Scores]]:
+        """Yield the entries with the probabilities of the ensemble's models averaged in."""
+        theirs: Tensor | None = None
+        for other in others:
+            for _, scores in other:
+                if theirs is None:  # with the model's classes: one of the ensemble may lack the background
+                    shape = len(scores.values), self.model.num_classes, *scores.size
+                    theirs = scores.values.new_zeros(shape)
+                scores.added_to(theirs)
+        assert theirs is not None
+        for entry, scores in entries:
+            mean = scores.probabilities().add_(theirs).div_(1 + len(others))
+            del scores
+            yield entry, averaged(mean)
+            del mean
+
+    def _over_views(
+        self, network: Network, model: Segmentor, images: Sequence[np.ndarray], seeds: Sequence[int]
+    ) -> Iterator[tuple[str, Scores]]:
+        """Yield the step entries of N images of one size: the only view's, or the mean of the probabilities."""
+        size = (images[0].shape[0], images[0].shape[1])
+        runs = []
+        for view, (h, w, flip) in enumerate(view_sizes(*size, self.evaluate)):
             if not flip:  # its mirror image comes next and starts from the same pixels
                 arrays = [normalize(resize_image(x, (h, w)), self.data.mean, self.data.std) for x in images]
                 batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            logits = window_logits(network, batch.flip(-1) if flip else batch, self.evaluate, seeds, view)
-            for entry, x in logits.items():
-                p = to_probabilities(x, (height, width), align_corners)
-                p = p.flip(-1) if flip else p
-                total[entry] = total[entry].add_(p) if entry in total else p
-        return {entry: p.div_(len(views)) for entry, p in total.items()}
+            runs.append(self._view(network, model, batch.flip(-1) if flip else batch, seeds, view, size, flip))
+        if len(runs) == 1:
+            yield from runs[0]
+            return
+        for entry, views in in_step(runs):
+            total: Tensor | None = None
+            for scores in views:
+                total = scores.added_to(total)
+                del scores
+            assert total is not None
+            yield entry, averaged(total.div_(len(runs)))
+            del total
+
+    def _view(
+        self,
+        network: Network,
+        model: Segmentor,
+        batch: Tensor,
+        seeds: Sequence[int],
+        view: int,
+        size: tuple[int, int],
+        flip: bool,
+    ) -> Iterator[tuple[str, Scores]]:
+        """Return the step entries of one view of images of this size; nothing here keeps them."""
+        match self.evaluate.mode:
+            case "whole":
+                answers = network(batch, [window_seed(seed, view, 0) for seed in seeds])
+                shape = (batch.shape[2], batch.shape[3])
+                return starmap(lambda entry, x: (entry, Scores.of_view(model, x, shape, size, flip)), answers)
+            case "slide":
+                answers = mean_over_windows(at_input(model, network), batch, self.evaluate, seeds, view)
+                return starmap(lambda entry, x: (entry, Scores(x, size, size, model.align_corners, flip)), answers)
 
 
-def _answers(model: Segmentor, steps: Sequence[int], batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    return predict_entries(model, batch, steps, seeds)
+def at_input(model: Segmentor, network: Network) -> Network:
+    """Return a network whose logits are resized to its input's size, float32."""
+
+    def resized(batch: Tensor, seeds: list[int]) -> Answered:
+        for entry, logits in network(batch, seeds):
+            yield entry, model.resize_to_input(logits.float(), batch.shape[-2:])
+            del logits
+
+    return resized
 
 
-def _final(model: Segmentor, batch: Tensor, seeds: list[int]) -> dict[str, Tensor]:
-    return {"final": model(batch, seeds)}
+def in_step(runs: Sequence[Iterator[tuple[str, T]]]) -> Iterator[tuple[str, Iterator[T]]]:
+    """Yield, entry by entry, what the runs say; all have the same entries.
+
+    Each run is kept until its last entry, and each answer only until the next is asked for.
+    """
+    first, *others = runs
+    for entry, answer in first:
+        answers = chain([answer], (next(run)[1] for run in others))
+        del answer
+        yield entry, answers
 
 
-def window_logits(
+def _running_means(entries: Iterator[tuple[str, Scores]]) -> Iterator[tuple[str, Scores]]:
+    """Yield every entry as the mean of its probabilities with those of all previous ones."""
+    total: Tensor | None = None
+    for count, (entry, scores) in enumerate(entries, 1):
+        total = scores.added_to(total)
+        del scores
+        yield entry, averaged(total / count)
+
+
+def _final(model: Segmentor, batch: Tensor, seeds: list[int]) -> Answered:
+    yield "final", model(batch, seeds, resize=False)
+
+
+def mean_over_windows(
     network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
-) -> dict[str, Tensor]:
-    """Return, per step entry, the logits (N, K, h, w) of one view: of the whole batch, or the mean over its windows."""
-    match evaluate.mode:
-        case "whole":
-            return network(batch, [window_seed(seed, view, 0) for seed in seeds])
-        case "slide":
-            return _mean_over_windows(network, batch, evaluate, seeds, view)
-
-
-def _mean_over_windows(
-    network: Network, batch: Tensor, evaluate: EvalConfig, seeds: Sequence[int], view: int
-) -> dict[str, Tensor]:
+) -> Answered:
+    """Yield, per step entry, the mean (N, K, h, w) of the logits of a view's windows, which `network` gives at their
+    size."""
     height, width = batch.shape[-2:]
-    total: dict[str, Tensor] = {}
+    boxes = window_boxes(height, width, evaluate.crop, evaluate.stride)
     count = torch.zeros(height, width)
-    for window, (y1, x1, y2, x2) in enumerate(window_boxes(height, width, evaluate.crop, evaluate.stride)):
+    for y1, x1, y2, x2 in boxes:
         count[y1:y2, x1:x2] += 1
-        part = network(batch[..., y1:y2, x1:x2], [window_seed(seed, view, window) for seed in seeds])
-        for entry, logits in part.items():
-            if entry not in total:
-                total[entry] = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
-            total[entry][..., y1:y2, x1:x2] += logits
-    return {entry: logits.div_(count.to(logits.device)) for entry, logits in total.items()}
 
+    def window(number: int) -> Answered:
+        y1, x1, y2, x2 = boxes[number]
+        return iter(network(batch[..., y1:y2, x1:x2], [window_seed(seed, view, number) for seed in seeds]))
 
-def to_probabilities(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Return class probabilities float32 at `size`; the softmax comes after the resize, as published."""
-    logits = resize(logits.float(), size, align_corners=align_corners)
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+    def mean(parts: Iterator[Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for (y1, x1, y2, x2), logits in zip(boxes, parts, strict=True):
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width, dtype=torch.float32)
+            total[..., y1:y2, x1:x2] += logits
+        assert total is not None
+        return total.div_(count.to(total.device))
 
-
-def most_probable(probabilities: Tensor) -> Tensor:
-    """Return the classes (H, W) int64 of probabilities (K, H, W)."""
-    if len(probabilities) == 1:
-        return (probabilities[0] > 0.5).long()
-    return probabilities.max(0).indices  # ties give the first, like argmax, but 2.5 times as fast on a CPU
-
-
-def most_confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classes (H, W) int64 of probabilities (K, H, W), and the probability (H, W) of each."""
-    if len(probabilities) == 1:
-        p = probabilities[0]
-        return (p > 0.5).long(), torch.maximum(p, 1 - p)
-    values, classes = probabilities.max(0)
-    return classes, values
+    for entry, parts in in_step([window(number) for number in range(len(boxes))]):
+        yield entry, mean(parts)

@@ -35,7 +35,9 @@ def predict_uncertainty(
     """
     model = require_stepwise(predictor.model, "--uncertainty")
     mean = predictor.probabilities(
-        images, seeds, network=lambda batch, seeds: {"mean": model.log_mean_probs(batch, seeds, starts)}
+        images,
+        seeds,
+        network=lambda batch, seeds: [("mean", model.log_mean_probs(batch, seeds, starts, resize=False))],
     )
     return [
         1 - by_entry["mean"].gather(0, mask[None].to(by_entry["mean"].device))[0]

@@ -117,9 +117,16 @@ class Segmentor(nn.Module, ABC):
 
         All outputs at the input's size, including those of `forward`, go through here.
         """
-        padded = [side + -side % self.pad_to for side in size]
-        full = resize_bilinear(logits, padded, align_corners=self.align_corners)
+        full = resize_bilinear(self.shown(logits), self.padded_size(size), align_corners=self.align_corners)
         return full[..., : size[0], : size[1]] if self.pad_to > 1 else full
+
+    def padded_size(self, size: Sequence[int]) -> list[int]:
+        """Return the size (height, width) of images of this size after `pad`."""
+        return [side + -side % self.pad_to for side in size]
+
+    def shown(self, logits: Tensor) -> Tensor:
+        """Return the logits at the network's resolution that are resized to the image: by default as they are."""
+        return logits
 
     def fuse(self) -> Segmentor:
         """Return a faster, equivalent copy for inference; a model without such a form returns itself."""

@@ -116,40 +116,60 @@ class StepwiseSegmentor(Segmentor):
 
         The last entry is the configured output when `steps` is None. Raises UserError for steps that no run has.
         """
+        return self._at_input(images, self.step_answers(images, steps, seeds))
+
+    def step_answers(
+        self, images: Tensor, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the outputs of `predict_steps` one by one, (N, K, h, w) at the network's own resolution."""
         self.check_steps(steps or ())
         if self.run_per_entry:
             counts = steps or (len(self.step_keys),)
             features = self._features(images)
             start, noise = self.draw(features, seeds, steps=max(counts))
-            runs = (self.denoising_steps(features, start, noise, steps=count) for count in counts)
-            found = {str(count): last(self.answers(run, len(images))) for count, run in zip(counts, runs, strict=True)}
+            for count in counts:
+                yield (
+                    str(count),
+                    last(self.answers(self.denoising_steps(features, start, noise, steps=count), len(images))),
+                )
         else:
             wanted = {self.default_step, *map(str, steps or ())}
-            found = {key: answer for key, answer in self.answers(*self._run(images, seeds)) if key in wanted}
-        return {key: self.resize_to_input(answer, images.shape[-2:]) for key, answer in found.items()}
+            yield from (pair for pair in self.answers(*self._run(images, seeds)) if pair[0] in wanted)
 
     def denoising_trajectory(self, images: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the outputs (N, K, H, W) after the steps of the configured run, at most 20, evenly spaced."""
-        return self._shown(images, *self._run(images, seeds))
+        return self._at_input(images, self.trajectory_answers(images, seeds))
+
+    def trajectory_answers(self, images: Tensor, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the outputs of `denoising_trajectory` one by one at the network's own resolution."""
+        yield from self._evenly_spaced(*self._run(images, seeds))
 
     def refine_mask(self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return the outputs (N, K, H, W) after every step of a run that starts from label maps (N, H', W') int64.
 
         Raises UserError if the method cannot start a run from label maps, or from these labels.
         """
+        return self._at_input(images, self.refined_answers(images, masks, seeds))
+
+    def refined_answers(
+        self, images: Tensor, masks: Tensor, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the outputs of `refine_mask` one by one at the network's own resolution."""
         start, features = self.start_from(masks, images), self._features(images)
         _, noise = self.draw(features, seeds)
-        return self._shown(images, self.denoising_steps(features, start, noise), len(images))
+        yield from self._evenly_spaced(self.denoising_steps(features, start, noise), len(images))
 
     def start_from(self, masks: Tensor, images: Tensor) -> Tensor:
         """Return the initial map of a run that starts from label maps (N, H', W') of these images."""
         raise UserError(f"{type(self).__name__} starts from noise, not from a mask; leave out --start-mask")
 
-    def log_mean_probs(self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4) -> Tensor:
+    def log_mean_probs(
+        self, images: Tensor, seeds: Sequence[int] | None = None, starts: int = 4, *, resize: bool = True
+    ) -> Tensor:
         """Return log class probabilities (N, K, H, W), averaged over `starts` configured runs and their steps.
 
         If there are several steps, the first is left out because its input is pure noise. The runs are sequential, so
-        memory does not grow with their number.
+        memory does not grow with their number. `resize` as for `forward`.
         """
         features = self._features(images)
         total, count = torch.zeros((), device=features.device), 0
@@ -158,15 +178,16 @@ class StepwiseSegmentor(Segmentor):
             for number, step in enumerate(steps):
                 if number or len(self.step_keys) == 1:
                     total, count = total + _mean_over_starts(_probabilities(step.logits), len(images)), count + 1
-        return self.resize_to_input((total / count).clamp(min=1e-8).log(), images.shape[-2:])
+        found = (total / count).clamp(min=1e-8).log()
+        return self.resize_to_input(found, images.shape[-2:]) if resize else found
 
     def early_exit(
-        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None
+        self, images: Tensor, percent: float, seeds: Sequence[int] | None = None, *, resize: bool = True
     ) -> tuple[Tensor, list[int]]:
         """Return outputs (N, K, H, W) of the configured run and the number of steps used per image.
 
         An image leaves the run at the first step that changes the classes of fewer than `percent` % of its h * w pixels
-        at the network's resolution, at the last step otherwise; its output is that step's.
+        at the network's resolution, at the last step otherwise; its output is that step's. `resize` as for `forward`.
         """
         answers, length = self.answers(*self._run(images, seeds)), len(self.step_keys)
         left = list(range(len(images)))  # the images that are still in the run
@@ -186,7 +207,8 @@ class StepwiseSegmentor(Segmentor):
             before = classes[going]
             _, answer = answers.send(going)
         logits, counts = zip(*(found[image] for image in range(len(images))), strict=True)
-        return self.resize_to_input(torch.stack(logits), images.shape[-2:]), list(counts)
+        answer = torch.stack(logits)
+        return self.resize_to_input(answer, images.shape[-2:]) if resize else answer, list(counts)
 
     def exportable(self, images: Tensor, *, dynamic: bool) -> nn.Module:
         """Return the configured run with the noise of seed 0 as a constant; see `Segmentor`.
@@ -229,14 +251,16 @@ class StepwiseSegmentor(Segmentor):
         features = self._features(images)
         return self.denoising_steps(features, *self.draw(features, seeds)), len(images)
 
-    def _shown(self, images: Tensor, steps: Steps, count: int) -> dict[str, Tensor]:
-        """Return the outputs at the images' size by step; if there are more than `SHOWN`, evenly spaced ones."""
+    def _at_input(self, images: Tensor, answers: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: self.resize_to_input(answer, images.shape[-2:]) for key, answer in answers}
+
+    def _evenly_spaced(self, steps: Steps, count: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the outputs by step; if there are more than `SHOWN`, evenly spaced ones."""
         keys, unit = self.step_keys, self.step_unit.removesuffix("s")
         if len(keys) > SHOWN:
             keys = [keys[round(i * (len(keys) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
-        wanted, size = set(map(str, keys)), images.shape[-2:]
-        answers = self.answers(steps, count)
-        return {f"{unit} {key}": self.resize_to_input(x, size) for key, x in answers if key in wanted}
+        wanted = set(map(str, keys))
+        yield from ((f"{unit} {key}", answer) for key, answer in self.answers(steps, count) if key in wanted)
 
 
 class FixedNoise(nn.Module):
@@ -276,6 +300,16 @@ def set_noise_device(model: Segmentor, device: NoiseDevice) -> None:
     """Set where a stepwise model draws its noise; nothing for other models."""
     if isinstance(model, StepwiseSegmentor):
         model.noise_device = device
+
+
+def answers_of(
+    model: Segmentor, steps: Sequence[int], images: Tensor, seeds: Sequence[int] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `predict_entries` returns one by one, at the network's own resolution."""
+    if isinstance(model, StepwiseSegmentor):
+        yield from model.step_answers(images, steps or None, seeds)
+    else:
+        yield "final", model(images, seeds, resize=False)
 
 
 def require_stepwise(model: Segmentor, options: str) -> StepwiseSegmentor:

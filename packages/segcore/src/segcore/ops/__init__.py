@@ -5,6 +5,7 @@ from segcore.ops.deform_unfold import deform_unfold
 from segcore.ops.local_attention import deform_local_attn
 from segcore.ops.ms_deform_attn import ms_deform_attn
 from segcore.ops.registry import kernels, load, unload
+from segcore.ops.resize_argmax import resize_argmax
 
 __all__ = [
     "DeformConv2d",
@@ -15,6 +16,7 @@ __all__ = [
     "kernels",
     "load",
     "ms_deform_attn",
+    "resize_argmax",
     "unload",
 ]
 

@@ -85,6 +85,21 @@ def define(
     torch.library.register_autograd(f"segcore::{name}_backward", no_double_backward, lib=library)
 
 
+def define_inference(
+    name: str,
+    inputs: str,
+    outputs: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    shape: Callable[..., tuple[int, ...]],
+) -> None:
+    """Register `segcore::NAME(inputs) -> outputs`, an operator without gradient; see `define`."""
+    library.define(f"{name}({inputs}) -> {outputs}", tags=(torch.Tag.pt2_compliant_tag,))
+    defaults[name], defaults[f"{name}_shape"] = _without_autocast(kernel), shape
+    library.impl(name, defaults[name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"segcore::{name}", fake, lib=library)
+
+
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Disable autocast, which affects kernels written in PyTorch: their matrix products would use half precision."""
 
@@ -129,8 +144,16 @@ def compiled(device: torch.device) -> bool:
 
 def kernels() -> dict[str, dict[str, str]]:
     """Return per operator and device type ("cpu", "cuda") the serving package and version, or why there is none."""
-    served = {device: _devices.get(device) or f"{PLAIN}: {_refused[device]}" for device in ("cpu", "cuda")}
-    return {name: dict(served) for name in defaults if not name.endswith(("_backward", "_shape"))}
+    names = [name for name in defaults if not name.endswith(("_backward", "_shape"))]
+    return {name: {device: _served(name, device) for device in ("cpu", "cuda")} for name in names}
+
+
+def _served(name: str, device: str) -> str:
+    package = _devices.get(device)
+    if package is None:
+        return f"{PLAIN}: {_refused[device]}"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"segcore::{name}", device.upper())
+    return package if has_kernel else f"{PLAIN}: {package} has no kernel for it"
 
 
 def load() -> None:

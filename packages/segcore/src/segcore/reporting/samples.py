@@ -137,7 +137,7 @@ def predict_shown(
     model, found = predictor.model, []
     network: Network | None = None
     if isinstance(model, StepwiseSegmentor) and main == model.default_step and not predictor.evaluate.ensemble_steps:
-        network = model.denoising_trajectory  # its last step is the answer
+        network = model.trajectory_answers  # its last step is the answer
     with evaluation_mode(model):
         for done, index in enumerate(indices, 1):
             image, label = dataset.pair(index)
