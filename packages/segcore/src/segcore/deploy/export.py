@@ -132,7 +132,7 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
     text = json.dumps(describe(model, exp, settings))
     try:
         # Without `backed_size_oblivious` a map that is one pixel high here would be fixed to that height.
-        with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(module, (example,), dynamic_shapes=_dynamic_shapes(model, settings))
             with tempfile.TemporaryDirectory() as folder:
                 beside = Path(folder) / path.name
@@ -218,8 +218,8 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> 
         optimize=False,
     )  # fmt: skip
     assert written is not None
-    # Nothing else of `optimize`, which changes answers: it takes products of square maps apart along the wrong axis, and
-    # computes resizes of constants to one row less. The runtimes optimize the graph when they load it.
+    # Nothing else of `optimize`, which changes answers: it takes products of square maps apart along the wrong axis,
+    # and resizes constants to one row less. The runtimes optimize the graph when they load it.
     optimizer.inline(written.model)
     written.model.metadata_props[ENTRY] = text
     written.save(str(path))
@@ -255,7 +255,7 @@ def _refuse(checks: list[Check], path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the exporters' warnings about their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
