@@ -181,6 +181,9 @@ def test_commands(exp, files, tmp_path, capsys):
     assert len(list((tmp_path / "out").rglob("*_overlay.png"))) == 2
     assert "--provider nothing: not available here; use " in refused(capsys, "test", path, "--provider", "nothing")
     assert "name its run for export" in refused(capsys, "export", path, "a.onnx")
+    capsys.readouterr()
+    main(None, ["bench", str(path), "--warmup=1", "--repeats=2"])
+    assert "32x64     2  fp32 ONNX Runtime" in capsys.readouterr().out
     classes = files("classes")
     main(None, ["test", str(classes), "--device=cpu"])
     assert "note: Without images: " in capsys.readouterr().out

@@ -76,7 +76,6 @@ def read_exported(path: Path) -> tuple[Experiment, Exported]:
     """
     try:
         import onnx
-        from google.protobuf.message import DecodeError
     except ImportError:
         raise UserError(f"{path}: reading it needs onnx and a runtime; install segcore[export]") from None
     try:
@@ -85,7 +84,9 @@ def read_exported(path: Path) -> tuple[Experiment, Exported]:
             proto = onnx.load_model_from_string(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except DecodeError:
+    except UserError:
+        raise
+    except Exception:  # protobuf's, by version
         raise UserError(f"{path}: damaged, or no ONNX file; export the run again") from None
     text = next((entry.value for entry in proto.metadata_props if entry.key == ENTRY), None)
     if text is None:

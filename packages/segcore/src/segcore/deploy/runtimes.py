@@ -128,7 +128,7 @@ class ClassPredictor(Predictor):
     def _classes(self, image: np.ndarray) -> Tensor:
         model = self.model
         assert isinstance(model, ExportedModel)
-        [(height, width, _)] = view_sizes(*image.shape[:2], self.evaluate)
+        [(height, width, _)] = view_sizes(image.shape[0], image.shape[1], self.evaluate)
         array = normalize(resize_image(image, (height, width)), self.data.mean, self.data.std)
         batch = torch.from_numpy(array).permute(2, 0, 1)[None].to(self.device)
         model.check_size(batch)
