@@ -210,6 +210,7 @@ def _samples(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
     """Write the ONNX file and return a function that runs it in ONNX Runtime."""
     import onnxruntime
+    from onnx_ir.passes.common import NameFixPass
     from onnxscript import optimizer
 
     output = json.loads(text)["exported"]["output"]
@@ -221,6 +222,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> 
     # Nothing else of `optimize`, which changes answers: it takes products of square maps apart along the wrong axis,
     # and resizes constants to one row less. The runtimes optimize the graph when they load it.
     optimizer.inline(written.model)
+    NameFixPass()(written.model)  # a buffer and an operator's result may have one name
     written.model.metadata_props[ENTRY] = text
     written.save(str(path))
     quiet = onnxruntime.SessionOptions()

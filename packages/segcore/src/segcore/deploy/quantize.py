@@ -90,7 +90,7 @@ def export_int8(
         exact, small = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
         checks = export(model, exp, exact, settings)
         before, count = _miou(exact, dataset, on_progress)
-        _quantize(exact, small, images)
+        quantize(exact, small, images)
         loss = Loss(before, _miou(small, dataset, on_progress)[0], count)
         if not loss.drop <= max_drop:  # NaN, too
             raise UserError(f"{path}: not written ({loss}); --max-drop {max_drop:g} allows no more")
@@ -106,7 +106,7 @@ def _miou(path: Path, dataset: Dataset, on_progress: Callable[[int, int], None] 
     return 100 * results.final["mIoU"], results.images
 
 
-def _quantize(exact: Path, small: Path, images: list[Callable[[], np.ndarray]]) -> None:
+def quantize(exact: Path, small: Path, images: list[Callable[[], np.ndarray]]) -> None:
     """Write the quantized form of the file `exact` to `small`, with its description."""
     import onnx
     from onnxruntime import quantization
