@@ -166,3 +166,13 @@ def test_class_weights_scale_both_heads():
     tripled = model.losses(contract.images(2), contract.labels(model, 2), seeds=[1, 2], loss=loss)
     for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
         torch.testing.assert_close(tripled[name], 3 * plain[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "size"), [("resnet", (64, 64)), ("convnext", (64, 128)), ("swin", (64, 64)), ("swin", (97, 129))]
+)
+def test_onnx(variant, size, tmp_path):
+    """The published sizes 512x512 and 512x1024, reduced, and one with remainders."""
+    pytest.importorskip("onnxscript")
+    contract.check_onnx(build(variant), VARIANTS[variant], size, tmp_path / "model.onnx")

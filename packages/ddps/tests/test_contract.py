@@ -160,3 +160,14 @@ def test_a_timestep_that_no_run_reaches_is_refused():
     text = contract.refusal(lambda: model.predict_steps(contract.images(1), steps=(0, 1)))
     assert "has 1" in text
     assert "0, 2, 3" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("segformer", (64, 64)), ("deeplab", (97, 97)), ("prior on mit", (64, 64)), ("prior on mobilenet", (97, 129))],
+)
+def test_onnx(variant, size, tmp_path):
+    """The published sizes 512x512 and 1024x1024, reduced, and some with remainders."""
+    pytest.importorskip("onnxscript")
+    contract.check_onnx(build(variant), VARIANTS[variant], size, tmp_path / "model.onnx")

@@ -1,7 +1,10 @@
 """DDRNet's own use of the commands on real files: train, resume, test, predict fused, export, bench."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -195,3 +198,34 @@ def test_bench_shows_the_fused_model(capsys):
     main("ddrnet_seg", ["bench", CONFIG, "--sizes=64x64", "--repeats=1", "--warmup=1", "--device=cpu"])
     text = capsys.readouterr().out
     assert "fused" in text
+
+
+def blocks(page, kind):
+    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.M | re.S) if found == kind]
+
+
+@pytest.mark.slow
+def test_the_page_on_exported_models(run, toy, tmp_path, capsys, monkeypatch):
+    """The commands and the Python code of docs/deploy.md run as they stand, and the file has the run's table."""
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs/deploy.md").read_text(encoding="utf-8")
+    shutil.copytree(run, "runs/mine")
+    Path("photos").mkdir()
+    cv2.imwrite("photos/a.png", np.random.RandomState(0).randint(0, 255, (64, 128, 3), np.uint8))
+    lines = [line for block in blocks(page, "") for line in block.splitlines() if line.startswith("ddrnet-seg ")]
+    assert len(lines) == 8
+    for line in sorted(lines, key=lambda line: "export" not in line):
+        main("ddrnet_seg", [*shlex.split(line, comments=True)[1:], *(["--max-drop=100"] if "int8" in line else [])])
+    assert "points lost" in (said := capsys.readouterr().out)
+    assert said.count("ONNX Runtime") == said.count("OpenVINO") + 1 == 2
+    for code in blocks(page, "python"):
+        exec(code, {})  # ours
+    tables = []
+    for name in ("runs/mine", "model.onnx"):
+        capsys.readouterr()
+        main("ddrnet_seg", ["test", name, "--device=cpu", "--no-report"])
+        tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "+"))])
+    assert len(tables[0]) > 20
+    assert tables[0] == tables[1]

@@ -123,3 +123,12 @@ def test_wrong_settings_are_refused():
     for wrong in ({"ohem_threshold": 0.0}, {"ohem_min_kept": 0}):
         (name,) = wrong
         assert f"loss.{name}" in contract.refusal(lambda wrong=wrong: LossConfig("ohem", **wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(128, 128), (128, 256), (97, 129)])
+@pytest.mark.parametrize("variant", SMALL)
+def test_onnx(variant, size, tmp_path):
+    """The published sizes 1024x1024 and 1024x2048, reduced, and one that is padded."""
+    pytest.importorskip("onnxscript")
+    contract.check_onnx(build(variant), VARIANTS[variant], size, tmp_path / "model.onnx")

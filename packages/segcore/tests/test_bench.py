@@ -1,6 +1,7 @@
 """The `bench` command: its table, its JSON, what it counts, and what it says to bad input."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segcore import ops
 from segcore.cli.main import main
+from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.deploy import bench
 from segcore.testing.tiny import Tiny
 
@@ -104,6 +106,27 @@ def test_a_cell_that_fails_says_so_and_the_others_go_on(fault, says):
     assert says in bench.as_line(found[0])
 
 
+class TinyConfig(ModelConfig):
+    def build(self):
+        return ConvNet()
+
+
+def test_runtimes_side_by_side(monkeypatch):
+    """Those that are not installed say how to install them."""
+    pytest.importorskip("onnxscript")
+    exp = Experiment("tiny", TinyConfig(5), DataConfig("folder", classes=tuple("abcde")))
+    settings = bench.Settings(sizes=((8, 16),), dtypes=("fp32", "bf16"), **ONCE)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = list(bench.measure_runtimes(ConvNet(), exp, settings))
+    assert [(c["runtime"], c["dtype"]) for c in found] == [
+        ("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")
+    ]  # fmt: skip
+    assert found[0]["error"] is None
+    assert found[0]["latency_ms"] > 0
+    assert "ONNX Runtime  " in bench.as_line(found[0])
+    assert bench.as_line(found[1]).endswith("OpenVINO                  needs openvino; install segcore[openvino]")
+
+
 def test_memory_is_the_peak_and_not_what_stays():
     def run():
         a = torch.ones(24 * 2**20 // 4)
@@ -134,7 +157,7 @@ def test_command(tmp_path, capsys):
         ("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)
     ]  # fmt: skip
     measured = {"latency_ms", "p10_ms", "p90_ms", "images_per_s", "memory_mib", "gflops", "error"}
-    setting = {"height", "width", "batch", "dtype", "compile", "channels_last", "fused"}
+    setting = {"height", "width", "batch", "dtype", "runtime", "compile", "channels_last", "fused"}
     assert all(set(c) == measured | setting for c in report["cells"])
     assert text.count("64x128") == 4
     assert "multiply-add counts 2" in text

@@ -119,3 +119,27 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript; install segcore\[export\]"):
         export.export(Half().eval(), EXP, Path(tmp_path / "a.onnx"), export.Settings(12, 16))
+
+
+class Square(nn.Module):
+    """Products along the rows of a square map, and a table that is resized to it: ONNX exporters got both wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 15, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        side = images.shape[2]
+        wide = nn.functional.interpolate(self.table[None, :, :, None], (side + 8, 1), mode="bilinear")[0, :, :, 0]
+        rows = wide[:, torch.arange(side)[:, None] + torch.arange(9)].permute(1, 0, 2)  # (side, 3, 9)
+        by_row = images.permute(2, 0, 3, 1).clone(memory_format=torch.contiguous_format)
+        products = torch.bmm(by_row.flatten(1, 2), rows).unflatten(1, (-1, side)).permute(1, 3, 0, 2)
+        mean = images.mean((2, 3), keepdim=True)  # as a buffer of the normalization is called
+        return torch.cat([products, products, images[:, :1] - mean[:, :1]], 1)
+
+
+def test_products_and_resizes_of_square_maps_as_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    settings = export.Settings(13, 13, batch=2, normalize=True)
+    [check] = export.export(Tiny(19, Square()).eval(), EXP, tmp_path / "a.onnx", settings)
+    assert check.difference <= 1e-5

@@ -19,6 +19,7 @@ from segcore.checkpoints.foreign import read_state
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.data_sets import class_count
+from segcore.config.exported import ExportedConfig
 from segcore.config.record import ConfigDiff
 from segcore.config.registry import find_experiment
 from segcore.config.schema import DataConfig, Experiment
@@ -28,6 +29,7 @@ from segcore.data.images import read_image
 from segcore.data.labels import ignored_label
 from segcore.data.layouts import palette_of
 from segcore.data.rasters import Box
+from segcore.deploy.runtimes import load_exported, precision_of, predictor_of
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
 from segcore.evaluation.predictor import Predictor, early_exit_entry
@@ -54,16 +56,18 @@ def load_model(
     device: str | torch.device = "auto",
     offline: bool = False,
     ensemble: Sequence[LoadedModel] = (),
+    provider: str | None = None,
 ) -> LoadedModel:
     """Return a model with its weights, ready to segment images.
 
     Args:
-        config: a run's or checkpoint's folder, which needs no `weights`; or anything that `load_experiment` takes,
-            or an Experiment.
+        config: a run's or checkpoint's folder or an exported model (.onnx), which need no `weights`; or anything that
+            `load_experiment` takes, or an Experiment.
         weights: `official` (downloaded once), `official:CONFIG`, a weights file, or a run's or checkpoint's folder.
         device: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …
         offline: never use the network; the error names the missing file and its location.
         ensemble: further models, whose class probabilities are included in the average.
+        provider: what runs an exported model: `openvino`, or one of ONNX Runtime's, `cpu` (None), `cuda`, `tensorrt` …
 
     Raises ValueError when the configuration, the weights or the device cannot be used; one line, with the remedy.
     """
@@ -75,11 +79,14 @@ def load_model(
             "`weights`, or the folder of a run or checkpoint instead of the name"
         )
     target = find_device(device)
+    others, settings = _ensemble(exp, ensemble)
+    if isinstance(exp.model, ExportedConfig):
+        exported = load_exported(Path(weights), provider, precision_of(exp)).eval().to(target)
+        predictor = predictor_of(exported, exp, others)
+        return LoadedModel(exp, predictor, report=(f"{weights}: {exported.title}",), ensemble=settings)
+    if provider is not None:
+        raise UserError(f"--provider {provider} is for exported models; name a file .onnx as the configuration")
     path = distributed.main_process_first(lambda: find_weights(str(weights), exp.name, offline=offline))
-    for other in ensemble:
-        data = other.experiment.data
-        if (data.mean, data.std, data.channels) != (exp.data.mean, exp.data.std, exp.data.channels):
-            raise UserError(f"the ensemble's {other.experiment.name} has another data.mean, data.std or data.channels")
     model = exp.model.build()
     differs = ConfigDiff.of(path, exp)
     try:
@@ -95,13 +102,22 @@ def load_model(
     of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
     fused = model.fuse().eval().to(target)
-    predictor = Predictor.of(fused, exp, [other.model for other in ensemble])
+    predictor = Predictor.of(fused, exp, others)
     if fused is not model and exp.evaluate.channels_last is None:  # then this layout is faster
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
         fused.to(memory_format=torch.channels_last)
     report = (f"{path}{of_a_run}: {loaded}", *note)
-    return LoadedModel(exp, predictor, report=report, ensemble=tuple(other.experiment for other in ensemble))
+    return LoadedModel(exp, predictor, report=report, ensemble=settings)
+
+
+def _ensemble(exp: Experiment, members: Sequence[LoadedModel]) -> tuple[list[Segmentor], tuple[Experiment, ...]]:
+    """Return the further models of an ensemble and their settings, which must normalize as `exp` does."""
+    for other in members:
+        data = other.experiment.data
+        if (data.mean, data.std, data.channels) != (exp.data.mean, exp.data.std, exp.data.channels):
+            raise UserError(f"the ensemble's {other.experiment.name} has another data.mean, data.std or data.channels")
+    return [other.model for other in members], tuple(other.experiment for other in members)
 
 
 def find_device(name: str | torch.device) -> torch.device:

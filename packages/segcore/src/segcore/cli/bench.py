@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from segcore import files
-from segcore.cli.common import Command
+from segcore.cli.common import PROVIDER, Command
+from segcore.config.options import Flag
 from segcore.errors import UsageError
+
+if TYPE_CHECKING:
+    from segcore.deploy.bench import Settings
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,16 @@ class Bench(Command):
     """Passes before the timed ones; compiling happens there."""
     repeats: int = 10
     """Timed passes: the median is shown, and the 10th to the 90th percentile."""
+    runtimes: Flag = False
+    """Eager, compiled, ONNX Runtime and OpenVINO (--dtypes bf16 too) side by side on the CPU; exporting takes time."""
+    provider: str | None = field(default=None, metadata=PROVIDER)
+    """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda …"""
     json: Path | None = None
     """Also write the figures, at full precision, to this file."""
 
     def run(self, package: str | None) -> None:
+        from torch import nn
+
         from segcore.deploy import bench
         from segcore.inference import find_device
 
@@ -45,16 +57,36 @@ class Bench(Command):
         exp = self.experiment
         sizes = tuple(bench.parse_size(size) for size in self.sizes) or (exp.data.crop,)
         settings = bench.Settings(
-            sizes, self.batches, self.dtypes, both[self.compile], both[self.channels_last],
-            self.steps, self.warmup, self.repeats,
+            sizes, self.batches, self.dtypes, both["both" if self.runtimes else self.compile],
+            both[self.channels_last], self.steps, self.warmup, self.repeats,
         )  # fmt: skip
-        device, model = find_device(self.device), exp.model.build()
-        bench.check(model, settings)
-        header = {"name": exp.name, **bench.header(model, device), "steps": self.steps or None}
+        device = find_device("cpu" if self.runtimes or self.exported else self.device)
+        if self.exported:
+            found, header = self._of_file(settings), bench.header(nn.Module(), device)
+        else:
+            model = exp.model.build()
+            bench.check(model, settings)
+            found, header = bench.measure(model, exp.model.in_channels, settings, device), bench.header(model, device)
+            if self.runtimes:
+                found = itertools.chain(found, bench.measure_runtimes(model, exp, settings))
+        header = {"name": exp.name, **header, "steps": self.steps or None}
         print(*(f"{name}: {value}" for name, value in header.items() if value is not None), bench.COLUMNS, sep="\n")
         cells = []
-        for cell in bench.measure(model, exp.model.in_channels, settings, device):
+        for cell in found:
             print(bench.as_line(cell), flush=True)
             cells.append(cell)
         if self.json:
             files.write(self.json, json.dumps({**header, "cells": cells}, indent=1) + "\n")
+
+    def _of_file(self, settings: Settings) -> Iterator[dict[str, Any]]:
+        """Yield the cells of an exported file, by default of the size and number of images that it was made for."""
+        from segcore.config.exported import read_exported
+        from segcore.deploy import bench
+
+        assert self.folder
+        exp, about = read_exported(self.folder)
+        sizes = settings.sizes if self.sizes else (about.size,)
+        batches = settings.batches if about.dynamic else (about.batch,)
+        for (height, width), batch, dtype in itertools.product(sizes, batches, settings.dtypes):
+            shape = batch, exp.data.channels, height, width
+            yield bench.measure_exported(self.folder, self.provider or "cpu", dtype, shape, settings)

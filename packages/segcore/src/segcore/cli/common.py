@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY = "out of GPU memory; lower evaluate.batch_size, set --evaluate.mode slide, or use --device cpu"
 STEPWISE = {"stepwise": True}
 """Metadata of an option that only commands of stepwise models offer: DDP's and DDPS's."""
+PROVIDER = {"exported": True}
+"""Metadata of an option that commands offer for an exported file alone."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Command:
 
     experiment: Experiment
     folder: Path | None = None
-    """The run or checkpoint folder that was given as CONFIG."""
+    """The run's or checkpoint's folder, or the exported file, that was given as CONFIG."""
     device: str = "auto"
     """Where to compute: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …"""
     offline: Flag = False
@@ -35,6 +37,11 @@ class Command:
 
     def run(self, package: str | None) -> None:
         """Do it; `package` is the method's import package, None for `segcore`."""
+
+    @property
+    def exported(self) -> bool:
+        """Whether CONFIG is an exported file."""
+        return self.folder is not None and self.folder.suffix == ".onnx"
 
     @property
     def run_dir(self) -> Path:
@@ -72,11 +79,12 @@ def load(command: Command, checkpoint: str | None, ensemble: tuple[str, ...] = (
     from segcore.inference import load_model
 
     how: dict[str, Any] = {"device": device or command.device, "offline": command.offline}
+    provider = getattr(command, "provider", None)
     if len(ensemble) > 2:
         raise UsageError(f"--ensemble {' '.join(ensemble)}: give CONFIG and CHECKPOINT, or a run's folder alone")
     others = [load_model(*ensemble, **how)] if ensemble else []
     weights = checkpoint or (str(command.folder) if command.folder else None)
-    seg = load_model(command.experiment, weights, ensemble=others, **how)
+    seg = load_model(command.experiment, weights, ensemble=others, provider=provider, **how)
     if not distributed.rank():
         print(*(line for loaded in (*others, seg) for line in loaded.report), sep="\n", file=sys.stderr)
     return seg

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from segcore.cli.common import Command, load
+from segcore.cli.common import Command, complete_toy_set, load
 from segcore.config.options import Flag
+from segcore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,38 @@ class Export(Command):
     """Images per call."""
     dynamic: Flag = False
     """Accept any number of images of any size whose sides are multiples of what the network needs."""
+    classes: Flag = False
+    """Return the classes (N, H, W) uint8 (int32 above 256 classes) instead of the logits."""
+    normalize: Flag = False
+    """Take images (N, H, W, C) uint8, RGB, as files are decoded, and normalize them inside."""
+    int8: Flag = False
+    """ONNX only: compute in 8-bit integers; the mIoU on the validation set is compared before the file is written."""
+    calibrate: Path | None = None
+    """With --int8: folder of images whose maps set the ranges of the integers; by default the training images."""
+    max_drop: float = 1.0
+    """With --int8: points of mIoU that may be lost; beyond, nothing is written."""
 
     def run(self, package: str | None) -> None:
-        from segcore.deploy import export
+        from segcore.data.layouts import open_dataset
+        from segcore.deploy import export, quantize
         from segcore.deploy.bench import parse_size
+        from segcore.progress import progress
 
         exp = self.experiment
         size = (exp.evaluate.img_scale or exp.data.crop[::-1])[::-1]
         height, width = parse_size(self.size, "--size") if self.size else size
-        settings = export.Settings(height, width, self.batch, self.dynamic)
+        settings = export.Settings(height, width, self.batch, self.dynamic, self.classes, self.normalize)
+        if self.calibrate and not self.int8:
+            raise UserError(f"--calibrate {self.calibrate} is for --int8; add it, or leave this out")
+        if self.int8:
+            complete_toy_set(self)
+            images, dataset = quantize.calibration_images(exp.data, self.calibrate), open_dataset(exp.data, "val")
         model = load(self, self.checkpoint, device="cpu").model
-        for check in export.export(model, exp, self.output, settings):
-            print(check)
+        if self.int8:
+            how: dict[str, Any] = {"max_drop": self.max_drop}
+            with progress("evaluating") as how["on_progress"]:
+                checks, loss = quantize.export_int8(model, exp, self.output, settings, images, dataset, **how)
+            print(*checks, loss, sep="\n")
+        else:
+            print(*export.export(model, exp, self.output, settings), sep="\n")
         print(f"{self.output}: {self.output.stat().st_size / 2**20:.1f} MiB")

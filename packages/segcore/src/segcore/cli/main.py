@@ -62,6 +62,8 @@ COMMANDS: dict[str, type[Any]] = {
 }
 NOT_READ = {"check": ("device", "offline"), "export": ("device",), "bench": ("offline",)}
 """Options of all commands with a configuration that one of them has no use for."""
+OF_EXPORTED = ("test", "predict", "web", "bench")
+"""Commands that take an exported file as CONFIG."""
 OUR_WARNINGS = ("segcore", "seg-cuda-ops")
 """How the messages of our own warnings begin."""
 HELP = """usage: {prog} COMMAND …
@@ -70,7 +72,7 @@ HELP = """usage: {prog} COMMAND …
 
 {prog} COMMAND --help lists a command's options, and COMMAND CONFIG --help those of a configuration with its values.
 CONFIG is a name (`{prog} configs` lists them) or a unique part of one, the path of a published configuration, your own
-file.py:function, or the folder of a run or checkpoint, after which CHECKPOINT is left out.
+file.py:function, or the folder of a run or checkpoint or an exported file .onnx, after which CHECKPOINT is left out.
 
 {prog} --version prints the version, {prog} --tyro-print-completion bash (or zsh, fish) the shell's completion."""
 
@@ -166,6 +168,8 @@ def parse(words: list[str], package: str | None = None) -> Any:
     if kind is Demo:
         return _read(Demo(demo_experiment(package)), rest, prog)
     experiment, folder, rest = _configuration(prog, rest, package)
+    if folder and folder.suffix == ".onnx" and name not in OF_EXPORTED:
+        raise UserError(f"{folder}: an exported model is for {', '.join(OF_EXPORTED)}; name its run for {name}")
     run = Path("runs") / experiment.name
     if kind is Test and folder is None and run.is_dir() and (not rest or rest[0].startswith("--")):
         experiment, folder = find_experiment(run)
@@ -213,13 +217,14 @@ def offers(command: Any) -> options.Offered:
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     experiment = getattr(command, "experiment", None)
     stepwise = experiment is not None and experiment.model.stepwise
-    hidden = {*NOT_READ.get(name, ())}
+    hidden, exported = {*NOT_READ.get(name, ())}, isinstance(command, Command) and command.exported
     if isinstance(command, Command):
         hidden |= {"folder", "checkpoint"} if command.folder else {"folder"}
 
     def offered(owner: type, item: dataclasses.Field[Any]) -> bool:
         read = not issubclass(owner, Section) or reads(name, owner, item)
-        return read and (stepwise or not item.metadata.get("stepwise")) and item.name not in hidden
+        fits = (stepwise or not item.metadata.get("stepwise")) and (exported or not item.metadata.get("exported"))
+        return read and fits and item.name not in hidden
 
     return offered
 

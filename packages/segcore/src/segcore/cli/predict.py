@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.cli.common import STEPWISE, Parallel, check_file, load
+from segcore.cli.common import PROVIDER, STEPWISE, Parallel, check_file, load
 from segcore.config.data_sets import ServerFiles, server_files
 from segcore.config.options import Flag
 from segcore.errors import UserError
@@ -38,6 +38,9 @@ class Predict(Parallel):
     evaluate.stride) and the mask is written without an overlay, with the image's georeference and 255 (65535 above 255
     classes) where it has no data. classes.json in the folder, or NAME_classes.json beside the file, lists the values
     of masks with names and colors."""
+    provider: str | None = field(default=None, metadata=PROVIDER)
+    """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda,
+    tensorrt, coreml …"""
     palette: str = "auto"
     """Colors: of the configuration's dataset (auto), of a named one, or of a text file with `r g b` per line."""
     opacity: float = 0.5
@@ -79,6 +82,7 @@ class Predict(Parallel):
         from segcore import distributed
         from segcore.cli import predict_files, predict_raster, predict_video
         from segcore.data import video
+        from segcore.deploy.runtimes import require_probabilities
 
         moving = video.is_video(self.input)
         large = self.output.suffix.lower() in predict_raster.SUFFIXES and not (moving or self.output.is_dir())
@@ -97,6 +101,8 @@ class Predict(Parallel):
             )
         seg = replace(load(self, self.checkpoint, self.ensemble), colors=self.palette)
         _ = seg.palette  # a palette that does not fit is refused before anything is written
+        if large or self.confidence or self.probabilities:
+            require_probabilities(seg.predictor)
         if moving:
             predict_video.run(seg, self.input, path, frames=self.frames, **look)
             return

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from segcore.cli.common import Parallel, check_file, complete_toy_set, is_row, load
+from segcore.cli.common import PROVIDER, Parallel, check_file, complete_toy_set, is_row, load
 from segcore.config.data_sets import server_files
 from segcore.config.options import Flag
 from segcore.config.registry import published
@@ -30,6 +30,9 @@ class Test(Parallel):
     checkpoint: str = field(kw_only=True)
     """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights.
     Without one, the run in runs/<configuration> is tested, with its own settings."""
+    provider: str | None = field(default=None, metadata=PROVIDER)
+    """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda,
+    tensorrt, coreml …"""
     multi_scale: Flag = False
     """Average over the six published scales, each also flipped."""
     limit: int | None = None
@@ -40,7 +43,8 @@ class Test(Parallel):
     """Also compute the expected calibration error, from the probabilities of the predicted classes in 15 bins."""
     json: Path | None = None
     """A file .json for the figures at full precision and the confusion matrices; by default test.json in the run that
-    CONFIG is, otherwise runs/<configuration>.test.json. With --multi-scale, --ensemble or --limit the name says so."""
+    CONFIG is, NAME.test.json beside an exported file, otherwise runs/<configuration>.test.json. With --multi-scale,
+    --ensemble or --limit the name says so."""
     per_image: Path | None = None
     """A file .csv for the figures of every image."""
     save: Path | None = None
@@ -83,7 +87,7 @@ class Test(Parallel):
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other, and for files that would be overwritten."""
-        record = self.folder and self.folder / "experiment.json"
+        record = self.folder if self.exported else self.folder and self.folder / "experiment.json"
         inputs = (record, self.checkpoint, *self.ensemble, *vars(self.experiment.data).values())
         for option, path, suffix in (
             ("json", self.json, ".json"), ("per-image", self.per_image, ".csv"), ("zip", self.zip, ".zip"),
@@ -142,12 +146,12 @@ class Test(Parallel):
         from segcore.reporting.run_record import Evaluation, Run, read_run, write_evaluation
 
         exp, iteration = replace(self.experiment, evaluate=predictor.evaluate), None
-        if self.folder:
+        if self.folder and not self.exported:
             checkpoint = find_weights(str(self.folder), exp.name, offline=self.offline)
             match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
             iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)
-        of_a_run = self.folder is not None and (self.run_dir / "experiment.json").is_file()
+        of_a_run = not self.exported and self.folder is not None and (self.run_dir / "experiment.json").is_file()
         if of_a_run and iteration is not None and not self._kinds() and not self.json:
             write_evaluation(self.run_dir, exp, evaluation)
         run = replace(read_run(self.run_dir), evaluation=evaluation) if of_a_run else Run.of(exp, evaluation)
@@ -164,4 +168,6 @@ class Test(Parallel):
     def _file(self, name: str, suffix: str) -> Path:
         """Return the default file for the figures or the page, which never are another evaluation's."""
         name = ".".join([name, *self._kinds(), suffix])
+        if self.folder and self.exported:
+            return self.folder.with_suffix(f".{name}")
         return self.run_dir / name if self.folder else Path("runs") / f"{self.experiment.name}.{name}"

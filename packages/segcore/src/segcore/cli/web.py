@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from segcore.cli.common import Command, load
+from segcore.cli.common import PROVIDER, Command, load
 from segcore.config.options import Flag
 from segcore.errors import UserError
 
@@ -22,6 +22,9 @@ class Web(Command):
 
     checkpoint: str = field(kw_only=True)
     """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    provider: str | None = field(default=None, metadata=PROVIDER)
+    """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda,
+    tensorrt, coreml …"""
     port: int | None = None
     """Port of the page; by default the first free one from 7860 on."""
     host: str = "127.0.0.1"

@@ -14,10 +14,12 @@ from segcore.errors import UserError
 
 _CLASSES = ("test", "predict", "web", "export", "check")
 """Commands that need to know what the classes are."""
-_SPLIT = ("test", "check")
+_SPLIT = ("test", "check", "export")
 """Commands that open the validation images."""
+_TRAINING = ("check", "export")
+"""Commands that open the training images."""
 _CHECK = ("check",)
-"""The command that opens the training images, and draws the crops of training."""
+"""The command that draws the crops of training."""
 
 
 OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
@@ -38,15 +40,15 @@ class DataConfig(Section):
     generates street scenes in the Cityscapes layout. For the settings of `folder`, sets known by name have defaults."""
     root: Path = setting(Path("data"), commands=_SPLIT)
     """Folder of the dataset."""
-    train_images: str = setting("images/train/*", commands=_CHECK)
+    train_images: str = setting("images/train/*", commands=_TRAINING)
     """`folder` only: glob of the training images, relative to the root."""
-    train_masks: str = setting("masks/train/*", commands=_CHECK)
+    train_masks: str = setting("masks/train/*", commands=_TRAINING)
     """`folder` only: glob of the training masks, paired with the images by file stem."""
     val_images: str = setting("images/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation images."""
     val_masks: str = setting("masks/val/*", commands=_SPLIT)
     """`folder` only: glob of the validation masks."""
-    train_list: Path | None = setting(None, commands=_CHECK)
+    train_list: Path | None = setting(None, commands=_TRAINING)
     """`folder` only: text file with one training image per line: its stem, or image and mask relative to the root."""
     val_list: Path | None = setting(None, commands=_SPLIT)
     """`folder` only: the same for validation, which may then share the folders of training."""
@@ -104,7 +106,7 @@ class DataConfig(Section):
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
-    workers: int | Literal["auto"] = setting("auto", least=0, commands=("test", "predict"))
+    workers: int | Literal["auto"] = setting("auto", least=0, commands=("test", "predict", "export"))
     """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it.
     `predict` reads in that many threads, and writes in as many. auto: a share of the usable CPUs, 1 to 8."""
     cache: Path | None = None

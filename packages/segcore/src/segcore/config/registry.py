@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from segcore.config.data import OF_FILES, WITHOUT_FILES
+from segcore.config.exported import read_exported
 from segcore.config.options import nearest
 from segcore.config.record import VersionError, from_plain
 from segcore.config.schema import Experiment, ModelConfig, Published
@@ -59,21 +60,23 @@ def load_experiment(config: str | Path, package: str | None = None) -> Experimen
 
     It is a name, spelled with `-` or `_`, or a part that only one name has; the path of a published configuration, as
     the papers' READMEs write it (`configs/cityscapes/NAME.py`); `file.py:function`, a file of your own, which is
-    imported; or the folder of a run or checkpoint, whose experiment.json is read and nothing imported for it. `package`
-    is the import package of the method whose names count, None for all. Raises ValueError naming the nearest
-    configuration when there is none.
+    imported; the folder of a run or checkpoint, whose experiment.json is read and nothing imported for it; or an
+    exported model (.onnx), likewise. `package` is the import package of the method whose names count, None for all.
+    Raises ValueError naming the nearest configuration when there is none.
     """
     return find_experiment(config, package)[0]
 
 
 def find_experiment(config: str | Path, package: str | None = None) -> tuple[Experiment, Path | None]:
-    """Return what `load_experiment` does, and the folder if `config` is that of a run or checkpoint."""
+    """Return what `load_experiment` does, and `config` if it is a run's or checkpoint's folder or an exported file."""
     known, name, path = experiments(package), str(config), Path(config).expanduser()
     stem, is_file, function = name.rpartition(".py")
     if _key(name) in known:
         return known[_key(name)](), None
     if path.is_dir():
         return read_experiment(path), path
+    if path.suffix == ".onnx":
+        return read_exported(path)[0], path
     if is_file and (Path(f"{stem}.py").is_file() or _key(Path(stem).name) not in known):
         return _from_file(f"{stem}.py", function.removeprefix(":")), None
     key = _key(Path(stem).name if is_file else name)

@@ -6,11 +6,12 @@ model's quality and say nothing about it. A setting is one cell of the table, a 
     height, width   of the images in pixels
     batch           images per forward pass
     dtype           "fp32", "bf16" or "fp16" (autocast; weights stay float32)
+    runtime         "torch", "onnxruntime" or "openvino"; the latter two run an export of this size
     compile, channels_last, fused   how the model runs; `fused` is the model after its own `fuse()`
     latency_ms, p10_ms, p90_ms      median and 10th and 90th percentile over the repeats, after the warm-up
     images_per_s    batch / median
     memory_mib      peak of a forward pass in addition to model and images; None: cannot be measured here
-    gflops          per image, as `torch.utils.flop_counter` counts: a multiply-add is 2
+    gflops          per image, as `torch.utils.flop_counter` counts: a multiply-add is 2; None: of an exported file
     error           None, or the reason for missing figures ("out of memory" …)
 
 On CUDA, memory is the peak of torch's allocator. On a CPU it is the growth of the process's peak resident set during
@@ -22,11 +23,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segcore import environment
+from segcore.config.schema import Experiment, Precision
+from segcore.deploy import export
+from segcore.deploy.runtimes import load_exported
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import predict_entries
@@ -41,6 +46,8 @@ from segcore.ops import flops  # noqa: F401  (registers our operators with the c
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTE = "random weights and images; GFLOPs per image, a multiply-add counts 2; memory beyond model and images"
+
+MEASURED = ("latency_ms", "p10_ms", "p90_ms", "images_per_s", "memory_mib")
 
 Forward = Callable[[Tensor], object]
 
@@ -91,7 +98,7 @@ def header(model: nn.Module, device: torch.device) -> dict[str, Any]:
         "device": gpu or found["machine"]["cpu"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) or None,
         "git": found["versions"]["git"],
         "note": NOTE,
     }
@@ -116,7 +123,7 @@ def measure(model: Segmentor, channels: int, settings: Settings, device: torch.d
                 layout = torch.channels_last if channels_last else torch.contiguous_format
                 variant.to(memory_format=layout)
                 cell: dict[str, Any] = {
-                    "height": height, "width": width, "batch": batch, "dtype": dtype,
+                    "height": height, "width": width, "batch": batch, "dtype": dtype, "runtime": "torch",
                     "compile": compiled, "channels_last": channels_last, "fused": fused,
                 }  # fmt: skip
                 try:
@@ -126,9 +133,48 @@ def measure(model: Segmentor, channels: int, settings: Settings, device: torch.d
                     cell |= time_forward(forward_of(variant, settings.steps, dtype, compiled, device), images, settings)
                     cell["error"] = None
                 except (RuntimeError, MemoryError) as error:
-                    cell |= dict.fromkeys(("latency_ms", "p10_ms", "p90_ms", "images_per_s", "memory_mib"))
-                    cell["error"] = reason(error)
+                    cell |= dict.fromkeys(MEASURED) | {"error": reason(error)}
                 yield cell | {"gflops": gflops}
+
+
+def measure_runtimes(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield cells of ONNX Runtime (fp32) and OpenVINO (each precision) on the CPU, for exports of each size and batch.
+
+    A runtime that is not installed, or a size that cannot be exported, is a cell with the reason.
+    """
+    model, dtypes = model.cpu().fuse(), settings.dtypes
+    for (height, width), batch in itertools.product(settings.sizes, settings.batches):
+        with tempfile.TemporaryDirectory() as folder:
+            path, error = Path(folder) / "model.onnx", ""
+            try:
+                export.export(model, exp, path, export.Settings(height, width, batch))
+            except UserError as caught:
+                error = str(caught)
+            for provider, dtype in [("cpu", "fp32"), *(("openvino", dtype) for dtype in dtypes)]:
+                shape = batch, exp.model.in_channels, height, width
+                cell = measure_exported(path, provider, dtype, shape, settings, error)
+                yield cell | {"fused": True, "error": cell["error"] and cell["error"].removeprefix(f"{path}: ")}
+
+
+def measure_exported(
+    path: Path, provider: str, dtype: str, shape: tuple[int, int, int, int], settings: Settings, error: str = ""
+) -> dict[str, Any]:
+    """Return the cell of an exported file for images (N, C, H, W); with an `error`, one without figures."""
+    cell: dict[str, Any] = {
+        "height": shape[2], "width": shape[3], "batch": shape[0], "dtype": dtype,
+        "runtime": "openvino" if provider == "openvino" else "onnxruntime",
+        "compile": False, "channels_last": False, "fused": False, "gflops": None,
+    }  # fmt: skip
+    try:
+        if error:
+            raise UserError(error)
+        model = load_exported(path, provider, cast(Precision, dtype))
+        images = torch.randn(shape) if not model.about.normalize else torch.randint(256, shape)
+        model.check_size(images)
+        return cell | time_forward(model.answer, images, settings) | {"error": None}
+    except (UserError, MemoryError) as caught:
+        text = "out of memory" if isinstance(caught, MemoryError) else str(caught)
+        return cell | dict.fromkeys(MEASURED) | {"error": text}
 
 
 def forward_of(model: Segmentor, steps: Sequence[int], dtype: str, compiled: bool, device: torch.device) -> Forward:
@@ -205,6 +251,7 @@ def reason(error: Exception) -> str:
     return f"failed: {first[:80]}"
 
 
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 COLUMNS = f"{'size':>10}{'batch':>6}{'dtype':>6} {'variant':24}{'ms':>9}{'p10–p90':>17}"
 COLUMNS += f"{'images/s':>10}{'MiB':>8}{'GFLOPs':>9}"
 
@@ -212,6 +259,7 @@ COLUMNS += f"{'images/s':>10}{'MiB':>8}{'GFLOPs':>9}"
 def as_line(cell: dict[str, Any]) -> str:
     """Format a cell as a line under `COLUMNS`."""
     flags = [name for name in ("fused", "compile", "channels_last") if cell[name]]
+    flags = flags if cell["runtime"] == "torch" else [RUNTIMES[cell["runtime"]]]
     start = f"{cell['height']}x{cell['width']}".rjust(10) + f"{cell['batch']:6}{cell['dtype']:>6} "
     start += f"{' + '.join(flags) or 'eager':24}"
     if cell["error"]:
@@ -219,4 +267,5 @@ def as_line(cell: dict[str, Any]) -> str:
     spread = f"{cell['p10_ms']:.1f}–{cell['p90_ms']:.1f}"
     memory = "–" if cell["memory_mib"] is None else f"{cell['memory_mib']:.0f}"
     rate = f"{cell['images_per_s']:10.2f}"
-    return f"{start}{cell['latency_ms']:9.1f}{spread:>17}{rate}{memory:>8}{cell['gflops']:9.1f}"
+    gflops = "–" if cell["gflops"] is None else f"{cell['gflops']:.1f}"
+    return f"{start}{cell['latency_ms']:9.1f}{spread:>17}{rate}{memory:>8}{gflops:>9}"

@@ -1,8 +1,10 @@
 """`export`: a model as an ONNX file or a `torch.export` program, checked against the model before it is written.
 
-Either takes normalized `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. JSON metadata
-(`describe`) describes its use: classes, mean and standard deviation of the normalization, sizes. In an ONNX file it is
-the metadata entry `segcore`, in a program the extra file `segcore.json`.
+Either takes normalized `images` (N, C, H, W) float32 and returns `logits` (N, K, H, W) at the same size. With
+`normalize`, `images` are (N, H, W, C) uint8, as files are decoded; with `classes`, the output is `classes` (N, H, W),
+uint8 or int32 above 256 classes. JSON metadata (`describe`) describes its use: classes, mean and standard deviation of
+the normalization, sizes, and the experiment. In an ONNX file it is the metadata entry `segcore`, in a program the extra
+file `segcore.json`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config
 
 from segcore import files
-from segcore.config.schema import Experiment
+from segcore.config import exported
+from segcore.config.exported import ENTRY, Exported
+from segcore.config.schema import DataConfig, Experiment
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
@@ -35,7 +39,6 @@ MIN_AGREEMENT = 0.999
 """Minimum share of the pixels with the same class as the model's own."""
 MAX_SIDE = 8192
 """Maximum image side that a dynamic export accepts, in pixels."""
-ENTRY = "segcore"
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -49,6 +52,10 @@ class Settings:
     batch: int = 1
     dynamic: bool = False
     """Any batch and any size whose sides are multiples of the model's `size_divisor`; otherwise only the given ones."""
+    classes: bool = False
+    """Return the classes instead of the logits."""
+    normalize: bool = False
+    """Take images (N, H, W, C) uint8 and normalize them."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,40 @@ class Check:
 
     shape: tuple[int, ...]
     difference: float
-    """Largest difference of a logit from the model's own, relative to the largest logit if that exceeds 1."""
+    """Largest difference of a logit from the model's own, relative to the largest logit if that exceeds 1; 0 for an
+    export that returns classes."""
     agreement: float
     """Share of the pixels with the same class."""
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}: logits within {self.difference:.1e}, {self.agreement:.3%} same class"
+        logits = f"logits within {self.difference:.1e}, " if self.difference else ""
+        return f"{'x'.join(map(str, self.shape))}: {logits}{self.agreement:.3%} same class"
 
 
-def check_output(path: Path, settings: Settings, model: Segmentor) -> None:
+class Deployed(nn.Module):
+    """A network with what else the export does: the normalization in front, the choice of the classes behind."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, data: DataConfig, settings: Settings) -> None:
+        super().__init__()
+        self.network, self.settings = network, settings
+        for name in ("mean", "std") if settings.normalize else ():
+            self.register_buffer(name, torch.tensor(getattr(data, name)).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits or classes, see the module's docstring."""
+        if self.settings.normalize:
+            images = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        logits: Tensor = self.network(images)
+        if not self.settings.classes:
+            return logits
+        classes = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)  # sigmoid above 0.5
+        return classes.to(torch.uint8 if logits.shape[1] <= 256 else torch.int32)
+
+
+def check_output(path: Path, settings: Settings, model: Segmentor, exp: Experiment) -> None:
     """Raise UserError when `path` or `settings` cannot be used, before anything is loaded or built."""
     if path.suffix not in (".onnx", ".pt2"):
         raise UserError(f"{path}: name the file .onnx (ONNX) or .pt2 (torch.export)")
@@ -74,6 +106,8 @@ def check_output(path: Path, settings: Settings, model: Segmentor) -> None:
         raise UserError(f"{path}: ONNX needs {', '.join(missing)}; install segcore[export]")
     if settings.batch < 1:
         raise UserError(f"--batch {settings.batch}: give at least 1")
+    if settings.normalize and exp.data.bit_depth != 8:
+        raise UserError(f"--normalize takes 8-bit images, but data.bit_depth is {exp.data.bit_depth}; leave it out")
     divisor = model.size_divisor
     if settings.dynamic and (settings.height % divisor or settings.width % divisor):
         raise UserError(
@@ -88,24 +122,22 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
     With `dynamic` a larger image and another batch size are also checked. Raises UserError, and writes nothing, when
     the model cannot be exported like this or the export's output differs from the model's.
     """
-    check_output(path, settings, model)
+    check_output(path, settings, model, exp)
     # The exporter treats sizes of 1 as constants, so a dynamic export is traced with 2 images.
     example = _images(exp, max(settings.batch, 2) if settings.dynamic else settings.batch, settings)
     # A channels_last layout of the weights would add constraints on the sizes.
     model = model.to(memory_format=torch.contiguous_format)
-    module = model.exportable(example, dynamic=settings.dynamic)
+    network = model.exportable(_normalized(example, exp, settings), dynamic=settings.dynamic)
+    module = Deployed(network, exp.data, settings).eval()
     text = json.dumps(describe(model, exp, settings))
     try:
         # Without `backed_size_oblivious` a map that is one pixel high here would be fixed to that height.
-        with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(module, (example,), dynamic_shapes=_dynamic_shapes(model, settings))
             with tempfile.TemporaryDirectory() as folder:
                 beside = Path(folder) / path.name
-                run = (
-                    _save_onnx(program, beside, text)
-                    if path.suffix == ".onnx"
-                    else _save_program(program, beside, text)
-                )
+                save = _save_onnx if path.suffix == ".onnx" else _save_program
+                run = save(program, beside, text)
                 checks = [_check(module, run, images) for images in _samples(model, exp, settings)]
                 _refuse(checks, path)
                 files.write(path, beside.read_bytes())
@@ -121,6 +153,12 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
 def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str, Any]:
     """Return the metadata of the export."""
     classes, _ = palette_of(exp.data)
+    own = settings.dynamic and not settings.normalize  # only then the mean color, which pads the images, is 0
+    how = Exported(
+        model.num_classes, model.ignore_index, "classes" if settings.classes else "logits", settings.normalize,
+        (settings.height, settings.width), settings.batch, settings.dynamic, model.size_divisor,
+        model.pad_to if own else 1, model.min_size, model.align_corners,
+    )  # fmt: skip
     return {
         "name": exp.name,
         "classes": list(classes),
@@ -134,6 +172,7 @@ def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str,
         "size_divisor": model.size_divisor if settings.dynamic else None,
         "evaluate_scale": exp.evaluate.img_scale,
         "align_corners": model.align_corners,
+        **exported.describe(exp, how),
     }
 
 
@@ -143,12 +182,22 @@ def _dynamic_shapes(model: Segmentor, settings: Settings) -> Any:
     divisor = model.size_divisor
     least = -(-model.min_size // divisor)
     height, width = (divisor * torch.export.Dim(name, min=least, max=MAX_SIDE // divisor) for name in ("h", "w"))
-    return ({0: torch.export.Dim("batch", min=1, max=256), 2: height, 3: width},)
+    first = 1 if settings.normalize else 2
+    return ({0: torch.export.Dim("batch", min=1, max=256), first: height, first + 1: width},)
 
 
 def _images(exp: Experiment, batch: int, settings: Settings, grow: int = 0) -> Tensor:
-    shape = (batch, exp.model.in_channels, settings.height + grow, settings.width + grow)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+    """Return random inputs of the export."""
+    channels, size = exp.model.in_channels, (settings.height + grow, settings.width + grow)
+    draws = torch.Generator().manual_seed(batch)
+    if settings.normalize:
+        return torch.randint(256, (batch, *size, channels), dtype=torch.uint8, generator=draws)
+    return torch.randn((batch, channels, *size), generator=draws)
+
+
+def _normalized(images: Tensor, exp: Experiment, settings: Settings) -> Tensor:
+    """Return random images of the shape that the network itself takes."""
+    return _images(exp, len(images), replace(settings, normalize=False))
 
 
 def _samples(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[Tensor]:
@@ -161,14 +210,24 @@ def _samples(model: Segmentor, exp: Experiment, settings: Settings) -> Iterator[
 def _save_onnx(program: torch.export.ExportedProgram, path: Path, text: str) -> Forward:
     """Write the ONNX file and return a function that runs it in ONNX Runtime."""
     import onnxruntime
+    from onnx_ir.passes.common import NameFixPass
+    from onnxscript import optimizer
 
+    output = json.loads(text)["exported"]["output"]
     written = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False, external_data=False
-    )
+        program, dynamo=True, input_names=["images"], output_names=[output], verbose=False, external_data=False,
+        optimize=False,
+    )  # fmt: skip
     assert written is not None
+    # Nothing else of `optimize`, which changes answers: it takes products of square maps apart along the wrong axis,
+    # and resizes constants to one row less. The runtimes optimize the graph when they load it.
+    optimizer.inline(written.model)
+    NameFixPass()(written.model)  # a buffer and an operator's result may have one name
     written.model.metadata_props[ENTRY] = text
     written.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(np.asarray(session.run(None, {"images": images.numpy()})[0]))
 
 
@@ -180,6 +239,8 @@ def _save_program(program: torch.export.ExportedProgram, path: Path, text: str) 
 
 def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
     expected, found = module(images), run(images)
+    if expected.ndim == 3:  # classes
+        return Check(tuple(images.shape), 0.0, (expected == found).double().mean().item())
     same = (expected.argmax(1) == found.argmax(1)).double().mean().item()
     scale = expected.abs().max().clamp(min=1)
     return Check(tuple(images.shape), ((expected - found).abs().max() / scale).item(), same)
@@ -196,7 +257,7 @@ def _refuse(checks: list[Check], path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the exporters' warnings about their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -29,6 +29,8 @@ from segcore.config.registry import experiments, load_experiment
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.images import read_label
 from segcore.data.layouts import palette_of
+from segcore.deploy import export
+from segcore.deploy.runtimes import load_exported
 from segcore.environment import LIBRARIES
 from segcore.evaluation.predictor import Predictor
 from segcore.inference import LoadedModel
@@ -37,6 +39,7 @@ from segcore.models.losses import LOSSES
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, predict_entries, require_stepwise
 from segcore.testing.host_reads import HostReads
+from segcore.testing.stored import filled
 from segcore.training.activations import checkpoint_activations
 
 ODD_SIZES = ((51, 70), (64, 33), (97, 64))
@@ -126,6 +129,18 @@ def check_plain(model: Segmentor) -> None:
     assert list(entries) == ["final"]
     assert torch.equal(entries["final"], model(batch, seeds=[1, 2]))
     assert "leave out --steps" in refusal(lambda: require_stepwise(model, "--steps"))
+
+
+@torch.no_grad()
+def check_onnx(model: Segmentor, config: ModelConfig, size: tuple[int, int], path: Path) -> None:
+    """The ONNX file of one size, with weights at their usual scales, answers in ONNX Runtime as the model; slow."""
+    names = tuple(f"c{i}" for i in range(config.num_classes - (model.ignore_index == 0)))
+    exp = Experiment("onnx", config, DataConfig(classes=names, add_background_class=model.ignore_index == 0))
+    export.export(filled(model), exp, path, export.Settings(*size))
+    batch = images(1, *size)
+    found, own = load_exported(path)(batch), model(batch)
+    assert found.shape == own.shape
+    assert (found.argmax(1) == own.argmax(1)).double().mean() >= export.MIN_AGREEMENT
 
 
 @torch.no_grad()
