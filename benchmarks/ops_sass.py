@@ -104,7 +104,7 @@ def read(text: str) -> list[Kernel]:
             continue
         elif usage := re.match(r"\s*REG:(\d+) .*SHARED:(\d+)", line):
             current.registers, current.shared = int(usage[1]), int(usage[2])
-        elif instruction := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?!NOP)(.*?);", line):
+        elif instruction := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?!NOP)(\S.*?);", line):
             current.code[int(instruction[1], 16)] = instruction[2]
     return sorted(kernels.values(), key=lambda kernel: kernel.name)
 

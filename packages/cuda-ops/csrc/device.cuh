@@ -101,7 +101,7 @@ __device__ __forceinline__ void load(const V* p, exact_t<V>* out) {
   unpack(read<VEC>(p), out);
 }
 
-// Writes VEC numbers, 16 bytes at a time, past the caches as far as that goes: nothing reads them soon.
+// Writes VEC numbers, 16 bytes at a time.
 template <int VEC, typename V>
 __device__ __forceinline__ void store(V* p, const exact_t<V>* in) {
   Pack<V, VEC> pack;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void store(V* p, const exact_t<V>* in) {
     uint4 bits[sizeof(pack) / 16];
     __builtin_memcpy(bits, &pack, sizeof(pack));
 #pragma unroll
-    for (int i = 0; i < int(sizeof(pack) / 16); ++i) __stcs(reinterpret_cast<uint4*>(p) + i, bits[i]);
+    for (int i = 0; i < int(sizeof(pack) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = bits[i];
   } else {
     *reinterpret_cast<Pack<V, VEC>*>(p) = pack;
   }

@@ -190,7 +190,7 @@ struct Tap {
 // An item is one tap and group of `together` places that follow each other; (places, tap, group).
 constexpr int together = 8;
 template <typename F>
-constexpr int columns_items = 128 / F::lanes;  // of a block; at least `together` lanes
+constexpr int columns_items = 128 / F::lanes;  // of a block
 
 template <typename F>
 struct ColumnsItem {
@@ -215,6 +215,7 @@ __global__ void __launch_bounds__(128, blocks_for<F>(32, 128))
             const __grid_constant__ Window<typename F::I> window) {
   using T = typename F::T;
   using I = typename F::I;
+  static_assert(F::lanes >= together);
   __shared__ Corners<F> shared[columns_items<F>][together + 1];
   Corners<F>* corners = shared[threadIdx.y];
   const ColumnsItem<F> item(window);

@@ -19,7 +19,6 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline void __stcs(uint4* target, uint4 value) { *target = value; }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
