@@ -252,12 +252,14 @@ class Kernels:
         qkv, step = self.backend.tokens(q, k, v)
         (grads,) = self.backend.values(grad.to(q.dtype))
         places, biases = exact(offset, q), maybe(exact, bias, q)
-        of_qkv = torch.zeros(3, *shape, dtype=places.dtype, device=places.device)
+        rooms = [3] if places.dtype != q.dtype else [1, 1, 1]  # one, unless they are the outputs, which must lie apart
+        buffers = [torch.zeros(n, *shape, dtype=places.dtype, device=places.device) for n in rooms]
+        of_qkv = [part for buffer in buffers for part in buffer]
         more = [torch.empty_like(places), maybe(torch.empty_like, biases)]
         factors = None if q.is_cuda else torch.empty_like(places)
         tensors = [*qkv, places, biases, grads, None, *of_qkv, *more, factors]
         self.backend.call("local_attn_backward", grads.dtype, tensors, [*local_sizes(q, window), step], scale)
-        return as_inputs([*of_qkv.to(q.dtype), *more], (q, k, v, offset, bias), q)
+        return as_inputs([*of_qkv, *more], (q, k, v, offset, bias), q)
 
 
 def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[str, Callable[..., Any]]:
