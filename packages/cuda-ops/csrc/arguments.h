@@ -24,12 +24,13 @@ struct Columns {
 };
 
 // deform_local_attn. q, k, v, out and grad (B, H * W, M, D), offset (B, H * W, M, K, 2), bias (B, M, H * W, K) or null.
+// From token to token q, k and v have `stride` numbers, all others M * D.
 template <typename T>
 struct LocalAttn {
   const T *q, *k, *v, *offset, *bias, *grad;
   T *out, *grad_q, *grad_k, *grad_v, *grad_offset, *grad_bias;
   T* factors;  // (B, H * W, M, 2, K) from the first half of the backward pass to the second: of keys and of values
-  int64_t b, height, width, m, d, kernel[2];
+  int64_t b, height, width, m, d, kernel[2], stride;
   T scale;
 };
 

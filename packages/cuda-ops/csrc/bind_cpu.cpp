@@ -137,7 +137,7 @@ template <typename T>
 LocalAttn<T> local_arguments(const std::vector<Address>& p, const Sizes& s, double scale) {
   return {pointer<T>(p[0]), pointer<T>(p[1]),  pointer<T>(p[2]),  pointer<T>(p[3]),  pointer<T>(p[4]), pointer<T>(p[5]),
           pointer<T>(p[6]), pointer<T>(p[7]),  pointer<T>(p[8]),  pointer<T>(p[9]),  pointer<T>(p[10]),
-          pointer<T>(p[11]), pointer<T>(p[12]), s[0], s[1], s[2], s[3], s[4], {s[5], s[6]}, T(scale)};
+          pointer<T>(p[11]), pointer<T>(p[12]), s[0], s[1], s[2], s[3], s[4], {s[5], s[6]}, s[7], T(scale)};
 }
 
 template <typename T>

@@ -320,6 +320,16 @@ void transpose(const Transpose<T>& a, int64_t begin, int64_t end) {
 
 // ---- deform_local_attn ----------------------------------------------------------------------------------------------
 
+// Where q of an item begins, (b, token, m), and where the maps of k and v do.
+template <typename T>
+INLINE int64_t query_start(const LocalAttn<T>& a, int64_t item) {
+  return item / a.m * a.stride + item % a.m * a.d;
+}
+template <typename T>
+INLINE int64_t map_start(const LocalAttn<T>& a, int64_t item) {
+  return item / (a.height * a.width * a.m) * a.height * a.width * a.stride + item % a.m * a.d;
+}
+
 // Sets the points of an item, one per tap.
 template <typename T>
 INLINE void tap_points(const LocalAttn<T>& a, int64_t item, Point<T>* points) {
@@ -350,11 +360,11 @@ INLINE void softmax(const LocalAttn<T>& a, int64_t item, T* logits, int64_t taps
 
 template <typename T>
 void local_attn(const LocalAttn<T>& a, int64_t begin, int64_t end) {
-  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d;
+  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.stride;
   Scratch<T> attention(taps);
   Scratch<Point<T>> points(taps);
   for (int64_t i = begin; i < end; ++i) {  // (b, token, m)
-    const int64_t start = i / (a.height * a.width * a.m) * a.height * a.width * stride + i % a.m * a.d;
+    const int64_t start = map_start(a, i);
     tap_points(a, i, points.data);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const Point<T>& p = points.data[tap];
@@ -362,7 +372,7 @@ void local_attn(const LocalAttn<T>& a, int64_t begin, int64_t end) {
       const T* rows[4];
       if (p.inside) {
         corner_rows(a.k + start, stride, p, int(a.width), weight, rows);
-        product = dot_of_sum(a.q + i * a.d, rows, weight, a.d);
+        product = dot_of_sum(a.q + query_start(a, i), rows, weight, a.d);
       }
       attention.data[tap] = product;
     }
@@ -378,11 +388,11 @@ void local_attn(const LocalAttn<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void local_attn_points(const LocalAttn<T>& a, int64_t begin, int64_t end) {
-  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.m * a.d;
+  const int64_t taps = a.kernel[0] * a.kernel[1], stride = a.stride;
   Scratch<Point<T>> points(taps);
   Scratch<T> dots(8 * taps);  // per tap <q, corner of k> and <grad, corner of v>
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t tokens = a.height * a.width, start = i / (tokens * a.m) * tokens * stride + i % a.m * a.d;
+    const int64_t tokens = a.height * a.width, start = map_start(a, i);
     T *of_key = a.factors + i * 2 * taps, *of_value = of_key + taps;  // logits, then attention; then their gradients
     tap_points(a, i, points.data);
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -393,7 +403,7 @@ void local_attn_points(const LocalAttn<T>& a, int64_t begin, int64_t end) {
       of_value[tap] = of_key[tap] = 0;
       if (!p.inside) continue;
       corner_rows(a.k + start, stride, p, int(a.width), weight, rows);
-      four_dots(a.q + i * a.d, rows, a.d, dot);
+      four_dots(a.q + query_start(a, i), rows, a.d, dot);
       corner_rows(a.v + start, stride, p, int(a.width), weight, rows);
       four_dots(a.grad + i * a.d, rows, a.d, dot + 4);
       for (int j = 0; j < 4; ++j) of_value[tap] += weight[j] * dot[j], of_key[tap] += weight[j] * dot[4 + j];
@@ -436,7 +446,7 @@ void local_attn_maps(const LocalAttn<T>& a, const Division& cut, int64_t begin, 
         for (int64_t tap = 0; tap < taps; ++tap) {
           const Point<T>& p = points.data[tap];
           if (!p.inside) continue;
-          const T *factor = a.factors + item * 2 * taps + tap, *q = a.q + item * a.d, *grad = a.grad + item * a.d;
+          const T *factor = a.factors + item * 2 * taps + tap, *q = a.q + query_start(a, item), *grad = a.grad + item * a.d;
           scatter(a.grad_k + start, stride, p, int(a.width), factor[0], q + part.first, part.d);
           scatter(a.grad_v + start, stride, p, int(a.width), factor[taps], grad + part.first, part.d);
         }

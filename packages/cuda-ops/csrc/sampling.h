@@ -34,15 +34,15 @@ HD Point<T> locate(T y, T x, int height, int width) {
 
 // Weights of the corners (y0, x0) (y0, x1) (y1, x0) (y1, x1), zero outside the map, and the index of their pixels,
 // which is moved into the map where they lie outside, so that it can be read without a test.
-template <typename T>
-HD void corners(const Point<T>& p, int width, T weight[4], int64_t pixel[4]) {
+template <typename T, typename I>
+HD void corners(const Point<T>& p, int width, T weight[4], I pixel[4]) {
   const T y[2] = {p.top ? T(1) - p.ly : T(0), p.bottom ? p.ly : T(0)};
   const T x[2] = {p.left ? T(1) - p.lx : T(0), p.right ? p.lx : T(0)};
   const int rows[2] = {p.top ? p.y0 : 0, p.bottom ? p.y0 + 1 : p.y0};
   const int columns[2] = {p.left ? p.x0 : 0, p.right ? p.x0 + 1 : p.x0};
   for (int i = 0; i < 4; ++i) {
     weight[i] = y[i / 2] * x[i % 2];
-    pixel[i] = int64_t(rows[i / 2]) * width + columns[i % 2];
+    pixel[i] = I(rows[i / 2]) * width + columns[i % 2];
   }
 }
 

@@ -13,6 +13,12 @@
 #define __device__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __shared__ static  // blocks run one after the other
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;

@@ -64,7 +64,7 @@ int run(const Kernels<T>& kernels, int64_t d) {
       std::vector<T> g_offset(offset.size(), poison), g_bias(bias.size(), poison), factors(offset.size(), poison);
       const LocalAttn<T> a = {q.data(),   k.data(),   v.data(),        offset.data(), bias.data(),    grad.data(), out.data(),
                               g_q.data(), g_k.data(), g_v.data(),      g_offset.data(), g_bias.data(), factors.data(),
-                              b, h, w, m, d, {3, 3}, T(0.3)};
+                              b, h, w, m, d, {3, 3}, m * d, T(0.3)};
       kernels.local_attn(a, 0, b * tokens * m);
       kernels.local_attn_points(a, 0, b * tokens * m);
       kernels.local_attn_maps(a, cut, 0, cut.units);

@@ -16,7 +16,10 @@ PACKAGE = Path(__file__).parents[1]
 CSRC = PACKAGE / "csrc"
 SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 REGISTERS = 168
-"""Of a thread; blocks of 128 threads then fill at least a quarter of a multiprocessor's places for warps at 80."""
+"""Of a thread, in any form."""
+FORMS = 4 * 2 * 7 + 3 * (4 * 3 + 2 * 2 + 1)
+"""Kernels in general forms: dtypes, vectors or not. In exact ones, without float64: four for 4, 8 or 16 lanes, two for
+8 or 32, one for one."""
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,29 @@ def test_compiles_within_limits(tmp_path, architecture):
     assert built.returncode == 0, built.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.stderr)]
-    assert len(registers) == 4 * 2 * 6  # dtypes, vectors or not, kernels
+    assert len(registers) == FORMS
     assert all(frame == ("0", "0", "0") for frame in frames), built.stderr
     assert max(registers) <= REGISTERS
+
+
+@pytest.mark.slow
+def test_machine_code(monkeypatch):
+    """Nothing lies in a thread's own memory, outputs are written 16 bytes at a time, and there is room for warps."""
+    monkeypatch.syspath_prepend(PACKAGE.parents[1] / "benchmarks")
+    ops_sass = pytest.importorskip("ops_sass", reason="the benchmarks are in the repository only")
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    if not (ops_sass.compiler() and ops_sass.disassembler()):
+        pytest.skip("no CUDA compiler, or no disassembler")
+    kernels = ops_sass.compiled(CSRC / "bind_cuda.cu", "sm_90")
+    assert len(kernels) == FORMS
+    for kernel in kernels:
+        (name, _, vec, _, exact), counts = kernel.name.split(), kernel.counts()
+        assert not {"LDL", "STL"} & {access[:3] for access in counts}, kernel.name
+        if name in ("columns", "local_attn", "ms_deform_attn") and int(vec) > 1:
+            assert {a for a in counts if a[:3] == "STG"} == {"STG.128"}, kernel.name
+            assert {a for a in counts if a[:3] == "LDG"} <= {"LDG.128", "LDG.32", "LDG.64"}, kernel.name
+        if exact == "1":
+            assert kernel.warps() >= (24 if name.endswith("_backward") else 32), kernel.name
 
 
 @pytest.mark.slow

@@ -245,6 +245,69 @@ def test_a_convolution_in_chunks_of_places(groups):
     )
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [20, 32])
+def test_parts_of_one_projection(device, dtype, d):
+    """Queries, keys and values beside each other in memory, as one linear layer returns them."""
+    *_, offset, bias, window, scale = make("deform_local_attn", d, dtype=dtype)
+    qkv = torch.randn(2, 20, 3, 3, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    expected = run("deform_local_attn", [*qkv.unbind(2), offset, bias, window, scale], plain=True)
+    if device == "cuda":
+        qkv, offset, bias = on_device([qkv, offset, bias])
+    answers = run("deform_local_attn", [*qkv.unbind(2), offset, bias, window, scale])
+    assert_near([t.cpu() for t in answers], expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_parts_of_one_projection_are_not_copied():
+    backend = kernels.Backend(registration.call_cpu, half=False, chunk=1)
+    qkv = torch.randn(2, 20, 3, 3, 8)
+    parts, step = backend.tokens(*qkv.unbind(2))
+    assert [t.data_ptr() for t in parts] == [t.data_ptr() for t in qkv.unbind(2)]
+    assert step == 3 * 3 * 8
+    for q, k, v in [
+        (qkv[:, :, 0], qkv[:, :, 1], torch.randn(2, 20, 3, 8)),
+        qkv.transpose(3, 4).contiguous().mT.unbind(2),
+    ]:
+        parts, step = backend.tokens(q, k, v)
+        assert step == 3 * 8
+        for part, tensor in zip(parts, (q, k, v), strict=True):
+            assert part.is_contiguous()
+            assert torch.equal(part, tensor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("d", [20, 64])
+def test_windows_larger_than_three_by_three(device, d):
+    inputs = make("deform_local_attn", d)
+    generator = torch.Generator().manual_seed(1)
+    inputs[3:6] = (
+        torch.randn(2, 20, 3, 70, generator=generator),
+        torch.randn(2, 3, 20, 35, generator=generator),
+        [4, 5, 7, 5],
+    )
+    expected = run("deform_local_attn", inputs, plain=True)
+    answers = run("deform_local_attn", on_device(inputs) if device == "cuda" else inputs)
+    assert_near([t.cpu() for t in answers], expected, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("d", [20, 32, 64])
+@pytest.mark.parametrize("size", [(9, 11), (1, 99), (99, 1)])
+def test_every_pixel_is_a_query(device, d, size):
+    """One level with as many queries as pixels, which a GPU takes in tiles."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 99, 3, d, generator=generator)
+    loc, attn = torch.rand(2, 99, 3, 1, 5, 2, generator=generator), torch.randn(2, 99, 3, 1, 5, generator=generator)
+    inputs = [value, list(size), 1.2 * loc - 0.1, attn]
+    expected = run("ms_deform_attn", inputs, plain=True)
+    answers = run("ms_deform_attn", on_device(inputs) if device == "cuda" else inputs)
+    assert_near([t.cpu() for t in answers], expected, 1e-5)
+
+
 def on_device(inputs: list[Any]) -> list[Any]:
     """Return inputs on the GPU, where fresh memory holds NaN from here on: an element left unwritten shows."""
     assert not ops.kernels()["ms_deform_attn"]["cuda"].startswith("plain"), ops.kernels()["ms_deform_attn"]["cuda"]
@@ -255,11 +318,17 @@ def on_device(inputs: list[Any]) -> list[Any]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("d", [1, 3, 8, 20, 32, 64, 100, 264])
+@pytest.mark.parametrize("d", [1, 3, 8, 16, 20, 32, 64, 100, 128, 256, 264])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_cuda_equals_the_plain_kernels_on_the_cpu(op, d, dtype):
+@pytest.mark.parametrize("general", [False, True])
+def test_cuda_equals_the_plain_kernels_on_the_cpu(op, d, dtype, general):
+    """In the best form for a width, of which some are exact ones, and in the general one for arrays of any size."""
     inputs = make(op, d, dtype=dtype)
-    answers = [t.cpu() for t in run(op, on_device(inputs))]
+    registration._cuda.use_general_forms(general)
+    try:
+        answers = [t.cpu() for t in run(op, on_device(inputs))]
+    finally:
+        registration._cuda.use_general_forms(False)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
     if op == "deform_conv2d" and dtype == torch.bfloat16:
         tolerance = 2e-2  # columns, product and partial sums are rounded: 0.8e-2 before cuBLAS splits its sums
@@ -280,11 +349,14 @@ def test_cuda_batches_and_no_mask_or_bias(op):
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_takes_values_that_are_not_aligned(op):
     """A view may begin anywhere; reading sixteen bytes at once there would be an error."""
-    inputs = make(op, 8)
-    moved = on_device(inputs)
-    moved[0] = torch.cat((moved[0].new_zeros(1), moved[0].flatten()))[1:].view(moved[0].shape)
-    assert moved[0].data_ptr() % 16
-    assert_near([t.cpu() for t in run(op, moved)], run(op, inputs, plain=True), 1e-5)
+    inputs = make(op, 32)
+    expected = run(op, inputs, plain=True)
+    for place, tensor in enumerate(inputs):
+        if isinstance(tensor, torch.Tensor):
+            moved = on_device(inputs)
+            moved[place] = torch.cat((moved[place].new_zeros(1), moved[place].flatten()))[1:].view(tensor.shape)
+            assert moved[place].data_ptr() % 16
+            assert_near([t.cpu() for t in run(op, moved)], expected, 1e-5)
 
 
 @pytest.mark.gpu

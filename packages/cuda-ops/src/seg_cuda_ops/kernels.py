@@ -1,7 +1,7 @@
 """The operators' kernels: checks, layout and allocation here, arithmetic in an extension module.
 
-Extensions take addresses of contiguous arrays and sizes. `Backend` is one of them with what it can do; the functions
-below are the same for all of them.
+Extensions take addresses of contiguous arrays, or of parts of such, and sizes. `Backend` is one of them with what it
+can do; the functions below are the same for all of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,17 @@ class Backend:
         """Return features contiguous and in a dtype that the extension takes."""
         return [self.cast(t).contiguous() for t in tensors]
 
+    def tokens(self, *tensors: Tensor) -> tuple[list[Tensor], int]:
+        """Return features (B, N, M, D) in a dtype that the extension takes, and the numbers from token to token.
+
+        Parts of one projection, whose tokens have the same distance, are not copied.
+        """
+        parts = [self.cast(t) for t in tensors]
+        (_, n, m, d), step = parts[0].shape, parts[0].stride(1)
+        if any(t.stride() != (n * step, step, d, 1) for t in parts):
+            parts, step = [t.contiguous() for t in parts], m * d
+        return parts, step
+
     def swapped(self, tensor: Tensor) -> Tensor:
         """Return (N, A, K, B) as (N, B, K, A), contiguous."""
         view = tensor.permute(0, 3, 2, 1)
@@ -61,12 +72,13 @@ class Samples:
         self.sizes = [n, *size, offset_groups, channels // offset_groups, *offset.shape[2:]]
         self.room = self.pixels.new_empty(0)
 
-    def chunks(self) -> Iterator[tuple[int, slice]]:
-        """Yield the image and its places, as many as are worth computing at a time."""
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Yield images and their places, as many as are worth computing at a time: part of one image, or whole ones."""
         step = max(256, self.backend.chunk // (self.taps * self.pixels.shape[3]))
-        for image in range(len(self.pixels)):
+        images = max(1, step // max(1, self.places))
+        for image in range(0, len(self.pixels), images):
             for first in range(0, self.places, step):
-                yield image, slice(first, min(first + step, self.places))
+                yield slice(image, image + images), slice(first, first + step)
 
     def columns(self, first: int, count: int) -> Tensor:
         """Return the samples (count, K, C) of places from `first` on, in memory that the next call uses again."""
@@ -75,6 +87,18 @@ class Samples:
         out = self.room[:count]
         tensors = [self.pixels, self.offset, self.mask, None, out, None, None, None]
         self.backend.call("columns", out.dtype, tensors, [*self.sizes, first, count], self.window)
+        return out
+
+    def of(self, images: slice, places: slice, shape: Sequence[int], groups: int) -> Tensor:
+        """Return a chunk's samples as (images * groups, L, K * C / groups); `shape` is (images, …, L)."""
+        part = self.columns(images.start * self.places + places.start, shape[0] * shape[-1])
+        by_group = part.view(shape[0], shape[-1], self.taps, groups, -1).permute(0, 3, 1, 2, 4)
+        return by_group.flatten(3).flatten(0, 1)
+
+    def unfolded(self, out: Tensor) -> Tensor:
+        """Fill (N, C * K, L) with the samples of all places; only the extension for CUDA does."""
+        tensors = [self.pixels, self.offset, self.mask, None, out, None, None, None]
+        self.backend.call("unfold", out.dtype, tensors, [*self.sizes, 0, 0], self.window)
         return out
 
     def new_gradients(self) -> list[MaybeTensor]:
@@ -154,6 +178,8 @@ class Kernels:
     def deform_unfold(self, input: Tensor, offset: Tensor, mask: MaybeTensor, window: Window) -> Tensor:
         shape = self._shape("deform_unfold", input, offset, mask, window)
         samples = Samples(self.backend, input, offset, mask, window)
+        if input.is_cuda:
+            return samples.unfolded(input.new_empty(shape))
         columns = samples.columns(0, len(input) * samples.places)
         by_place = columns.view(len(input), samples.places, samples.taps, input.shape[1])
         return packed(self.backend.swapped(by_place).view(shape).to(input.dtype))
@@ -173,9 +199,10 @@ class Kernels:
         samples, rows = Samples(self.backend, input, offset, mask, window), matrix(weight, input, self.backend)
         by_place = out.view(len(input), len(rows), rows.shape[1], samples.places)
         with torch.autocast(input.device.type, enabled=False):  # it would reach into the product
-            for image, chunk in samples.chunks():
-                part = samples.columns(image * samples.places + chunk.start, chunk.stop - chunk.start)
-                by_place[image, :, :, chunk] = torch.bmm(rows, by_group(part, len(rows)).transpose(1, 2))
+            for images, chunk in samples.chunks():
+                target = by_place[images, :, :, chunk]
+                columns = samples.of(images, chunk, target.shape, len(rows))
+                multiply(repeated(rows, len(target)), columns.transpose(1, 2), target.flatten(0, 1))
         return out
 
     def deform_conv2d_backward(
@@ -187,12 +214,15 @@ class Kernels:
         grads = samples.new_gradients()
         by_place = grad.to(rows.dtype).reshape(len(input), len(rows), rows.shape[1], samples.places)
         with torch.autocast(input.device.type, enabled=False):
-            for image, chunk in samples.chunks():
-                first = image * samples.places + chunk.start
-                of_out = by_place[image, :, :, chunk]
-                of_rows += torch.bmm(of_out, by_group(samples.columns(first, chunk.stop - chunk.start), len(rows)))
-                of_part = torch.bmm(of_out.transpose(1, 2), rows).unflatten(2, (samples.taps, -1))
-                samples.backward(of_part.permute(1, 2, 0, 3).flatten(2), first, grads)
+            for images, chunk in samples.chunks():
+                of_out = by_place[images, :, :, chunk]
+                count, places = len(of_out), of_out.shape[3]
+                columns = samples.of(images, chunk, of_out.shape, len(rows))
+                of_out = of_out.flatten(0, 1)
+                of_rows += torch.bmm(of_out, columns).view(count, *rows.shape).sum(0)
+                of_part = torch.bmm(of_out.transpose(1, 2), repeated(rows, count))
+                of_part = of_part.view(count, len(rows), places, samples.taps, -1).permute(0, 2, 3, 1, 4)
+                samples.backward(of_part.flatten(3).flatten(0, 1), images.start * samples.places + chunk.start, grads)
         of_input, of_offset, of_mask = samples.as_inputs(grads)
         taps_last = of_rows.view(len(weight), *weight.shape[2:], weight.shape[1])
         return of_input, of_offset, packed(taps_last.permute(0, 3, 1, 2).to(weight.dtype)), of_mask
@@ -201,10 +231,10 @@ class Kernels:
         self, q: Tensor, k: Tensor, v: Tensor, offset: Tensor, bias: MaybeTensor, window: Window, scale: float
     ) -> Tensor:
         shape = self._shape("deform_local_attn", q, k, v, offset, bias, window, scale)
-        qkv = self.backend.values(q, k, v)
+        qkv, step = self.backend.tokens(q, k, v)
         out = qkv[0].new_empty(shape)
         tensors = [*qkv, exact(offset, q), maybe(exact, bias, q), None, out, *[None] * 6]
-        self.backend.call("local_attn", out.dtype, tensors, local_sizes(q, window), scale)
+        self.backend.call("local_attn", out.dtype, tensors, [*local_sizes(q, window), step], scale)
         return out.to(q.dtype)
 
     def deform_local_attn_backward(
@@ -219,13 +249,17 @@ class Kernels:
         scale: float,
     ) -> tuple[Tensor, ...]:
         shape = self._shape("deform_local_attn", q, k, v, offset, bias, window, scale, grad=grad)
-        *qkv, grads = self.backend.values(q, k, v, grad.to(q.dtype))
+        qkv, step = self.backend.tokens(q, k, v)
+        (grads,) = self.backend.values(grad.to(q.dtype))
         places, biases = exact(offset, q), maybe(exact, bias, q)
-        of_qkv = [torch.zeros(shape, dtype=places.dtype, device=places.device) for _ in range(3)]
-        out = [*of_qkv, torch.empty_like(places), maybe(torch.empty_like, biases)]
-        tensors = [*qkv, places, biases, grads, None, *out, torch.empty_like(places)]
-        self.backend.call("local_attn_backward", grads.dtype, tensors, local_sizes(q, window), scale)
-        return as_inputs(out, (q, k, v, offset, bias), q)
+        rooms = [3] if places.dtype != q.dtype else [1, 1, 1]  # one, unless they are the outputs, which must lie apart
+        buffers = [torch.zeros(n, *shape, dtype=places.dtype, device=places.device) for n in rooms]
+        of_qkv = [part for buffer in buffers for part in buffer]
+        more = [torch.empty_like(places), maybe(torch.empty_like, biases)]
+        factors = None if q.is_cuda else torch.empty_like(places)
+        tensors = [*qkv, places, biases, grads, None, *of_qkv, *more, factors]
+        self.backend.call("local_attn_backward", grads.dtype, tensors, [*local_sizes(q, window), step], scale)
+        return as_inputs([*of_qkv, *more], (q, k, v, offset, bias), q)
 
 
 def kernels(checks: Mapping[str, Callable[..., Any]], backend: Backend) -> dict[str, Callable[..., Any]]:
@@ -280,7 +314,14 @@ def matrix(weight: Tensor, input: Tensor, backend: Backend) -> Tensor:
     return rows.view(groups, len(weight) // groups, -1)
 
 
-def by_group(columns: Tensor, groups: int) -> Tensor:
-    """Return samples (L, K, C) as (groups, L, K * C / groups)."""
-    places, taps, channels = columns.shape
-    return columns.view(places, taps, groups, channels // groups).permute(2, 0, 1, 3).flatten(2)
+def repeated(rows: Tensor, images: int) -> Tensor:
+    """Return the matrices (groups, …) once per image, (images * groups, …)."""
+    return rows.expand(images, *rows.shape).flatten(0, 1)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Set `out` to the products of matrices, without a copy where it has their dtype."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
