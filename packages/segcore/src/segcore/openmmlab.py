@@ -43,8 +43,8 @@ if ONE:
     from mmengine.config import ConfigDict
     from mmengine.logging import HistoryBuffer, print_log
     from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+    from mmengine.runner import checkpoint
     from mmseg.registry import MODELS
-
 else:
     from mmcv import ConfigDict
     from mmcv.utils import print_log
@@ -76,8 +76,7 @@ class _Published(EncoderDecoder):
         exp = load_experiment(experiment).with_overrides(overrides)
         reading = {"data_preprocessor": stated.pop("data_preprocessor", None) or _preprocessor(exp)} if ONE else {}
         super(EncoderDecoder, self).__init__(init_cfg=init_cfg, **reading)  # its own would build a backbone and heads
-        self.experiment, self.loss_config = exp, _loss(exp)
-        self.net = _network(exp)
+        self.experiment, self.loss_config, self.net = exp, _loss(exp), _network(exp)
         own = {"mode": exp.evaluate.mode, "crop_size": exp.evaluate.crop, "stride": exp.evaluate.stride}
         self.train_cfg, self.test_cfg = train_cfg, ConfigDict({**own, **(test_cfg or {})})
         self.has_background = self.net.ignore_index == 0  # DDPS; their labels do not count it
@@ -143,9 +142,8 @@ class _Published(EncoderDecoder):
         start = self.experiment.train.init_from
         if start and not self.init_cfg:
             classes, _ = palette_of(self.experiment.data)
-            print_log(
-                load_init(self.net, start, exp=self.experiment, classes=classes), logger="current" if ONE else "root"
-            )
+            report = load_init(self.net, start, exp=self.experiment, classes=classes)
+            print_log(report, logger="current" if ONE else "root")
 
     def _load_from_state_dict(self, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors below `prefix`, which have their published names; as strict as `load_official`.
@@ -393,6 +391,8 @@ def _know_harmless() -> None:
     known = [np.ndarray, np.dtype, *functions, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
     known += [(function, f"numpy.core.multiarray.{function.__name__}") for function in functions]
     if ONE:
+        # onedl-mmengine's own reads again, unsafely, what torch refuses; mmengine has no function of that name
+        checkpoint._safe_torch_load = lambda file, **how: torch.load(file, **{**how, "weights_only": True})
         known += [HistoryBuffer, (_statistic, "builtins.getattr"), (_statistic, "__builtin__.getattr")]
     torch.serialization.add_safe_globals(known)
 
