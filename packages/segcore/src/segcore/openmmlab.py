@@ -43,8 +43,8 @@ if ONE:
     from mmengine.config import ConfigDict
     from mmengine.logging import HistoryBuffer, print_log
     from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+    from mmengine.runner import checkpoint
     from mmseg.registry import MODELS
-
 else:
     from mmcv import ConfigDict
     from mmcv.utils import print_log
@@ -143,9 +143,8 @@ class _Published(EncoderDecoder):
         start = self.experiment.train.init_from
         if start and not self.init_cfg:
             classes, _ = palette_of(self.experiment.data)
-            print_log(
-                load_init(self.net, start, exp=self.experiment, classes=classes), logger="current" if ONE else "root"
-            )
+            report = load_init(self.net, start, exp=self.experiment, classes=classes)
+            print_log(report, logger="current" if ONE else "root")
 
     def _load_from_state_dict(self, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Load the tensors below `prefix`, which have their published names; as strict as `load_official`.
@@ -383,6 +382,8 @@ def _know_harmless() -> None:
     known = [np.ndarray, np.dtype, *functions, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
     known += [(function, f"numpy.core.multiarray.{function.__name__}") for function in functions]
     if ONE:
+        # onedl-mmengine's own reads again, unsafely, what torch refuses; mmengine has no function of that name
+        checkpoint._safe_torch_load = lambda file, **how: torch.load(file, **{**how, "weights_only": True})
         known += [HistoryBuffer, (_statistic, "builtins.getattr"), (_statistic, "__builtin__.getattr")]
     torch.serialization.add_safe_globals(known)
 
