@@ -58,6 +58,11 @@ def build_for(device: str) -> dict[str, str]:
     return {"CMAKE_ARGS": f"-DSEG_CUDA={'ON' if device == 'cuda' else 'OFF'}"}
 
 
+def git(session: nox.Session, *words: str) -> str:
+    """Return what a git command prints."""
+    return str(session.run("git", *words, external=True, silent=True))
+
+
 def oldest() -> list[str]:
     """Return segcore's dependencies pinned to the oldest version that its pyproject.toml admits."""
     project = nox.project.load_toml("packages/segcore/pyproject.toml")["project"]
@@ -170,6 +175,59 @@ def benchmarks(session: nox.Session) -> None:
             file.write_text(f"{command}\n{text}")
     if failed:
         session.error(f"these failed: {', '.join(failed)}")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build the packages into dist/release, check them, install each by its name alone, and run a short demo."""
+    session.install("uv", "twine", "auditwheel")
+    folder, scratch = Path("dist/release").resolve(), Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(scratch)
+    for name in git(session, "ls-files", "packages", ".gitignore").splitlines():  # a clone elsewhere, built again
+        (scratch / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, scratch / "tree" / name)
+    env = build_for("cpu") | {"SOURCE_DATE_EPOCH": git(session, "log", "-1", "--format=%ct").strip()}
+    for package in (*PACKAGES, "packages/cuda-ops"):
+        build = ("uv", "build", "--quiet", "--python", f"{session.bin}/python", "--out-dir")
+        session.run(*build, str(folder), package, env=env)
+        sdist = ["--sdist"] * (package == "packages/cuda-ops")  # another compiler's output is another one
+        session.run(*build, str(scratch / "again"), *sdist, str(scratch / "tree" / package), env=env)
+    session.run("twine", "check", "--strict", *map(str, folder.glob("*-*")))
+    session.run("python", "scripts/check_release.py", "built", str(folder), str(scratch / "again"), *session.posargs)
+    if sys.platform == "linux":
+        session.run("auditwheel", "show", *map(str, folder.glob("seg_cuda_ops*.whl")))
+    install_release(session, folder, scratch)
+
+
+def install_release(session: nox.Session, folder: Path, scratch: Path) -> None:
+    """Install every package in an environment without the others, from a folder and the usual index; run a short demo.
+
+    uv brings the dependencies, as its cache has torch; then pip itself runs, which finds them installed.
+    """
+    environment = scratch / "environment"
+    programs, names = environment / Path(session.bin).name, ("segcore", "seg-cuda-ops", *(f"{m}-seg" for m in METHODS))
+    env = {"UV_FIND_LINKS": str(folder), "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1", "PIP_QUIET": "1"}
+    env |= {"UV_PYTHON": str(environment), "PYTHONPATH": ""}
+
+    def run(program: str, *words: str) -> None:
+        session.run(str(programs / program), *words, env=env, external=True)
+
+    session.run("uv", "venv", "--quiet", "--seed", "--python", f"{session.bin}/python", str(environment))
+    session.run("uv", "pip", "install", "--quiet", "ddp-seg", env=env)
+    for name in names:
+        session.run("uv", "pip", "uninstall", "--quiet", *names, env=env)
+        run("pip", "install", name)
+        run("python", "scripts/check_release.py", "installed", name)
+    extras = (f"{name}[all,kernels]" for name in names[2:])
+    session.run("uv", "pip", "install", "--quiet", "--dry-run", *extras, env=env)
+    run("pip", "install", "ddp-seg[kernels]")
+    with session.chdir(scratch):
+        run("python", "-c", "from segcore import ops; assert 'plain' not in ops.kernels()['ms_deform_attn']['cpu']")
+        few = "import pathlib; from segcore.demo import toy; toy.generate(pathlib.Path('demo/scenes'), train=4, val=2)"
+        run("python", "-c", few)
+        short = ("--schedule.iterations", "4", "--schedule.warmup-iterations", "1", "--evaluate.steps", "1")
+        run("ddp-seg", "demo", "--work-dir", "demo", *short)
 
 
 @nox.session

@@ -22,10 +22,10 @@ INLINE Between between(int64_t i, int64_t in, int64_t out, bool corners) {
   return {first, first < in - 1 ? first + 1 : first, place - float(first)};
 }
 
-// exp(x) for x <= 0 within 2 units in the last place; from -87 down it stays at 1.6e-38.
+// exp(x) for x <= 0 within 2 units in the last place; from -87 down it stays at 1.6e-38. NaN stays NaN.
 INLINE Vector<float>::type exp_of(Vector<float>::type x) {
   typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-  x = x > -87.0f ? x : -87.0f + Vector<float>::type{};
+  x = x < -87.0f ? -87.0f + Vector<float>::type{} : x;
   const auto n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds: no digits are left behind the point
   const auto r = x - n * 0.693359375f + n * 2.12194440e-4f;
   auto p = 1.9875691500e-4f * r + 1.3981999507e-3f;

@@ -350,3 +350,13 @@ def test_threads_keep_the_order_and_work_a_little_ahead(threads):
     assert [next(found)[0] for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(UserError, match="the sixth"):
         next(found)
+
+
+def test_samples_of_different_types_keep_their_values():
+    photo, raster = np.full((2, 3, 3), 200, np.uint8), np.full((2, 3, 3), 300.5, np.float32)
+    small, large = np.full((2, 3), 1, np.uint8), np.full((2, 3), 300, np.uint16)
+    batch = Batch.of([(photo, small), (raster, large)], (2, 4), 65535, [1, 2], 0)
+    assert batch.images[:, 0, 0, 0].tolist() == [200, 300.5]
+    assert batch.on("cpu", [0], [1])[1][:, 0].tolist() == [[1, 1, 1, 65535], [300, 300, 300, 65535]]
+    alone = Batch.of([(photo, small)], (2, 4), 255, [1], 0)
+    assert (alone.images.dtype, alone.labels.dtype) == (torch.uint8, torch.uint8)

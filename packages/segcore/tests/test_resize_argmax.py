@@ -85,6 +85,17 @@ def test_dtypes(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("wrong", "winner"), [(0, 0), (1, 3), (3, 2)])
+def test_a_pixel_with_nan_has_no_confidence(form, wrong, winner):
+    logits = torch.arange(5.0)[[0, 1, 3, 4, 2], None, None].expand(5, 4, 20).clone()[None]
+    logits[:, wrong, 1, 2] = torch.nan
+    classes, confidence = FORMS[form](logits, (4, 20), (4, 20), False, True)
+    assert confidence.isnan().nonzero().tolist() == [[0, 1, 2]]
+    assert classes[0, 1, 2] == winner
+    assert (classes != 3).sum() <= 1
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_one_class_is_thresholded(form):
     logits = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 2.0]).view(1, 1, 1, 5)
     classes, confidence = FORMS[form](logits, (1, 5), (1, 5), False, True)

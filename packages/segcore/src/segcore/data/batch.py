@@ -41,10 +41,11 @@ class Batch:
         iteration: int,
         skipped: tuple[str, ...] = (),
     ) -> Batch:
-        """Return images (h, w, C) and labels (h, w), each of one type, padded to `size`."""
-        image, label = samples[0]
-        images = np.zeros((len(samples), image.shape[2], *size), image.dtype)
-        labels = np.full((len(samples), *size), ignore_index, label.dtype)
+        """Return images (h, w, C) and labels (h, w), padded to `size`, in types that hold those of all samples."""
+        image_type = np.result_type(*(image.dtype for image, _ in samples))
+        label_type = np.result_type(*(label.dtype for _, label in samples), np.min_scalar_type(ignore_index))
+        images = np.zeros((len(samples), samples[0][0].shape[2], *size), image_type)
+        labels = np.full((len(samples), *size), ignore_index, label_type)
         for n, (image, label) in enumerate(samples):
             height, width = label.shape
             images[n, :, :height, :width] = image.transpose(2, 0, 1)

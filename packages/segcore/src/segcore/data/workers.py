@@ -47,7 +47,8 @@ def worker_count(workers: int | Literal["auto"]) -> int:
     """
     if workers != "auto":
         return workers
-    share = usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = usable_cpus() // (int(processes) if processes.isdecimal() and int(processes) else 1)
     return min(max(share - 1, 1), MOST_WORKERS)
 
 

@@ -59,7 +59,7 @@ def draw(function: Callable[[torch.Generator], Tensor], drawing: Iterable[Genera
     sources = [each.maps for each in drawing]
     elsewhere = any(source.device.type != device.type for source in sources)
     maps = in_threads(function, sources, THREADS if elsewhere and len(sources) > 1 else 0)
-    return to_device(torch.stack(list(maps)), device)
+    return to_device(torch.stack([*maps]), device)
 
 
 def draw_steps(
@@ -67,4 +67,5 @@ def draw_steps(
 ) -> Iterator[Tensor]:
     """Yield `draw` of every step; a thread draws the next step's on the CPU while a GPU is at work on one."""
     ahead = any(each.maps.device.type != device.type for each in drawing)
-    return in_threads(lambda _: draw(function, drawing, device), range(steps), int(ahead))
+    drawn = in_threads(lambda _: torch.stack([function(each.maps) for each in drawing]), range(steps), int(ahead))
+    return (to_device(maps, device) for maps in drawn)  # here, because a thread of its own is on the first GPU

@@ -30,7 +30,8 @@ def resize_argmax(
 
     `logits` (N, K, h, w) are resized to `size` (height, width); `crop` (H, W) keeps the first rows and columns, by
     default all. Classes are uint8 up to K = 256, int32 above; of equal logits the first class wins. One class is
-    decided as published: 1 where the sigmoid exceeds 0.5, and the confidence is that of the answer. Raises ValueError
+    decided as published: 1 where the sigmoid exceeds 0.5, and the confidence is that of the answer. Where a logit is
+    NaN, so is the confidence. Raises ValueError
     for logits that are not (N, K, h, w) of float dtype, and for a crop larger than `size`.
     """
     result: tuple[Tensor, Tensor] = torch.ops.segcore.resize_argmax(
@@ -109,8 +110,9 @@ def reference(
         rows.zero_()
         for k in range(1, logits.shape[1]):
             x = strip.of(slice(k, k + 1))[:, 0]
-            rows.masked_fill_(x > best, k)
-            torch.maximum(best, x, out=best)
+            more = x > best
+            rows.masked_fill_(more, k)
+            torch.where(more, x, best, out=best)  # of NaN, too, the class is that of the compiled kernel
         if confidence:
             total = torch.zeros_like(best)
             for k in range(logits.shape[1]):

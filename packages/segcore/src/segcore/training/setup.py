@@ -62,9 +62,7 @@ def setup(
     dataset, val, notes = _datasets(exp)
     exp, length = resolve_epochs(exp, len(dataset))
     if exp.data.workers == "auto":
-        count = worker_count("auto")
-        exp = replace(exp, data=replace(exp.data, workers=count))
-        notes.append(f"data.workers: auto, {count} per device ({usable_cpus()} usable CPUs)")
+        notes.append(f"data.workers: auto, {worker_count('auto')} per device ({usable_cpus()} usable CPUs)")
     state = init_state(with_names(exp, dataset), device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
