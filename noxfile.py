@@ -5,6 +5,7 @@ after `--` go to the command, as in `nox -s tests -- packages/ddp -k losses`.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,30 @@ def wheels(session: nox.Session, device: str) -> None:
         session.install("--no-deps", "--force-reinstall", str(wheel))
         ours = (f"packages/segcore/tests/test_{name}.py" for name in ("deform_ops", "ms_deform_attn"))
         session.run("pytest", *PARALLEL, "packages/cuda-ops", *ours, *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Run again what the first lines of benchmarks/results/*.txt say; words after `--` choose files by their names.
+
+    The machine should have nothing else to do. A command that fails leaves its file as it was, and the rest goes on.
+    """
+    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"))
+    failed = list[str]()
+    for file in sorted(Path("benchmarks", "results").glob("*.txt")):
+        command = file.read_text().splitlines()[0]
+        chosen = not session.posargs or any(word in file.name for word in session.posargs)
+        if not chosen or "_gpu" in file.name or "_before" in file.name:  # of other machines, and of former kernels
+            continue
+        try:
+            text = session.run(*shlex.split(command.removeprefix("$ ")), silent=True, stderr=None)
+        except nox.command.CommandFailed:
+            failed.append(file.name)
+        else:
+            session.log(f"{file}\n{text}")
+            file.write_text(f"{command}\n{text}")
+    if failed:
+        session.error(f"these failed: {', '.join(failed)}")
 
 
 @nox.session

@@ -57,7 +57,6 @@ def forms(pixels: Tensor, folder: Path) -> dict[str, Callable[[], Tensor]]:
         "ONNX Runtime int8": run(small, "cpu"),
         "OpenVINO": run(exact, "openvino"),
         "OpenVINO bf16": run(exact, "openvino", "bf16"),
-        "OpenVINO int8": run(small, "openvino"),
     }
 
 

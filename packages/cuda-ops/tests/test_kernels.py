@@ -245,6 +245,24 @@ def test_a_convolution_in_chunks_of_places(groups):
     )
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_half_precision_without_conversion(op):
+    """The way of a backend that takes half precision and many samples, as on a GPU: here its function converts."""
+
+    def call(name: str, dtype: torch.dtype, tensors: list[torch.Tensor | None], *sizes: Any) -> None:
+        wide = [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        registration.call_cpu(name, torch.float32, wide, *sizes)
+        for tensor, converted in zip(tensors, wide, strict=True):
+            if tensor is not None and tensor.dtype == dtype:
+                tensor.copy_(converted)
+
+    by_name = kernels.kernels(registry.defaults, kernels.Backend(call, half=True, chunk=2**28))
+    inputs = make(op, 8, n=3, dtype=torch.bfloat16)
+    expected = run(op, inputs, plain=True)
+    grad = torch.cos(torch.arange(expected[0].numel(), dtype=torch.float64)).view(expected[0].shape).bfloat16()
+    assert_near([by_name[op](*inputs), *by_name[f"{op}_backward"](grad, *inputs)], expected, 2e-2)
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -318,9 +336,11 @@ def on_device(inputs: list[Any]) -> list[Any]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("d", [1, 3, 8, 16, 20, 32, 64, 100, 128, 256, 264])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize(
+    ("d", "general"),
+    [*((d, False) for d in (1, 3, 8, 16, 20, 32, 64, 100, 128, 256, 264)), (32, True), (64, True), (256, True)],
+)
 def test_cuda_equals_the_plain_kernels_on_the_cpu(op, d, dtype, general):
     """In the best form for a width, of which some are exact ones, and in the general one for arrays of any size."""
     inputs = make(op, d, dtype=dtype)

@@ -502,7 +502,7 @@ def their_probabilities(model, views):
         model.data_preprocessor = preprocessor()
         found = [model.test_step({"inputs": [view], "data_samples": [sample]})[0] for view, sample in views]
         mean = sum(sample.seg_logits.data.softmax(0) for sample in found) / len(found)
-        return mean, SegTTAModel(module=model).merge_preds([found])[0].pred_sem_seg.data
+        return mean, SegTTAModel(module=model).merge_preds([found])[0].pred_sem_seg.data.squeeze(0)
     images, metas = [view[None] for view, _ in views], [[meta] for _, meta in views]
     [probabilities], [classes] = model.aug_test_logits(images, metas), model.aug_test(images, metas)
     return torch.from_numpy(probabilities), torch.from_numpy(classes)
@@ -516,8 +516,9 @@ MODES = {  # windows, sizes, flips
 }
 
 
-@pytest.mark.parametrize("case", MODES)
-@pytest.mark.parametrize("models", ["segformer", "mobilenet_v2"], indirect=True)
+@pytest.mark.parametrize(
+    ("models", "case"), [*(("segformer", case) for case in MODES), ("mobilenet_v2", "views")], indirect=["models"]
+)
 def test_probabilities_agree(models, case, pictures):
     """From the image file to probabilities at its size: whole, in windows, and the mean over scales and flips."""
     mode, scale, ratios, flip = MODES[case]
@@ -592,14 +593,15 @@ def test_losses_gradients_and_statistics_agree(models):
 
 @pytest.mark.parametrize("name", ["swin_t", "convnext_t"])
 def test_features_agree(name):
-    """Backbone and feature pyramid of DDP. ConvNeXt is mmcls's, which 1.x's environment has no successor of."""
+    """Backbone and feature pyramid of DDP. ConvNeXt is mmcls's, on 1.x that of its successor mmpretrain."""
     torch.manual_seed(0)
     if name == "swin_t":
         from mmseg.models.backbones import SwinTransformer
 
         theirs = SwinTransformer(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
     else:
-        backbones = pytest.importorskip("mmcls.models.backbones", reason="mmcls is not installed")
+        package = "mmpretrain" if ONE else "mmcls"
+        backbones = pytest.importorskip(f"{package}.models.backbones", reason=f"{package} is not installed")
         theirs = backbones.ConvNeXt(layer_scale_init_value=1.0, gap_before_final_norm=False, out_indices=(0, 1, 2, 3))
     from mmseg.models import necks
 

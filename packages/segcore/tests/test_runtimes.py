@@ -146,6 +146,9 @@ def test_int8_is_written_if_it_loses_little(exp, files, tmp_path):
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in graph.node}
     found = evaluate(predictor_of(load_exported(path), read_exported(path)[0]), dataset)
     assert 100 * found.final["mIoU"] == pytest.approx(loss.int8)
+    if importlib.util.find_spec("openvino"):
+        with pytest.raises(UserError, match="does not run 8-bit files"):
+            load_exported(path, "openvino")
     path.unlink()
     with pytest.raises(UserError, match=r"not written .* points lost\); --max-drop -100 allows no more"):
         quantize.export_int8(exp.model.build(), exp, path, *how, max_drop=-100)

@@ -1,7 +1,7 @@
 """`export --int8`: static quantization by ONNX Runtime, accepted by the mIoU that it costs.
 
 Weights are int8 by output channel, maps 8-bit by the smallest and largest values (MinMax) that the calibration images
-give, in QDQ form, which ONNX Runtime, OpenVINO and TensorRT read.
+give, in QDQ form.
 """
 
 from __future__ import annotations
