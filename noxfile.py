@@ -66,6 +66,11 @@ def build_for(device: str) -> dict[str, str]:
     return {"CMAKE_ARGS": f"-DSEG_CUDA={'ON' if device == 'cuda' else 'OFF'}"}
 
 
+def git(session: nox.Session, *words: str) -> str:
+    """Return what a git command prints."""
+    return str(session.run("git", *words, external=True, silent=True))
+
+
 def oldest() -> list[str]:
     """Return segcore's dependencies pinned to the oldest version that its pyproject.toml admits."""
     project = nox.project.load_toml("packages/segcore/pyproject.toml")["project"]
@@ -182,6 +187,59 @@ def benchmarks(session: nox.Session) -> None:
             file.write_text(f"{command}\n{text}")
     if failed:
         session.error(f"these failed: {', '.join(failed)}")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build the packages into dist/release, check them, install each by its name alone, and run a short demo."""
+    session.install("uv", "twine", "auditwheel")
+    folder, scratch = Path("dist/release").resolve(), Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(scratch)
+    for name in git(session, "ls-files", "packages", ".gitignore").splitlines():  # a clone elsewhere, built again
+        (scratch / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, scratch / "tree" / name)
+    env = build_for("cpu") | {"SOURCE_DATE_EPOCH": git(session, "log", "-1", "--format=%ct").strip()}
+    for package in (*PACKAGES, "packages/cuda-ops"):
+        build = ("uv", "build", "--quiet", "--python", f"{session.bin}/python", "--out-dir")
+        session.run(*build, str(folder), package, env=env)
+        sdist = ["--sdist"] * (package == "packages/cuda-ops")  # another compiler's output is another one
+        session.run(*build, str(scratch / "again"), *sdist, str(scratch / "tree" / package), env=env)
+    session.run("twine", "check", "--strict", *map(str, folder.glob("*-*")))
+    session.run("python", "scripts/check_release.py", "built", str(folder), str(scratch / "again"), *session.posargs)
+    if sys.platform == "linux":
+        session.run("auditwheel", "show", *map(str, folder.glob("seg_cuda_ops*.whl")))
+    install_release(session, folder, scratch)
+
+
+def install_release(session: nox.Session, folder: Path, scratch: Path) -> None:
+    """Install every package in an environment without the others, from a folder and the usual index.
+
+    uv brings the dependencies, as its cache has torch; then pip itself runs, which finds them installed.
+    """
+    environment = scratch / "environment"
+    programs = environment / Path(session.bin).name
+    find = {"UV_FIND_LINKS": str(folder), "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1", "PYTHONPATH": ""}
+    session.run("uv", "venv", "--quiet", "--seed", "--python", f"{session.bin}/python", str(environment))
+    uv = ("uv", "pip", "--python", str(environment))
+    names = ("segcore", "seg-cuda-ops", *(f"{method}-seg" for method in METHODS))
+    session.run(*uv[:2], "install", "--quiet", *uv[2:], "ddp-seg", env=find)
+    for name in names:
+        session.run(*uv[:2], "uninstall", "--quiet", *uv[2:], *names)
+        session.run(str(programs / "pip"), "install", "--quiet", name, env=find, external=True)
+        session.run(str(programs / "python"), "scripts/check_release.py", "installed", name, env=find, external=True)
+    extras = (f"{name}[all,kernels]" for name in names[2:])
+    session.run(*uv[:2], "install", "--quiet", "--dry-run", *uv[2:], *extras, env=find)
+    session.run(str(programs / "pip"), "install", "--quiet", "ddp-seg[kernels]", env=find, external=True)
+    scenes = (
+        "from segcore.demo.toy import generate; from pathlib import Path; generate(Path('demo/scenes'), train=4, val=2)"
+    )
+    kernels = "import segcore.ops; found = segcore.ops.kernels(); print(found); assert 'seg-cuda-ops' in found['ms_deform_attn']['cpu']"
+    with session.chdir(scratch):
+        for code in (kernels, scenes):
+            session.run(str(programs / "python"), "-c", code, env=find, external=True)
+        short = ("--schedule.iterations", "4", "--schedule.warmup-iterations", "1", "--evaluate.steps", "1")
+        session.run(str(programs / "ddp-seg"), "demo", "--work-dir", "demo", *short, env=find, external=True)
 
 
 @nox.session

@@ -1,5 +1,10 @@
 // The module seg_cuda_ops._cpu: addresses and sizes in, nothing of torch's headers or libraries needed to build it.
+#ifdef _WIN32
+#define NOMINMAX
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,9 +50,14 @@ std::string use_instruction_set(const std::string& wanted) {
 using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 
 ParallelFor find_parallel_for() {
+#ifdef _WIN32
+  if (HMODULE library = GetModuleHandleA("torch_cpu.dll"))
+    return reinterpret_cast<ParallelFor>(GetProcAddress(library, "torch_parallel_for"));
+#else
   for (const char* name : {"libtorch_cpu.so", "libtorch_cpu.dylib", "@rpath/libtorch_cpu.dylib"})
     if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD))
       return reinterpret_cast<ParallelFor>(dlsym(library, "torch_parallel_for"));
+#endif
   return nullptr;
 }
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,11 @@ def runtime_imports(path: Path) -> Iterator[str]:
 
 def modules(package: str) -> list[Path]:
     return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def project_of(package: str) -> dict[str, Any]:
+    """Return the table [project] of a package's pyproject.toml."""
+    return tomllib.loads((PACKAGES[package].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def folder_of(name: str) -> str:
@@ -212,19 +219,51 @@ def test_benchmarks_import_what_there_is(path):
                 assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def test_versions_agree():
-    found = {"CITATION.cff": re.findall(r"(?m)^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))}
-    for name, folder in PACKAGES.items():
-        project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        found[f"{name}/pyproject.toml"] = [project["version"]]
-        found[name] = re.findall(r'(?m)^__version__ = "(.+)"$', (folder / "__init__.py").read_text(encoding="utf-8"))
-    assert {tuple(versions) for versions in found.values()} == {tuple(found["segcore"])}, found
+def test_every_package_states_the_version_in_one_file(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("set_version", ROOT / "scripts" / "set_version.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    texts = script.texts()
+    assert len(texts) == 1 + 2 * len(PACKAGES)
+    wrong = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    assert not wrong, "run: python scripts/set_version.py"
+    for path, text in texts.items():  # and a new one would reach every file
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
+    (tmp_path / "VERSION").write_text("7.31.2\n")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    for path, text in script.texts().items():
+        assert len(re.findall(r"\b7\.31\.2\b", text)) == 1, path
+        assert "==0." not in text
+        series = ["segcore", "seg-cuda-ops"][path.parent.name == "segcore"]
+        optional = path.name != "pyproject.toml" or path.parent.name == "cuda-ops"
+        assert optional or f'"{series}==7.31.*"' in text, path
+
+
+def test_methods_have_the_extras_of_segcore():
+    extras = set(project_of("segcore")["optional-dependencies"])
+    for method in METHODS:
+        assert project_of(method)["optional-dependencies"] == {name: [f"segcore[{name}]"] for name in extras}
+    (everything,) = project_of("segcore")["optional-dependencies"]["all"]
+    assert set(re.findall(r"\w+", everything)) == extras - {"all", "kernels"} | {"segcore"}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_links_of_a_readme_work_on_an_index_page(package):
+    """There they are not relative to a checkout; those into the project lead to files that exist."""
+    home = project_of(package)["urls"]["Homepage"]
+    text = (PACKAGES[package].parents[1] / "README.md").read_text(encoding="utf-8")
+    for link in (*re.findall(r"\]\(([^)]+)\)", text), *project_of(package)["urls"].values()):
+        assert link.startswith("https://"), link
+        if match := re.match(rf"{home}/(?:tree|blob)/main/([^#]+)", link):
+            assert (ROOT / match[1]).exists(), link
 
 
 def test_constraints_cover_every_dependency():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
-    for folder in PACKAGES.values():
-        project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for package in PACKAGES:
+        project = project_of(package)
         wanted = {re.split(r"[>=\[ ]", need)[0] for need in project["dependencies"]} - {"segcore"}
         assert wanted <= pinned

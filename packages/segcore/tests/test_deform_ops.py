@@ -3,8 +3,10 @@
 import importlib
 import itertools
 import math
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -466,8 +468,8 @@ def test_kernels_reports_the_kernel_of_an_operator(monkeypatch):
     class Entry:
         value, dist = "package:register", None
 
-        def __init__(self, function):
-            self.load = lambda: function
+        def __init__(self, function, name=registry.SCHEMA):
+            self.load, self.name = lambda: function, name
 
     case, names = CASES["unfold"], {"deform_conv2d", "deform_local_attn", "deform_unfold", "ms_deform_attn"}
     ops.unload()
@@ -494,9 +496,33 @@ def test_kernels_reports_the_kernel_of_an_operator(monkeypatch):
         with pytest.warns(UserWarning, match="package:register failed"):
             ops.load()
         assert torch.equal(case.operator(case.inputs()), expected)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [Entry(register, "schema_0")])
+        with pytest.warns(
+            UserWarning, match=f"package:register is made for schema_0 of the operators, not {registry.SCHEMA}"
+        ):
+            ops.load()
+        assert "schema_0" in ops.kernels()["deform_unfold"]["cpu"]
+        assert torch.equal(case.operator(case.inputs()), expected)
+        assert len(calls) == 1
     finally:
         monkeypatch.undo()
         ops.load()
+
+
+def test_schema_is_that_of_the_compiled_kernels():
+    """Other arguments than these need another SCHEMA: wheels of the old one are installed beside a new segcore."""
+    schemas = {name: getattr(torch.ops.segcore, name).default._schema for name in ops.kernels()}
+    signatures = {name: [argument.name for argument in schema.arguments] for name, schema in schemas.items()}
+    assert registry.SCHEMA == "schema_1"
+    assert signatures == {
+        "deform_conv2d": ["input", "offset", "weight", "mask", "window"],
+        "deform_local_attn": ["q", "k", "v", "offset", "bias", "window", "scale"],
+        "deform_unfold": ["input", "offset", "mask", "window"],
+        "ms_deform_attn": ["value", "spatial_shapes", "sampling_locations", "attention_weights"],
+        "resize_argmax": ["logits", "size", "crop", "align_corners", "confidence"],
+    }
+    project = tomllib.loads((Path(__file__).parents[2] / "cuda-ops/pyproject.toml").read_text())["project"]
+    assert list(project["entry-points"]["segcore.kernels"]) == [registry.SCHEMA]
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 An operator is a schema, a plain kernel for every device, shapes for tracing, and a closed-form gradient that is also
 an operator. An installed package of compiled kernels adds its own by device: its entry point in the group
 `segcore.kernels` is called as `register(library, defaults)` when `segcore.ops` is imported, unless the environment
-variable SEG_KERNELS is 0.
+variable SEG_KERNELS is 0. The entry point is named after the schema that the package is made for; of another schema,
+nothing of it is loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from segcore.errors import UserError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = "plain PyTorch"
+SCHEMA = "schema_1"
+"""Changes when an operator's arguments or results do, as kernels would then be called with what they do not expect."""
 
 library = torch.library.Library("segcore", "FRAGMENT")  # must stay alive
 defaults: dict[str, Callable[..., Any]] = {}
@@ -163,6 +166,14 @@ def load() -> None:
         _refused.update(dict.fromkeys(("cpu", "cuda"), "the environment variable SEG_KERNELS is 0"))
         return
     for entry in entry_points(group="segcore.kernels"):
+        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        if entry.name != SCHEMA:
+            reason = (
+                f"{package} is made for {entry.name} of the operators, not {SCHEMA}; install one of segcore's version"
+            )
+            _refused.update(dict.fromkeys(("cpu", "cuda"), reason))
+            warnings.warn(f"segcore: compiled kernels are not used: {reason}", stacklevel=2)
+            continue
         implementations = torch.library.Library("segcore", "IMPL")
         try:
             reasons = entry.load()(implementations, dict(defaults))
@@ -172,7 +183,6 @@ def load() -> None:
             warnings.warn(f"segcore: compiled kernels are not used, {entry.value} failed: {error!r}", stacklevel=2)
             continue
         _libraries.append(implementations)
-        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
         _devices.update({device: package for device, reason in reasons.items() if not reason})
         _refused.update({device: f"{package}: {reason}" for device, reason in reasons.items() if reason})
 
