@@ -26,7 +26,7 @@ PACKAGES = ("packages/segcore", *(f"packages/{method}" for method in METHODS))
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
 COMPILER = os.name == "posix" and next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 """Without one the tests of the compiled kernels skip, and everything else runs on the plain ones. On Windows, CMake
-would take Visual Studio's, whatever else there is, and packages/cuda-ops gives it options of GCC."""
+would take Visual Studio's, whatever else there is, and packages/cuda-ops needs Clang."""
 COMPILED = ["packages/cuda-ops"] if COMPILER else []
 GPU_BUNDLE = Path(".gpu_bundle")
 """What `scripts/make_gpu_bundle.sh` prepares for machines without a network."""
