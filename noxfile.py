@@ -213,33 +213,33 @@ def release(session: nox.Session) -> None:
 
 
 def install_release(session: nox.Session, folder: Path, scratch: Path) -> None:
-    """Install every package in an environment without the others, from a folder and the usual index.
+    """Install every package in an environment without the others, from a folder and the usual index; run a short demo.
 
     uv brings the dependencies, as its cache has torch; then pip itself runs, which finds them installed.
     """
     environment = scratch / "environment"
-    programs = environment / Path(session.bin).name
-    find = {"UV_FIND_LINKS": str(folder), "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1", "PYTHONPATH": ""}
+    programs, names = environment / Path(session.bin).name, ("segcore", "seg-cuda-ops", *(f"{m}-seg" for m in METHODS))
+    env = {"UV_FIND_LINKS": str(folder), "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1", "PIP_QUIET": "1"}
+    env |= {"UV_PYTHON": str(environment), "PYTHONPATH": ""}
+
+    def run(program: str, *words: str) -> None:
+        session.run(str(programs / program), *words, env=env, external=True)
+
     session.run("uv", "venv", "--quiet", "--seed", "--python", f"{session.bin}/python", str(environment))
-    uv = ("uv", "pip", "--python", str(environment))
-    names = ("segcore", "seg-cuda-ops", *(f"{method}-seg" for method in METHODS))
-    session.run(*uv[:2], "install", "--quiet", *uv[2:], "ddp-seg", env=find)
+    session.run("uv", "pip", "install", "--quiet", "ddp-seg", env=env)
     for name in names:
-        session.run(*uv[:2], "uninstall", "--quiet", *uv[2:], *names)
-        session.run(str(programs / "pip"), "install", "--quiet", name, env=find, external=True)
-        session.run(str(programs / "python"), "scripts/check_release.py", "installed", name, env=find, external=True)
+        session.run("uv", "pip", "uninstall", "--quiet", *names, env=env)
+        run("pip", "install", name)
+        run("python", "scripts/check_release.py", "installed", name)
     extras = (f"{name}[all,kernels]" for name in names[2:])
-    session.run(*uv[:2], "install", "--quiet", "--dry-run", *uv[2:], *extras, env=find)
-    session.run(str(programs / "pip"), "install", "--quiet", "ddp-seg[kernels]", env=find, external=True)
-    scenes = (
-        "from segcore.demo.toy import generate; from pathlib import Path; generate(Path('demo/scenes'), train=4, val=2)"
-    )
-    kernels = "import segcore.ops; found = segcore.ops.kernels(); print(found); assert 'seg-cuda-ops' in found['ms_deform_attn']['cpu']"
+    session.run("uv", "pip", "install", "--quiet", "--dry-run", *extras, env=env)
+    run("pip", "install", "ddp-seg[kernels]")
     with session.chdir(scratch):
-        for code in (kernels, scenes):
-            session.run(str(programs / "python"), "-c", code, env=find, external=True)
+        run("python", "-c", "from segcore import ops; assert 'plain' not in ops.kernels()['ms_deform_attn']['cpu']")
+        few = "import pathlib; from segcore.demo import toy; toy.generate(pathlib.Path('demo/scenes'), train=4, val=2)"
+        run("python", "-c", few)
         short = ("--schedule.iterations", "4", "--schedule.warmup-iterations", "1", "--evaluate.steps", "1")
-        session.run(str(programs / "ddp-seg"), "demo", "--work-dir", "demo", *short, env=find, external=True)
+        run("ddp-seg", "demo", "--work-dir", "demo", *short)
 
 
 @nox.session
