@@ -24,14 +24,22 @@ nox.options.sessions = ["tests", "lint"]
 METHODS = ("ddp", "ddps", "ddrnet", "dgmn2")
 PACKAGES = ("packages/segcore", *(f"packages/{method}" for method in METHODS))
 EDITABLE = [word for package in PACKAGES for word in ("-e", package)]
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-"""Without one the tests of the compiled kernels skip, and everything else runs on the plain ones."""
+COMPILER = os.name == "posix" and next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+"""Without one the tests of the compiled kernels skip, and everything else runs on the plain ones. On Windows, CMake
+would take Visual Studio's, whatever else there is, and packages/cuda-ops needs Clang."""
 COMPILED = ["packages/cuda-ops"] if COMPILER else []
 GPU_BUNDLE = Path(".gpu_bundle")
 """What `scripts/make_gpu_bundle.sh` prepares for machines without a network."""
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist=worksteal")
 """One test process per core, each with one thread (packages/conftest.py): threads of several would wait for another."""
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/*.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+"""Schemas that come with check-jsonschema, and the files that must follow them."""
 
 OPENMMLAB = {
     "0.x": ["mmcv==1.7.2"],
@@ -123,11 +131,16 @@ def tests_oldest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and types, with the versions in constraints.txt so that a new linter breaks no old commit."""
+    """Check style, types, spelling, links and workflows, in the versions of constraints.txt: old commits stay green."""
     session.install("-c", "constraints.txt", *EDITABLE, *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    session.run("codespell")
+    session.run("python", "scripts/check_links.py")
+    for schema, files in SCHEMAS.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, Path().glob(files)))
+    session.run("zizmor", "--offline", "--quiet", ".github")
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])

@@ -2,7 +2,7 @@
 
 A direct reading of the published model's denoising as functions of a state dict with published names: the image is
 encoded once; then every step samples a label map over all classes, concatenates it with the condition, and runs the
-UNet, whose convolution weights are standardised anew each time. Float32, inference only.
+UNet, whose convolution weights are standardized anew each time. Float32, inference only.
 """
 
 import math
@@ -81,7 +81,7 @@ def block(w: Weights, name: str, x: Tensor, time: Tensor) -> Tensor:
 
 
 def standard_conv(w: Weights, name: str, x: Tensor) -> Tensor:
-    """Return the normalized answer of a convolution with standardised weights."""
+    """Return the normalized answer of a convolution with standardized weights."""
     weight = w[f"{name}.proj.weight"]
     mean, variance = weight.mean((1, 2, 3), keepdim=True), weight.var((1, 2, 3), unbiased=False, keepdim=True)
     x = F.conv2d(x, (weight - mean) * (variance + EPS).rsqrt(), w[f"{name}.proj.bias"], padding=1)

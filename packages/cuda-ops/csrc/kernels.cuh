@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(128, blocks_for<F>(24, 128))
 }
 
 // Samples of all places in the layout of deform_unfold, (N, G, D, K, L): a thread takes all channels of one sample, and
-// neighbours take neighbouring places, whose numbers lie beside each other.
+// neighbors take neighboring places, whose numbers lie beside each other.
 template <typename F>
 __global__ void __launch_bounds__(128)
     unfold(const __grid_constant__ Columns<typename F::T> a, const Values<typename F::V> values,
