@@ -72,7 +72,8 @@ def test_usable_cpus_are_those_of_the_container(tmp_path, monkeypatch, files, cp
 
 
 @pytest.mark.parametrize(
-    ("cpus", "processes", "count"), [(1, None, 1), (2, None, 1), (6, None, 5), (64, None, 8), (32, "4", 7), (8, "8", 1), (4, "0", 3)]
+    ("cpus", "processes", "count"),
+    [(1, None, 1), (2, None, 1), (6, None, 5), (64, None, 8), (32, "4", 7), (8, "8", 1), (4, "0", 3)],
 )
 def test_auto_workers_share_the_cpus(monkeypatch, cpus: int, processes: str | None, count: int) -> None:
     monkeypatch.setattr(workers, "usable_cpus", lambda: cpus)

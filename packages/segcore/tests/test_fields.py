@@ -202,7 +202,7 @@ def test_commands_read_what_they_need(name):
     assert {name for name in predict if name.startswith("data.")} == inference | labels | {"data.workers"}
     assert {name for name in offered("bench", exp) if name.startswith("data.")} == inference
     assert {"model.num_classes", "evaluate.mode", "evaluate.precision", "seed"} <= predict
-    assert len(predict) <= 34  # and about 25 of its own
+    assert len(predict) <= 35  # and about 25 of its own
     assert {"data.root", "data.val_images", "data.workers", "data.on_error", "evaluate.metrics"} <= set(
         offered("test", exp)
     )

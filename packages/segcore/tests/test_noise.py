@@ -1,5 +1,6 @@
 """Where a model's noise is drawn, and that it depends on the image's seed alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,11 +82,13 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
 def test_the_setting_reaches_the_models():
     model, other = (TinyStepwise(3, lambda x: x) for _ in range(2))
-    Predictor(model, EvalConfig(noise_device="cpu"), DataConfig(), (other,))
-    assert model.noise_device == other.noise_device == "cpu"
-    Predictor(model, EvalConfig(), DataConfig())
-    assert model.noise_device == "model"
-    Predictor(Tiny(3, lambda x: x), EvalConfig(noise_device="cpu"), DataConfig())  # draws nothing
+    image = [np.zeros((4, 6, 3), np.uint8)]
+    both = Predictor(model, EvalConfig(noise_device="cpu"), DataConfig(), (other,))
+    alone = Predictor(model, EvalConfig(), DataConfig())
+    for predictor, devices in ((both, ["cpu", "cpu"]), (alone, ["model", "cpu"]), (both, ["cpu", "cpu"])):
+        predictor.classes(image, [1])
+        assert [model.noise_device, other.noise_device] == devices
+    Predictor(Tiny(3, lambda x: x), EvalConfig(noise_device="cpu"), DataConfig()).classes(image, [1])  # draws nothing
 
 
 @pytest.mark.parametrize("setting", ["model", "cpu"])

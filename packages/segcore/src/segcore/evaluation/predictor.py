@@ -114,8 +114,6 @@ class Predictor:
 
     def __post_init__(self) -> None:
         check_ensemble(self.model, self.ensemble)
-        for model in (self.model, *self.ensemble):
-            set_noise_device(model, self.evaluate.noise_device)
 
     @classmethod
     def of(cls, model: Segmentor, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
@@ -222,6 +220,8 @@ class Predictor:
         self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
     ) -> Iterator[tuple[str, Scores]]:
         """Yield the step entries of N images of one size."""
+        for each in (self.model, *self.ensemble):  # which may belong to other predictors, too
+            set_noise_device(each, self.evaluate.noise_device)
         (own, model), *others = self.networks(network)
         entries = self._over_views(own, model, images, seeds)
         if others:
