@@ -37,7 +37,6 @@ from segcore.models.segmentor import Segmentor
 from segcore.testing.host_reads import HostReads
 from segcore.testing.tiny import Tiny
 from segcore.training import loop
-from segcore.training import setup as training_setup
 from segcore.training.guard import HostCopy
 from segcore.training.logger import Logger, MetricLogger
 from segcore.training.loop import train, train_step
