@@ -55,8 +55,8 @@ class Exported(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size_divisor % self.pad_to:
-            raise UserError(f"exported.size_divisor {self.size_divisor} is no multiple of pad_to {self.pad_to}")
+        if self.size_divisor % self.pad_to and self.pad_to % self.size_divisor:  # no image would fit
+            raise UserError(f"exported.size_divisor {self.size_divisor} and pad_to {self.pad_to} exclude each other")
 
     def input_shape(self, channels: int) -> tuple[int | None, ...]:
         """Return the shape of the input; None stands for any number."""

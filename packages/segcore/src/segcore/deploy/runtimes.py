@@ -163,6 +163,7 @@ def _onnxruntime(data: bytes, provider: str) -> tuple[Run, str]:
     import onnxruntime
 
     available = {x.removesuffix("ExecutionProvider").lower(): x for x in onnxruntime.get_available_providers()}
+    available.pop("azure", None)  # sends images elsewhere, and runs no such file
     if provider not in available:
         raise UserError(f"--provider {provider}: not available here; use {', '.join(available)} or openvino")
     options = onnxruntime.SessionOptions()
@@ -191,7 +192,17 @@ def _openvino(data: bytes, precision: Precision) -> tuple[Run, str]:
 
 
 def predictor_of(model: ExportedModel, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
-    """Return the predictor of an exported model."""
+    """Return the predictor of an exported model.
+
+    Raises UserError for another normalization or bit depth where the file normalizes, and for what needs probabilities.
+    """
+    neutral = {"mean": (0.0,) * exp.data.channels, "std": (1.0,) * exp.data.channels, "bit_depth": 8}
+    changed = [name for name, value in neutral.items() if getattr(exp.data, name) != value]
+    if model.about.normalize and changed:
+        raise UserError(
+            f"--data.{changed[0]}: {model.path} takes 8-bit images and normalizes them itself; leave it out, or export "
+            "without --normalize"
+        )
     kind = ClassPredictor if model.about.output == "classes" else Predictor
     return kind.of(model, exp, ensemble)
 
