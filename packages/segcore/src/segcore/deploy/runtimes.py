@@ -142,9 +142,8 @@ def load_exported(path: Path, provider: str | None = None, precision: Precision 
     OpenVINO; ONNX Runtime computes as the file says. Raises UserError in one line for a file or provider that cannot be
     used.
     """
-    _, about = read_exported(
-        path
-    )  # refuses weights in other files, which the runtimes read below the working directory
+    # Weights in other files are refused there: even for bytes, the runtimes read them below the working directory.
+    _, about = read_exported(path)
     data = path.read_bytes()
     name = (provider or "cpu").lower()
     try:
