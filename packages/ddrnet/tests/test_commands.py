@@ -178,6 +178,9 @@ def test_invalid_requests(run, tmp_path, capsys):
     words = ["export", run]
     assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic")
     assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth")
+    (tmp_path / "b.pt2").mkdir()
+    assert "b.pt2: is a folder" in refused(capsys, "export", CONFIG, "none.pth", tmp_path / "b.pt2")
+    assert "b.pt2: --int8 is for ONNX" in refused(capsys, "export", CONFIG, "none.pth", tmp_path / "b.pt2", "--int8")
     assert "not for videos" in refused(capsys, "predict", run, "a.mp4", tmp_path, "--ensemble", run)
     assert "no such video" in refused(capsys, "predict", run, tmp_path / "a.mp4", tmp_path)
     with pytest.raises(SystemExit):

@@ -170,6 +170,7 @@ def test_command(tmp_path, capsys):
         (["--sizes", "0x64"], "--sizes 0x64"),
         (["--sizes", "64x64", "--repeats", "0"], "--repeats is 0"),
         (["--sizes", "64x64", "--batches", "0"], "--batches 0"),
+        (["--sizes", "64x64", "--runtimes", "--steps", "1"], "--steps is for models in PyTorch"),
         (["--sizes", "16x64", "--model.backbone", "convnext_t"], "an image of 16x64 pixels is too small"),
     ],
 )

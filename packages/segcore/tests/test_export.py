@@ -115,6 +115,15 @@ def test_wrong_wishes(tmp_path, name, settings, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "said"), [("folder.pt2", "is a folder"), ("file/a.pt2", "cannot be written")])
+def test_where_nothing_can_be_written_nothing_is_exported(tmp_path, monkeypatch, name, said):
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(torch.export, "export")
+    with pytest.raises(UserError, match=said):
+        export.export(Half().eval(), EXP, tmp_path / name, SMALL)
+
+
 def test_onnx_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx, onnxruntime, onnxscript; install segcore\[export\]"):

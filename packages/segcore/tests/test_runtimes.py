@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,8 @@ def test_a_file_that_answers_with_classes_alone(exp, files, kind):
     assert result.classes.dtype == np.uint8
     for asked in (
         lambda: result.confidence,
+        lambda: seg(image(32, 64), probabilities=True),
+        lambda: seg.predictor.probabilities([image(32, 64)], [0]),
         lambda: seg.predictor.using(flip=True),
         lambda: evaluate(seg.predictor, dataset, calibration=True),
         lambda: list(seg.blocks((32, 64), lambda box: image(32, 64), [])),
@@ -159,6 +162,47 @@ def test_the_images_of_a_calibration(exp, tmp_path):
     assert len(quantize.calibration_images(exp.data, None)) == 2
     with pytest.raises(UserError, match="no images there"):
         quantize.calibration_images(exp.data, tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("none", "file"):
+        with pytest.raises(UserError, match=f"{name}: no such folder; give a folder of images"):
+            quantize.calibration_images(exp.data, tmp_path / name)
+
+
+def test_errors_of_int8_name_the_file_that_was_asked_for(exp, tmp_path, monkeypatch):
+    from onnxruntime import quantization
+
+    def fail(*given, **how):
+        raise RuntimeError("no\nranges")
+
+    path, images = tmp_path / "a.onnx", quantize.calibration_images(exp.data, None)
+    how = images, open_dataset(exp.data, "val")
+    with pytest.raises(UserError, match=rf"^{path} takes images of 16x16 pixels"):
+        quantize.export_int8(exp.model.build(), exp, path, export.Settings(16, 16), *how)
+    monkeypatch.setattr(quantization, "quantize_static", fail)
+    with pytest.raises(UserError, match=rf"^{path}: cannot be quantized \(no ranges\); export without --int8"):
+        quantize.export_int8(exp.model.build(), exp, path, export.Settings(32, 64), *how)
+    assert not path.exists()
+
+
+def test_int8_of_classes(exp, tmp_path):
+    images, dataset = quantize.calibration_images(exp.data, None), open_dataset(exp.data, "val")
+    path, settings = tmp_path / "a.onnx", export.Settings(32, 64, classes=True)
+    quantize.export_int8(exp.model.build(), exp, path, settings, images, dataset, max_drop=100)
+    assert segcore.load_model(path, device="cpu")(image(32, 64)).classes.shape == (32, 64)
+
+
+def test_what_a_file_does_itself_cannot_be_set(files):
+    path, exp = files("normalize"), read_exported(files("normalize"))[0]
+    for name, value in (("mean", (1.0, 1.0, 1.0)), ("std", (2.0, 2.0, 2.0)), ("bit_depth", 16)):
+        with pytest.raises(UserError, match=rf"--data\.{name}: .* normalizes them itself; leave it out"):
+            segcore.load_model(replace(exp, data=replace(exp.data, **{name: value})), path)
+
+
+def test_an_exported_file_comes_alone(exp, files):
+    with pytest.raises(UserError, match=r"classes\.onnx: .*fixed\.onnx is an exported model, which has its weights"):
+        segcore.load_model(files("fixed"), files("classes"))
+    with pytest.raises(UserError, match=r"is an exported model, .*; name it as the configuration, alone"):
+        segcore.load_model(exp, files("fixed"))
 
 
 def refused(capsys, *words):
@@ -182,11 +226,19 @@ def test_commands(exp, files, tmp_path, capsys):
     photos = exp.data.root / "leftImg8bit" / "val"
     main(None, ["predict", str(path), str(photos), str(tmp_path / "out"), "--device=cpu", "--data.workers=0"])
     assert len(list((tmp_path / "out").rglob("*_overlay.png"))) == 2
-    assert "--provider nothing: not available here; use " in refused(capsys, "test", path, "--provider", "nothing")
+    assert "--provider nothing: not available here; use " in (
+        said := refused(capsys, "test", path, "--provider", "nothing")
+    )
+    assert "azure" not in said
     assert "name its run for export" in refused(capsys, "export", path, "a.onnx")
     capsys.readouterr()
     main(None, ["bench", str(path), "--warmup=1", "--repeats=2"])
-    assert "32x64     2  fp32 ONNX Runtime" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "provider: cpu\n" in text
+    assert "32x64     2  fp32 ONNX Runtime" in text
+    for option in ("--device=cuda", "--compile=both", "--channels-last=yes", "--steps=2"):
+        assert f"{option.partition('=')[0]} is for models in PyTorch" in refused(capsys, "bench", path, option)
+    assert "--batches 1 4: " in refused(capsys, "bench", path, "--batches", 1, 4)
     classes = files("classes")
     main(None, ["test", str(classes), "--device=cpu"])
     assert "note: Without images: " in capsys.readouterr().out
@@ -221,6 +273,10 @@ HOSTILE = {
     "name": (lambda model, about: about["experiment"].update(name="../x"), "name is '../x'"),
     "type": (lambda model, about: about["exported"].update(normalize=True), "not what its description says"),
     "two outputs": (lambda model, about: model.graph.output.append(model.graph.output[0]), "not what its description"),
+    "endless padding": (lambda model, about: about["exported"].update(pad_to=10**5), "exported.pad_to"),
+    "other padding": (lambda model, about: about["exported"].update(pad_to=3), "exclude each other"),
+    "divisor": (lambda model, about: about["exported"].update(size_divisor=10**9), "exported.size_divisor"),
+    "least size": (lambda model, about: about["exported"].update(min_size=10**18), "exported.min_size"),
     "operator": (lambda model, about: setattr(model.graph.node[0], "op_type", "Nothing"), "cannot be loaded"),
 }
 
@@ -246,18 +302,52 @@ def test_damaged_files_are_refused(files, tmp_path, capsys):
     assert "no such file" in refused(capsys, "predict", tmp_path / "none.onnx", "a.png", "out")
 
 
-@pytest.mark.parametrize("provider", ["cpu", pytest.param("openvino", marks=needs_openvino)])
-def test_weights_in_another_file_are_not_read(files, tmp_path, provider):
-    def outside(model, about):
-        tensor = max(model.graph.initializer, key=lambda x: len(x.raw_data))
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="/etc/passwd")
+def outside(tensor):
+    """Put a tensor's content into a file, which is there."""
+    Path("weights.bin").write_bytes(tensor.raw_data)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    tensor.external_data.add(key="length", value=str(len(tensor.raw_data)))
+    tensor.ClearField("raw_data")
+    return tensor
 
-    edited(files("fixed"), path := tmp_path / "a.onnx", outside)
-    with pytest.raises(UserError, match="cannot be loaded with --provider") as error:
-        segcore.load_model(path, provider=provider)
-    assert "\n" not in str(error.value)
+
+def in_a_function(model, about):
+    function = onnx.helper.make_function("mine", "F", [], ["a"], [], [])
+    function.node.append(constant())
+    model.functions.append(function)
+
+
+def in_a_subgraph(model, about):
+    branch = onnx.helper.make_graph([constant()], "branch", [], [])
+    model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch))
+
+
+def in_a_sparse_tensor(model, about):
+    values, places = onnx.numpy_helper.from_array(np.ones(1)), onnx.numpy_helper.from_array(np.zeros(1, int))
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, places, [2]))
+    outside(model.graph.sparse_initializer[0].values)
+
+
+def constant():
+    return onnx.helper.make_node("Constant", [], ["a"], value=outside(onnx.numpy_helper.from_array(np.ones(1))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, about: outside(max(model.graph.initializer, key=lambda x: len(x.raw_data))),
+        lambda model, about: model.graph.node.append(constant()),
+        in_a_function,
+        in_a_subgraph,
+        in_a_sparse_tensor,
+    ],
+)
+def test_weights_in_another_file_are_not_read(files, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    edited(files("fixed"), path := tmp_path / "a.onnx", change)
+    with pytest.raises(UserError, match=r"a\.onnx: its weights are in other files, which are not read"):
+        segcore.load_model(path)
 
 
 def test_a_provider_is_for_exported_files(tmp_path):

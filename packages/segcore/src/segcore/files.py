@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,6 +65,15 @@ def writing(path: Path, remedy: str = "free space or choose another folder") -> 
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, naming `path`, when `write` could not write the file; nothing is left behind."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    with writing(path, "choose another folder"):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager

@@ -72,6 +72,7 @@ def load_model(
     Raises ValueError when the configuration, the weights or the device cannot be used; one line, with the remedy.
     """
     exp, folder = (config, None) if isinstance(config, Experiment) else find_experiment(config)
+    _check_exported(exp, folder, weights, provider)
     weights = weights or folder
     if weights is None:
         raise UserError(
@@ -84,8 +85,6 @@ def load_model(
         exported = load_exported(Path(weights), provider, precision_of(exp)).eval().to(target)
         predictor = predictor_of(exported, exp, others)
         return LoadedModel(exp, predictor, report=(f"{weights}: {exported.title}",), ensemble=settings)
-    if provider is not None:
-        raise UserError(f"--provider {provider} is for exported models; name a file .onnx as the configuration")
     path = distributed.main_process_first(lambda: find_weights(str(weights), exp.name, offline=offline))
     model = exp.model.build()
     differs = ConfigDiff.of(path, exp)
@@ -109,6 +108,17 @@ def load_model(
         fused.to(memory_format=torch.channels_last)
     report = (f"{path}{of_a_run}: {loaded}", *note)
     return LoadedModel(exp, predictor, report=report, ensemble=settings)
+
+
+def _check_exported(exp: Experiment, folder: Path | None, weights: str | Path | None, provider: str | None) -> None:
+    """Raise UserError for an exported file with other weights or as weights, and for a provider without one."""
+    if isinstance(exp.model, ExportedConfig):
+        if folder and weights:
+            raise UserError(f"{weights}: {folder} is an exported model, which has its weights; name no others")
+    elif weights and Path(weights).suffix == ".onnx":
+        raise UserError(f"{weights}: is an exported model, which has its settings; name it as the configuration, alone")
+    elif provider is not None:
+        raise UserError(f"--provider {provider} is for exported models; name a file .onnx as the configuration")
 
 
 def _ensemble(exp: Experiment, members: Sequence[LoadedModel]) -> tuple[list[Segmentor], tuple[Experiment, ...]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from segcore import files
 from segcore.cli.common import PROVIDER, Command
 from segcore.config.options import Flag
-from segcore.errors import UsageError
+from segcore.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from segcore.deploy.bench import Settings
@@ -54,6 +54,14 @@ class Bench(Command):
         both = {"no": (False,), "yes": (True,), "both": (False, True)}
         if not (self.batches and self.dtypes):
             raise UsageError("--batches and --dtypes need a value at least; leave them out for the usual ones")
+        given = {
+            "device": self.device not in ("auto", "cpu"), "steps": self.steps,
+            "compile": self.exported and self.compile != "no",
+            "channels-last": self.exported and self.channels_last != "no",
+        }  # fmt: skip
+        if (self.exported or self.runtimes) and any(given.values()):
+            option = next(name for name in given if given[name])
+            raise UserError(f"--{option} is for models in PyTorch; leave it out for exported ones and --runtimes")
         exp = self.experiment
         sizes = tuple(bench.parse_size(size) for size in self.sizes) or (exp.data.crop,)
         settings = bench.Settings(
@@ -62,7 +70,8 @@ class Bench(Command):
         )  # fmt: skip
         device = find_device("cpu" if self.runtimes or self.exported else self.device)
         if self.exported:
-            found, header = self._of_file(settings), bench.header(nn.Module(), device)
+            found = self._of_file(settings)
+            header = bench.header(nn.Module(), device) | {"provider": self.provider or "cpu"}
         else:
             model = exp.model.build()
             bench.check(model, settings)
@@ -86,6 +95,11 @@ class Bench(Command):
         assert self.folder
         exp, about = read_exported(self.folder)
         sizes = settings.sizes if self.sizes else (about.size,)
+        if not about.dynamic and self.batches not in ((1,), (about.batch,)):
+            raise UserError(
+                f"--batches {' '.join(map(str, self.batches))}: {self.folder} takes {about.batch} per call; leave it "
+                "out, or export with --dynamic"
+            )
         batches = settings.batches if about.dynamic else (about.batch,)
         for (height, width), batch, dtype in itertools.product(sizes, batches, settings.dtypes):
             shape = batch, exp.data.channels, height, width

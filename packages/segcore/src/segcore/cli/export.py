@@ -48,6 +48,7 @@ class Export(Command):
         settings = export.Settings(height, width, self.batch, self.dynamic, self.classes, self.normalize)
         if self.calibrate and not self.int8:
             raise UserError(f"--calibrate {self.calibrate} is for --int8; add it, or leave this out")
+        export.check_output(self.output, int8=self.int8)
         if self.int8:
             complete_toy_set(self)
             images, dataset = quantize.calibration_images(exp.data, self.calibrate), open_dataset(exp.data, "val")

@@ -5,6 +5,7 @@ It is read as data: nothing is imported for it, and no method has to be installe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -45,12 +46,17 @@ class Exported(Section):
     batch: int = setting(1, least=1)
     """Images per call, unless `dynamic`."""
     dynamic: bool = False
-    size_divisor: int = setting(1, least=1)
+    size_divisor: int = setting(1, least=1, most=1024)
     """With `dynamic`, sides are multiples of it."""
-    pad_to: int = setting(1, least=1)
+    pad_to: int = setting(1, least=1, most=1024)
     """With `dynamic`, other images are padded to multiples of it, as the model itself does; 1: it does not."""
-    min_size: int = setting(1, least=1)
+    min_size: int = setting(1, least=1, most=8192)
     align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size_divisor % self.pad_to and self.pad_to % self.size_divisor:  # no image would fit
+            raise UserError(f"exported.size_divisor {self.size_divisor} and pad_to {self.pad_to} exclude each other")
 
     def input_shape(self, channels: int) -> tuple[int | None, ...]:
         """Return the shape of the input; None stands for any number."""
@@ -71,8 +77,8 @@ def describe(exp: Experiment, exported: Exported) -> dict[str, Any]:
 def read_exported(path: Path) -> tuple[Experiment, Exported]:
     """Return the experiment that travels in an exported ONNX file, and how its network is called.
 
-    Raises UserError in one line for a file that is missing, damaged, not exported by segcore, or whose inputs and
-    outputs are others than it says.
+    Raises UserError in one line for a file that is missing, damaged, not exported by segcore, has weights in other
+    files, or whose inputs and outputs are others than it says.
     """
     try:
         import onnx
@@ -89,6 +95,8 @@ def read_exported(path: Path) -> tuple[Experiment, Exported]:
     except Exception:  # protobuf's, by version
         raise UserError(f"{path}: damaged, or no ONNX file; export the run again") from None
     text = next((entry.value for entry in proto.metadata_props if entry.key == ENTRY), None)
+    if any(getattr(part, "data_location", 0) or getattr(part, "external_data", ()) for part in _parts(proto)):
+        raise UserError(f"{path}: its weights are in other files, which are not read; export the run again")
     if text is None:
         raise UserError(f"{path}: was not exported by segcore (it has no entry {ENTRY!r}); export a run of yours")
     try:
@@ -123,6 +131,15 @@ def _experiment(stored: dict[str, Any]) -> Experiment:
     # Its denoising steps are in the network: none can be asked for.
     evaluate = replace(exp.evaluate, steps=(), early_exit_threshold=None, ensemble_steps=False)
     return replace(exp, evaluate=evaluate)
+
+
+def _parts(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and, at any depth, all that it holds: tensors are in nodes, subgraphs and functions."""
+    yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _parts(part)
 
 
 def _tensors(values: Any) -> list[tuple[str, int, tuple[int | None, ...]]]:

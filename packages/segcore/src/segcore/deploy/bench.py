@@ -141,6 +141,7 @@ def measure_runtimes(model: Segmentor, exp: Experiment, settings: Settings) -> I
     """Yield cells of ONNX Runtime (fp32) and OpenVINO (each precision) on the CPU, for exports of each size and batch.
 
     A runtime that is not installed, or a size that cannot be exported, is a cell with the reason.
+    Models that denoise run the configured steps, not `settings.steps`.
     """
     model, dtypes = model.cpu().fuse(), settings.dtypes
     for (height, width), batch in itertools.product(settings.sizes, settings.batches):

@@ -97,13 +97,20 @@ class Deployed(nn.Module):
         return classes.to(torch.uint8 if logits.shape[1] <= 256 else torch.int32)
 
 
-def check_output(path: Path, settings: Settings, model: Segmentor, exp: Experiment) -> None:
-    """Raise UserError when `path` or `settings` cannot be used, before anything is loaded or built."""
+def check_output(path: Path, *, int8: bool = False) -> None:
+    """Raise UserError when `path` cannot be written, before anything is loaded or built."""
+    if int8 and path.suffix != ".onnx":
+        raise UserError(f"{path}: --int8 is for ONNX; name the file .onnx")
     if path.suffix not in (".onnx", ".pt2"):
         raise UserError(f"{path}: name the file .onnx (ONNX) or .pt2 (torch.export)")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise UserError(f"{path}: ONNX needs {', '.join(missing)}; install segcore[export]")
+    files.check_writable(path)
+
+
+def check_settings(settings: Settings, model: Segmentor, exp: Experiment) -> None:
+    """Raise UserError when `settings` are not for `model`, before it is exported."""
     if settings.batch < 1:
         raise UserError(f"--batch {settings.batch}: give at least 1")
     if settings.normalize and exp.data.bit_depth != 8:
@@ -122,7 +129,8 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
     With `dynamic` a larger image and another batch size are also checked. Raises UserError, and writes nothing, when
     the model cannot be exported like this or the export's output differs from the model's.
     """
-    check_output(path, settings, model, exp)
+    check_output(path)
+    check_settings(settings, model, exp)
     # The exporter treats sizes of 1 as constants, so a dynamic export is traced with 2 images.
     example = _images(exp, max(settings.batch, 2) if settings.dynamic else settings.batch, settings)
     # A channels_last layout of the weights would add constraints on the sizes.

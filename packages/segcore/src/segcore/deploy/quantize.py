@@ -21,7 +21,7 @@ from segcore.data.images import IMAGE_SUFFIXES, read_image
 from segcore.data.layouts import open_dataset
 from segcore.data.layouts.files import walk
 from segcore.data.workers import worker_count
-from segcore.deploy.export import Check, Settings, export, quiet
+from segcore.deploy.export import Check, Settings, check_output, export, quiet
 from segcore.deploy.runtimes import ExportedModel, load_exported, predictor_of
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
@@ -55,6 +55,8 @@ def calibration_images(data: DataConfig, folder: Path | None) -> list[Callable[[
 
     Raises UserError when there are none.
     """
+    if folder and not folder.is_dir():
+        raise UserError(f"--calibrate {folder}: no such folder; give a folder of images like those to come")
     if folder is None:
         dataset = open_dataset(data, "train")
         return [lambda i=i: dataset.image(i) for i in _spread(len(dataset))]  # type: ignore[misc]
@@ -85,14 +87,16 @@ def export_int8(
     `images` are for the calibration, `dataset` is the validation set. Raises UserError, and writes nothing, when more
     than `max_drop` points of mIoU are lost, or the model cannot be exported.
     """
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: --int8 is for ONNX; name the file .onnx")
+    check_output(path, int8=True)
     with tempfile.TemporaryDirectory() as folder:
         exact, small = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
-        checks = export(model, exp, exact, settings)
-        before, count = _miou(exact, dataset, on_progress)
-        quantize(exact, small, images)
-        loss = Loss(before, _miou(small, dataset, on_progress)[0], count)
+        try:
+            checks = export(model, exp, exact, settings)
+            before, count = _miou(exact, dataset, on_progress)
+            quantize(exact, small, images)
+            loss = Loss(before, _miou(small, dataset, on_progress)[0], count)
+        except UserError as error:  # about files that the user does not know
+            raise UserError(str(error).replace(str(exact), str(path)).replace(str(small), str(path))) from error
         if not loss.drop <= max_drop:  # NaN, too
             raise UserError(f"{path}: not written ({loss}); --max-drop {max_drop:g} allows no more")
         files.write(path, small.read_bytes())
@@ -110,18 +114,24 @@ def _miou(path: Path, dataset: Dataset, on_progress: Callable[[int, int], None] 
 
 
 def quantize(exact: Path, small: Path, images: list[Callable[[], np.ndarray]]) -> None:
-    """Write the quantized form of the file `exact` to `small`, with its description."""
+    """Write the quantized form of the file `exact` to `small`, with its description. Raises UserError if it fails."""
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = exact.with_name("prepared.onnx")
-    with quiet():
-        quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared), str(small), _Reader(_inputs(exact, images)), per_channel=True,
-            quant_format=quantization.QuantFormat.QDQ, calibrate_method=quantization.CalibrationMethod.MinMax,
-        )  # fmt: skip
+    try:
+        with quiet():
+            quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared), str(small), _Reader(_inputs(exact, images)), per_channel=True,
+                quant_format=quantization.QuantFormat.QDQ, calibrate_method=quantization.CalibrationMethod.MinMax,
+            )  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # the quantization raises arbitrary exceptions
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{exact}: cannot be quantized ({reason}); export without --int8") from error
     written = onnx.load(str(small))
     [text] = [entry.value for entry in onnx.load(str(exact)).metadata_props if entry.key == ENTRY]
     del written.metadata_props[:]

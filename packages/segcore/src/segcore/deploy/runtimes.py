@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,34 +106,16 @@ class ExportedModel(Segmentor):
         raise UserError(f"{self.path}: an exported model cannot be trained; train the run that it was made of")
 
 
-@dataclass(frozen=True, eq=False)
-class ClassScores(Scores):
-    """Classes (N, H, W) int64 in the place of logits; what needs more raises `error`."""
-
-    error: UserError = field(kw_only=True)
-
-    def strips(self) -> Iterator[tuple[slice, Tensor]]:
-        """Raise the error."""
-        raise self.error
-
-    def classes(self) -> Tensor:
-        """Return the classes (N, H, W)."""
-        return self.values
-
-    def classes_and_confidence(self) -> tuple[Tensor, Tensor]:
-        """Raise the error."""
-        raise self.error
-
-
 @dataclass(frozen=True)
 class ClassPredictor(Predictor):
     """The predictor of a file that answers with classes alone: one view of whole images."""
+
+    model: ExportedModel
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settings = self.evaluate
         if self.ensemble or settings.mode != "whole" or settings.flip or len(settings.img_ratios) > 1:
-            assert isinstance(self.model, ExportedModel)
             raise UserError(
                 f"windows, flips, scales and ensembles take means, but {self.model.without_probabilities()}"
             )
@@ -142,22 +124,15 @@ class ClassPredictor(Predictor):
         self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
     ) -> Iterator[tuple[str, Scores]]:
         """Yield the one entry; at another size than the file's, its classes are those of the nearest pixels."""
-        assert isinstance(self.model, ExportedModel)
         size = (images[0].shape[0], images[0].shape[1])
-        found = torch.stack([self._classes(image) for image in images])
-        yield "final", ClassScores(found, size, size, error=self.model.without_probabilities())
-
-    def _classes(self, image: np.ndarray) -> Tensor:
-        model = self.model
-        assert isinstance(model, ExportedModel)
-        [(height, width, _)] = view_sizes(image.shape[0], image.shape[1], self.evaluate)
-        array = normalize(resize_image(image, (height, width)), self.data.mean, self.data.std)
-        batch = torch.from_numpy(array).permute(2, 0, 1)[None].to(self.device)
-        model.check_size(batch)
-        found = model.answer(model.pad(batch))[:, :height, :width]
-        if found.shape[1:] == image.shape[:2]:
-            return found[0]
-        return F.interpolate(found[None].float(), image.shape[:2], mode="nearest-exact")[0, 0].long()
+        [(height, width, _)] = view_sizes(*size, self.evaluate)
+        arrays = [normalize(resize_image(x, (height, width)), self.data.mean, self.data.std) for x in images]
+        batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
+        self.model.check_size(batch)
+        found = self.model.answer(self.model.pad(batch))[:, None, :height, :width]
+        if (height, width) != size:
+            found = F.interpolate(found.float(), size, mode="nearest-exact").long()
+        yield "final", Scores(found, size, size, refusal=self.model.without_probabilities())
 
 
 def load_exported(path: Path, provider: str | None = None, precision: Precision = "fp32") -> ExportedModel:
@@ -167,6 +142,7 @@ def load_exported(path: Path, provider: str | None = None, precision: Precision 
     OpenVINO; ONNX Runtime computes as the file says. Raises UserError in one line for a file or provider that cannot be
     used.
     """
+    # Weights in other files are refused there: even for bytes, the runtimes read them below the working directory.
     _, about = read_exported(path)
     data = path.read_bytes()
     name = (provider or "cpu").lower()
@@ -186,12 +162,12 @@ def _onnxruntime(data: bytes, provider: str) -> tuple[Run, str]:
     import onnxruntime
 
     available = {x.removesuffix("ExecutionProvider").lower(): x for x in onnxruntime.get_available_providers()}
+    available.pop("azure", None)  # sends images elsewhere, and runs no such file
     if provider not in available:
         raise UserError(f"--provider {provider}: not available here; use {', '.join(available)} or openvino")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    # Given as bytes, it has no folder from which further files could be read.
     wanted = dict.fromkeys([available[provider], "CPUExecutionProvider"])
     session = onnxruntime.InferenceSession(data, options, providers=list(wanted))
     if session.get_providers()[0] != available[provider]:  # it falls back to the CPU with a warning
@@ -215,7 +191,17 @@ def _openvino(data: bytes, precision: Precision) -> tuple[Run, str]:
 
 
 def predictor_of(model: ExportedModel, exp: Experiment, ensemble: Sequence[Segmentor] = ()) -> Predictor:
-    """Return the predictor of an exported model."""
+    """Return the predictor of an exported model.
+
+    Raises UserError for another normalization or bit depth where the file normalizes, and for what needs probabilities.
+    """
+    neutral = {"mean": (0.0,) * exp.data.channels, "std": (1.0,) * exp.data.channels, "bit_depth": 8}
+    changed = [name for name, value in neutral.items() if getattr(exp.data, name) != value]
+    if model.about.normalize and changed:
+        raise UserError(
+            f"--data.{changed[0]}: {model.path} takes 8-bit images and normalizes them itself; leave it out, or export "
+            "without --normalize"
+        )
     kind = ClassPredictor if model.about.output == "classes" else Predictor
     return kind.of(model, exp, ensemble)
 
@@ -223,7 +209,6 @@ def predictor_of(model: ExportedModel, exp: Experiment, ensemble: Sequence[Segme
 def require_probabilities(predictor: Predictor) -> None:
     """Raise UserError for the predictor of a file that answers with classes alone."""
     if isinstance(predictor, ClassPredictor):
-        assert isinstance(predictor.model, ExportedModel)
         raise predictor.model.without_probabilities()
 
 

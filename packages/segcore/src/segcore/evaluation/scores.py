@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segcore.errors import UserError
 from segcore.models.layers import resize
 from segcore.models.segmentor import Segmentor
 from segcore.ops.resize_argmax import resize_argmax, strips
@@ -23,7 +24,7 @@ class Scores:
 
     `values` (N, K, h, w) are logits. Resized to `full`, of which the first rows and columns are those of `size`, they
     belong to the images' pixels, or with `flip` to those of their mirror images. With `averaged` they are probabilities
-    at `size`.
+    at `size`. With `refusal` they are classes (N, 1, H, W) at `size`, and what needs probabilities raises that error.
     """
 
     values: Tensor
@@ -32,6 +33,7 @@ class Scores:
     align_corners: bool = False
     flip: bool = False
     averaged: bool = False
+    refusal: UserError | None = None
 
     @classmethod
     def of_view(
@@ -49,6 +51,8 @@ class Scores:
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield probabilities (N, K, rows, W) float32 of some of the images' rows at a time."""
+        if self.refusal:
+            raise self.refusal
         values = (1 << 19 if self.values.device.type == "cpu" else 1 << 26) // self.values.shape[1]
         for strip in strips(self.values, self.full, self.size, self.align_corners, values):
             x = strip.of(slice(None))
@@ -76,12 +80,16 @@ class Scores:
 
     def classes(self) -> Tensor:
         """Return the most probable classes (N, H, W), uint8 up to 256 classes and int32 above."""
+        if self.refusal:
+            return self.values[:, 0]
         if self.averaged and self.values.shape[1] == 1:
             return (self.values[:, 0] > 0.5).to(torch.uint8)
         return self._argmax(confidence=False)[0]
 
     def classes_and_confidence(self) -> tuple[Tensor, Tensor]:
         """Return the classes as `classes` does and their probabilities (N, H, W) float32."""
+        if self.refusal:
+            raise self.refusal
         if not self.averaged:
             return self._argmax(confidence=True)
         top = self.values.amax(1)
