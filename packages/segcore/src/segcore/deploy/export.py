@@ -63,14 +63,14 @@ class Check:
     """Comparison of the export with the model on random images of one shape."""
 
     shape: tuple[int, ...]
-    difference: float
-    """Largest difference of a logit from the model's own, relative to the largest logit if that exceeds 1; 0 for an
+    difference: float | None
+    """Largest difference of a logit from the model's own, relative to the largest logit if that exceeds 1; None for an
     export that returns classes."""
     agreement: float
     """Share of the pixels with the same class."""
 
     def __str__(self) -> str:
-        logits = f"logits within {self.difference:.1e}, " if self.difference else ""
+        logits = "" if self.difference is None else f"logits within {self.difference:.1e}, "
         return f"{'x'.join(map(str, self.shape))}: {logits}{self.agreement:.3%} same class"
 
 
@@ -248,7 +248,7 @@ def _save_program(program: torch.export.ExportedProgram, path: Path, text: str) 
 def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
     expected, found = module(images), run(images)
     if expected.ndim == 3:  # classes
-        return Check(tuple(images.shape), 0.0, (expected == found).double().mean().item())
+        return Check(tuple(images.shape), None, (expected == found).double().mean().item())
     same = (expected.argmax(1) == found.argmax(1)).double().mean().item()
     scale = expected.abs().max().clamp(min=1)
     return Check(tuple(images.shape), ((expected - found).abs().max() / scale).item(), same)
@@ -257,7 +257,7 @@ def _check(module: nn.Module, run: Forward, images: Tensor) -> Check:
 def _refuse(checks: list[Check], path: Path) -> None:
     """Raise UserError for the first check that fails; NaN also fails."""
     for check in checks:
-        if not (check.difference <= MAX_DIFFERENCE and check.agreement >= MIN_AGREEMENT):
+        if not ((check.difference or 0) <= MAX_DIFFERENCE and check.agreement >= MIN_AGREEMENT):
             raise UserError(
                 f"{path}: not written, its outputs differ from the model's ({check}; allowed are {MAX_DIFFERENCE} and "
                 f"{MIN_AGREEMENT:.1%}); report this with the versions that `env` prints"
