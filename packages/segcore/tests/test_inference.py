@@ -297,6 +297,7 @@ SETTINGS = [
     {"img_scale": (40, 30)},
     {"mode": "slide", "crop": (24, 24), "stride": (16, 16)},
     {"flip": True},
+    {"flip": True, "img_scale": (40, 30)},
     {"flip": True, "img_ratios": (0.5, 1.5), "mode": "slide", "crop": (24, 24), "stride": (16, 16)},
     {"ensemble_steps": True, "flip": True},
 ]

@@ -261,11 +261,17 @@ class Predictor:
             yield from runs[0]
             return
         for entry, views in in_step(runs):
-            total: Tensor | None = None
+            first = next(views)
+            whole = len(images) * first.values.shape[1] * size[0] * size[1]
+            if len(self.evaluate.img_ratios) == 1 and len(runs) * first.values.numel() <= whole:
+                yield entry, replace(first, others=tuple(views))  # which hold less than the mean as a whole
+                del first
+                continue
+            total = first.probabilities()
+            del first
             for scores in views:
                 total = scores.added_to(total)
                 del scores
-            assert total is not None
             yield entry, averaged(total.div_(len(runs)))
             del total
 
@@ -316,10 +322,12 @@ def in_step(runs: Sequence[Iterator[tuple[str, T]]]) -> Iterator[tuple[str, Iter
 def _running_means(entries: Iterator[tuple[str, Scores]]) -> Iterator[tuple[str, Scores]]:
     """Yield every entry as the mean of its probabilities with those of all previous ones."""
     total: Tensor | None = None
-    for count, (entry, scores) in enumerate(entries, 1):
+    names = list[str]()  # `enumerate` would keep an entry while the next one is computed
+    for entry, scores in entries:
+        names.append(entry)
         total = scores.added_to(total)
         del scores
-        yield entry, averaged(total / count)
+        yield entry, averaged(total / len(names))
 
 
 def _final(model: Segmentor, batch: Tensor, seeds: list[int]) -> Answered:

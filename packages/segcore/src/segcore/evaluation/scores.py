@@ -25,6 +25,7 @@ class Scores:
     `values` (N, K, h, w) are logits. Resized to `full`, of which the first rows and columns are those of `size`, they
     belong to the images' pixels, or with `flip` to those of their mirror images. With `averaged` they are probabilities
     at `size`. With `refusal` they are classes (N, 1, H, W) at `size`, and what needs probabilities raises that error.
+    With `others`, of the same images, the mean of all probabilities counts.
     """
 
     values: Tensor
@@ -34,6 +35,7 @@ class Scores:
     flip: bool = False
     averaged: bool = False
     refusal: UserError | None = None
+    others: tuple[Scores, ...] = ()
 
     @classmethod
     def of_view(
@@ -54,6 +56,11 @@ class Scores:
         if self.refusal:
             raise self.refusal
         values = (1 << 19 if self.values.device.type == "cpu" else 1 << 26) // self.values.shape[1]
+        each = (scores._own_strips(values) for scores in (self, *self.others))
+        for (rows, x), *more in zip(*each, strict=True):
+            yield rows, sum((y for _, y in more), start=x) / (1 + len(more)) if more else x
+
+    def _own_strips(self, values: int) -> Iterator[tuple[slice, Tensor]]:
         for strip in strips(self.values, self.full, self.size, self.align_corners, values):
             x = strip.of(slice(None))
             if not self.averaged:
@@ -82,6 +89,8 @@ class Scores:
         """Return the most probable classes (N, H, W), uint8 up to 256 classes and int32 above."""
         if self.refusal:
             return self.values[:, 0]
+        if self.others:
+            return torch.cat([averaged(x).classes() for _, x in self.strips()], 1)
         if self.averaged and self.values.shape[1] == 1:
             return (self.values[:, 0] > 0.5).to(torch.uint8)
         return self._argmax(confidence=False)[0]
@@ -90,6 +99,10 @@ class Scores:
         """Return the classes as `classes` does and their probabilities (N, H, W) float32."""
         if self.refusal:
             raise self.refusal
+        if self.others:
+            parts = [averaged(x).classes_and_confidence() for _, x in self.strips()]
+            classes, confidence = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+            return classes, confidence
         if not self.averaged:
             return self._argmax(confidence=True)
         top = self.values.amax(1)
