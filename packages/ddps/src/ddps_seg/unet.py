@@ -23,11 +23,11 @@ SMALLEST = 256
 """Pixels of the smallest map for which `winograd` is faster."""
 
 
-class StandardConv(nn.Conv2d):
-    """3x3 convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution, by `winograd` where that is faster.
 
-    In evaluation the standardized weights are cached until the weights change; never in training, as fused optimizers
-    change weights without increasing their version. They are cached in the form for `winograd` where that is used.
+    In evaluation the weights in the form that is used are cached until the weights change; never in training, as fused
+    optimizers change weights without increasing their version.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -39,23 +39,35 @@ class StandardConv(nn.Conv2d):
         weight = self.weight
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if self.training or recorded or weight.is_inference():
-            return F.conv2d(x, standardize(weight), self.bias, padding=1)
+            return F.conv2d(x, self.prepare(weight), self.bias, padding=1)
         tiled = weight.dtype == x.dtype and suits(x)
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._kept.get(tiled, (None,))[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # the cache must be usable anywhere
-                ready = standardize(weight)
+                ready = self.prepare(weight)
                 self._kept[tiled] = state, winograd_weight(ready) if tiled else ready
         kept = self._kept[tiled][1]
         return winograd(x, kept, self.bias) if tiled else F.conv2d(x, kept, self.bias, padding=1)
 
-    def train(self, mode: bool = True) -> StandardConv:
+    def prepare(self, weight: Tensor) -> Tensor:
+        """Return the weights to convolve with."""
+        return weight
+
+    def train(self, mode: bool = True) -> Conv3x3:
         """Clear the cache: weights may change without a version increase."""
         self._kept = {}
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": {}}
+
+
+class StandardConv(Conv3x3):
+    """Its weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520)."""
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        """Return the standardized weights."""
+        return standardize(weight)
 
 
 def standardize(weight: Tensor) -> Tensor:
@@ -166,8 +178,12 @@ class LinearAttention(nn.Module):
         """Return a map of the same shape (N, C, h, w)."""
         q, k, v = _heads(self.qkv(self.norm(x)))  # (N, head, 32, pixels)
         context = k.softmax(-1) @ v.transpose(2, 3) / v.shape[-1]
-        attended = context.transpose(2, 3) @ (q.softmax(2) * HEAD_WIDTH**-0.5)
-        return x + self.out_norm(self.out(attended.flatten(1, 2).unflatten(2, x.shape[-2:])))
+        q = q.softmax(2) * HEAD_WIDTH**-0.5
+        if by_onednn(x):  # in channels-last layout, as x
+            attended = (q.transpose(2, 3) @ context).transpose(1, 2).flatten(2).transpose(1, 2)
+        else:
+            attended = (context.transpose(2, 3) @ q).flatten(1, 2)
+        return x + self.out_norm(self.out(attended.unflatten(2, x.shape[-2:])))
 
 
 class FullAttention(nn.Module):
@@ -241,13 +257,13 @@ class UNet(nn.Module):
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, (a, b) in enumerate(pairs, 1):
             # The lowest level only changes the width.
-            resample = nn.Conv2d(a, b, 3, padding=1) if level == len(pairs) else nn.Conv2d(a, b, 4, 2, 1)
+            resample = Conv3x3(a, b) if level == len(pairs) else nn.Conv2d(a, b, 4, 2, 1)
             self.downs.append(Down(a, a, time_width, resample))
         self.middle1 = ResidualBlock(b, b, time_width)
         self.middle_attention = FullAttention(b)
         self.middle2 = ResidualBlock(b, b, time_width)
         for level, (a, b) in enumerate(pairs[::-1], 1):
-            conv = nn.Conv2d(b, a, 3, padding=1)
+            conv = Conv3x3(b, a)
             up = conv if level == len(pairs) else nn.Sequential(nn.Upsample(scale_factor=2), conv)
             self.ups.append(Up(a + b, b, time_width, up))
         self.last = ResidualBlock(2 * width, width, time_width)
