@@ -1,5 +1,7 @@
 """Where a model's noise is drawn, and that it depends on the image's seed alone."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -68,11 +70,19 @@ def test_steps_drawn_ahead_are_those_drawn_when_asked_for():
 
 @pytest.mark.usefixtures("no_copies")
 def test_a_step_is_drawn_before_it_is_asked_for():
-    drawn = []
-    steps = draw_steps(lambda g: drawn.append(normal(g)) or drawn[-1], generators([1], 1), GPU, 5)
+    drawn, second = [], threading.Event()
+
+    def noted(generator):
+        drawn.append(normal(generator))
+        if len(drawn) == 2:
+            second.set()
+        return drawn[-1]
+
+    steps = draw_steps(noted, generators([1], 1), GPU, 5)
     next(steps)
-    steps.close()  # waits for the thread
+    assert second.wait(60)
     assert len(drawn) == 2
+    steps.close()
 
 
 def test_an_image_draws_the_same_alone_and_in_a_batch():
