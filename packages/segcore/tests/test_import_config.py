@@ -274,6 +274,16 @@ def test_a_published_file_becomes_our_row(folder, name):
     assert changes(name, imported) == []
 
 
+@pytest.mark.parametrize("name", ["segformer_mit-b0_512x512_160k_ade20k", list(MODELS)[-1]])
+def test_the_file_that_their_runner_writes_beside_a_run_is_the_configuration(folder, tmp_path, name):
+    """It has no bases and names no variable; what were variables are keys of it."""
+    table, _ = read_config(folder / f"{name}.py")
+    flat = tmp_path / f"{name}.py"
+    flat.write_text("".join(f"{key} = {value!r}\n" for key, value in table.items()))
+    written = import_config(flat).experiment
+    assert differences(settings_of(import_config(folder / f"{name}.py").experiment), settings_of(written)) == []
+
+
 def test_1x_warms_up_to_the_base_rate(folder):
     """Unlike 0.x, whose recipe our row has: there the rate decays during the warm-up, too."""
     imported = import_config(folder / "segformer_mit-b0_8xb2-160k_ade20k-512x512.py").experiment

@@ -340,5 +340,6 @@ LINE_1: dict[str, Any] = {
 HELPERS = (
     *("norm_cfg", "backbone_norm_cfg", "img_norm_cfg", "crop_size", "dataset_type", "data_root", "train_pipeline"),
     *("test_pipeline", "val_pipeline", "checkpoint", "checkpoint_file", "class_weight", "iters", "img_ratios"),
+    *("data_preprocessor", "optimizer"),
 )
 """Variables that published files define, used or not: MMSegmentation reads none of them."""
