@@ -169,10 +169,8 @@ def test_class_weights_scale_both_heads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("variant", "size"), [("resnet", (64, 64)), ("convnext", (64, 128)), ("swin", (64, 64)), ("swin", (97, 129))]
-)
+@pytest.mark.parametrize(("variant", "size"), [("convnext", (64, 128)), ("swin", (97, 129))])
 def test_onnx(variant, size, tmp_path):
-    """The published sizes 512x512 and 512x1024, reduced, and one with remainders."""
+    """The published size 512x1024, reduced, and one with remainders."""
     pytest.importorskip("onnxscript")
     contract.check_onnx(build(variant), VARIANTS[variant], size, tmp_path / "model.onnx")

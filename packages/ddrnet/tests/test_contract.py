@@ -126,9 +126,8 @@ def test_wrong_settings_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(128, 128), (128, 256), (97, 129)])
-@pytest.mark.parametrize("variant", SMALL)
+@pytest.mark.parametrize(("variant", "size"), [(SMALL[0], (128, 256)), (SMALL[-1], (97, 129))])
 def test_onnx(variant, size, tmp_path):
-    """The published sizes 1024x1024 and 1024x2048, reduced, and one that is padded."""
+    """The published size 1024x2048, reduced, and one that is padded."""
     pytest.importorskip("onnxscript")
     contract.check_onnx(build(variant), VARIANTS[variant], size, tmp_path / "model.onnx")
