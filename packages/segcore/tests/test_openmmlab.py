@@ -236,7 +236,8 @@ def test_probabilities_are_those_of_our_predictor(row, mode, toy):
     image = read_image(path)
     [ours] = Predictor.of(model.net, model.experiment).probabilities([image], [0])
     [mean] = ours.values()
-    torch.testing.assert_close(probabilities(model, path, image.shape[:2]), mean, atol=1e-6, rtol=0)
+    # The predictor resizes rows and columns one after the other.
+    torch.testing.assert_close(probabilities(model, path, image.shape[:2]), mean, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("row", [DDP, DDPS])

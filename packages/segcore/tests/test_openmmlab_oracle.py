@@ -24,6 +24,7 @@ from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import Predictor
 from segcore.models.backbones import build_backbone
 from segcore.models.heads import FPN
+from segcore.testing.tiny import Tiny
 from segcore.training.optimizer import build_optimizer
 from segcore.training.schedule import learning_rate
 
@@ -194,14 +195,13 @@ RATIOS = (0.5, 0.75, 1.0, 1.75)
 def test_test_pipelines_agree(scale, ratios, flip, pictures):
     norm = {name: tuple(values) for name, values in NORM.items()}
     data, evaluate = DataConfig("cityscapes", **norm), EvalConfig(img_scale=scale, img_ratios=ratios, flip=flip)
-    plain = SimpleNamespace(num_classes=2, ignore_index=255, align_corners=False, parameters=lambda: iter(()))
-    predictor, views = Predictor(plain, evaluate, data), their_views(scale, ratios, flip)
+    predictor, views = Predictor(Tiny(2), evaluate, data), their_views(scale, ratios, flip)
     for image, _ in pictures:
         expected, found = views(image), []
 
         def network(batch, _, found=found):
             found.append(batch)
-            return {"final": batch[:, :2]}
+            return [("final", batch[:, :2])]
 
         predictor.probabilities([read_image(image)], [0], network=network)
         assert len(found) == len(expected) == len(ratios) * (1 + flip)
