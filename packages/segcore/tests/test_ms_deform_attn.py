@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -166,7 +167,7 @@ def test_double_backward_is_refused():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_for_any_number_of_queries(dynamic):
     shapes = [(4, 5), (2, 3)]
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda value, loc, attn: ops.ms_deform_attn(value, shapes, loc, attn),
