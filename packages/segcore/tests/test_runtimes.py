@@ -158,6 +158,35 @@ def test_int8_is_written_if_it_loses_little(exp, files, tmp_path):
     assert not path.exists()
 
 
+class Residual(nn.Module):
+    """What ONNX Runtime has to compute in 8 bits: a convolution without bias, ReLUs, a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1, bias=False)
+
+    def forward(self, images):
+        """Return 8 maps."""
+        x = self.first(images).relu()
+        return (x + self.second(x)).relu()
+
+
+def test_int8_computes_in_8_bits(exp, tmp_path):
+    import onnxruntime
+
+    model = Tiny(19, nn.Sequential(Residual(), nn.Conv2d(8, 19, 1))).eval()
+    exact, small, run = (tmp_path / f"{name}.onnx" for name in ("exact", "small", "run"))
+    export.export(model, exp, exact, export.Settings(32, 64))
+    quantize.quantize(exact, small, quantize.calibration_images(exp.data, None))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(run), 3
+    onnxruntime.InferenceSession(str(small), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(str(run)).graph.node]
+    assert kinds.count("QLinearConv") == 3
+    assert "QLinearAdd" in kinds
+    assert not {"Conv", "FusedConv", "Add"} & {*kinds}
+
+
 def test_the_images_of_a_calibration(exp, tmp_path):
     assert len(quantize.calibration_images(exp.data, None)) == 2
     with pytest.raises(UserError, match="no images there"):
