@@ -1,0 +1,37 @@
+"""Tables of measured figures in READMEs and docs are those that the benchmarks printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "benchmarks/results"
+pytestmark = pytest.mark.skipif(not RESULTS.is_dir(), reason="the benchmarks are not beside the tests")
+
+
+def table(page: str, pattern: str) -> dict[str, str]:
+    """Return what follows the name in the rows of a page's table, by name."""
+    rows = re.findall(rf"^\| `({pattern})`(.*)\|$", (ROOT / page).read_text(), re.MULTILINE)
+    assert rows, f"no table in {page}"
+    return dict(rows)
+
+
+def test_figures_of_the_operators():
+    printed = re.split(
+        r"^(\w+) .*$", (RESULTS / "ops_cpu.txt").read_text().split("seg-cuda-ops")[1], flags=re.MULTILINE
+    )
+    for name, lines in zip(printed[1::2], printed[2::2], strict=True):
+        speed = re.findall(r"compiled .* ([\d.]+x)$", lines, re.MULTILINE)
+        threads = re.findall(r"on 2, ([\d.]+x)$", lines, re.MULTILINE)
+        cells = table("packages/cuda-ops/README.md", "\\w+")[name].split(" | ")
+        assert cells[-3:-1] == speed, name
+        assert cells[-1].strip() == " / ".join(threads), name
+
+
+def test_figures_of_training_memory():
+    printed = (RESULTS / "training_memory.txt").read_text()
+    for name, cells in table("docs/extending.md", "(?:ddrnet|fpn|ddp|ddps)_\\w+").items():
+        [line] = [line for line in printed.splitlines() if line.split()[:1] == [name]]
+        numbers = [part.strip() for part in re.split(r"MiB \([\d.]+\)| s \(", line.removeprefix(name))][:2]
+        assert [re.sub(" +", " ", part) for part in numbers] == [part.strip() for part in cells.strip(" |").split("|")]
