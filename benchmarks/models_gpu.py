@@ -141,7 +141,7 @@ def train(small: bool, device: str) -> None:
             "--data.img-scale", str(2 * side), str(side), f"--schedule.iterations={iterations}",
             f"--train.batch-size={batch}", f"--train.device-batch-size={batch}", "--train.precision=bf16",
             f"--train.log-every={iterations // 2}", "--train.evaluate-every=0", "--train.init-from=None",
-            "--data.workers=8",
+            f"--data.workers={1 if small else 8}",
         ]  # fmt: skip
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
