@@ -304,5 +304,5 @@ def gpu_tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu_check(session: nox.Session) -> None:
-    """Check a GPU within eight minutes, without a network, in the environment that nox itself is in."""
+    """Check a GPU within ten minutes, without a network, in the environment that nox itself is in."""
     session.run("scripts/gpu_check.sh", *session.posargs, env={"PYTHON": sys.executable}, external=True)

@@ -156,7 +156,7 @@ int local_attn_differs(const Kernels<typename F::T>& kernels, int64_t d, int64_t
   for (int64_t i = 0; i < items; ++i) bias[i * taps + i % (taps - 1)] = -INFINITY;  // a tap that is masked, some first
   std::vector<V> ours(items * d, V(T(NAN)));
   std::vector<T> expected(items * d);
-  Pair<T> g_q(items * d, true), g_k(items * d, true), g_v(items * d, true);
+  Pair<T> g_q(items * d, false), g_k(items * d, true), g_v(items * d, true);
   Pair<T> g_offset(offset.size(), false), g_bias(bias.size(), !with_bias), factors(offset.size(), false);
   const auto arguments = [&](std::vector<T> Pair<T>::* side) -> LocalAttn<T> {
     return {qkv.exact.data(), qkv.exact.data() + k, qkv.exact.data() + v, offset.data(), with_bias ? bias.data() : nullptr,

@@ -245,6 +245,25 @@ def test_a_convolution_in_chunks_of_places(groups):
     )
 
 
+def test_a_convolution_takes_a_whole_batch_at_once(monkeypatch):
+    """One launch for the samples and one product, into the output, where there is memory as on a GPU."""
+    calls, targets, bmm = [], [], torch.bmm
+
+    def call(name: str, *args: Any) -> None:
+        calls.append(name)
+        registration.call_cpu(name, *args)
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        targets.append(out.data_ptr())
+        return bmm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "bmm", product)
+    by_name = kernels.kernels(registry.defaults, kernels.Backend(call, half=False, chunk=2**28))
+    out = by_name["deform_conv2d"](*make("deform_conv2d", 8, n=3))
+    assert calls.count("columns") == 1
+    assert targets == [out.data_ptr()]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_half_precision_without_conversion(op):
     """The way of a backend that takes half precision and many samples, as on a GPU: here its function converts."""

@@ -252,9 +252,10 @@ class Kernels:
         qkv, step = self.backend.tokens(q, k, v)
         (grads,) = self.backend.values(grad.to(q.dtype))
         places, biases = exact(offset, q), maybe(exact, bias, q)
-        rooms = [3] if places.dtype != q.dtype else [1, 1, 1]  # one, unless they are the outputs, which must lie apart
+        # Those of keys and values are added to: in one buffer, unless they are the outputs, which must lie apart.
+        rooms = [2] if places.dtype != q.dtype else [1, 1]
         buffers = [torch.zeros(n, *shape, dtype=places.dtype, device=places.device) for n in rooms]
-        of_qkv = [part for buffer in buffers for part in buffer]
+        of_qkv = [places.new_empty(shape), *(part for buffer in buffers for part in buffer)]
         more = [torch.empty_like(places), maybe(torch.empty_like, biases)]
         factors = None if q.is_cuda else torch.empty_like(places)
         tensors = [*qkv, places, biases, grads, None, *of_qkv, *more, factors]

@@ -61,8 +61,12 @@ class Noise(NamedTuple):
 
 def noise_at(times: Sequence[float], schedule: Schedule, like: Tensor) -> list[Noise]:
     """Return the noise level at each time, as tensors with the dtype (float32 or wider) and device of `like`."""
-    levels = log_snr(torch.tensor(times), schedule).to(like)  # a single transfer
-    return [Noise(level, *alpha_sigma(level)) for level in levels]
+    levels = log_snr(torch.tensor(times), schedule)
+    if torch.compiler.is_compiling():
+        values = [*levels.to(like)]
+    else:  # a copy would wait for the GPU, and cannot be recorded in a CUDA graph
+        values = [like.new_full((), level) for level in levels.tolist()]
+    return [Noise(level, *alpha_sigma(level)) for level in values]
 
 
 def ddim_step(noisy: Tensor, clean: Tensor, now: Noise, after: Noise) -> Tensor:

@@ -125,4 +125,4 @@ def _levels(index: int | Tensor, noise: NoiseSchedule, labels: Tensor) -> tuple[
 
 def _at(table: Tensor, index: int | Tensor, like: Tensor) -> Tensor:
     """Return a table's values at an index, or one per image, as (N or 1, 1, 1)."""
-    return table[torch.as_tensor(index, device=table.device)].reshape(-1, 1, 1).to(like.device)
+    return table[index].reshape(-1, 1, 1).to(like.device)

@@ -161,7 +161,9 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}")
         timesteps = self._timesteps(steps or self.num_inference_steps)
         draws = None if noise is None else iter(noise)
-        times = self.unet.embed_time(torch.tensor(timesteps, device=features.device)).split(1)
+        # Filled in one by one: a copy would wait for the GPU, and cannot be recorded in a CUDA graph.
+        filled = [torch.full((), timestep, device=features.device) for timestep in timesteps]
+        times = self.unet.embed_time(torch.stack(filled)).split(1)
         stem, channels = self.unet.stem, features.shape[1]
         # The stem is linear: its output for the condition is the same in every step.
         image_part = F.conv2d(features, stem.weight[:, :channels], stem.bias, padding=3)
