@@ -5,6 +5,7 @@ after `--` go to the command, as in `nox -s tests -- packages/ddp -k losses`.
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -245,6 +246,26 @@ def install_release(session: nox.Session, folder: Path, scratch: Path) -> None:
         run("python", "-c", few)
         short = ("--schedule.iterations", "4", "--schedule.warmup-iterations", "1", "--evaluate.steps", "1")
         run("ddp-seg", "demo", "--work-dir", "demo", *short)
+
+
+@nox.session
+def reference(session: nox.Session) -> None:
+    """Build the package of reference numbers, fetch it by its hash as CI does, and run parity tests with it alone."""
+    source = Path(os.environ.get("SEG_REFERENCE") or "../shared/reference")
+    if not source.is_dir():
+        session.error(f"no folder {source}: name the reference folder in SEG_REFERENCE")
+    folder = Path("dist", "reference").resolve()
+    session.run("python", "scripts/build_reference.py", str(source), str(folder))
+    home = re.compile(r"https://\S+/(?=segcore_reference)")
+    stated = Path(session.create_tmp(), "reference.txt")
+    stated.write_text(home.sub(f"{folder.as_uri()}/", Path("reference.txt").read_text()))
+    session.install(*EDITABLE, *group("test"))
+    session.install("--force-reinstall", "--no-deps", "-r", str(stated))
+    named = session.posargs or ("packages/ddrnet/tests/test_parity.py", "packages/segcore/tests/test_transforms.py")
+    ran = str(session.run("pytest", *PARALLEL, "-rs", *named, env={"SEG_REFERENCE": ""}, silent=True))
+    session.log(ran)
+    if "no reference numbers" in ran:
+        session.error("these tests do not find the package")
 
 
 @nox.session
