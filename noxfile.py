@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,20 @@ OPENMMLAB_TESTS = [
 """Where the marked tests are; collecting all others, in each process, takes longer than many of them."""
 
 
+def home_has_a_cache() -> bool:
+    """Return whether uv can keep its cache in the user's home, which containers often lack."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "uv")
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return False
+    return os.access(cache, os.W_OK)
+
+
+if os.name == "posix" and not home_has_a_cache():
+    os.environ.setdefault("UV_CACHE_DIR", str(Path(".nox", "uv-cache").resolve()))
+
+
 def group(name: str) -> list[str]:
     """Return the requirements of a dependency group of the root pyproject.toml."""
     return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
@@ -84,7 +99,9 @@ def oldest() -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test every package with the newest dependencies; the compiled kernels where there is a C++ compiler."""
-    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"))
+    if not COMPILER:
+        session.log("no C++ compiler on the path: the tests of the compiled kernels will skip")
+    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"), silent=False)  # shows the downloads
     session.run("pytest", *PARALLEL, *session.posargs)
 
 
@@ -169,6 +186,25 @@ def wheels(session: nox.Session, device: str) -> None:
         session.install("--no-deps", "--force-reinstall", str(wheel))
         ours = (f"packages/segcore/tests/test_{name}.py" for name in ("deform_ops", "ms_deform_attn"))
         session.run("pytest", *PARALLEL, "packages/cuda-ops", *ours, *session.posargs)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def first_minute(session: nox.Session) -> None:
+    """Follow the lines of the README that set everything up, in a fresh clone; print time and disk.
+
+    nox itself stops there after it has installed what the session needs; words after `--` replace `--install-only`.
+    """
+    clone = Path(session.create_tmp(), "clone").resolve()
+    for line in re.findall(r"^python3 -m venv .*$", Path("README.md").read_text(), re.MULTILINE):
+        shutil.rmtree(clone, ignore_errors=True)
+        git(session, "clone", "--quiet", ".", str(clone))
+        start = time.monotonic()
+        with session.chdir(clone):
+            line = line.replace("/nox ", f"/nox {shlex.join(session.posargs or ['--install-only'])} ")
+            session.run("bash", "-c", line, external=True)
+        size = sum(path.lstat().st_blocks for path in clone.rglob("*")) * 512 // 10**6
+        session.log(f"{time.monotonic() - start:.0f} s, {size} MB: {line}")
+    shutil.rmtree(clone)
 
 
 @nox.session
@@ -272,7 +308,7 @@ def reference(session: nox.Session) -> None:
 @nox.parametrize("method", METHODS, ids=METHODS)
 def demo(session: nox.Session, method: str) -> None:
     """Generate street scenes, train a small model on the CPU, evaluate it and write a page with pictures."""
-    session.install(*EDITABLE)
+    session.install(*EDITABLE, silent=False)  # shows the downloads
     session.run("python", "-m", f"{method}_seg", "demo", *session.posargs)
 
 
