@@ -5,9 +5,11 @@ after `--` go to the command, as in `nox -s tests -- packages/ddp -k losses`.
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +61,20 @@ OPENMMLAB_TESTS = [
 """Where the marked tests are; collecting all others, in each process, takes longer than many of them."""
 
 
+def home_has_a_cache() -> bool:
+    """Return whether uv can keep its cache in the user's home, which containers often lack."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "uv")
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return False
+    return os.access(cache, os.W_OK)
+
+
+if os.name == "posix" and not home_has_a_cache():
+    os.environ.setdefault("UV_CACHE_DIR", str(Path(".nox", "uv-cache").resolve()))
+
+
 def group(name: str) -> list[str]:
     """Return the requirements of a dependency group of the root pyproject.toml."""
     return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
@@ -83,7 +99,9 @@ def oldest() -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test every package with the newest dependencies; the compiled kernels where there is a C++ compiler."""
-    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"))
+    if not COMPILER:
+        session.log("no C++ compiler on the path: the tests of the compiled kernels will skip")
+    session.install(*EDITABLE, *COMPILED, *group("test"), env=build_for("cpu"), silent=False)  # shows the downloads
     session.run("pytest", *PARALLEL, *session.posargs)
 
 
@@ -170,6 +188,25 @@ def wheels(session: nox.Session, device: str) -> None:
         session.run("pytest", *PARALLEL, "packages/cuda-ops", *ours, *session.posargs)
 
 
+@nox.session(python=["3.11", "3.12", "3.13"])
+def first_minute(session: nox.Session) -> None:
+    """Follow the lines of the README that set everything up, in a fresh clone; print time and disk.
+
+    nox itself stops there after it has installed what the session needs; words after `--` replace `--install-only`.
+    """
+    clone = Path(session.create_tmp(), "clone").resolve()
+    for line in re.findall(r"^python3 -m venv .*$", Path("README.md").read_text(), re.MULTILINE):
+        shutil.rmtree(clone, ignore_errors=True)
+        git(session, "clone", "--quiet", ".", str(clone))
+        start = time.monotonic()
+        with session.chdir(clone):
+            line = line.replace("/nox ", f"/nox {shlex.join(session.posargs or ['--install-only'])} ")
+            session.run("bash", "-c", line, external=True)
+        size = sum(path.lstat().st_blocks for path in clone.rglob("*")) * 512 // 10**6
+        session.log(f"{time.monotonic() - start:.0f} s, {size} MB: {line}")
+    shutil.rmtree(clone)
+
+
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Run again what the first lines of benchmarks/results/*.txt say; words after `--` choose files by their names.
@@ -248,10 +285,30 @@ def install_release(session: nox.Session, folder: Path, scratch: Path) -> None:
 
 
 @nox.session
+def reference(session: nox.Session) -> None:
+    """Build the package of reference numbers, fetch it by its hash as CI does, and run parity tests with it alone."""
+    source = Path(os.environ.get("SEG_REFERENCE") or "../shared/reference")
+    if not source.is_dir():
+        session.error(f"no folder {source}: name the reference folder in SEG_REFERENCE")
+    folder = Path("dist", "reference").resolve()
+    session.run("python", "scripts/build_reference.py", str(source), str(folder))
+    home = re.compile(r"https://\S+/(?=segcore_reference)")
+    stated = Path(session.create_tmp(), "reference.txt")
+    stated.write_text(home.sub(f"{folder.as_uri()}/", Path("reference.txt").read_text()))
+    session.install(*EDITABLE, *group("test"))
+    session.install("--force-reinstall", "--no-deps", "-r", str(stated))
+    named = session.posargs or ("packages/ddrnet/tests/test_parity.py", "packages/segcore/tests/test_transforms.py")
+    ran = str(session.run("pytest", *PARALLEL, "-rs", *named, env={"SEG_REFERENCE": ""}, silent=True))
+    session.log(ran)
+    if "no reference numbers" in ran:
+        session.error("these tests do not find the package")
+
+
+@nox.session
 @nox.parametrize("method", METHODS, ids=METHODS)
 def demo(session: nox.Session, method: str) -> None:
     """Generate street scenes, train a small model on the CPU, evaluate it and write a page with pictures."""
-    session.install(*EDITABLE)
+    session.install(*EDITABLE, silent=False)  # shows the downloads
     session.run("python", "-m", f"{method}_seg", "demo", *session.posargs)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of all packages share: reference numbers, found through SEG_REFERENCE, which `.ci/run` sets."""
+"""What the tests of all packages share: reference numbers, and a browser."""
 
 import os
 
@@ -34,12 +34,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(1200))
 
 
+def find_reference() -> Path:
+    """Return the folder that SEG_REFERENCE names, that reference.txt fetched, or that is installed; or skip."""
+    if os.environ.get("SEG_REFERENCE"):
+        folder = Path(os.environ["SEG_REFERENCE"]).absolute()
+        if not folder.is_dir():
+            pytest.fail(f"SEG_REFERENCE names {folder}, which is no folder", pytrace=False)
+        return folder
+    fetched = Path(__file__).parents[1] / ".reference" / "segcore_reference"
+    if fetched.is_dir():
+        return fetched
+    if spec := importlib.util.find_spec("segcore_reference"):
+        return Path(str(spec.origin)).parent
+    pytest.skip("no reference numbers; to fetch them: pip install --no-deps --target .reference -r reference.txt")
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Folder of the reference specifications and golden numbers, or a skip."""
-    if not os.environ.get("SEG_REFERENCE"):
-        pytest.skip("SEG_REFERENCE is not set: no reference numbers to compare with")
-    return Path(os.environ["SEG_REFERENCE"])
+    return find_reference()
 
 
 @pytest.fixture(scope="session")

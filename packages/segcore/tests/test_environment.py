@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_command(capsys) -> None:
     assert json.loads(capsys.readouterr().out)["versions"]["segcore"] == versions()["segcore"]
 
 
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert git_hash() is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not on the path")
 def test_commit_is_that_of_the_code_not_of_an_enclosing_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

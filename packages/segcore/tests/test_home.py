@@ -1,8 +1,11 @@
 """What surrounds the packages: workflows, hooks and the links between pages."""
 
 import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -31,6 +34,30 @@ def test_workflows_call_sessions_that_exist(workflow):
     assert set(called) <= sessions
     scripts = re.findall(r"^(\.\w+/\w+)$", commands, re.MULTILINE)
     assert all((ROOT / script).is_file() for script in scripts)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere uv's cache is in another folder")
+@pytest.mark.parametrize("home", ["folder", "file", "folder/missing"])
+def test_sessions_work_without_a_home_to_write_to(home, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    kept = {name: value for name, value in os.environ.items() if name not in ("UV_CACHE_DIR", "XDG_CACHE_HOME")}
+    monkeypatch.setattr(os, "environ", kept | {"HOME": str(tmp_path / home)})
+    monkeypatch.setitem(sys.modules, "nox", MagicMock())
+    spec = importlib.util.spec_from_file_location("noxfile", ROOT / "noxfile.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert ("UV_CACHE_DIR" in os.environ) == (home == "file")
+
+
+def test_the_lines_of_the_readme_show_their_downloads():
+    """Gigabytes that arrive in silence look like a hung program."""
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r'^python3 -m venv .* -s "?(\w+)', readme, re.MULTILINE)
+    assert lines == ["demo", "tests"]
+    for session in lines:
+        (install,) = re.findall(rf"def {session}\(session.*?(session\.install\(.*?\))  #", noxfile, re.DOTALL)
+        assert install.endswith("silent=False)")
 
 
 def test_hooks_have_the_versions_of_lint():

@@ -182,11 +182,20 @@ def test_content_with_another_hash_is_refused(server, folder):
 def test_without_network_it_says_which_file_goes_where(server, folder, monkeypatch, path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))  # huggingface_hub would, for 23 s
+    monkeypatch.setattr("segcore.checkpoints.download.getproxies", dict)
     server.server_close()  # nothing listens on the port now
     refused(f"{server.url}/{path}", folder, "cannot be downloaded (Connection refused)")
     with pytest.raises(UserError, match=r"w\.pth: missing") as error:
         hub.fetch(f"{server.url}/{path}", offline=True)
     assert f"download {server.url}/{path} and put the file at {folder / 'w.pth'}" in str(error.value)
+
+
+def test_a_proxy_that_does_not_answer_is_named(folder, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")  # nothing listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    refused("https://example.org/w.pth", folder, "(Connection refused; the proxy for https is 127.0.0.1:9)")
 
 
 @pytest.mark.parametrize("url", ["http://example.org/w.pth", "file://localhost/etc/passwd", "ftp://example.org/w.pth"])

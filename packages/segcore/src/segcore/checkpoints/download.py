@@ -9,6 +9,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
+from urllib.request import getproxies
 
 from segcore.checkpoints.foreign import read_state
 from segcore.errors import UserError
@@ -71,7 +72,8 @@ def _reason(error: BaseException) -> str:
     while cause := error.__cause__ or error.__context__:
         error = cause
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return reason or type(error).__name__
+    proxy = getproxies().get("https", "").rpartition("@")[2]  # without its password
+    return (reason or type(error).__name__) + (f"; the proxy for https is {proxy}" if proxy else "")
 
 
 def _from_hugging_face(part: Path, endpoint: str, repo: str, revision: str, filename: str) -> list[tuple[str, str]]:
