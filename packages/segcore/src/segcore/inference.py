@@ -73,10 +73,7 @@ def load_model(
 
     Raises ValueError when the configuration, the weights or the device cannot be used; one line, with the remedy.
     """
-    if isinstance(config, str) and config.startswith(PREFIX):
-        name = config
-        config = distributed.main_process_first(lambda: hub_folder(name, offline=offline))
-    exp, folder = (config, None) if isinstance(config, Experiment) else find_experiment(config)
+    exp, folder = _configuration(config, offline)
     _check_exported(exp, folder, weights, provider)
     weights = weights or folder
     if weights is None:
@@ -103,9 +100,7 @@ def load_model(
             remedy = "state the same" if of_a_file else "give this folder as CONFIG, without other values"
             raise UserError(f"{path}: was trained with {then}; {remedy}") from None
         raise
-    of_a_run = (
-        f" ({standing(path)})" if path.parent.name == "checkpoints" and path != Path(weights).expanduser() else ""
-    )
+    of_a_run = path.is_dir() and path.parent.name == "checkpoints" and path != Path(weights).expanduser()
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
     fused = model.fuse().eval().to(target)
     predictor = Predictor.of(fused, exp, others)
@@ -113,8 +108,18 @@ def load_model(
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
         fused.to(memory_format=torch.channels_last)
-    report = (f"{path}{of_a_run}: {loaded}", *note)
+    report = (f"{path}{f' ({standing(path)})' if of_a_run else ''}: {loaded}", *note)
     return LoadedModel(exp, predictor, report=report, ensemble=settings)
+
+
+def _configuration(config: str | Path | Experiment, offline: bool) -> tuple[Experiment, Path | None]:
+    """Return the experiment, and the folder or exported file that `config` is; a model of the hub is downloaded."""
+    if isinstance(config, Experiment):
+        return config, None
+    name = str(config)
+    if name.startswith(PREFIX):
+        config = distributed.main_process_first(lambda: hub_folder(name, offline=offline))
+    return find_experiment(config)
 
 
 def _check_exported(exp: Experiment, folder: Path | None, weights: str | Path | None, provider: str | None) -> None:

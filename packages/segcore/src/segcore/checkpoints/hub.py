@@ -108,7 +108,9 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
             download(url, part, by_hand, sha256)
             files.umask_permissions(part)  # gdown makes its files private
             files.sync(part)
-            files.write(_record(target), f"{files.sha256(part)}  {target.name}\n")
+            record = part.with_name(_record(target).name)
+            record.write_text(f"{files.sha256(part)}  {target.name}\n", encoding="utf-8")
+            record.replace(_record(target))
             part.replace(target)
     return target
 
@@ -119,13 +121,17 @@ def _record(target: Path) -> Path:
 
 def _unchanged(target: Path, url: str, sha256: str | None = None) -> Path:
     """Return a local file; raises UserError if its SHA-256 is not the expected one, or the one recorded with it."""
-    stated = [sha256] if sha256 else []
+    record = _record(target)
+    stated = [("", sha256)] if sha256 else []
     with contextlib.suppress(OSError, ValueError):
-        stated += re.findall(r"\A[0-9a-f]{64}(?= )", _record(target).read_text(encoding="utf-8"))
+        content = record.read_text(encoding="utf-8")
+        stated += [(f" as in {record.name}", one) for one in re.findall(r"\A[0-9a-f]{64}(?= )", content)]
     found = files.sha256(target) if stated else ""
-    for one in stated:
+    for where, one in stated:
         if not found.startswith(one):
-            raise UserError(f"{target}: its SHA-256 is not {one}; delete it to download {url} again, or pass its path")
+            raise UserError(
+                f"{target}: its SHA-256 is not {one}{where}; delete it and its record to download {url} again"
+            )
     return target
 
 

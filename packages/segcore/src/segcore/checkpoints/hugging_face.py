@@ -63,7 +63,7 @@ def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
             etag = get_hf_file_metadata(url).etag or ""
         except Exception as error:  # differs between the library's versions
             answer = getattr(error, "response", None)
-            if answer is None and found:  # no network
+            if found and (answer is None or answer.status_code >= 500):  # no network, no hub
                 return _checked(found)
             if answer is not None and answer.status_code == 404 and name == SETTINGS:
                 return None
@@ -77,14 +77,12 @@ def _checked(path: Path | None, etag: str = "") -> Path | None:
     if path is not None:
         stated = etag or (path.readlink().name if path.is_symlink() else "")
         if re.fullmatch("[0-9a-f]{64}", stated) and (found := files.sha256(path)) != stated:
-            raise UserError(
-                f"{path}: its SHA-256 is {found}, not {stated} as stated; delete {path.resolve()} and retry"
-            )
+            raise UserError(f"{path}: its SHA-256 is {found}, not {stated} as stated; delete {path.resolve()}")
     return path
 
 
 def files_below(repo: str, revision: str, folder: str) -> list[str]:
-    """Return the paths of the files in a folder of a repository, and below it. Raises UserError as `hub_folder` does."""
+    """Return the paths of the files in a folder of a repository, and below it; raises UserError as `hub_folder`."""
     from huggingface_hub import HfApi
 
     with network_errors(f"{endpoint()}/{repo}/tree/{revision}/{folder}: cannot be listed", REMEDY):

@@ -80,7 +80,7 @@ class Verify(Parallel):
         return theirs
 
     def _compare(self, theirs: dict[str, float], results: Results, path: Path) -> None:
-        """Print the comparison, write what was found, and raise UserError for a figure that is not the published one."""
+        """Print the comparison, write what was found, and raise UserError for a figure that is not the authors'."""
         from segcore import files
         from segcore.environment import versions
         from segcore.reporting.figures import step_title

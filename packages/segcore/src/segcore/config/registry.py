@@ -71,7 +71,8 @@ def load_experiment(config: str | Path, package: str | None = None) -> Experimen
     It is a name, spelled with `-` or `_`, or a part that only one name has; the path of a published configuration, as
     the papers' READMEs write it (`configs/cityscapes/NAME.py`); `file.py:function`, a file of your own, which is
     imported; the folder of a run or checkpoint, or one that `push` wrote, whose settings are read and nothing imported
-    for it; or an exported model (.onnx), likewise. `package` is the import package of the method whose names count, None for all.
+    for it; or an exported model (.onnx), likewise. `package` is the import package of the method whose names count,
+    None for all.
     Raises ValueError naming the nearest configuration when there is none.
     """
     return find_experiment(config, package)[0]

@@ -246,7 +246,7 @@ def multi_scale(evaluate: EvalConfig) -> EvalConfig:
 class Experiment(Section):
     """One run: the model, the data, the recipe. Published rows are functions that return one."""
 
-    commands: ClassVar[tuple[str, ...]] = INPUT
+    commands: ClassVar[tuple[str, ...]] = (*INPUT, "verify")
 
     name: str = field(metadata={"commands": ()})
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""

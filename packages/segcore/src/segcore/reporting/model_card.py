@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,5 +101,9 @@ def model_card(
 
 
 def escaped(text: str) -> str:
-    """Return a text that Markdown and HTML show as it is, in one line: other characters than words become entities."""
-    return "".join(c if c.isalnum() or c in " -" else f"&#{ord(c)};" if c.isprintable() else " " for c in text)
+    """Return a text that Markdown and HTML show as it is, in one line: all marks become entities."""
+    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};" if mark[0].isprintable() else " ", text)
+
+
+_MARKS = re.compile(r"[^\w -]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters of no word; `_` only at the ends of words, as it marks nothing inside."""
