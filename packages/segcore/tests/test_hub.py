@@ -302,8 +302,9 @@ def row(server, monkeypatch):
     monkeypatch.setattr(hub, "published", lambda name: Published({}, page=PAGE_OF_ROW))
 
     def listing(*names):
-        tree = [{"type": "file", "oid": "0" * 40, "size": 1, "path": f"a/row/{name}"} for name in names]
-        server.files["/api/models/authors/all/tree/main/a/row"] = json.dumps(tree).encode()
+        paths = [{"rfilename": path} for path in (*(f"a/row/{name}" for name in names), "a/row2/c.pth", "best.pth")]
+        about = {"id": "authors/all", "private": False, "downloads": 0, "likes": 0, "tags": [], "siblings": paths}
+        server.files["/api/models/authors/all/revision/main"] = json.dumps(about).encode()
 
     return listing
 

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -171,6 +173,18 @@ def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     assert "not uploaded (Connection refused)" in refused(capsys, "push", run, REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
+
+
+def test_the_commands_of_the_page_that_need_no_network(run, photo, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "hub.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(<!-- not run: needs a network -->\n)?```(?:bash|python)\n(.*?)```", page, re.DOTALL)
+    [code] = [code for network, code in blocks if not network]
+    shutil.copytree(run, tmp_path / "runs" / "mine")
+    Image.open(photo).save(tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    for line in code.splitlines():
+        main(None, shlex.split(line)[1:])
+    assert (tmp_path / "results" / "street.png").is_file()
 
 
 # hub:USER/REPO

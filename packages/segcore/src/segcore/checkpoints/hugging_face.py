@@ -81,13 +81,13 @@ def _checked(path: Path | None, etag: str = "") -> Path | None:
     return path
 
 
-def files_below(repo: str, revision: str, folder: str) -> list[str]:
-    """Return the paths of the files in a folder of a repository, and below it; raises UserError as `hub_folder`."""
+def files_below(repo: str, revision: str, folder: str, remedy: str) -> list[str]:
+    """Return the paths of the files below a folder of a repository; raises UserError, which ends in the remedy."""
     from huggingface_hub import HfApi
 
-    with network_errors(f"{endpoint()}/{repo}/tree/{revision}/{folder}: cannot be listed", REMEDY):
-        tree = HfApi(endpoint=endpoint()).list_repo_tree(repo, folder, revision=revision, recursive=True)
-        return [item.path for item in tree if hasattr(item, "size")]
+    with network_errors(f"{endpoint()}/{repo}/tree/{revision}/{folder}: cannot be listed", remedy):
+        found = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=30).siblings or []
+    return [item.rfilename for item in found if item.rfilename.startswith(f"{folder}/")]
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
