@@ -66,8 +66,11 @@ def test_every_stage_starts_from_the_previous_one(name):
         assert (start.model.backbone, start.data.dataset) == (exp.model.backbone, exp.data.dataset)
 
 
-def test_a_row_without_a_known_file_says_where_to_look():
-    with pytest.raises(UserError, match=r"DDPS-all/tree/main/segformer_b2_multistep; download"):
+def test_a_row_without_a_known_file_says_where_to_look(monkeypatch, tmp_path):
+    monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    with pytest.raises(UserError, match=r"DDPS-all/tree/main/segformer_b2_multistep: cannot be listed.*download the"):
         find_weights("official", "ddps_segformer_mit_b2_ade20k151_multistep")
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ class Weights(BaseHTTPRequestHandler):
     """Serves `server.files` like a plain host and like the Hugging Face hub; other paths misbehave."""
 
     def do_GET(self) -> None:
-        server, path = self.server, self.path
+        server, path = self.server, unquote(self.path.partition("?")[0])
         server.seen.append((path, self.headers.get("Range")))
         body = server.files["/w.pth"]
         if path in server.files:
@@ -90,6 +91,7 @@ class Weights(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_HEAD(self) -> None:
+        self.server.tokens.append(self.headers.get("Authorization"))
         known = self.path in self.server.files
         self.answer(self.server.files[self.path], self.server.headers, send=0) if known else self.send_error(404)
 
@@ -97,6 +99,7 @@ class Weights(BaseHTTPRequestHandler):
         """Send the head and the first `send` bytes of the body; the hub's responses also name a commit and an ETag."""
         self.send_response(status)
         hub = {"ETag": '"v1"', "X-Repo-Commit": "0" * 40}
+        hub |= self.server.stated.get(self.path, {})
         for name, value in {"Content-Length": str(len(body)), **hub, **(headers or {})}.items():
             if value:
                 self.send_header(name, value)
@@ -111,7 +114,8 @@ class Weights(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A server at `server.url` with the files `server.files` (path -> content).
 
-    They are sent with `server.headers` and `server.status`; `server.seen` lists (path, Range).
+    They are sent with `server.headers`, those of `server.stated` (path -> headers) and `server.status`; `server.seen`
+    lists (path, Range), and `server.tokens` what HEAD requests are authorized by.
     """
     from segcore.checkpoints import download
 
@@ -119,6 +123,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(download, "PAUSE", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Weights)
     server.url, server.seen = f"http://127.0.0.1:{server.server_port}", []
+    server.stated, server.tokens = {}, []
     torch.save({"w": torch.arange(1 << 18, dtype=torch.float32)}, weights := io.BytesIO())
     server.files, server.headers, server.status = (
         {"/w.pth": weights.getvalue()},

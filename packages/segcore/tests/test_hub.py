@@ -4,6 +4,7 @@ import base64
 import errno
 import hashlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import save
 
 from segcore import UserError
 from segcore.checkpoints import hub
+from segcore.config.schema import Published
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def test_a_file_is_downloaded_once(server, folder, capsys):
     assert path.read_bytes() == body
     assert hub.fetch(f"{server.url}/w.pth", offline=True) == path
     assert len(server.seen) == 1
-    assert names_in(folder) == ["w.pth"]
+    assert names_in(folder) == ["w.pth", "w.pth.sha256"]
     assert "downloading w.pth (kB): 1050/1050" in capsys.readouterr().err
 
 
@@ -58,7 +60,7 @@ def test_a_terminal_gets_a_bar(server, monkeypatch, capsys):
 
 def test_a_redirect_is_followed_and_the_name_kept(server, folder):
     assert hub.fetch(f"{server.url}/moved.pth").read_bytes() == server.files["/w.pth"]
-    assert names_in(folder) == ["moved.pth"]
+    assert names_in(folder) == ["moved.pth", "moved.pth.sha256"]
 
 
 def test_a_broken_download_starts_again_from_the_beginning(server):
@@ -150,6 +152,19 @@ def test_a_file_that_no_longer_has_the_hash_in_its_name_is_noticed(server, folde
         hub.fetch(f"{server.url}/w-01234567.pth")
 
 
+def test_the_hash_of_a_download_is_recorded_and_verified_at_each_use(server, folder):
+    path = hub.fetch(f"{server.url}/w.pth")
+    record = folder / "w.pth.sha256"
+    assert record.read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  w.pth\n"
+    path.write_bytes(b"other")
+    with pytest.raises(
+        UserError, match=r"w\.pth: its SHA-256 is not \w+ as in w\.pth\.sha256; delete it and its record"
+    ):
+        hub.fetch(f"{server.url}/w.pth")
+    record.write_text("no hash")  # as a file that somebody put there, without a record
+    assert hub.fetch(f"{server.url}/w.pth") == path
+
+
 def test_leftovers_of_killed_downloads_are_removed(server, folder):
     for name in (".w.pth.old.part", ".v.pth.old.part", ".w.pth.new.part"):
         (folder / name / ".cache").mkdir(parents=True)
@@ -157,7 +172,7 @@ def test_leftovers_of_killed_downloads_are_removed(server, folder):
         for path in (folder / name, *(folder / name).rglob("*")):
             os.utime(path, times=(1e9, 1e9) if "old" in name else None)
     hub.fetch(f"{server.url}/w.pth")
-    assert names_in(folder) == [".w.pth.new.part", "w.pth"]
+    assert names_in(folder) == [".w.pth.new.part", "w.pth", "w.pth.sha256"]
 
 
 def test_two_downloads_of_one_file_at_once(server, folder):
@@ -166,7 +181,7 @@ def test_two_downloads_of_one_file_at_once(server, folder):
         paths = list(pool.map(hub.fetch, [f"{server.url}/both.pth"] * 2))
     assert paths == [folder / "both.pth"] * 2
     assert paths[0].read_bytes() == server.files["/w.pth"]
-    assert names_in(folder) == ["both.pth"]
+    assert names_in(folder) == ["both.pth", "both.pth.sha256"]
 
 
 def test_content_with_another_hash_is_refused(server, folder):
@@ -263,10 +278,10 @@ def test_files_of_the_hub_come_from_its_mirror(server, folder, monkeypatch):
     path = hub.fetch("https://huggingface.co/authors/model/resolve/v2/a/w.pth")
     assert path == folder / "w.pth"
     assert path.read_bytes() == server.files["/w.pth"]
-    assert names_in(folder) == ["w.pth"]
+    assert names_in(folder) == ["w.pth", "w.pth.sha256"]
     with pytest.raises(UserError, match=r"resolve/v2/gone\.pth: cannot be downloaded .*404"):
         hub.fetch("https://huggingface.co/authors/model/resolve/v2/gone.pth")
-    assert names_in(folder) == ["w.pth"]
+    assert names_in(folder) == ["w.pth", "w.pth.sha256"]
 
 
 def test_the_hash_that_the_hub_states_is_checked(server, folder, monkeypatch):
@@ -276,6 +291,54 @@ def test_the_hash_that_the_hub_states_is_checked(server, folder, monkeypatch):
     with pytest.raises(UserError, match=r"its sha256 is \w+, not 0+ as stated"):
         hub.fetch("https://huggingface.co/authors/model/resolve/v2/w.pth")
     assert names_in(folder) == []
+
+
+def test_offline_the_hub_is_not_asked(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"w\.pth: missing, and downloads are disabled"):
+        hub.fetch("https://huggingface.co/authors/model/resolve/v2/w.pth")
+    hub.fetch(f"{server.url}/w.pth")  # another host
+    assert len(server.seen) == 1
+
+
+PAGE_OF_ROW = "https://huggingface.co/authors/all/tree/main/a/row"
+
+
+@pytest.fixture
+def row(server, monkeypatch):
+    """A row whose weights are somewhere in a folder of the hub: a function that lists the files there."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(hub, "published", lambda name: Published({}, page=PAGE_OF_ROW))
+
+    def listing(*names):
+        paths = [{"rfilename": path} for path in (*(f"a/row/{name}" for name in names), "a/row2/c.pth", "best.pth")]
+        about = {"id": "authors/all", "private": False, "downloads": 0, "likes": 0, "tags": [], "siblings": paths}
+        server.files["/api/models/authors/all/revision/main"] = json.dumps(about).encode()
+
+    return listing
+
+
+@pytest.mark.parametrize("others", [("log.json",), ("iter_9.pth", "log.json")])
+def test_the_weights_in_a_folder_of_the_hub_are_found(server, folder, row, others):
+    row("best_mIoU.pth", *others)
+    server.files["/authors/all/resolve/main/a/row/best_mIoU.pth"] = server.files["/w.pth"]
+    path = hub.official_file("the-row")
+    assert path == folder / "the_row.pth"
+    assert path.read_bytes() == server.files["/w.pth"]
+    server.files.clear()  # nothing is listed again
+    assert hub.official_file("the_row") == path
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(("a.pth", "b.pth"), "holds a.pth, b.pth, of which"), (("log.json",), "holds no weights file")]
+)
+def test_a_folder_without_certain_weights_is_left_to_the_user(folder, row, names, words):
+    row(*names)
+    with pytest.raises(UserError, match=words) as error:
+        hub.official_file("the_row")
+    assert f"download the weights at {PAGE_OF_ROW} and put them at {folder / 'the_row.pth'}" in str(error.value)
+    with pytest.raises(UserError, match="missing, and downloads are disabled"):
+        hub.official_file("the_row", offline=True)
 
 
 # Google Drive
@@ -309,7 +372,7 @@ def test_google_drive_through_gdown(folder, monkeypatch, given):
     monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
     if given == WEIGHTS:
         assert hub.fetch(DRIVE, name="w.safetensors").read_bytes() == given
-        assert names_in(folder) == ["w.safetensors"]
+        assert names_in(folder) == ["w.safetensors", "w.safetensors.sha256"]
         return
     with pytest.raises(UserError) as error:
         hub.fetch(DRIVE, name="w.pth")

@@ -317,6 +317,7 @@ def test_start_weights_from_timm(tmp_path, weights_folder, server, monkeypatch):
         assert all(torch.equal(model.received[name], source[name]) for name in source)
     del source["classifier.bias"]
     save_file(source, weights_folder / f"{TAG}.safetensors")
+    (weights_folder / f"{TAG}.safetensors.sha256").unlink()
     with pytest.raises(UserError, match=r"does not fit.*classifier\.bias.*delete it"):
         load.load_init(WithBackbone(), TAG)
 

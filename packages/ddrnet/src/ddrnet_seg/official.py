@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _MMSEG = "https://download.openmmlab.com/mmsegmentation/v0.5/ddrnet"
 
 
-def _drive(file: str, key: str, note: str, **figures: float) -> Published:
+def _drive(file: str, key: str, note: str, sha256: str | None = None, **figures: float) -> Published:
     """Return a row whose weights the authors keep on Google Drive, where addresses contain no file names."""
     miou = {name.replace("_", " "): value for name, value in figures.items()}
-    return Published(miou, f"https://drive.google.com/uc?export=download&id={key}", note, file=file)
+    return Published(miou, f"https://drive.google.com/uc?export=download&id={key}", note, file=file, sha256=sha256)
 
 
 def _mmseg(name: str, single: float, multi: float, stamp: str) -> tuple[str, Published]:
@@ -50,7 +50,11 @@ PUBLISHED = {
     ),
     # ImageNet weights for initialization, for `train.init_from`: official:NAME
     "ddrnet_23_slim_imagenet": _drive(
-        "DDRNet23s_imagenet.pth", "1mg5tMX7TJ9ZVcAiGSB4PEihPtrJyalB4", "top-1 error 29.8"
+        "DDRNet23s_imagenet.pth",
+        "1mg5tMX7TJ9ZVcAiGSB4PEihPtrJyalB4",
+        "top-1 error 29.8",
+        # from a public Git LFS pointer to 30,406,472 bytes
+        "f6d03fa29b80e2e648f89a7639eb0c6d6c088e8f70f2cba1b2872b314a5c54b6",
     ),
     "ddrnet_23_imagenet": _drive("DDRNet23_imagenet.pth", "1VoUsERBeuCaiuQJufu8PqpKKtGvCTdug", "top-1 error 24.1"),
     "ddrnet_39_imagenet": _drive("DDRNet39_imagenet.pth", "122CMx6DZBaRRf-dOHYwuDY9vG0_UQ10i", "top-1 error 22.7"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.checkpoints.foreign import read_state
+from segcore.checkpoints.hugging_face import PREFIX, hub_folder
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.data_sets import class_count
@@ -61,9 +62,10 @@ def load_model(
     """Return a model with its weights, ready to segment images.
 
     Args:
-        config: a run's or checkpoint's folder or an exported model (.onnx), which need no `weights`; or anything that
-            `load_experiment` takes, or an Experiment.
-        weights: `official` (downloaded once), `official:CONFIG`, a weights file, or a run's or checkpoint's folder.
+        config: a run's, checkpoint's or pushed folder, `hub:USER/REPO` (a model that `push` shared on the Hugging Face
+            hub; `@REVISION` behind it chooses another state than the newest) or an exported model (.onnx), which need
+            no `weights`; or anything that `load_experiment` takes, or an Experiment.
+        weights: `official` (downloaded once), `official:CONFIG`, a weights file, a folder, or `hub:USER/REPO`.
         device: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …
         offline: never use the network; the error names the missing file and its location.
         ensemble: further models, whose class probabilities are included in the average.
@@ -71,7 +73,7 @@ def load_model(
 
     Raises ValueError when the configuration, the weights or the device cannot be used; one line, with the remedy.
     """
-    exp, folder = (config, None) if isinstance(config, Experiment) else find_experiment(config)
+    exp, folder = _configuration(config, offline)
     _check_exported(exp, folder, weights, provider)
     weights = weights or folder
     if weights is None:
@@ -98,7 +100,7 @@ def load_model(
             remedy = "state the same" if of_a_file else "give this folder as CONFIG, without other values"
             raise UserError(f"{path}: was trained with {then}; {remedy}") from None
         raise
-    of_a_run = f" ({standing(path)})" if path.is_dir() and path != Path(weights).expanduser() else ""
+    of_a_run = path.is_dir() and path.parent.name == "checkpoints" and path != Path(weights).expanduser()
     note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
     fused = model.fuse().eval().to(target)
     predictor = Predictor.of(fused, exp, others)
@@ -106,8 +108,18 @@ def load_model(
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
         fused.to(memory_format=torch.channels_last)
-    report = (f"{path}{of_a_run}: {loaded}", *note)
+    report = (f"{path}{f' ({standing(path)})' if of_a_run else ''}: {loaded}", *note)
     return LoadedModel(exp, predictor, report=report, ensemble=settings)
+
+
+def _configuration(config: str | Path | Experiment, offline: bool) -> tuple[Experiment, Path | None]:
+    """Return the experiment, and the folder or exported file that `config` is; a model of the hub is downloaded."""
+    if isinstance(config, Experiment):
+        return config, None
+    name = str(config)
+    if name.startswith(PREFIX):
+        config = distributed.main_process_first(lambda: hub_folder(name, offline=offline))
+    return find_experiment(config)
 
 
 def _check_exported(exp: Experiment, folder: Path | None, weights: str | Path | None, provider: str | None) -> None:

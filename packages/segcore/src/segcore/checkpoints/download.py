@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -51,18 +53,30 @@ def download(url: str, part: Path, by_hand: str, sha256: str | None = None) -> N
 def _fetch(url: str, part: Path, by_hand: str) -> list[tuple[str, str]]:
     """Download without a check and return (algorithm, hexadecimal hash) of the content as the host states it."""
     hub_file = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", url)
-    try:
-        if hub_file and hub_file[1] == os.environ.get("HF_ENDPOINT", HUB).rstrip("/"):
+    with network_errors(f"{url}: cannot be downloaded", by_hand):
+        if hub_file and hub_file[1] == endpoint():
             return _from_hugging_face(part, *hub_file.groups())
         if urlsplit(url).hostname == "drive.google.com":
             return _from_google_drive(url, part, by_hand)
         return _from_host(url, part, by_hand)
+
+
+def endpoint() -> str:
+    """Return the address of the Hugging Face hub, or of the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+
+
+@contextlib.contextmanager
+def network_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of the network or the server into a UserError `WHAT (reason); REMEDY`; a disk's is raised as is."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # exceptions differ between libraries and their versions
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-            raise  # a disk error
-        raise UserError(f"{url}: cannot be downloaded ({_reason(error)}); {by_hand}") from None
+            raise
+        raise UserError(f"{what} ({_reason(error)}); {remedy}") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segcore.checkpoints.manifest import MANIFEST, WEIGHTS
 from segcore.checkpoints.pickled import StandIn
 from segcore.checkpoints.run_checkpoint import read_model_state
 from segcore.checkpoints.tensor_files import load_safetensors, load_torch
@@ -24,19 +25,21 @@ WRAPPERS = (
 PREFIXES = (r"((module|_orig_mod)\.)*", *(rf"((module|_orig_mod|model|net)\.){{{n}}}" for n in range(1, 5)))
 """What data parallelism, torch.compile and other programs' modules put before a tensor's name, by preference."""
 ACCEPTED = (
-    "give a .safetensors or .pth file, a checkpoint folder, a work_dir, `official` or `official:CONFIG`; "
-    "start weights may also be a timm tag"
+    "give a .safetensors or .pth file, a checkpoint folder, a work_dir, `official`, `official:CONFIG` or "
+    "hub:USER/REPO; start weights may also be a timm tag"
 )
 
 
 def read_state(path: Path, known: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """Return the weights in a `.safetensors` file, a PyTorch file or one of our checkpoint folders, on the CPU.
+    """Return the weights in a `.safetensors` file, a PyTorch file, a checkpoint folder or a pushed one, on the CPU.
 
     From a file it takes the entry and removes the prefix that yield most of the names `known`, by default the first of
     `WRAPPERS`, or everything, without `module.` and `_orig_mod.`; `ema_*` copies are left out (ddp/SPEC.md section 5).
     Tensors may be backed by the file: do not write to them.
     Raises ValueError when the file is missing, damaged, requires code, or holds anything but dense tensors by name.
     """
+    if is_shared(path):
+        path /= WEIGHTS
     if path.is_dir():
         return read_model_state(path)
     if not path.exists():
@@ -63,6 +66,12 @@ def read_state(path: Path, known: Set[str] = frozenset()) -> dict[str, Tensor]:
     if not weights:
         raise UserError(f"{path}: holds only ema_* copies; give a file with the weights themselves")
     return weights
+
+
+def is_shared(folder: Path) -> bool:
+    """Return whether this is a folder as `push` writes it, or as the hub holds models: with weights, and no run's."""
+    others = (MANIFEST, "experiment.json")
+    return (folder / WEIGHTS).is_file() and not any((folder / name).exists() for name in others)
 
 
 def _entries(content: Any, seen: set[int], depth: int = 3) -> Iterator[dict[Any, Any]]:

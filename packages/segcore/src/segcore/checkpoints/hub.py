@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from segcore import files
-from segcore.checkpoints.download import HUB, download
+from segcore.checkpoints.download import HUB, download, endpoint
 from segcore.checkpoints.foreign import read_state
+from segcore.checkpoints.hugging_face import files_below, hub_offline
 from segcore.config.registry import published
+from segcore.config.schema import HASH_IN_NAME
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
-"""The start of the SHA-256, which PyTorch's and OpenMMLab's files have in their names."""
+SUFFIXES = (".pth", ".pt", ".safetensors")
+"""Of weights files."""
 
 
 def official_file(name: str, *, offline: bool = False) -> Path:
@@ -35,10 +37,31 @@ def official_file(name: str, *, offline: bool = False) -> Path:
     if row is None:
         raise UserError(f"{name!r} is not a published configuration; `configs` lists them, use official:CONFIG")
     if row.url is None and row.page is not None:
-        raise UserError(f"the weights of {name} are at {row.page}; download the file there and pass its path")
+        return _from_folder(name.replace("-", "_"), row.page, offline)
     if row.url is None:
         raise UserError(f"the authors of {name} offer no weights for it; train it, or pass your own checkpoint")
-    return fetch(row.url, offline=offline, name=row.file)
+    return fetch(row.url, offline=offline, sha256=row.sha256, name=row.file)
+
+
+def _from_folder(name: str, page: str, offline: bool) -> Path:
+    """Return the local file, named as the row is, of the weights in a folder of the Hugging Face hub.
+
+    They are the only weights file there, or the only one whose name begins with `best`.
+    """
+    parts = re.fullmatch(rf"{HUB}/([^/]+/[^/]+)/tree/([^/]+)/(.+)", page)
+    assert parts
+    for path in sorted(weights_dir().glob(f"{name}.*")):
+        if path.suffix in SUFFIXES:
+            return _unchanged(path, page)
+    by_hand = f"download the weights at {page} and put them at {weights_dir() / name}.pth"
+    if offline or hub_offline():
+        raise UserError(f"{weights_dir() / name}.pth: missing, and downloads are disabled; {by_hand}")
+    found = [path for path in map(PurePosixPath, files_below(*parts.groups(), by_hand)) if path.suffix in SUFFIXES]
+    best = [path for path in found if path.name.startswith("best")] if len(found) > 1 else found
+    if len(best) != 1:
+        names = ", ".join(path.name for path in found) or "no weights file"
+        raise UserError(f"{page}: holds {names:.300}, of which none is certainly the row's; {by_hand}")
+    return fetch(f"{HUB}/{parts[1]}/resolve/{parts[2]}/{best[0]}", name=f"{name}{best[0].suffix}")
 
 
 def weights_dir() -> Path:
@@ -57,22 +80,21 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
 
     `name` is the local file name, by default the URL's last part; `sha256` (hexadecimal, or its start) is the expected
     hash, by default the one in the URL's last part. The file is downloaded into a temporary folder, read, compared with
-    the size and the hashes that the host states, and then renamed, so it appears complete or not at all. URLs must be
-    https, or plain http to this machine.
+    the size and the hashes that the host states, and then renamed, so it appears complete or not at all. Its SHA-256 is
+    recorded beside it in NAME.sha256, as `sha256sum` writes it, and verified at each use. URLs must be https, or plain
+    http to this machine.
     Raises ValueError naming the URL and the file's place when it is absent and cannot be downloaded.
     """
     if url.startswith(f"{HUB}/"):
-        url = os.environ.get("HF_ENDPOINT", HUB).rstrip("/") + url.removeprefix(HUB)
+        url = endpoint() + url.removeprefix(HUB)
     file = PurePosixPath(urlsplit(url).path).name
     target = weights_dir() / (name or file)
     if not sha256 and (stated := HASH_IN_NAME.search(file)):
         sha256 = stated[1]
     if target.is_file():
-        if sha256 and not files.sha256(target).startswith(sha256):
-            raise UserError(f"{target}: its SHA-256 is not {sha256}; delete it to download {url} again")
-        return target
+        return _unchanged(target, url, sha256)
     by_hand = f"download {url} and put the file at {target}"
-    if offline:
+    if offline or (url.startswith(f"{endpoint()}/") and hub_offline()):
         raise UserError(f"{target}: missing, and downloads are disabled; {by_hand}")
     parts = urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {("http", "127.0.0.1"), ("http", "localhost")}:
@@ -86,7 +108,30 @@ def fetch(url: str, *, offline: bool = False, sha256: str | None = None, name: s
             download(url, part, by_hand, sha256)
             files.umask_permissions(part)  # gdown makes its files private
             files.sync(part)
+            record = part.with_name(_record(target).name)
+            record.write_text(f"{files.sha256(part)}  {target.name}\n", encoding="utf-8")
+            record.replace(_record(target))
             part.replace(target)
+    return target
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f"{target.name}.sha256")
+
+
+def _unchanged(target: Path, url: str, sha256: str | None = None) -> Path:
+    """Return a local file; raises UserError if its SHA-256 is not the expected one, or the one recorded with it."""
+    record = _record(target)
+    stated = [("", sha256)] if sha256 else []
+    with contextlib.suppress(OSError, ValueError):
+        content = record.read_text(encoding="utf-8")
+        stated += [(f" as in {record.name}", one) for one in re.findall(r"\A[0-9a-f]{64}(?= )", content)]
+    found = files.sha256(target) if stated else ""
+    for where, one in stated:
+        if not found.startswith(one):
+            raise UserError(
+                f"{target}: its SHA-256 is not {one}{where}; delete it and its record to download {url} again"
+            )
     return target
 
 

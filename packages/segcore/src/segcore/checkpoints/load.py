@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from segcore.checkpoints.foreign import ACCEPTED, read_state
+from segcore.checkpoints.foreign import ACCEPTED, is_shared, read_state
 from segcore.checkpoints.hub import official_file, timm_state
+from segcore.checkpoints.hugging_face import PREFIX, hub_folder
 from segcore.checkpoints.manifest import MANIFEST
 from segcore.checkpoints.other_classes import fitting_count, load_other_classes, trained_classes
 from segcore.checkpoints.run_checkpoint import best, newest
@@ -38,8 +39,8 @@ def load_init(
 ) -> str:
     """Load the start weights that `train.init_from` names and return a one-line report.
 
-    `init` is a file, checkpoint folder or work_dir, `official`, `official:CONFIG`, or a timm tag. A file with weights
-    of the backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to
+    `init` is a file, checkpoint folder or work_dir, `official`, `official:CONFIG`, `hub:USER/REPO`, or a timm tag. A
+    file with weights of the backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to
     `model.load_pretrained`. With the experiment that `model` was built from and its class names, the weights may be
     those of other classes, see `load_other_classes`. Raises ValueError when the weights are not found, cannot be
     downloaded, or do not fit the model.
@@ -79,12 +80,14 @@ def load_init(
 def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:
     """Return the file or checkpoint folder that `checkpoint` names, downloading it if it is a published one.
 
-    `official` means the published file of `experiment_name`, `official:CONFIG` that of row CONFIG. The path of a file
-    or of a checkpoint folder is returned unchanged; a work_dir yields its best, else its newest checkpoint. Raises
-    ValueError when none of these exists.
+    `official` means the published file of `experiment_name`, `official:CONFIG` that of row CONFIG; for `hub:USER/REPO`
+    see `hub_folder`. The path of a file, or of a checkpoint's or pushed folder, is returned unchanged; a work_dir
+    yields its best, else its newest checkpoint. Raises ValueError when none of these exists.
     """
     if checkpoint == "official" or checkpoint.startswith("official:"):
         return official_file(checkpoint.partition(":")[2] or experiment_name, offline=offline)
+    if checkpoint.startswith(PREFIX):
+        return hub_folder(checkpoint, offline=offline)
     try:
         path = Path(checkpoint).expanduser()
         is_run = (path / "checkpoints").is_dir()
@@ -99,7 +102,7 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
         raise UserError(f"{checkpoint}: no such file or folder (looked at {path.absolute()}); {ACCEPTED}")
     if not path.is_dir():
         regular_file(path)
-    elif not (path / MANIFEST).exists():
+    elif not (path / MANIFEST).exists() and not is_shared(path):
         raise UserError(f"{path}: neither a checkpoint folder (no {MANIFEST}) nor a work_dir; {ACCEPTED}")
     return path
 

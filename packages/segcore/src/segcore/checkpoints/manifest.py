@@ -13,7 +13,8 @@ from typing import Any
 from segcore.errors import UnreadError, UserError
 from segcore.files import read_json, reading, regular_file, sha256
 
-FILES = ("model.safetensors", "state.pt", "experiment.json")
+WEIGHTS = "model.safetensors"
+FILES = (WEIGHTS, "state.pt", "experiment.json")
 MANIFEST = "manifest.json"
 FORMAT = 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from segcore.config.record import from_plain
+from segcore.config.record import from_plain, record_of
 from segcore.config.registry import experiments
 from segcore.config.schema import DataConfig, ModelConfig
 from segcore.data.layouts import palette_of
@@ -37,7 +37,7 @@ def trained_classes(init: str, path: Path, name: str) -> tuple[str, ...] | None:
         if official == "official":
             build = experiments().get((row or name).replace("-", "_"))
             return palette_of(build().data)[0] if build else None
-        record = read_json(path / "experiment.json")
+        record = read_json(record_of(path))
         return palette_of(from_plain(DataConfig, record["experiment"]["data"], "data"))[0] or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -44,11 +44,16 @@ class Command:
         return self.folder is not None and self.folder.suffix == ".onnx"
 
     @property
+    def of_run(self) -> bool:
+        """Whether CONFIG is the folder of a run or checkpoint; one that `push` wrote is neither."""
+        return self.folder is not None and (self.folder / "experiment.json").is_file()
+
+    @property
     def run_dir(self) -> Path:
         """The run that CONFIG is or, as a checkpoint, belongs to; by default runs/<configuration>."""
-        if self.folder and self.folder.parent.name == "checkpoints":
-            return self.folder.parent.parent
-        return self.folder or Path("runs") / self.experiment.name
+        if not (self.folder and self.of_run):
+            return Path("runs") / self.experiment.name
+        return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Convert:
     """Write the weights of a file as safetensors, or as .pth for MMSegmentation; nothing in it is executed."""
 
     input: str = field(kw_only=True)
-    """A weights file, a run folder (its best checkpoint), a checkpoint folder, or official:CONFIG."""
+    """A weights file, a run folder (its best checkpoint), a checkpoint folder, official:CONFIG or hub:USER/REPO."""
     output: Path = field(kw_only=True)
     """The file to write: .safetensors, or .pth with the tensors as `state_dict`, as MMSegmentation reads it."""
     published_names: str | None = None

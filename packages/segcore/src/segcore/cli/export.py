@@ -16,7 +16,8 @@ class Export(Command):
     """Write a checkpoint as ONNX (.onnx) or as a torch.export program (.pt2), checked against the model."""
 
     checkpoint: str = field(kw_only=True)
-    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, `official` (published weights) or
+    hub:USER/REPO."""
     output: Path = field(kw_only=True)
     """The file to write; its ending says which kind."""
     size: str | None = None

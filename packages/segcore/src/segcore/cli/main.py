@@ -31,9 +31,11 @@ from segcore.cli.import_coco import ImportCoco
 from segcore.cli.import_config import ImportConfig
 from segcore.cli.import_isprs import ImportPotsdam, ImportVaihingen
 from segcore.cli.predict import Predict
+from segcore.cli.push import Push
 from segcore.cli.report import Report
 from segcore.cli.test import Test
 from segcore.cli.train import Train
+from segcore.cli.verify import Verify
 from segcore.cli.web import Web
 from segcore.config import options
 from segcore.config.fields import Section, reads
@@ -53,6 +55,8 @@ COMMANDS: dict[str, type[Any]] = {
     "bench": Bench,
     "export": Export,
     "convert": Convert,
+    "verify": Verify,
+    "push": Push,
     "import coco": ImportCoco,
     "import potsdam": ImportPotsdam,
     "import vaihingen": ImportVaihingen,
@@ -72,7 +76,8 @@ HELP = """usage: {prog} COMMAND …
 
 {prog} COMMAND --help lists a command's options, and COMMAND CONFIG --help those of a configuration with its values.
 CONFIG is a name (`{prog} configs` lists them) or a unique part of one, the path of a published configuration, your own
-file.py:function, or the folder of a run or checkpoint or an exported file .onnx, after which CHECKPOINT is left out.
+file.py:function, or the folder of a run or checkpoint, hub:USER/REPO or an exported file .onnx, after which CHECKPOINT
+is left out.
 
 {prog} --version prints the version, {prog} --tyro-print-completion bash (or zsh, fish) the shell's completion."""
 
@@ -232,7 +237,12 @@ def offers(command: Any) -> options.Offered:
 def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, Path | None, list[str]]:
     """Return the configuration that the words begin with, its folder if it is that of a run, and the other words."""
     if words and not words[0].startswith("-"):
-        return *find_experiment(words[0], package), words[1:]
+        config: str | Path = words[0]
+        if words[0].startswith("hub:"):
+            from segcore.checkpoints.hugging_face import hub_folder
+
+            config = hub_folder(words[0], offline="--offline" in words)
+        return *find_experiment(config, package), words[1:]
     if {"-h", "--help"} & set(words):
         return next(iter(experiments(package).values()))(), None, words  # any: the help then shows this one's values
     option = words[0].partition("=")[0].removeprefix("--").replace("-", "_") if words else ""

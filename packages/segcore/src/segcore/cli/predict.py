@@ -29,7 +29,8 @@ class Predict(Parallel):
     """Segment an image, every image of a folder, a video or a camera: class-index PNGs, overlays, probabilities."""
 
     checkpoint: str = field(kw_only=True)
-    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, `official` (published weights) or
+    hub:USER/REPO."""
     input: Path = field(kw_only=True)
     """An image file, a folder of images (subfolders too, which the output repeats), a video, or a camera's number."""
     output: Path = field(kw_only=True)

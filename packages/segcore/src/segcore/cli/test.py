@@ -28,7 +28,8 @@ class Test(Parallel):
     """Evaluate a checkpoint on the validation set: tables on the terminal, JSON beside them."""
 
     checkpoint: str = field(kw_only=True)
-    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights.
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, `official` (published weights) or
+    hub:USER/REPO.
     Without one, the run in runs/<configuration> is tested, with its own settings."""
     provider: str | None = field(default=None, metadata=PROVIDER)
     """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda,
@@ -151,7 +152,7 @@ class Test(Parallel):
             match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
             iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)
-        of_a_run = not self.exported and self.folder is not None and (self.run_dir / "experiment.json").is_file()
+        of_a_run = self.of_run and (self.run_dir / "experiment.json").is_file()
         if of_a_run and iteration is not None and not self._kinds() and not self.json:
             write_evaluation(self.run_dir, exp, evaluation)
         run = replace(read_run(self.run_dir), evaluation=evaluation) if of_a_run else Run.of(exp, evaluation)
@@ -170,4 +171,4 @@ class Test(Parallel):
         name = ".".join([name, *self._kinds(), suffix])
         if self.folder and self.exported:
             return self.folder.with_suffix(f".{name}")
-        return self.run_dir / name if self.folder else Path("runs") / f"{self.experiment.name}.{name}"
+        return self.run_dir / name if self.of_run else Path("runs") / f"{self.experiment.name}.{name}"

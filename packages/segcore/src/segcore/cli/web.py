@@ -21,7 +21,8 @@ class Web(Command):
     """Play with a model in the browser: a photo in, classes in color out (extra `web`)."""
 
     checkpoint: str = field(kw_only=True)
-    """A run folder (its best checkpoint), a checkpoint folder, a weights file, or `official`: published weights."""
+    """A run folder (its best checkpoint), a checkpoint folder, a weights file, `official` (published weights) or
+    hub:USER/REPO."""
     provider: str | None = field(default=None, metadata=PROVIDER)
     """What runs an exported model: openvino, or one of ONNX Runtime's that is installed: cpu (the default), cuda,
     tensorrt, coreml …"""

@@ -38,7 +38,7 @@ class DataConfig(Section):
     dataset: LayoutName | str = setting("folder", commands=_CLASSES)
     """Layout of the files (docs/datasets.md), or `file.py:open_split`, a function of yours that opens a split. `toy`
     generates street scenes in the Cityscapes layout. For the settings of `folder`, sets known by name have defaults."""
-    root: Path = setting(Path("data"), commands=_SPLIT)
+    root: Path = setting(Path("data"), commands=(*_SPLIT, "verify"))
     """Folder of the dataset."""
     train_images: str = setting("images/train/*", commands=_TRAINING)
     """`folder` only: glob of the training images, relative to the root."""
@@ -106,7 +106,7 @@ class DataConfig(Section):
     """Mean per channel, RGB, in units of the file (0..255 with 8 bits); the default is ImageNet's."""
     std: tuple[float, ...] = setting((58.395, 57.12, 57.375), above=0, commands=INPUT)
     """Standard deviation per channel, likewise."""
-    workers: int | Literal["auto"] = setting("auto", least=0, commands=("test", "predict", "export"))
+    workers: int | Literal["auto"] = setting("auto", least=0, commands=("test", "predict", "export", "verify"))
     """Processes per device that read and transform images; 0: the main process reads. Samples do not depend on it.
     `predict` reads in that many threads, and writes in as many. auto: a share of the usable CPUs, 1 to 8."""
     cache: Path | None = None

@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from importlib.resources import files
+from typing import Any
 
-from segcore.config.registry import experiments, published
+from segcore.config.registry import experiments, published, stored_json
 from segcore.config.schema import Published
 
 HEADER = """# Model zoo
 
 All published configurations, with mIoU in percent on the validation set as their authors publish it: single scale, and
-six scales each also flipped (`--multi-scale`). "Measured by us" stays empty until someone has run `test` with the
-published weights and data. Parameters are those that training builds, auxiliary heads included; crop is height x width.
-`official` weights are downloaded at the first use, and `segcore configs` prints this table.
+six scales each also flipped (`--multi-scale`). "Measured by us" and the SHA-256 of the weights stay unverified until
+someone with the data has run `segcore verify ROW` ([hub.md](hub.md#the-day-someone-has-the-data)). Parameters are those
+that training builds, auxiliary heads included; crop is height x width. `official` weights are downloaded at the first
+use, and `segcore configs` prints this table.
 
 This page is made by `python -m segcore.config.model_zoo > docs/model_zoo.md`.
 """
@@ -37,6 +40,8 @@ class Row:
     """Height, width."""
     iterations: int
     published: Published | None
+    verified: Mapping[str, Any] = field(default_factory=dict)
+    """What `verify` found: the row's entry in the method's `verified.json`; empty: not verified."""
 
     @property
     def millions(self) -> str:
@@ -52,12 +57,11 @@ def rows(package: str | None = None) -> list[Row]:
     found = []
     for point in sorted(entry_points(group="segcore.methods"), key=lambda point: point.name):
         if package in (None, point.value):
-            stored = files(point.value) / "parameters.json"
-            counts = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+            counts, verified = stored_json(point.value, "parameters.json"), stored_json(point.value, "verified.json")
             for key, build in experiments(point.value).items():
                 exp = build()
                 row = (exp.name, point.name, counts.get(key), exp.data.crop, exp.schedule.iterations)
-                found.append(Row(*row, published(key)))
+                found.append(Row(*row, published(key), verified.get(key, {})))
     return found
 
 
@@ -85,12 +89,35 @@ def as_markdown(table: list[Row]) -> str:
     for method in dict.fromkeys(row.method for row in table):
         text += f"\n## {method}-seg\n\n"
         text += "| configuration | single scale | multi-scale | parameters | crop | iterations | weights | log |"
-        text += " measured by us | notes |\n|---|---|---|---|---|---|---|---|---|---|\n"
-        text += "".join(_line(row, row.published) for row in table if row.method == method and row.published)
+        text += " measured by us | SHA-256 of the weights | notes |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        text += "".join(line(row) for row in table if row.method == method and row.published)
+        text += _start_weights(f"{method}_seg")
     return text
 
 
-def _line(row: Row, theirs: Published) -> str:
+def _start_weights(package: str) -> str:
+    """Return the table of a method's published weights that no configuration evaluates, if it has any."""
+    rows: dict[str, Published] = importlib.import_module(f"{package}.official").PUBLISHED
+    lines = [
+        f"| `official:{name}` | [{row.weights}]({row.url}) | {_sha256(row)} | {row.note} |\n"
+        for name, row in rows.items()
+        if name not in experiments(package)
+    ]
+    heading = "\n| start weights, for `--train.init-from` | weights | SHA-256 | notes |\n|---|---|---|---|\n"
+    return "".join([heading, *lines]) if lines else ""
+
+
+def _sha256(theirs: Published, verified: Mapping[str, Any] | None = None) -> str:
+    """Return what is known of the hash of the weights, as a cell."""
+    if verified:
+        return f"`{verified['sha256']}`"
+    return f"`{theirs.stated_sha256}` not yet verified".replace("`` ", "") if theirs.weights else ""
+
+
+def line(row: Row) -> str:
+    """Return the line of a published row in the table."""
+    theirs = row.published
+    assert theirs is not None
     figures = {key: str(value) for key, value in theirs.miou.items()}
     single, multi = figures.pop("single scale", ""), figures.pop("multi scale", "")
     single = single or "; ".join(f"{value} at {key}" for key, value in figures.items()) or "none given"
@@ -99,7 +126,8 @@ def _line(row: Row, theirs: Published) -> str:
     log = f"[log]({theirs.log})" if theirs.log else "none"
     height, width = row.crop
     cells = (f"`{row.name}`", single, multi, row.millions, f"{height}x{width}", f"{row.iterations:,}", weights, log)
-    return f"| {' | '.join((*cells, '', theirs.note))} |\n"
+    measured = "; ".join(f"{value:.2f} {key}" for key, value in row.verified.get("miou", {}).items())
+    return f"| {' | '.join((*cells, measured, _sha256(theirs, row.verified), theirs.note))} |\n"
 
 
 if __name__ == "__main__":

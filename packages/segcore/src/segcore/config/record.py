@@ -57,6 +57,12 @@ def _defaults(kind: Any) -> dict[str, Any]:
     return found
 
 
+def record_of(folder: Path) -> Path:
+    """Return the file with the settings in a folder: experiment.json of a run, or config.json as `push` writes it."""
+    own, pushed = folder / "experiment.json", folder / "config.json"
+    return pushed if pushed.is_file() and not own.exists() else own
+
+
 class VersionError(ValueError):
     """A stored setting that is not what this version stores."""
 
@@ -111,9 +117,9 @@ class ConfigDiff(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, exp: Experiment) -> ConfigDiff:
-        """Compare with experiment.json in a checkpoint's folder; no difference is known where there is none."""
+        """Compare with the record in a checkpoint's or pushed folder; no difference is known where there is none."""
         try:
-            then = with_defaults(read_json(folder / "experiment.json")["experiment"], exp)
+            then = with_defaults(read_json(record_of(folder))["experiment"], exp)
             now = settings_of(exp)
             name = "" if then["name"] == now["name"] else str(then["name"])
             if then["model"]["class"] != now["model"]["class"]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 from segcore.config.data import OF_FILES, WITHOUT_FILES
 from segcore.config.exported import read_exported
 from segcore.config.options import nearest
-from segcore.config.record import VersionError, from_plain
+from segcore.config.record import VersionError, from_plain, record_of
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.config.user_code import FROM_FILE, cannot_run, find_function
 from segcore.errors import UserError
@@ -39,8 +42,15 @@ def published(name: str) -> Published | None:
     for point in entry_points(group="segcore.methods"):
         rows: dict[str, Published] = importlib.import_module(f"{point.value}.official").PUBLISHED
         if _key(name) in rows:
-            return rows[_key(name)]
+            found = stored_json(point.value, "verified.json").get(_key(name))
+            return replace(rows[_key(name)], sha256=found["sha256"]) if found else rows[_key(name)]
     return None
+
+
+def stored_json(package: str, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file of a method's package, empty where there is none."""
+    file = files(package) / name
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def published_files() -> dict[str, str]:
@@ -60,8 +70,9 @@ def load_experiment(config: str | Path, package: str | None = None) -> Experimen
 
     It is a name, spelled with `-` or `_`, or a part that only one name has; the path of a published configuration, as
     the papers' READMEs write it (`configs/cityscapes/NAME.py`); `file.py:function`, a file of your own, which is
-    imported; the folder of a run or checkpoint, whose experiment.json is read and nothing imported for it; or an
-    exported model (.onnx), likewise. `package` is the import package of the method whose names count, None for all.
+    imported; the folder of a run or checkpoint, or one that `push` wrote, whose settings are read and nothing imported
+    for it; or an exported model (.onnx), likewise. `package` is the import package of the method whose names count,
+    None for all.
     Raises ValueError naming the nearest configuration when there is none.
     """
     return find_experiment(config, package)[0]
@@ -74,7 +85,7 @@ def find_experiment(config: str | Path, package: str | None = None) -> tuple[Exp
     if _key(name) in known:
         return known[_key(name)](), None
     if path.is_dir():
-        return read_experiment(path), path
+        return read_experiment(path, record_of(path).name), path
     if path.suffix == ".onnx":
         return read_exported(path)[0], path
     if is_file and (Path(f"{stem}.py").is_file() or _key(Path(stem).name) not in known):

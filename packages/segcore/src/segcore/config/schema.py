@@ -6,6 +6,7 @@ Defaults are neutral: nothing is augmented, decayed, warmed up, clipped or avera
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -136,7 +137,8 @@ class TrainConfig(Section):
     """Images per forward pass on one device; gradients are accumulated up to `batch_size`. Lower it when memory is
     short."""
     init_from: str | None = None
-    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, or `official:CONFIG`; None: random."""
+    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, `official:CONFIG` or `hub:USER/REPO`;
+    None: random."""
     precision: Precision = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
     channels_last: bool = False
@@ -203,7 +205,7 @@ class EvalConfig(Section):
     """Scales of multi-scale testing; probabilities are averaged."""
     flip: bool = False
     """Add the horizontally flipped view of every scale."""
-    batch_size: int = setting(1, least=1, commands=("test", "predict"))
+    batch_size: int = setting(1, least=1, commands=("test", "predict", "verify"))
     """Images per forward pass, where sizes are equal."""
     precision: Precision | None = None
     """Precision of the forward pass (autocast); None: as trained, `train.precision`."""
@@ -244,7 +246,7 @@ def multi_scale(evaluate: EvalConfig) -> EvalConfig:
 class Experiment(Section):
     """One run: the model, the data, the recipe. Published rows are functions that return one."""
 
-    commands: ClassVar[tuple[str, ...]] = INPUT
+    commands: ClassVar[tuple[str, ...]] = (*INPUT, "verify")
 
     name: str = field(metadata={"commands": ()})
     """Name of the configuration: the default --work-dir, published figures and weights follow from it."""
@@ -275,6 +277,10 @@ class Experiment(Section):
         return changed
 
 
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+"""The start of the SHA-256, which PyTorch's and OpenMMLab's files have in their names."""
+
+
 @dataclass(frozen=True)
 class Published:
     """What the authors publish for a row: figures and weights."""
@@ -288,11 +294,19 @@ class Published:
     file: str | None = None
     """Local name of the weights file; None: the last part of the URL."""
     page: str | None = None
-    """Where to find the weights by hand, when the file's own address is not known."""
+    """The folder of the Hugging Face hub with the weights, when the file's own address is not known."""
+    sha256: str | None = None
+    """Hash of the weights file in hexadecimal, or its start, if it is stated elsewhere than in the file's name."""
     log: str | None = None
     """Address of the training log; None: the authors offer none."""
 
     @property
+    def stated_sha256(self) -> str:
+        """The SHA-256 of the weights file in hexadecimal as far as it is stated anywhere, or nothing."""
+        found = HASH_IN_NAME.search(self.url or "")
+        return self.sha256 or (found[1] if found else "")
+
+    @property
     def weights(self) -> str:
-        """How the weights are offered, in a word: `official`, a folder to choose from by hand, or nothing."""
-        return "official" if self.url else "a folder" if self.page else ""
+        """How the weights are offered, in a word: `official`, or nothing."""
+        return "official" if self.url or self.page else ""

@@ -1,0 +1,106 @@
+"""Models that are shared on the Hugging Face hub: `hub:USER/REPO[@REVISION]`, kept in its library's own cache.
+
+The library reads HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. Of a repository only a safetensors file and a JSON
+file are downloaded, and nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from segcore import files
+from segcore.checkpoints.download import endpoint, network_errors
+from segcore.checkpoints.manifest import WEIGHTS
+from segcore.errors import UserError
+
+PREFIX = "hub:"
+SETTINGS = "config.json"
+REPO = r"[\w-][\w.-]*/[\w-][\w.-]*"
+"""USER/REPO as a regular expression."""
+REMEDY = "check the name and the network; a private or gated one needs a token in HF_TOKEN"
+
+
+def hub_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE forbids to ask the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def hub_folder(name: str, *, offline: bool = False) -> Path:
+    """Return the folder with the files of `hub:USER/REPO[@REVISION]`, downloading those that are absent.
+
+    It has model.safetensors and, where the repository has one, config.json. A branch or tag, by default main, is looked
+    up each time; without a network, its newest downloaded state is used. The SHA-256 that the hub states is verified
+    each time. Raises UserError for another name, and for files that are absent, cannot be downloaded or are damaged.
+    """
+    parts = re.fullmatch(rf"{PREFIX}({REPO})(?:@(\w[\w./-]*))?", name)
+    if not parts or ".." in name:
+        raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
+    weights = _file(parts[1], parts[2] or "main", WEIGHTS, offline)
+    assert weights is not None
+    _file(parts[1], weights.parent.name, SETTINGS, offline)  # of the same commit
+    return weights.parent
+
+
+def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
+    """Return a file of a repository in the library's cache; None if the repository has no settings."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    url = hf_hub_url(repo, name, revision=revision, endpoint=endpoint())
+    cached = try_to_load_from_cache(repo, name, revision=revision)
+    found, cache = Path(cached) if isinstance(cached, str) else None, Path(constants.HF_HUB_CACHE)
+    if offline or hub_offline() or (found and re.fullmatch("[0-9a-f]{40}", revision)):
+        if found is None and name == WEIGHTS:
+            raise UserError(f"{url}: not downloaded yet, and downloads are disabled; {cache} (HF_HOME) has no copy")
+        return _checked(found)
+    with (
+        files.writing(cache, "free space or set HF_HOME to another folder"),
+        network_errors(f"{url}: cannot be downloaded", REMEDY),
+    ):
+        try:
+            etag = get_hf_file_metadata(url).etag or ""
+        except Exception as error:  # differs between the library's versions
+            answer = getattr(error, "response", None)
+            if found and (answer is None or answer.status_code >= 500):  # no network, no hub
+                return _checked(found)
+            if answer is not None and answer.status_code == 404 and name == SETTINGS:
+                return None
+            raise
+        path = Path(hf_hub_download(repo, name, revision=revision, endpoint=endpoint()))
+        return _checked(path, etag)
+
+
+def _checked(path: Path | None, etag: str = "") -> Path | None:
+    """Return the file; raises UserError unless it has the SHA-256 which the hub stated: links there are named by it."""
+    if path is not None:
+        stated = etag or (path.readlink().name if path.is_symlink() else "")
+        if re.fullmatch("[0-9a-f]{64}", stated) and (found := files.sha256(path)) != stated:
+            raise UserError(f"{path}: its SHA-256 is {found}, not {stated} as stated; delete {path.resolve()}")
+    return path
+
+
+def files_below(repo: str, revision: str, folder: str, remedy: str) -> list[str]:
+    """Return the paths of the files below a folder of a repository; raises UserError, which ends in the remedy."""
+    from huggingface_hub import HfApi
+
+    with network_errors(f"{endpoint()}/{repo}/tree/{revision}/{folder}: cannot be listed", remedy):
+        found = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=30).siblings or []
+    return [item.rfilename for item in found if item.rfilename.startswith(f"{folder}/")]
+
+
+def upload(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder as one commit to a repository, which is created if it is not there; return its address."""
+    from huggingface_hub import HfApi
+
+    if hub_offline():
+        raise UserError(f"{repo}: not uploaded, as HF_HUB_OFFLINE is set; unset it, or use --dry-run")
+    address = f"{endpoint()}/{repo}"
+    with network_errors(
+        f"{address}: not uploaded", "log in with a token that may write, in HF_TOKEN or by `hf auth login`"
+    ):
+        api = HfApi(endpoint=endpoint())
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model with segcore")
+    return address

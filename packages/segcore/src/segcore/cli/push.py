@@ -1,0 +1,134 @@
+"""`push`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segcore import files
+from segcore.config.options import Flag
+from segcore.errors import UserError
+
+if TYPE_CHECKING:
+    from segcore.config.schema import Experiment
+    from segcore.inference import LoadedModel
+    from segcore.reporting.run_record import Evaluation
+
+
+@dataclass(frozen=True)
+class Push:
+    """Share a trained model on the Hugging Face hub: weights, settings and a model card, for `hub:USER/REPO`."""
+
+    checkpoint: Path = field(kw_only=True)
+    """Folder of a run (its best checkpoint) or of a checkpoint."""
+    repo: str = field(kw_only=True)
+    """USER/REPO: where to put it; the repository is created if it is not there."""
+    dry_run: Path | None = None
+    """Write this new folder and upload nothing; `load_model` loads it, too."""
+    license: str = "unknown"
+    """The license of the weights, as the hub abbreviates it: apache-2.0, cc-by-nc-4.0, other … The data's terms may
+    restrict it."""
+    images: tuple[Path, ...] = ()
+    """Photos to show on the card with the predicted classes; they are published, so take those that you may publish."""
+    private: Flag = False
+    """Create the repository as a private one."""
+
+    def run(self, package: str | None) -> None:
+        from segcore.checkpoints.hugging_face import REPO, upload
+
+        if not re.fullmatch(REPO, self.repo):
+            raise UserError(f"{self.repo:.200}: is no name of a repository; write USER/REPO")
+        if not re.fullmatch(r"\w[\w.+-]*", self.license):
+            raise UserError(f"--license {self.license:.200}: write the abbreviation of a license, such as apache-2.0")
+        if self.dry_run:
+            with files.writing_folder(self.dry_run) as folder:
+                self._write(folder)
+            print(f"{self.dry_run}: what would be uploaded to {self.repo}")
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            self._write(Path(temporary))
+            print(upload(Path(temporary), self.repo, private=self.private))
+
+    def _write(self, folder: Path) -> None:
+        """Write the files of the repository into an empty folder."""
+        import torch
+
+        from segcore.checkpoints.hugging_face import SETTINGS
+        from segcore.checkpoints.load import find_weights
+        from segcore.checkpoints.manifest import WEIGHTS
+        from segcore.config.record import settings_of
+        from segcore.config.registry import program
+        from segcore.environment import versions
+        from segcore.inference import load_model
+        from segcore.reporting.model_card import model_card
+
+        seg = load_model(self.checkpoint, device="cpu", offline=True)  # raises if anything is damaged or does not fit
+        path = find_weights(str(self.checkpoint), seg.experiment.name, offline=True)
+        if not path.is_dir():
+            raise UserError(f"{path}: is no run or checkpoint; give the folder that `train` wrote")
+        exp, evaluation = shareable(seg), stored_evaluation(path)
+        if evaluation is None:
+            print(
+                f"note: no figures, as no evaluation of {path} is stored; `segcore test {self.checkpoint}` stores one"
+            )
+        shutil.copyfile(path / WEIGHTS, folder / WEIGHTS)
+        settings = {"experiment": settings_of(exp), "versions": versions()}
+        files.write(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        names = [f"images/{number}.jpg" for number, _ in enumerate(self.images, 1)]
+        for name, photo in zip(names, self.images, strict=True):
+            picture = seg(photo).overlay(legend=True)
+            picture.thumbnail((1280, 1280))
+            (folder / name).parent.mkdir(exist_ok=True)
+            picture.save(folder / name, quality=90)
+        with torch.device("meta"):
+            parameters = sum(tensor.numel() for tensor in exp.model.build().parameters())
+        card = model_card(
+            exp,
+            self.repo,
+            package=program(type(exp.model).__module__.partition(".")[0]),
+            parameters=parameters,
+            classes=seg.class_names,
+            evaluation=evaluation,
+            images=names,
+            license=self.license,
+        )
+        files.write(folder / "README.md", card)
+
+
+def shareable(seg: LoadedModel) -> Experiment:
+    """Return the settings of a model without paths of this machine and functions in files; classes are written out."""
+    from segcore.config.data_sets import FOLDER, class_count
+    from segcore.config.schema import DataConfig
+    from segcore.data.layouts import palette_of
+
+    exp, neutral = seg.experiment, DataConfig()
+    data = dataclasses.replace(
+        exp.data,
+        augment=None,
+        **{name: getattr(neutral, name) for name in (*FOLDER, "root", "cache", "also")},
+    )
+    if not class_count(data.dataset) or data.classes or data.labels:
+        names, colors = palette_of(dataclasses.replace(data, add_background_class=False))
+        palette = tuple(bytes(color).hex() for color in colors)
+        data = dataclasses.replace(data, dataset="folder", classes=names, labels=(), palette=palette)
+    start = exp.train.init_from or ""
+    local = not start.startswith(("official", "hub:")) and re.search(r"[/\\]", start)
+    train = dataclasses.replace(exp.train, log=(), init_from=None if local else exp.train.init_from)
+    return dataclasses.replace(exp, data=data, train=train)
+
+
+def stored_evaluation(checkpoint: Path) -> Evaluation | None:
+    """Return the evaluation of a checkpoint that its run stores, None without one."""
+    from segcore.reporting.run_record import read_run
+
+    try:
+        found = read_run(checkpoint.parents[1]).evaluation
+    except UserError:
+        return None
+    return found if found and checkpoint.name == f"iter_{found.iteration}" else None

@@ -1,0 +1,107 @@
+"""`verify`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segcore.cli.common import Parallel, check_file, complete_toy_set, is_row, load
+from segcore.config import model_zoo
+from segcore.config.options import Flag
+from segcore.config.registry import published
+from segcore.config.schema import multi_scale
+from segcore.errors import UserError
+
+if TYPE_CHECKING:
+    from segcore.evaluation.evaluate import Results
+
+TOLERANCE = 0.1
+"""Difference in points of mIoU up to which a figure counts as reproduced."""
+SINGLE, MULTI = "single scale", "multi scale"
+
+
+@dataclass(frozen=True)
+class Verify(Parallel):
+    """Evaluate the published weights of a row at its published setting and compare with the published figures.
+
+    It ends with status 1 if one differs by more than 0.1 points of mIoU.
+    """
+
+    checkpoint: str | None = field(default=None, kw_only=True)
+    """The file of the row's published weights; if it is left out, they are downloaded."""
+    multi_scale: Flag = False
+    """Compare the multi-scale figure instead: six scales, each also flipped."""
+    json: Path | None = None
+    """A file .json for what was found, the row's entry in the method's verified.json, from which the model zoo is made;
+    by default runs/<configuration>.verify.json, with --multi-scale .verify.multi_scale.json."""
+
+    def run_in_process(self) -> Callable[[], None] | None:
+        from segcore import distributed
+        from segcore.checkpoints.load import find_weights
+        from segcore.data.layouts import open_dataset
+        from segcore.data.workers import worker_count
+        from segcore.evaluation.evaluate import evaluate
+        from segcore.progress import progress
+
+        exp, theirs = self.experiment, self._published()
+        check_file("json", self.json, ".json", [self.checkpoint])
+        complete_toy_set(self)
+        path = distributed.main_process_first(
+            lambda: find_weights(self.checkpoint or "official", exp.name, offline=self.offline)
+        )
+        predictor = load(self, str(path)).predictor
+        steps = () if {SINGLE, MULTI} & set(theirs) else tuple(int(re.sub(r"\D", "", key)) for key in theirs)
+        if self.multi_scale:
+            predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))
+        elif steps:
+            predictor = predictor.using(steps=steps)
+        dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "val"))
+        with progress("evaluating") as advance:
+            results = evaluate(
+                predictor, dataset, seed=exp.seed, workers=worker_count(exp.data.workers), on_progress=advance
+            )
+        return None if distributed.rank() else partial(self._compare, theirs, results, path)
+
+    def _published(self) -> dict[str, float]:
+        """Return the published figures to compare with, in percent."""
+        exp = self.experiment
+        row = published(exp.name)
+        if self.folder or row is None or not is_row(exp):
+            raise UserError(f"{self.folder or exp.name}: not a published row; `configs` lists them with their figures")
+        theirs = {key: value for key, value in row.miou.items() if (key == MULTI) == self.multi_scale}
+        if not theirs:
+            kind = "multi-scale figure" if self.multi_scale else "figure on the validation set"
+            raise UserError(f"{exp.name}: its authors publish no {kind}, so there is nothing to compare with")
+        return theirs
+
+    def _compare(self, theirs: dict[str, float], results: Results, path: Path) -> None:
+        """Print the comparison, write what was found, and raise UserError for a figure that is not the authors'."""
+        from segcore import files
+        from segcore.environment import versions
+        from segcore.reporting.figures import step_title
+
+        by_step = {step_title(name, results.by): entry for name, entry in results.entries.items()}
+        by_step |= {SINGLE: results.final, MULTI: results.final}
+        ours = {key: 100 * float(by_step[key]["mIoU"]) for key in theirs}
+        outside = [key for key in theirs if not abs(round(ours[key], 2) - theirs[key]) < TOLERANCE + 1e-6]
+        for key, value in theirs.items():
+            verdict = f"differs by more than {TOLERANCE}" if key in outside else "reproduced"
+            print(f"{key}: {ours[key]:.2f}, published {value:.2f} ({results.images} images): {verdict}")
+        name = self.experiment.name
+        known: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        entry = {"miou": ours, "images": results.images, **known, "versions": versions(), "reproduced": not outside}
+        suffix = "verify.multi_scale.json" if self.multi_scale else "verify.json"
+        output = self.json or Path("runs") / f"{name}.{suffix}"
+        files.write(output, json.dumps({name.replace("-", "_"): entry}, indent=1) + "\n")
+        row = next(row for row in model_zoo.rows() if row.name == name)
+        print(f"{path}: sha256 {known['sha256']}\n{output}\n{model_zoo.line(replace(row, verified=entry))}", end="")
+        if outside:
+            figures = ", ".join(f"{key} {ours[key]:.2f} instead of {theirs[key]:.2f}" for key in outside)
+            raise UserError(
+                f"{name}: {figures}; check --data.root ({results.images} images) and that {path.name} is the row's file"
+            )
