@@ -170,6 +170,7 @@ def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     refused(capsys, "push", run, REPO, "--dry-run", tmp_path / "new", "--images", tmp_path / "text.jpg")
     assert names_below(tmp_path) == ["full/file", "text.jpg"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
     assert "not uploaded (Connection refused)" in refused(capsys, "push", run, REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
