@@ -257,7 +257,7 @@ def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
         assert (folder / "config.json").exists() == bool(settings)
         exp = segcore.load_experiment(ROW)
         load_init(replace(exp.model, num_classes=3).build(), f"hub:{REPO}")
-        with pytest.raises(segcore.UserError, match="or a name|name the configuration"):
+        with pytest.raises(segcore.UserError, match=r"or a name|name the configuration"):
             segcore.load_model(f"hub:{REPO}")
         shutil.rmtree(folder.parents[2])
 
