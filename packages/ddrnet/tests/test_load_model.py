@@ -213,6 +213,7 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     run_checkpoint.save(run_checkpoint.folder_of(folder, 1), weights, {}, record)
     more = {"predict": [str(photo), str(tmp_path / "out")], "export": [str(tmp_path / "model.pt2"), "--size=64x64"]}
     more |= {"bench": ["--sizes=64x64", "--repeats=1", "--warmup=1"], "train": ["--work-dir", str(tmp_path / "work")]}
+    more |= {"push": ["me/model", "--dry-run", str(tmp_path / "shared")]}
     refused = bool(stored) and stored not in ({"name": "my.py:mine"}, {"dataset": "my.py:data"})  # these are texts
     with suppress(SystemExit):
         main("ddrnet_seg", ["report", str(Path())])  # shows what it can

@@ -132,9 +132,12 @@ def test_texts_are_shown_as_they_are():
 def test_figures_of_another_checkpoint_are_not_stated(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "iter_7").rename(tmp_path / "run" / "checkpoints" / "iter_8")
-    main(None, ["push", str(tmp_path / "run"), REPO, "--dry-run", str(tmp_path / "out")])
-    assert "note: no figures, as no evaluation of" in capsys.readouterr().out
-    assert "No evaluation of these weights is stored." in (tmp_path / "out" / "README.md").read_text()
+    for name in ("out", "again"):
+        main(None, ["push", str(tmp_path / "run"), REPO, "--dry-run", str(tmp_path / name)])
+        assert "note: no figures, as no evaluation of" in capsys.readouterr().out
+        assert "No evaluation of these weights is stored." in (tmp_path / name / "README.md").read_text()
+        other = Evaluation("test", 8, ("a", "b"), (Entry("final", 0.4, iou=(0.1, 0.2)),), main="final")
+        write_evaluation(tmp_path / "run", segcore.load_experiment(ROW), other)
 
 
 def test_push_uploads_one_commit(run, monkeypatch, capsys):
@@ -170,6 +173,7 @@ def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     refused(capsys, "push", run, REPO, "--dry-run", tmp_path / "new", "--images", tmp_path / "text.jpg")
     assert names_below(tmp_path) == ["full/file", "text.jpg"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
     assert "not uploaded (Connection refused)" in refused(capsys, "push", run, REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
@@ -253,7 +257,7 @@ def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
         assert (folder / "config.json").exists() == bool(settings)
         exp = segcore.load_experiment(ROW)
         load_init(replace(exp.model, num_classes=3).build(), f"hub:{REPO}")
-        with pytest.raises(segcore.UserError, match="name"):
+        with pytest.raises(segcore.UserError, match=r"or a name|name the configuration"):
             segcore.load_model(f"hub:{REPO}")
         shutil.rmtree(folder.parents[2])
 
@@ -349,6 +353,7 @@ def test_verify_takes_a_file_and_nothing_but_rows(row, toy, run, pushed, tmp_pat
     row(single_scale=60.0)
     assert "publish no multi-scale figure" in refused(capsys, "verify", ROW, "--multi-scale")
     assert "not a published row" in refused(capsys, "verify", run)
+    assert "is a folder; give the file" in refused(capsys, "verify", ROW, pushed, f"--data.root={toy}")
     state = load_file(tmp_path / "w.safetensors")
     save_file(state, tmp_path / "mine.safetensors")
     words = ("verify", ROW, "mine.safetensors", f"--data.root={toy}", "--device=cpu", "--offline")

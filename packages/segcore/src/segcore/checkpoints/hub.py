@@ -56,7 +56,11 @@ def _from_folder(name: str, page: str, offline: bool) -> Path:
     by_hand = f"download the weights at {page} and put them at {weights_dir() / name}.pth"
     if offline or hub_offline():
         raise UserError(f"{weights_dir() / name}.pth: missing, and downloads are disabled; {by_hand}")
-    found = [path for path in map(PurePosixPath, files_below(*parts.groups(), by_hand)) if path.suffix in SUFFIXES]
+    found = [
+        path
+        for path in map(PurePosixPath, files_below(parts[1], parts[2], parts[3], by_hand))
+        if path.suffix in SUFFIXES
+    ]
     best = [path for path in found if path.name.startswith("best")] if len(found) > 1 else found
     if len(best) != 1:
         names = ", ".join(path.name for path in found) or "no weights file"

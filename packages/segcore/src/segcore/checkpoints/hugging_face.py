@@ -65,7 +65,7 @@ def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
             answer = getattr(error, "response", None)
             if found and (answer is None or answer.status_code >= 500):  # no network, no hub
                 return _checked(found)
-            if answer is not None and answer.status_code == 404 and name == SETTINGS:
+            if name == SETTINGS and (answer is None or answer.status_code == 404):
                 return None
             raise
         path = Path(hf_hub_download(repo, name, revision=revision, endpoint=endpoint()))

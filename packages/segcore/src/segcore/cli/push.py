@@ -72,7 +72,7 @@ class Push:
         path = find_weights(str(self.checkpoint), seg.experiment.name, offline=True)
         if not path.is_dir():
             raise UserError(f"{path}: is no run or checkpoint; give the folder that `train` wrote")
-        exp, evaluation = shareable(seg), stored_evaluation(path)
+        exp, evaluation = shareable(seg), stored_evaluation(path, seg.class_names)
         if evaluation is None:
             print(
                 f"note: no figures, as no evaluation of {path} is stored; `segcore test {self.checkpoint}` stores one"
@@ -123,12 +123,13 @@ def shareable(seg: LoadedModel) -> Experiment:
     return dataclasses.replace(exp, data=data, train=train)
 
 
-def stored_evaluation(checkpoint: Path) -> Evaluation | None:
-    """Return the evaluation of a checkpoint that its run stores, None without one."""
+def stored_evaluation(checkpoint: Path, classes: tuple[str, ...]) -> Evaluation | None:
+    """Return the evaluation of a checkpoint with these classes that its run stores, None without one."""
     from segcore.reporting.run_record import read_run
 
     try:
         found = read_run(checkpoint.parents[1]).evaluation
     except UserError:
         return None
-    return found if found and checkpoint.name == f"iter_{found.iteration}" else None
+    fits = found and found.classes == classes and checkpoint.name == f"iter_{found.iteration}"
+    return found if fits else None

@@ -54,6 +54,8 @@ class Verify(Parallel):
         path = distributed.main_process_first(
             lambda: find_weights(self.checkpoint or "official", exp.name, offline=self.offline)
         )
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the file of the row's published weights, or none")
         predictor = load(self, str(path)).predictor
         steps = () if {SINGLE, MULTI} & set(theirs) else tuple(int(re.sub(r"\D", "", key)) for key in theirs)
         if self.multi_scale:
