@@ -209,3 +209,19 @@ def test_the_signal_that_ended_a_run_is_named(monkeypatch, capsys, number, said)
     with pytest.raises(SystemExit) as end:
         main(None, ["env"])
     assert (end.value.code, capsys.readouterr().err) == (128 + number, f"{said}\n")
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+    """What torch.compile raises where no C++ compiler is on the path."""
+    said = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet …"
+
+    def run(self, package):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("segcore.cli.env.Env.run", run)
+    with pytest.raises(SystemExit) as stopped:
+        main(None, ["env"])
+    assert stopped.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: compile: torch.compile needs a C++ compiler")
+    assert shown.count("\n") == 1

@@ -122,9 +122,11 @@ def main(package: str | None = None, argv: Sequence[str] | None = None) -> None:
         number = error.args[0] if error.args else signal.SIGINT
         _exit(_once("terminated" if number == signal.SIGTERM else "interrupted"), 128 + number)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
-            raise
-        _exit(f"error: {OUT_OF_MEMORY}", 1)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; naming it would import torch
+            _exit(f"error: {OUT_OF_MEMORY}", 1)
+        if "InvalidCxxCompiler" in str(error):
+            _exit("error: compile: torch.compile needs a C++ compiler on the path; install g++, or do not compile", 1)
+        raise
 
 
 def _show_only_our_lines() -> None:
