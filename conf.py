@@ -72,6 +72,7 @@ html_theme = "furo"
 html_static_path = ["docs/site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # it fetches pages, which a browser refuses for files
 html_show_copyright = False
 html_theme_options = {"source_repository": HOME, "source_branch": "main", "source_directory": ""}
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import segcore
 from segcore.checkpoints import run_checkpoint
@@ -147,3 +146,44 @@ def test_blocks_run(page, programs, tmp_path):
             words = [sys.executable, str(Path(__file__).with_name("docs_program.py")), "-c", python_of(block)]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{page}:{block.line}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def open_pages(browser):
+    """A function that opens a page of the site at a width, and returns it with what went wrong."""
+    if not SITE.is_dir():
+        pytest.skip("`nox -s docs -- build` has not built the site")
+
+    def open_page(path: Path, width: int):
+        page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(request.url))
+        page.on("request", lambda request: None if request.url.startswith(SITE.as_uri()) else wrong.append(request.url))
+        page.goto(path.as_uri())
+        return page, wrong
+
+    return open_page
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_in_a_browser(open_pages, width):
+    """Nothing is asked of a network, nothing fails, and a phone need not scroll sideways."""
+    index = SITE / "index.html"  # leads to another page at once
+    found = [path for path in sorted(SITE.rglob("*.html")) if "_static" not in path.parts and path != index]
+    assert len(found) > len(PAGES)
+    for path in found:
+        page, wrong = open_pages(path, width)
+        wide = page.evaluate("document.documentElement.scrollWidth") - width
+        page.close()
+        assert not wrong, path
+        assert wide <= 0, f"{path} is {wide} pixels too wide"
+
+
+@pytest.mark.docs
+def test_search_finds_an_option_in_files_alone(open_pages):
+    page, wrong = open_pages(SITE / "search.html", 1280)
+    page.goto((SITE / "search.html").as_uri() + "?q=early-exit-threshold")
+    page.wait_for_selector("#search-results li a")
+    assert not wrong
