@@ -26,7 +26,7 @@ from segcore.demo import toy
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES = [page for page in PAGES if page.name != "python_api.md"]  # whose code shows signatures
-SHELL, CODE, DATA = ("", "sh", "bash"), ("python", "diff"), ("text", "json", "toml", "yaml", "csv")
+SHELL, CODE, DATA = ("", "sh", "bash"), ("python", "diff"), ("text", "json", "toml", "yaml", "csv", "bibtex")
 """Languages of commands, of Python (of a diff, what it leads to), and of blocks that are no code."""
 PROGRAMS = ("segcore", "ddp-seg", "ddps-seg", "ddrnet-seg", "dgmn2-seg")
 SITE = ROOT / "site"
