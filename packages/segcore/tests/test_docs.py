@@ -115,15 +115,16 @@ def make_files(folder: Path, page: str) -> None:
             stream = container.add_stream("mpeg4", width=128, height=64, pix_fmt="yuv420p")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 128, 3), np.uint8), format="rgb24")))
             container.mux(stream.encode())
-    if "--work-dir runs/mine" not in page:
-        ddp = re.search(r"ddp-seg \w+ runs/mine", page)
-        exp = segcore.load_experiment("ddp_resnet18_toy" if ddp else "ddrnet_23_slim_toy")
-        exp = exp.with_overrides(["evaluate.img_scale=128 64", "data.workers=0"])
-        torch.manual_seed(0)
-        state = exp.model.build().state_dict()
-        run_checkpoint.save(run_checkpoint.folder_of(folder / "runs/mine", 1), state, {}, describe(exp))
-        shutil.copy(run_checkpoint.folder_of(folder / "runs/mine", 1) / "experiment.json", folder / "runs/mine")
-        torch.save(state, folder / "weights.pth")
+    ddp = re.search(r"ddp-seg \w+ runs/mine", page)
+    exp = segcore.load_experiment("ddp_resnet18_toy" if ddp else "ddrnet_23_slim_toy")
+    exp = exp.with_overrides(["evaluate.img_scale=128 64", "data.workers=0"])
+    torch.manual_seed(0)
+    state = exp.model.build().state_dict()
+    torch.save(state, folder / "weights.pth")
+    if "--work-dir runs/mine" not in page:  # else the page trains it
+        checkpoint = run_checkpoint.folder_of(folder / "runs/mine", 1)
+        run_checkpoint.save(checkpoint, state, {}, describe(exp))
+        shutil.copy(checkpoint / "experiment.json", folder / "runs/mine")
 
 
 @pytest.mark.docs
