@@ -208,6 +208,20 @@ def first_minute(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/, look at its pages in a browser, and run the code on them.
+
+    Words after `--` go to pytest, as in `-- -k own_data`; `-- build` only builds.
+    """
+    session.install("-c", "constraints.txt", *EDITABLE, *group("docs"), *group("test"), "gradio")
+    shutil.rmtree("site", ignore_errors=True)
+    tree = str(Path(session.create_tmp(), "doctrees"))
+    session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--nitpicky", "-q", "-E", "-d", tree, ".", "site")
+    if session.posargs != ["build"]:
+        session.run("pytest", "-m", "docs", *session.posargs)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Run again what the first lines of benchmarks/results/*.txt say; words after `--` choose files by their names.
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 COMMANDS = [
     shlex.split(line)
-    for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.splitlines()
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines() * (not language)
     if line.startswith(("ddrnet-seg", "segcore", "python"))
 ]
 SMALL = {

@@ -1,4 +1,4 @@
-"""docs/python_api.md shows the code as it is."""
+"""docs/python_api.md and docs/commands.md show the code as it is."""
 
 import ast
 import importlib
@@ -13,11 +13,13 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "python_api.md").read_text(encoding="utf-8")
 
 
-def test_page_is_what_the_script_writes():
-    spec = importlib.util.spec_from_file_location("python_api", ROOT / "scripts" / "python_api.py")
+@pytest.mark.parametrize("name", ["python_api", "commands"])
+def test_page_is_what_the_script_writes(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.page() == PAGE, "run: python scripts/python_api.py > docs/python_api.md"
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert script.page() == page, f"run: python scripts/{name}.py > docs/{name}.md"
 
 
 def signatures():

@@ -247,7 +247,7 @@ def test_mlflow_has_one_run_after_a_resume(exp: Experiment, run_dir: Path, monke
 
 def test_commands_and_sink_of_the_page(exp: Experiment, run_dir: Path) -> None:
     page = (ROOT / "docs/watching_a_run.md").read_text(encoding="utf-8")
-    commands = re.findall(r"(?m)^ {4}segcore (.+)$", page)
+    commands = re.findall(r"(?m)^segcore (.+)$", page)
     assert len(commands) == 5
     for command in commands:
         assert parse(command.split())
