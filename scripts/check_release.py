@@ -93,6 +93,7 @@ def check_built(folder: Path, again: Path, *, final: bool) -> None:
     for path in sorted(folder.glob("*-*")):
         print(f"{path.stat().st_size:>9,} bytes  {path.name}")
         check(path.stat().st_size <= LARGEST, path.name, f"is larger than {LARGEST:,} bytes")
+    check(f"\n## {VERSION}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), "CHANGELOG.md has no", VERSION)
     if PLACEHOLDER in (ROOT / "packages/segcore/pyproject.toml").read_text(encoding="utf-8"):
         check(not final, f"addresses have {PLACEHOLDER} in place of the public home (CONTRIBUTING.md, Releases)")
         print(f"rehearsal: addresses have {PLACEHOLDER} in place of the public home")
