@@ -246,6 +246,21 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def notebooks(session: nox.Session) -> None:
+    """Run the notebooks in a copy of their folder; with `-- --store`, keep their outputs as those of the repository."""
+    session.install(*EDITABLE, *group("notebooks"))
+    folder = Path(session.create_tmp(), "notebooks").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree("notebooks", folder, ignore=lambda _, names: [name for name in names if ".ipynb" not in name])
+    chosen = [name for name in session.posargs if name != "--store"] or sorted(path.name for path in folder.iterdir())
+    with session.chdir(folder):
+        session.run("pytest", "-c", os.devnull, "--rootdir", ".", "--nbmake", "--overwrite", "--nbmake-timeout=600",
+                    "-p", "no:cacheprovider", "--durations=0", *chosen)  # fmt: skip
+    if "--store" in session.posargs:
+        session.run("python", "scripts/store_notebooks.py", *(str(folder / name) for name in chosen))
+
+
+@nox.session
 def release(session: nox.Session) -> None:
     """Build the packages into dist/release, check them, install each by its name alone, and run a short demo."""
     session.install("uv", "twine", "auditwheel")

@@ -22,7 +22,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if os.environ.get("RANK", "0") != "0":
         yield lambda done, total: None
         return
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     if not console.is_terminal:
         yield _plain(title)
         return
@@ -39,6 +39,6 @@ def _plain(title: str) -> Callable[[int, int], None]:
         nonlocal last
         if done == total or time.monotonic() - last >= PLAIN_SECONDS:
             last = time.monotonic()
-            Console(stderr=True, highlight=False).print(f"{title}: {done}/{total}")
+            Console(stderr=True, highlight=False, force_jupyter=False).print(f"{title}: {done}/{total}")
 
     return advance
