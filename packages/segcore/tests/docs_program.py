@@ -53,6 +53,8 @@ def run(program: str, words: list[str]) -> None:
         more += ["--device=cpu"] + ["--gpus=None"] * ("--gpus" in words)
     if command == "train" and "--train.init-from" not in words:
         more += ["--train.init-from=None"]
+    if command == "train" and "--gpus" in words:
+        more.append("--train.batch-size=4")  # two images for each of two processes: DDRNet's batch norm needs them
     if command in ("test", "predict") and not Path(words[1]).exists():
         more += ["--evaluate.img-scale", "128", "64"]
     if command == "export" and "--int8" not in words:
