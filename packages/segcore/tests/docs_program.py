@@ -56,7 +56,7 @@ def run(program: str, words: list[str]) -> None:
     if command == "train" and "--gpus" in words:
         more.append("--train.batch-size=4")  # two images for each of two processes: DDRNet's batch norm needs them
     if command in ("test", "predict") and not Path(words[1]).exists():
-        more += ["--evaluate.img-scale", "128", "64"]
+        more += ["--evaluate.img-scale", "128", "64"] + ["--data.workers=0"] * (command == "test")
     if command == "export" and "--int8" not in words:
         more.remove("--max-drop=100")
     if command == "demo":

@@ -122,7 +122,7 @@ def make_files(folder: Path, page: str) -> None:
     torch.manual_seed(0)
     state = exp.model.build().state_dict()
     torch.save(state, folder / "weights.pth")
-    if "--work-dir runs/mine" not in page:  # else the page trains it
+    if not re.search(r"train \w+ --work-dir runs/mine", page):  # else the page trains it
         checkpoint = run_checkpoint.folder_of(folder / "runs/mine", 1)
         run_checkpoint.save(checkpoint, state, {}, describe(exp))
         shutil.copy(checkpoint / "experiment.json", folder / "runs/mine")
