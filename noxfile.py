@@ -213,7 +213,7 @@ def docs(session: nox.Session) -> None:
 
     Words after `--` go to pytest, as in `-- -k own_data`; `-- build` only builds.
     """
-    session.install("-c", "constraints.txt", *EDITABLE, *group("docs"), *group("test"), "gradio")
+    session.install("-c", "constraints.txt", *EDITABLE, *group("docs"), *group("test"))
     shutil.rmtree("site", ignore_errors=True)
     tree = str(Path(session.create_tmp(), "doctrees"))
     session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--nitpicky", "-q", "-E", "-d", tree, ".", "site")

@@ -11,17 +11,17 @@ import torch
 from segcore.checkpoints import hub
 from segcore.cli.main import main
 from segcore.config.registry import experiments, load_experiment, published
+from segcore.demo import run as demo
 from segcore.demo import toy
 
-SMALL = {
-    "train": (
-        *("--data.img-scale", "128", "64", "--data.crop", "64", "64", "--evaluate.img-scale", "128", "64"),
-        *("--schedule.epochs=None", "--schedule.iterations=2", "--schedule.warmup-iterations=1", "--train.log-every=1"),
-        *("--train.batch-size=2", "--train.device-batch-size=2", "--train.evaluate-every=2", "--data.workers=0"),
-    ),
-    "demo": ("--schedule.iterations=4", "--schedule.warmup-iterations=1"),
-    "export": ("--max-drop=100",),
-}
+BRIEF = (
+    *("data.img_scale=128 64", "data.crop=64 64", "evaluate.img_scale=128 64", "data.workers=0"),
+    *("schedule.epochs=None", "schedule.iterations=2", "schedule.warmup_iterations=1"),
+    *("train.batch_size=2", "train.device_batch_size=2", "train.evaluate_every=2", "train.log_every=1"),
+)
+"""Overrides with which a training takes seconds."""
+OPTIONS = [word for name, value in (each.split("=") for each in BRIEF) for word in (f"--{name}", *value.split())]
+SMALL = {"train": OPTIONS, "demo": OPTIONS, "export": ["--max-drop=100"]}
 """What follows the words of a command, by its name."""
 
 
@@ -48,13 +48,15 @@ def run(program: str, words: list[str]) -> None:
     """Run a command, on the CPU with one process unless the words say `--device` themselves."""
     package = None if program == "segcore" else program.replace("-", "_")
     command = words[0]
-    more = list(SMALL.get(command, ()))
+    more = list(SMALL.get(command, []))
     if command in ("train", "test", "predict", "demo", "bench") and "--device" not in words:
         more += ["--device=cpu"] + ["--gpus=None"] * ("--gpus" in words)
     if command == "train" and "--train.init-from" not in words:
         more += ["--train.init-from=None"]
+    if command == "train" and "--gpus" in words:
+        more.append("--train.batch-size=4")  # two images for each of two processes: DDRNet's batch norm needs them
     if command in ("test", "predict") and not Path(words[1]).exists():
-        more += ["--evaluate.img-scale", "128", "64"]
+        more += ["--evaluate.img-scale", "128", "64"] + ["--data.workers=0"] * (command == "test")
     if command == "export" and "--int8" not in words:
         more.remove("--max-drop=100")
     if command == "demo":
@@ -62,7 +64,10 @@ def run(program: str, words: list[str]) -> None:
         for row in experiments(package):
             exp = load_experiment(row)
             if exp.data.dataset == "toy":
-                toy.generate(Path(folder or f"runs/demo/{exp.name}", "scenes"), train=4, val=2)
+                scenes = Path(folder or f"runs/demo/{exp.name}", "scenes")
+                toy.generate(scenes, train=4, val=2, height=64, width=128)
+        base_of = demo.base_experiment
+        demo.base_experiment = lambda exp: (base := base_of(exp)) and base.with_overrides(BRIEF)
     main(package, [*words, *more])
 
 

@@ -96,7 +96,8 @@ def make_files(folder: Path, page: str) -> None:
     for name in ("examples", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("data/toy", "data/cityscapes"):
-        toy.generate(folder / name, train=4, val=2, height=64, width=128)
+        if f'generate(Path("{name}")' not in page:  # else the page makes it
+            toy.generate(folder / name, train=4, val=2, height=64, width=128)
     shutil.copytree(folder / "CamVid", folder / "data/CamVid")
     shutil.copytree(folder / "data/mine", folder / "mydata")
     for split in ("training", "validation"):
@@ -121,7 +122,7 @@ def make_files(folder: Path, page: str) -> None:
     torch.manual_seed(0)
     state = exp.model.build().state_dict()
     torch.save(state, folder / "weights.pth")
-    if "--work-dir runs/mine" not in page:  # else the page trains it
+    if not re.search(r"train \w+ --work-dir runs/mine", page):  # else the page trains it
         checkpoint = run_checkpoint.folder_of(folder / "runs/mine", 1)
         run_checkpoint.save(checkpoint, state, {}, describe(exp))
         shutil.copy(checkpoint / "experiment.json", folder / "runs/mine")
