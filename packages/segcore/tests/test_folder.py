@@ -125,6 +125,15 @@ def test_a_wrong_line_of_a_csv_file_is_named(tmp_path: Path) -> None:
         DataConfig(classes=("a", "b"), labels=("0=a", "1=c"))
 
 
+@pytest.mark.parametrize("name", ["\x1b[31mroad", "ro\nad", "\u202eroad"])
+def test_class_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "labels.csv").write_text(f'0,"{name}"\n', encoding="utf-8")
+    for given in ({"classes": (name, "b")}, {"labels": (f"0={name}",)}, {"labels": (str(tmp_path / "labels.csv"),)}):
+        with pytest.raises(UserError, match="cannot be printed") as error:
+            DataConfig(dataset="folder", **given)
+        assert str(error.value).isprintable()
+
+
 def test_more_classes_than_a_byte_holds(tmp_path: Path) -> None:
     mask = np.array([[0, 255, 256], [299, 65535, 1]], np.uint16)
     data = folder_of(tmp_path, {"a.png": mask, "b.tif": mask}, classes=" ".join(f"c{i}" for i in range(300)))

@@ -76,8 +76,11 @@ def class_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise UserError when `data.labels` is wrong, or names other classes than `data.classes`."""
+    """Raise UserError when `data.labels` is wrong, names other classes than `data.classes`, or one is not printable."""
     names = class_names(labels)
+    for name in (*classes, *names):
+        if not name.isprintable():  # what a terminal would obey
+            raise UserError(f"the class name {name!r} has characters that cannot be printed; write it without them")
     if classes and names and sorted(names) != sorted(classes):
         other = ", ".join(sorted({*names} ^ {*classes}))
         raise UserError(f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes")
