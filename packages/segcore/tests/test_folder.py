@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segcore.config.record import settings_of
+from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.data.layouts import open_dataset
 from segcore.data.layouts.files import glob_files, list_files
@@ -123,6 +126,40 @@ def test_a_wrong_line_of_a_csv_file_is_named(tmp_path: Path) -> None:
             EXPERIMENT.with_overrides([f"data.labels={path}"])
     with pytest.raises(UserError, match=r"do not name the same classes: b, c; leave out data.classes"):
         DataConfig(classes=("a", "b"), labels=("0=a", "1=c"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "labels.csv"
+    if kind == "FIFO" and not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no FIFOs")
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"labels.csv: is not a regular file \(a {kind}\)"):
+        EXPERIMENT.with_overrides([f"data.labels={path}"])
+
+
+def test_a_stored_name_of_a_csv_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "secret.csv"
+    path.write_text("password\n")
+    experiment = load_experiment("ddrnet_23_slim_toy")
+    stored = settings_of(experiment)
+    stored["data"] |= {"dataset": "folder", "labels": [str(path)]}
+    (tmp_path / "experiment.json").write_text(json.dumps({"experiment": stored}))
+    with pytest.raises(UserError, match=r"data\.labels is '.*secret\.csv'; stored settings hold rows") as error:
+        load_experiment(tmp_path)
+    assert "password" not in str(error.value)
+    path.write_text("0,road\n")  # what a call names is replaced by its rows before it is stored
+    named = replace(experiment, data=replace(experiment.data, dataset="folder", labels=(str(path),)))
+    assert settings_of(named)["data"]["labels"] == ["0=road"]
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mroad", "ro\nad", "\u202eroad"])
+def test_class_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "labels.csv").write_text(f'0,"{name}"\n', encoding="utf-8")
+    for given in ({"classes": (name, "b")}, {"labels": (f"0={name}",)}, {"labels": (str(tmp_path / "labels.csv"),)}):
+        with pytest.raises(UserError, match="cannot be printed") as error:
+            DataConfig(dataset="folder", **given)
+        assert str(error.value).isprintable()
 
 
 def test_more_classes_than_a_byte_holds(tmp_path: Path) -> None:

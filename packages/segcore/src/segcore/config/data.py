@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from segcore.config.data_sets import FOLDER, LayoutName, check_also
 from segcore.config.fields import INPUT, Section, setting
-from segcore.config.label_rows import check_classes
+from segcore.config.label_rows import check_classes, read_rows
 from segcore.config.user_code import check_reference
 from segcore.errors import UserError
 
@@ -119,6 +119,7 @@ class DataConfig(Section):
         super().__post_init__()
         check_reference("data.dataset", self.dataset, get_args(LayoutName))
         check_reference("data.augment", self.augment)
+        object.__setattr__(self, "labels", read_rows(self.labels))  # so that what is stored names no file
         check_classes(self.classes, self.labels)
         given = [name for name in OF_FILES if getattr(self, name) != getattr(type(self), name)]
         if given and self.dataset in WITHOUT_FILES:

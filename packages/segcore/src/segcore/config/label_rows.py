@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from segcore.config.data_sets import DATA_SETS, FOLDER, class_count
-from segcore.config.user_code import is_reference
+from segcore.config.user_code import Stored, is_reference
 from segcore.errors import UserError
+from segcore.files import regular_file
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
@@ -29,15 +30,23 @@ class LabelRow(NamedTuple):
     """Name of the class, or `ignore`."""
 
 
+def is_csv(text: str) -> bool:
+    """Return whether a text is the name of a CSV file."""
+    return text.lower().endswith(".csv")
+
+
 def read_rows(labels: Sequence[str]) -> tuple[str, ...]:
     """Return `data.labels` as rows `value=name`; the name of a CSV file is replaced by the rows in it.
 
-    Raises UserError naming the file and the line that is not `value,name`.
+    Raises UserError naming the file and the line that is not `value,name`, and for a name that a run stores.
     """
-    if len(labels) != 1 or not labels[0].lower().endswith(".csv"):
+    if len(labels) != 1 or not is_csv(labels[0]):
         return tuple(labels)
+    if isinstance(labels[0], Stored):
+        raise UserError(f"data.labels is {labels[0]!r}; stored settings hold rows value=name, and name no file")
     path, rows = Path(labels[0]).expanduser(), list[str]()
     try:
+        regular_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, words in enumerate(csv.reader(file), 1):
                 words = [word.strip() for word in words]
@@ -76,8 +85,11 @@ def class_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise UserError when `data.labels` is wrong, or names other classes than `data.classes`."""
+    """Raise UserError when `data.labels` is wrong, names other classes than `data.classes`, or one is not printable."""
     names = class_names(labels)
+    for name in (*classes, *names):
+        if not name.isprintable():  # what a terminal would obey
+            raise UserError(f"the class name {name!r} has characters that cannot be printed; write it without them")
     if classes and names and sorted(names) != sorted(classes):
         other = ", ".join(sorted({*names} ^ {*classes}))
         raise UserError(f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes")

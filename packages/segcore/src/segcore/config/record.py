@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
+from segcore.config.label_rows import is_csv
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import Stored, is_reference
 from segcore.environment import git_hash, versions
@@ -92,7 +93,8 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
             return Path(value)
         if isinstance(value, dict) and option is not kind and dataclasses.is_dataclass(option):
             return from_plain(option, value, name)
-    return Stored(value) if isinstance(value, str) and is_reference(value) else value
+    is_file = isinstance(value, str) and (is_reference(value) or is_csv(value))
+    return Stored(value) if is_file else value
 
 
 def with_defaults(settings: Mapping[str, Any], exp: Experiment) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _REFERENCE = re.compile(r".+\.py(:\w+)?")
 
 
 class Stored(str):
-    """A `file.py:function` that a run or checkpoint stores. It is text: the file is not imported."""
+    """A `file.py:function`, or the name of a CSV file, that a run or checkpoint stores. It is text: no file is read."""
 
 
 def is_reference(text: str) -> bool:
