@@ -159,7 +159,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, monkeypatch, ma
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
     assert modes == {
         **dict.fromkeys(("a", "weights"), 0o777 & ~mask),
-        **dict.fromkeys(("report.html", "a.pth", "a.safetensors"), 0o666 & ~mask),
+        **dict.fromkeys(("report.html", "a.pth", "a.pth.sha256", "a.safetensors"), 0o666 & ~mask),
     }
 
 
