@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,9 @@ def make_files(folder: Path, page: str) -> None:
     own_data.write(folder / "street.jpg")
     own_data.write(folder / "scene.tif")
     own_data.write(folder / "photos/a.png")
+    if ".onnx" in page:  # of one size, that of the scenes
+        for photo in (folder / "photos").iterdir():
+            cv2.imwrite(str(photo), np.zeros((64, 128, 3), np.uint8))
     if "clip.mp4" in page:
         av = pytest.importorskip("av")
         with av.open(str(folder / "clip.mp4"), "w") as container:
