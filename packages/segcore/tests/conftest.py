@@ -119,7 +119,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """
     from segcore.checkpoints import download
 
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:  # the user's own
+        monkeypatch.delenv(name)
     monkeypatch.setattr(download, "PAUSE", 0.0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Weights)
     server.url, server.seen = f"http://127.0.0.1:{server.server_port}", []

@@ -450,6 +450,38 @@ def test_a_record_of_an_earlier_version_has_the_defaults_of_newer_settings(tmp_p
         from_plain(ParamRule, {"lr_mult": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((section, [1]) for section in ("data", "model", "train", "evaluate", "loss", "optimizer")),
+        ("data", None),
+        ("train", "\x1b[31m"),
+        *(("model.num_classes", value) for value in (10**12, 65536, -1, [1], {"a": 1})),
+        ("model.in_channels", 10**12),
+        ("data.channels", 65536),
+        ("data.dataset", ["folder"]),
+        ("data.mean", {"a": 1}),
+        ("optimizer.rules", [[1]]),
+        ("name", ["a"]),
+    ],
+)
+def test_hostile_settings_of_a_run_end_in_one_line(tmp_path, name, value):
+    stored = section = settings_of(load_experiment("ddrnet_23_slim_toy"))
+    *path, last = name.split(".")
+    for key in path:
+        section = section[key]
+    section[last] = value
+    (tmp_path / "experiment.json").write_text(json.dumps({"experiment": stored}))
+    with pytest.raises(UserError) as error:
+        load_experiment(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_a_whole_number_that_no_float_holds_is_refused():
+    with pytest.raises(UserError, match=r"optimizer\.lr is 1000"):
+        OptimizerConfig(lr=10**400)
+
+
 @pytest.mark.parametrize("kind", ["lovasz", ("cross_entropy", "dice")])
 def test_one_loss_or_several_are_written_and_stored_alike(tmp_path, kind):
     words = [kind] if isinstance(kind, str) else kind

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from segcore import UserError
-from segcore.checkpoints import hub
+from segcore.checkpoints import download, hub
 from segcore.config.schema import Published
 
 
@@ -195,11 +196,12 @@ def test_content_with_another_hash_is_refused(server, folder):
 
 @pytest.mark.parametrize("path", ["w.pth", "authors/model/resolve/main/w.pth"])
 def test_without_network_it_says_which_file_goes_where(server, folder, monkeypatch, path):
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))  # huggingface_hub would, for 23 s
-    monkeypatch.setattr("segcore.checkpoints.download.getproxies", dict)
-    server.server_close()  # nothing listens on the port now
-    refused(f"{server.url}/{path}", folder, "cannot be downloaded (Connection refused)")
+    with socket.socket() as unused:  # bound, so that nobody else takes the port, but nothing listens there
+        unused.bind(("127.0.0.1", 0))
+        server.url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        refused(f"{server.url}/{path}", folder, "cannot be downloaded (Connection refused)")
     with pytest.raises(UserError, match=r"w\.pth: missing") as error:
         hub.fetch(f"{server.url}/{path}", offline=True)
     assert f"download {server.url}/{path} and put the file at {folder / 'w.pth'}" in str(error.value)
@@ -211,6 +213,29 @@ def test_a_proxy_that_does_not_answer_is_named(folder, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     refused("https://example.org/w.pth", folder, "(Connection refused; the proxy for https is 127.0.0.1:9)")
+
+
+PROXIES = (
+    "http://user:sec/ret@host:80",
+    "http://user:secret",
+    "http://user:secret@:80",
+    "http://u:s[ecret@h:1",
+    "sec ret",
+)
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_no_part_of_a_malformed_proxy_is_shown(server, folder, monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    refused("https://example.org/w.pth", folder, "(the address of the proxy for https is malformed; check https_proxy)")
+
+
+def test_the_proxy_is_named_only_where_it_is_used(server, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://user:secret@proxy.example:80")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    urls = ["https://a.example/w", "https://inside.example/w", "http://a.example/w"]
+    words = [download._reason(OSError("refused"), url) for url in urls]
+    assert words == ["refused; the proxy for https is proxy.example:80", "refused", "refused"]
 
 
 @pytest.mark.parametrize("url", ["http://example.org/w.pth", "file://localhost/etc/passwd", "ftp://example.org/w.pth"])

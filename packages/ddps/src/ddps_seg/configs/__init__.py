@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from segcore.config.fields import BUILD, INPUT, setting
+from segcore.config.fields import BUILD, INPUT, MOST_CHANNELS, setting
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 
@@ -35,7 +35,7 @@ class ConditionEncoderConfig(ModelConfig):
 class BaseModelConfig(ConditionEncoderConfig):
     """A base model, the first stage: SegFormer or DeepLabV3+ without the prior."""
 
-    num_classes: int = setting(150, least=1, stated=True, commands=INPUT)
+    num_classes: int = setting(150, least=1, most=MOST_CHANNELS, stated=True, commands=INPUT)
     auxiliary: bool = setting(False, commands=())
     """Build the auxiliary FCN head on the third map, which only training uses (part of DeepLabV3+'s recipes)."""
 
@@ -51,7 +51,7 @@ class DDPSConfig(ConditionEncoderConfig):
     """The mask prior on a base model's features. Class 0 is background, added by `data.add_background_class`."""
 
     stepwise: ClassVar[bool] = True
-    num_classes: int = setting(151, least=1, stated=True, commands=INPUT)
+    num_classes: int = setting(151, least=1, most=MOST_CHANNELS, stated=True, commands=INPUT)
     """Classes including background, which is ignored in training but is a state of the diffusion like any other."""
     single_step: bool = setting(False, commands=BUILD)
     """The single-step variant, which initializes the multi-step training: one pass on a random label map."""

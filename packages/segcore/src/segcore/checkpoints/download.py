@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from segcore.checkpoints.foreign import read_state
 from segcore.errors import UserError
@@ -29,6 +29,7 @@ LONGEST_PAUSE = 60.0
 """Seconds that a server may ask to wait for before the next attempt."""
 HUB = "https://huggingface.co"
 """The mirror `$HF_ENDPOINT`, if set, replaces it."""
+_PROXY = re.compile(r"(?:\w+://)?(?:[^/?#\[\]\s]*@)?((?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)/?")
 
 
 def download(url: str, part: Path, by_hand: str, sha256: str | None = None) -> None:
@@ -53,7 +54,7 @@ def download(url: str, part: Path, by_hand: str, sha256: str | None = None) -> N
 def _fetch(url: str, part: Path, by_hand: str) -> list[tuple[str, str]]:
     """Download without a check and return (algorithm, hexadecimal hash) of the content as the host states it."""
     hub_file = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", url)
-    with network_errors(f"{url}: cannot be downloaded", by_hand):
+    with network_errors(f"{url}: cannot be downloaded", by_hand, url):
         if hub_file and hub_file[1] == endpoint():
             return _from_hugging_face(part, *hub_file.groups())
         if urlsplit(url).hostname == "drive.google.com":
@@ -67,8 +68,11 @@ def endpoint() -> str:
 
 
 @contextlib.contextmanager
-def network_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn an error of the network or the server into a UserError `WHAT (reason); REMEDY`; a disk's is raised as is."""
+def network_errors(what: str, remedy: str, url: str | None = None) -> Iterator[None]:
+    """Turn an error of the network or the server into a UserError `WHAT (reason); REMEDY`; a disk's is raised as is.
+
+    `url` is what was asked for, None: the Hugging Face hub. The proxy on the way there is named without its password.
+    """
     try:
         yield
     except UserError:
@@ -76,18 +80,23 @@ def network_errors(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # exceptions differ between libraries and their versions
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise
-        raise UserError(f"{what} ({_reason(error)}); {remedy}") from None
+        raise UserError(f"{what} ({_reason(error, url or endpoint())}); {remedy}") from None
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, url: str) -> str:
     """Return the server's answer or the first cause: libraries nest the exceptions of a connection four deep."""
     if (answer := getattr(error, "response", None)) is not None:
         return f"the server returned {answer.status_code}"
     while cause := error.__cause__ or error.__context__:
         error = cause
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    proxy = getproxies().get("https", "").rpartition("@")[2]  # without its password
-    return (reason or type(error).__name__) + (f"; the proxy for https is {proxy}" if proxy else "")
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.hostname or ""):
+        return reason
+    if named := _PROXY.fullmatch(proxy):  # without its password
+        return f"{reason}; the proxy for {parts.scheme} is {named[1]}"
+    return f"the address of the proxy for {parts.scheme} is malformed; check {parts.scheme}_proxy"  # no part of it
 
 
 def _from_hugging_face(part: Path, endpoint: str, repo: str, revision: str, filename: str) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from segcore.config.data_sets import FOLDER, LayoutName, check_also
-from segcore.config.fields import INPUT, Section, setting
+from segcore.config.fields import INPUT, MOST_CHANNELS, Section, setting
 from segcore.config.label_rows import check_classes, read_rows
 from segcore.config.user_code import check_reference
 from segcore.errors import UserError
@@ -71,7 +71,7 @@ class DataConfig(Section):
     """Color `rrggbb` of each class in overlays and reports; empty: those of the data set, or distinct ones."""
     add_background_class: bool = setting(False, commands=_CLASSES)
     """Put a class `background` in front (label 0, which is then the ignored one) and move the others up by one."""
-    channels: int = setting(3, least=1, commands=INPUT)
+    channels: int = setting(3, least=1, most=MOST_CHANNELS, commands=INPUT)
     """Channels per image: 1 gray, 3 RGB, more for multi-band files."""
     bit_depth: Literal[8, 16, 32] = setting(8, commands=INPUT)
     """Bits per channel of the files: 8, 16, or 32 for float. Images keep their numbers until they are normalized."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from segcore.config.fields import Section, setting
+from segcore.config.fields import MOST_CHANNELS, Section, setting
 from segcore.config.record import VersionError, from_plain
 from segcore.config.record import describe as record_of
 from segcore.config.schema import Experiment, ModelConfig
@@ -35,7 +35,7 @@ class Exported(Section):
 
     section: ClassVar[str] = "exported"
 
-    num_classes: int = setting(1, least=1)
+    num_classes: int = setting(1, least=1, most=MOST_CHANNELS)
     ignore_index: int = setting(255, least=0)
     output: Literal["logits", "classes"] = "logits"
     """logits (N, K, H, W) float32; or classes (N, H, W), uint8 or int32 above 256 classes."""

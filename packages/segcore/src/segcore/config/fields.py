@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -19,6 +20,9 @@ INPUT = (*INFERENCE, "check")
 """Commands that need to know what the images and the classes are."""
 BUILD = ("bench",)
 """Commands that read what trained weights are bound to: a run brings it along, so only a new model needs it."""
+
+MOST_CHANNELS = 65535
+"""Channels of an image and classes at most: TIFF counts channels in 16 bits, and masks have values of 16 bits."""
 
 
 def setting(
@@ -141,7 +145,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _inside(number: float, bounds: Any) -> bool:
     return (
-        math.isfinite(number)
+        abs(number) <= sys.float_info.max  # finite, and a whole number that becomes a float
         and number >= bounds.get("least", -math.inf)
         and number <= bounds.get("most", math.inf)
         and number > bounds.get("above", -math.inf)

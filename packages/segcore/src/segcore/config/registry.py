@@ -156,7 +156,7 @@ def _stored(path: Path) -> dict[str, Any]:
     """Return the settings in an experiment.json; raises UserError without a remedy when there are none in it."""
     settings: Any = read_json(path, MAX_RECORD).get("experiment")
     match settings:
-        case {"name": str(), "model": {"class": str(kind)}} if kind.isprintable():
+        case {"name": str(), "model": {"class": str(kind)}, "data": {}} if kind.isprintable():
             return dict(settings)
     raise UserError(f"{path}: damaged (without the settings of a run)")
 

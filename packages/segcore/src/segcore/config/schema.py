@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from segcore.config.data import DataConfig as DataConfig
-from segcore.config.fields import INPUT, Section, setting
+from segcore.config.fields import INPUT, MOST_CHANNELS, Section, setting
 from segcore.config.label_rows import with_class_count
 from segcore.config.loss import LossConfig as LossConfig
 from segcore.config.options import change, read_overrides
@@ -35,9 +35,9 @@ class ModelConfig(Section, ABC):
     stepwise: ClassVar[bool] = False
     """Whether the model answers in steps, as diffusion models do: commands then offer what only these can do."""
 
-    num_classes: int = setting(19, least=1, stated=True, commands=INPUT)
+    num_classes: int = setting(19, least=1, most=MOST_CHANNELS, stated=True, commands=INPUT)
     """Number of classes K; labels are 0..K-1."""
-    in_channels: int = setting(3, least=1, commands=INPUT)
+    in_channels: int = setting(3, least=1, most=MOST_CHANNELS, commands=INPUT)
     """Channels of the images; must equal `data.channels`."""
 
     @abstractmethod
