@@ -140,6 +140,15 @@ def test_figures_of_another_checkpoint_are_not_stated(run, tmp_path, capsys):
         write_evaluation(tmp_path / "run", segcore.load_experiment(ROW), other)
 
 
+def test_a_relative_checkpoint_or_folder_is_pushed(run, pushed, tmp_path, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    main(None, ["push", "iter_7", REPO, "--dry-run", str(tmp_path / "out")])
+    assert "mIoU 41.24 %" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir(pushed.parent)
+    main(None, ["push", pushed.name, REPO, "--dry-run", str(tmp_path / "again")])
+    assert "No evaluation of these weights is stored." in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_push_uploads_one_commit(run, monkeypatch, capsys):
     calls = []
 

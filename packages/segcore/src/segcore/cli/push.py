@@ -127,6 +127,9 @@ def stored_evaluation(checkpoint: Path, classes: tuple[str, ...]) -> Evaluation 
     """Return the evaluation of a checkpoint with these classes that its run stores, None without one."""
     from segcore.reporting.run_record import read_run
 
+    checkpoint = checkpoint.absolute()
+    if checkpoint.parent.name != "checkpoints":
+        return None
     try:
         found = read_run(checkpoint.parents[1]).evaluation
     except UserError:
