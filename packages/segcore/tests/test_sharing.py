@@ -150,7 +150,7 @@ def test_a_relative_checkpoint_or_folder_is_pushed(run, pushed, tmp_path, monkey
 
 
 def test_push_uploads_one_commit(run, monkeypatch, capsys):
-    calls = []
+    calls, existing = [], SimpleNamespace(private=True)
 
     class Api:
         def __init__(self, endpoint):
@@ -158,6 +158,9 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
 
         def create_repo(self, repo, **how):
             calls.append((repo, how))
+
+        def model_info(self, repo):
+            return existing
 
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             calls.append((repo_id, names_below(folder_path)))
@@ -170,6 +173,9 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
         (REPO, ["README.md", "config.json", "model.safetensors"]),
     ]
     assert f"http://127.0.0.1:9/{REPO}" in capsys.readouterr().out
+    existing.private = False
+    assert "as it is public" in refused(capsys, "push", run, REPO, "--private")
+    assert len(calls) == 3  # no further upload
 
 
 def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
