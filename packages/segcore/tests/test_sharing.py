@@ -162,15 +162,15 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
         def model_info(self, repo):
             return existing
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            calls.append((repo_id, names_below(folder_path)))
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+            calls.append((repo_id, names_below(folder_path), delete_patterns))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     main(None, ["push", str(run), REPO, "--private"])
     assert calls == [
         (REPO, {"private": True, "exist_ok": True}),
-        (REPO, ["README.md", "config.json", "model.safetensors"]),
+        (REPO, ["README.md", "config.json", "model.safetensors"], ["images/*"]),
     ]
     assert f"http://127.0.0.1:9/{REPO}" in capsys.readouterr().out
     existing.private = False

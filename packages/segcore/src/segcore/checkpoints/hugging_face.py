@@ -104,5 +104,10 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:  # it was there before
             raise UserError(f"{address}: not uploaded, as it is public; make it private there, or leave out --private")
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model with segcore")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Upload the model with segcore",
+            delete_patterns=["images/*"],  # those of an earlier upload
+        )
     return address
