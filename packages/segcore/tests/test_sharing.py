@@ -37,6 +37,7 @@ from segcore.testing.tiny import TinyStepwise
 ROW = "ddrnet_23_slim_toy"
 CLASSES = ("road", "<b>sky|", "a [car](http://x)")
 REPO = "me/my-model"
+WRONG_REPOS = ("me", "me/a/b", "../x", "me/a?b", "me/x..y", "me/x--y", f"me/{'x' * 100}")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,8 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
 
 
 def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
-    assert "write USER/REPO" in refused(capsys, "push", run, "../x")
+    for name in WRONG_REPOS:
+        assert "write USER/REPO" in refused(capsys, "push", run, name)
     assert "such as apache-2.0" in refused(capsys, "push", run, REPO, "--license", "a: b")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -283,8 +285,8 @@ def test_damage_and_absence_are_one_line(hub, tmp_path, monkeypatch):
             segcore.load_model(name, **how)
         assert "\n" not in str(error.value)
 
-    for name in ("hub:me", "hub:me/a/b", "hub:../x", f"hub:{REPO}@../x", "hub:me/a?b"):
-        fails("write hub:USER/REPO", name)
+    for name in (*WRONG_REPOS, f"{REPO}@../x"):
+        fails("write hub:USER/REPO", f"hub:{name}")
     fails(r"the server returned 404.*HF_TOKEN", "hub:me/none")
     fails("not downloaded yet, and downloads are disabled", offline=True)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))

@@ -16,8 +16,6 @@ from segcore.errors import UserError
 
 PREFIX = "hub:"
 SETTINGS = "config.json"
-REPO = r"[\w-][\w.-]*/[\w-][\w.-]*"
-"""USER/REPO as a regular expression."""
 REMEDY = "check the name and the network; a private or gated one needs a token in HF_TOKEN"
 
 
@@ -28,6 +26,17 @@ def hub_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def is_repo(name: str) -> bool:
+    """Return whether a text is USER/REPO, by the rules of the hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def hub_folder(name: str, *, offline: bool = False) -> Path:
     """Return the folder with the files of `hub:USER/REPO[@REVISION]`, downloading those that are absent.
 
@@ -35,8 +44,8 @@ def hub_folder(name: str, *, offline: bool = False) -> Path:
     up each time; without a network, its newest downloaded state is used. The SHA-256 that the hub states is verified
     each time. Raises UserError for another name, and for files that are absent, cannot be downloaded or are damaged.
     """
-    parts = re.fullmatch(rf"{PREFIX}({REPO})(?:@(\w[\w./-]*))?", name)
-    if not parts or ".." in name:
+    parts = re.fullmatch(rf"{PREFIX}([^@]*)(?:@(\w[\w./-]*))?", name)
+    if not parts or not is_repo(parts[1]) or ".." in name:
         raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
     weights = _file(parts[1], parts[2] or "main", WEIGHTS, offline)
     assert weights is not None

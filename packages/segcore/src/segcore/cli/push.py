@@ -40,9 +40,9 @@ class Push:
     """Create the repository as a private one."""
 
     def run(self, package: str | None) -> None:
-        from segcore.checkpoints.hugging_face import REPO, upload
+        from segcore.checkpoints.hugging_face import is_repo, upload
 
-        if not re.fullmatch(REPO, self.repo):
+        if not is_repo(self.repo):
             raise UserError(f"{self.repo:.200}: is no name of a repository; write USER/REPO")
         if not re.fullmatch(r"\w[\w.+-]*", self.license):
             raise UserError(f"--license {self.license:.200}: write the abbreviation of a license, such as apache-2.0")
