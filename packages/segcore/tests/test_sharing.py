@@ -16,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ import ddrnet_seg.official
 import segcore
 from segcore.checkpoints import hugging_face, run_checkpoint
 from segcore.checkpoints.load import load_init
+from segcore.cli import push
 from segcore.cli.main import main
 from segcore.config import registry
 from segcore.config.record import describe
@@ -30,7 +32,7 @@ from segcore.config.schema import Published, multi_scale
 from segcore.demo.toy import generate
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.predictor import Predictor
-from segcore.reporting.model_card import escaped
+from segcore.reporting.model_card import escaped, model_card
 from segcore.reporting.run_record import Entry, Evaluation, write_evaluation
 from segcore.testing.tiny import TinyStepwise
 
@@ -123,6 +125,24 @@ def test_nothing_of_this_machine_is_shared(run, pushed):
     settings = json.loads(text)["experiment"]
     assert settings["data"]["classes"] == list(CLASSES)
     assert settings["schedule"]["iterations"] == 420
+
+
+@pytest.mark.parametrize(
+    ("start", "kept"),
+    [("official", True), ("official:a", True), ("hub:me/x", True), ("official/../../x.pth", False), ("tag.a", True)],
+)
+def test_start_weights_are_shared_by_name_only(run, start, kept):
+    exp = segcore.load_experiment(run)
+    seg = SimpleNamespace(experiment=replace(exp, train=replace(exp.train, init_from=start)))
+    assert push.shareable(seg).train.init_from == (start if kept else None)
+
+
+def test_the_header_of_the_card_is_yaml_for_any_name():
+    exp = replace(segcore.load_experiment(ROW), name="a\N{DESERT}b")
+    evaluation = Evaluation("test", 7, ("a",), (Entry("final", 0.4, iou=(0.1,)),), main="final")
+    about = {"package": "p", "parameters": 1, "evaluation": evaluation, "images": (), "license": "mit"}
+    header = model_card(exp, REPO, classes=("a",), **about).split("---\n")[1]
+    assert yaml.safe_load(header)["model-index"][0]["name"] == exp.name
 
 
 def test_texts_are_shown_as_they_are():

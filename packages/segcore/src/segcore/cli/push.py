@@ -118,7 +118,8 @@ def shareable(seg: LoadedModel) -> Experiment:
         palette = tuple(bytes(color).hex() for color in colors)
         data = dataclasses.replace(data, dataset="folder", classes=names, labels=(), palette=palette)
     start = exp.train.init_from or ""
-    local = not start.startswith(("official", "hub:")) and re.search(r"[/\\]", start)
+    named = start == "official" or start.startswith(("official:", "hub:"))
+    local = not named and re.search(r"[/\\]", start)
     train = dataclasses.replace(exp.train, log=(), init_from=None if local else exp.train.init_from)
     return dataclasses.replace(exp, data=data, train=train)
 
