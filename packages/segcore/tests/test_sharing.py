@@ -261,7 +261,8 @@ def test_a_model_of_the_hub_is_loaded(hub, run, photo, revision, monkeypatch):
     seg = segcore.load_model(name, device="cpu")
     assert seg.class_names == CLASSES
     assert np.array_equal(seg(photo).classes, segcore.load_model(run, device="cpu")(photo).classes)
-    assert {path.rpartition("/")[2] for path, _ in hub.seen} == {"model.safetensors", "config.json"}
+    asked = {path.rpartition("/")[2] for path, _ in hub.seen if path.startswith(f"/{REPO}/")}
+    assert asked == {"model.safetensors", "config.json"}  # beside what the library asks once a day
     assert {*hub.tokens} == {"Bearer hf_secret"}
     hub.files.clear()  # the copy is used offline, and where the server is gone
     segcore.load_model(name, device="cpu", offline=True)
@@ -286,7 +287,7 @@ def test_start_weights_from_the_hub_bring_their_classes(hub):
     assert report.endswith("classifier: road kept, 1 of 2 classes new")
 
 
-def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
+def test_weights_of_others_need_no_settings_of_ours(server, hub, run, monkeypatch):
     for settings in (b'{"model_type": "other"}', None):
         server.files = {"/w.pth": b""}
         serve(server, (run / "checkpoints/iter_7/model.safetensors").read_bytes(), settings)
@@ -294,9 +295,32 @@ def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
         assert (folder / "config.json").exists() == bool(settings)
         exp = segcore.load_experiment(ROW)
         load_init(replace(exp.model, num_classes=3).build(), f"hub:{REPO}")
+        with monkeypatch.context() as patch:  # no network
+            patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+            assert hugging_face.hub_folder(f"hub:{REPO}") == folder
         with pytest.raises(segcore.UserError, match=r"or a name|name the configuration"):
             segcore.load_model(f"hub:{REPO}")
         shutil.rmtree(folder.parents[2])
+
+
+@pytest.mark.parametrize("answer", [None, SimpleNamespace(status_code=502), SimpleNamespace(status_code=403)])
+def test_settings_that_cannot_be_fetched_are_not_taken_for_absent(hub, monkeypatch, answer):
+    known = huggingface_hub.get_hf_file_metadata
+
+    def metadata(url):
+        if url.endswith("config.json"):
+            error = OSError("broken")
+            error.response = answer
+            raise error
+        return known(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+        with pytest.raises(segcore.UserError, match=r"config\.json: cannot be downloaded"):
+            hugging_face.hub_folder(f"hub:{REPO}")
+    with pytest.raises(segcore.UserError, match="not downloaded yet"):
+        hugging_face.hub_folder(f"hub:{REPO}", offline=True)
+    assert (hugging_face.hub_folder(f"hub:{REPO}") / "config.json").is_file()
 
 
 def test_damage_and_absence_are_one_line(hub, tmp_path, monkeypatch):

@@ -47,9 +47,11 @@ def hub_folder(name: str, *, offline: bool = False) -> Path:
     parts = re.fullmatch(rf"{PREFIX}([^@]*)(?:@(\w[\w./-]*))?", name)
     if not parts or not is_repo(parts[1]) or ".." in name:
         raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
-    weights = _file(parts[1], parts[2] or "main", WEIGHTS, offline)
+    # The settings come first: where the weights are there, it is known whether there are settings.
+    settings = _file(parts[1], parts[2] or "main", SETTINGS, offline)
+    commit = settings.parent.name if settings else parts[2] or "main"
+    weights = _file(parts[1], commit, WEIGHTS, offline)
     assert weights is not None
-    _file(parts[1], weights.parent.name, SETTINGS, offline)  # of the same commit
     return weights.parent
 
 
@@ -72,9 +74,10 @@ def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
             etag = get_hf_file_metadata(url).etag or ""
         except Exception as error:  # differs between the library's versions
             answer = getattr(error, "response", None)
-            if found and (answer is None or answer.status_code >= 500):  # no network, no hub
-                return _checked(found)
-            if name == SETTINGS and (answer is None or answer.status_code == 404):
+            if answer is None or answer.status_code >= 500:  # no network, no hub
+                if found or isinstance(try_to_load_from_cache(repo, WEIGHTS, revision=revision), str):
+                    return _checked(found)
+            elif name == SETTINGS and answer.status_code == 404:
                 return None
             raise
         path = Path(hf_hub_download(repo, name, revision=revision, endpoint=endpoint()))
