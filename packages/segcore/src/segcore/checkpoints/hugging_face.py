@@ -12,10 +12,10 @@ from pathlib import Path
 from segcore import files
 from segcore.checkpoints.download import endpoint, network_errors
 from segcore.checkpoints.manifest import WEIGHTS
+from segcore.config.record import SETTINGS
 from segcore.errors import UserError
 
 PREFIX = "hub:"
-SETTINGS = "config.json"
 REMEDY = "check the name and the network; a private or gated one needs a token in HF_TOKEN"
 
 

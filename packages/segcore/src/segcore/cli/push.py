@@ -59,10 +59,9 @@ class Push:
         """Write the files of the repository into an empty folder."""
         import torch
 
-        from segcore.checkpoints.hugging_face import SETTINGS
         from segcore.checkpoints.load import find_weights
         from segcore.checkpoints.manifest import WEIGHTS
-        from segcore.config.record import settings_of
+        from segcore.config.record import SETTINGS, settings_of
         from segcore.config.registry import program
         from segcore.environment import versions
         from segcore.inference import load_model
