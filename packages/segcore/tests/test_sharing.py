@@ -33,7 +33,7 @@ from segcore.demo.toy import generate
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.predictor import Predictor
 from segcore.reporting.model_card import escaped, model_card
-from segcore.reporting.run_record import Entry, Evaluation, write_evaluation
+from segcore.reporting.run_record import Entry, Evaluation, read_run, write_evaluation
 from segcore.testing.tiny import TinyStepwise
 
 ROW = "ddrnet_23_slim_toy"
@@ -159,6 +159,29 @@ def test_figures_of_another_checkpoint_are_not_stated(run, tmp_path, capsys):
         assert "No evaluation of these weights is stored." in (tmp_path / name / "README.md").read_text()
         other = Evaluation("test", 8, ("a", "b"), (Entry("final", 0.4, iou=(0.1, 0.2)),), main="final")
         write_evaluation(tmp_path / "run", segcore.load_experiment(ROW), other)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "stated"),
+    [
+        # as `test` stores them: the precision of the training, and a layout for speed
+        ("evaluate", {"precision": "bf16", "batch_size": 3, "channels_last": True}, True),
+        ("data", {"workers": 3}, True),
+        ("evaluate", {"flip": True}, False),
+        ("evaluate", {"img_ratios": (0.5, 1.0)}, False),
+        ("evaluate", {"precision": "fp32"}, False),
+        ("data", {"root": Path("other")}, False),
+        ("model", {"align_corners": True}, False),
+    ],
+)
+def test_figures_of_other_settings_are_not_stated(run, tmp_path, part, values, stated):
+    shutil.copytree(run, tmp_path / "run")
+    exp = segcore.load_experiment(run)
+    seg = SimpleNamespace(experiment=exp, class_names=CLASSES)
+    found = read_run(run).evaluation
+    write_evaluation(tmp_path / "run", replace(exp, **{part: replace(getattr(exp, part), **values)}), found)
+    checkpoint = run_checkpoint.folder_of(tmp_path / "run", 7)
+    assert push.stored_evaluation(checkpoint, seg) == (found if stated else None)
 
 
 def test_a_relative_checkpoint_or_folder_is_pushed(run, pushed, tmp_path, monkeypatch):

@@ -7,18 +7,27 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segcore import files
 from segcore.config.options import Flag
+from segcore.config.record import SETTINGS, flat_settings, settings_of, with_defaults
 from segcore.errors import UserError
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
     from segcore.inference import LoadedModel
     from segcore.reporting.run_record import Evaluation
+
+
+OF_THE_MACHINE = (
+    *("data.workers", "data.cache", "data.max_pixels"),
+    *("evaluate.batch_size", "evaluate.channels_last", "evaluate.metrics"),
+)
+"""Settings of data and evaluation that do not change the figures, except for rounding."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,6 @@ class Push:
 
         from segcore.checkpoints.load import find_weights
         from segcore.checkpoints.manifest import WEIGHTS
-        from segcore.config.record import SETTINGS, settings_of
         from segcore.config.registry import program
         from segcore.environment import versions
         from segcore.inference import load_model
@@ -71,10 +79,11 @@ class Push:
         path = find_weights(str(self.checkpoint), seg.experiment.name, offline=True)
         if not path.is_dir():
             raise UserError(f"{path}: is no run or checkpoint; give the folder that `train` wrote")
-        exp, evaluation = shareable(seg), stored_evaluation(path, seg.class_names)
+        exp, evaluation = shareable(seg), stored_evaluation(path, seg)
         if evaluation is None:
             print(
-                f"note: no figures, as no evaluation of {path} is stored; `segcore test {self.checkpoint}` stores one"
+                f"note: no figures, as no evaluation of {path} at these settings is stored; "
+                f"`segcore test {self.checkpoint}` stores one"
             )
         shutil.copyfile(path / WEIGHTS, folder / WEIGHTS)
         settings = {"experiment": settings_of(exp), "versions": versions()}
@@ -123,16 +132,28 @@ def shareable(seg: LoadedModel) -> Experiment:
     return dataclasses.replace(exp, data=data, train=train)
 
 
-def stored_evaluation(checkpoint: Path, classes: tuple[str, ...]) -> Evaluation | None:
-    """Return the evaluation of a checkpoint with these classes that its run stores, None without one."""
+def stored_evaluation(checkpoint: Path, seg: LoadedModel) -> Evaluation | None:
+    """Return the evaluation of a checkpoint at the settings of its model that its run stores, None without one."""
     from segcore.reporting.run_record import read_run
 
     checkpoint = checkpoint.absolute()
     if checkpoint.parent.name != "checkpoints":
         return None
     try:
-        found = read_run(checkpoint.parents[1]).evaluation
+        run = read_run(checkpoint.parents[1])
     except UserError:
         return None
-    fits = found and found.classes == classes and checkpoint.name == f"iter_{found.iteration}"
-    return found if fits else None
+    found, exp = run.evaluation, seg.experiment
+    fits = found and found.classes == seg.class_names and checkpoint.name == f"iter_{found.iteration}"
+    same = isinstance(run.evaluated, dict) and of_figures(with_defaults(run.evaluated, exp)) == of_figures(
+        settings_of(exp)
+    )
+    return found if fits and same else None
+
+
+def of_figures(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of `settings_of` by dotted name that the figures of an evaluation depend on."""
+    flat = flat_settings(settings)
+    flat["evaluate.precision"] = flat.get("evaluate.precision") or flat.get("train.precision")
+    parts = ("model.", "data.", "evaluate.", "seed")
+    return {name: value for name, value in flat.items() if name.startswith(parts) and name not in OF_THE_MACHINE}
