@@ -302,6 +302,28 @@ def test_commands_take_models_of_the_hub(hub, photo, tmp_path, capsys, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_help_of_a_model_of_the_hub_downloads_its_settings_alone(hub):
+    code = (
+        "import sys, huggingface_hub.constants as known\n"
+        "from segcore.cli.main import parse\n"
+        f"known.HF_HUB_CACHE = {huggingface_hub.constants.HF_HUB_CACHE!r}\n"
+        f"try: parse(['predict', 'hub:{REPO}', '--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    how = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "COLUMNS": "200"}, **how)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert f"predict hub:{REPO}" in done.stdout
+    assert {path.rpartition("/")[2] for path, _ in hub.seen if REPO in path} == {"config.json"}
+
+
+def test_commands_say_that_a_repository_has_no_settings(server, hub, capsys, tmp_path):
+    assert "not downloaded yet" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", tmp_path, "--offline")
+    for path in [path for path in server.files if path.endswith("config.json")]:
+        del server.files[path]
+    assert "one without config.json; name a configuration" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", "b")
+
+
 def test_start_weights_from_the_hub_bring_their_classes(hub):
     exp = segcore.load_experiment(ROW)
     model = replace(exp.model, num_classes=2).build()

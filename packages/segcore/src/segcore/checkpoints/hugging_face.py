@@ -1,7 +1,7 @@
 """Models that are shared on the Hugging Face hub: `hub:USER/REPO[@REVISION]`, kept in its library's own cache.
 
 The library reads HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. Of a repository only a safetensors file and a JSON
-file are downloaded, and nothing in them is executed.
+file are downloaded, and nothing in them is executed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -44,15 +44,33 @@ def hub_folder(name: str, *, offline: bool = False) -> Path:
     up each time; without a network, its newest downloaded state is used. The SHA-256 that the hub states is verified
     each time. Raises UserError for another name, and for files that are absent, cannot be downloaded or are damaged.
     """
+    repo, revision = _parts(name)
+    # The settings come first: where the weights are there, it is known whether there are settings.
+    settings = _file(repo, revision, SETTINGS, offline)
+    weights = _file(repo, settings.parent.name if settings else revision, WEIGHTS, offline)
+    assert weights is not None
+    return weights.parent
+
+
+def hub_settings(name: str, *, offline: bool = False) -> Path:
+    """Return the folder that has the settings of `hub:USER/REPO[@REVISION]`, without downloading its weights.
+
+    Raises UserError as `hub_folder` does, and for a repository without settings.
+    """
+    settings = _file(*_parts(name), SETTINGS, offline)
+    if settings is None:
+        if offline or hub_offline():
+            hub_folder(name, offline=True)  # raises if nothing is there
+        raise UserError(f"{name}: no such repository, or one without {SETTINGS}; name a configuration and then {name}")
+    return settings.parent
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return the repository and the revision that a name stands for."""
     parts = re.fullmatch(rf"{PREFIX}([^@]*)(?:@(\w[\w./-]*))?", name)
     if not parts or not is_repo(parts[1]) or ".." in name:
         raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
-    # The settings come first: where the weights are there, it is known whether there are settings.
-    settings = _file(parts[1], parts[2] or "main", SETTINGS, offline)
-    commit = settings.parent.name if settings else parts[2] or "main"
-    weights = _file(parts[1], commit, WEIGHTS, offline)
-    assert weights is not None
-    return weights.parent
+    return parts[1], parts[2] or "main"
 
 
 def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
