@@ -239,6 +239,18 @@ def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "what"),
+    [("model", "class", "segcore_config_own:Net", "model"), ("data", "dataset", "own.py:open_split", "data set")],
+)
+def test_a_run_with_code_of_its_own_is_not_pushed(run, tmp_path, capsys, part, key, value, what):
+    record = json.loads((run / "experiment.json").read_text())
+    record["experiment"][part][key] = value
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    line = refused(capsys, "push", tmp_path, REPO, "--dry-run", tmp_path / "out")
+    assert f"cannot be pushed, as its {what} is defined in a file of yours" in line
+
+
 def test_the_commands_of_the_page_that_need_no_network(run, photo, tmp_path, monkeypatch):
     page = (Path(__file__).parents[3] / "docs" / "hub.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(<!-- not run: needs a network -->\n)?```(?:bash|python)\n(.*?)```", page, re.DOTALL)

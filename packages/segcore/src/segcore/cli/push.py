@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from segcore import files
 from segcore.config.options import Flag
-from segcore.config.record import SETTINGS, flat_settings, settings_of, with_defaults
+from segcore.config.record import SETTINGS, flat_settings, record_of, settings_of, with_defaults
+from segcore.config.user_code import FROM_FILE, is_reference
 from segcore.errors import UserError
+from segcore.files import read_json
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
@@ -75,6 +77,7 @@ class Push:
         from segcore.inference import load_model
         from segcore.reporting.model_card import model_card
 
+        check_no_code(self.checkpoint)
         seg = load_model(self.checkpoint, device="cpu", offline=True)  # raises if anything is damaged or does not fit
         path = find_weights(str(self.checkpoint), seg.experiment.name, offline=True)
         if not path.is_dir():
@@ -107,6 +110,21 @@ class Push:
             license=self.license,
         )
         files.write(folder / "README.md", card)
+
+
+def check_no_code(folder: Path) -> None:
+    """Raise UserError for a run or checkpoint that needs a file of the user's: what is shared has no code."""
+    try:
+        settings = read_json(record_of(folder))["experiment"]
+        model, dataset = str(settings["model"]["class"]), str(settings["data"]["dataset"])
+    except (OSError, ValueError, KeyError, TypeError):  # `load_model` says what is wrong
+        return
+    for what, own in (("its model", model.startswith(FROM_FILE)), ("its data set", is_reference(dataset))):
+        if own:
+            raise UserError(
+                f"{folder}: cannot be pushed, as {what} is defined in a file of yours; share the file and the run's "
+                "folder in another way"
+            )
 
 
 def shareable(seg: LoadedModel) -> Experiment:
