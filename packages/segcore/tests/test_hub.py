@@ -354,6 +354,18 @@ def test_the_weights_in_a_folder_of_the_hub_are_found(server, folder, row, other
     assert hub.official_file("the_row") == path
 
 
+def test_the_weights_in_a_folder_of_the_hub_must_have_the_verified_hash(server, folder, row, monkeypatch):
+    row("best.pth")
+    server.files["/authors/all/resolve/main/a/row/best.pth"] = server.files["/w.pth"]
+    monkeypatch.setattr(hub, "published", lambda name: Published({}, page=PAGE_OF_ROW, sha256="0" * 64))
+    with pytest.raises(UserError, match=r"its sha256 is \w+, not 0+ as stated"):
+        hub.official_file("the_row")
+    assert names_in(folder) == []
+    (folder / "the_row.pth").write_bytes(server.files["/w.pth"])
+    with pytest.raises(UserError, match=r"its SHA-256 is not 0{64}; delete it"):
+        hub.official_file("the_row")
+
+
 @pytest.mark.parametrize(
     ("names", "words"), [(("a.pth", "b.pth"), "holds a.pth, b.pth, of which"), (("log.json",), "holds no weights file")]
 )

@@ -16,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ import ddrnet_seg.official
 import segcore
 from segcore.checkpoints import hugging_face, run_checkpoint
 from segcore.checkpoints.load import load_init
+from segcore.cli import push
 from segcore.cli.main import main
 from segcore.config import registry
 from segcore.config.record import describe
@@ -30,13 +32,14 @@ from segcore.config.schema import Published, multi_scale
 from segcore.demo.toy import generate
 from segcore.evaluation.evaluate import Results
 from segcore.evaluation.predictor import Predictor
-from segcore.reporting.model_card import escaped
-from segcore.reporting.run_record import Entry, Evaluation, write_evaluation
+from segcore.reporting.model_card import escaped, model_card
+from segcore.reporting.run_record import Entry, Evaluation, read_run, write_evaluation
 from segcore.testing.tiny import TinyStepwise
 
 ROW = "ddrnet_23_slim_toy"
 CLASSES = ("road", "<b>sky|", "a [car](http://x)")
 REPO = "me/my-model"
+WRONG_REPOS = ("me", "me/a/b", "../x", "me/a?b", "me/x..y", "me/x--y", f"me/{'x' * 100}")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,24 @@ def test_nothing_of_this_machine_is_shared(run, pushed):
     assert settings["schedule"]["iterations"] == 420
 
 
+@pytest.mark.parametrize(
+    ("start", "kept"),
+    [("official", True), ("official:a", True), ("hub:me/x", True), ("official/../../x.pth", False), ("tag.a", True)],
+)
+def test_start_weights_are_shared_by_name_only(run, start, kept):
+    exp = segcore.load_experiment(run)
+    seg = SimpleNamespace(experiment=replace(exp, train=replace(exp.train, init_from=start)))
+    assert push.shareable(seg).train.init_from == (start if kept else None)
+
+
+def test_the_header_of_the_card_is_yaml_for_any_name():
+    exp = replace(segcore.load_experiment(ROW), name="a\N{DESERT}b")
+    evaluation = Evaluation("test", 7, ("a",), (Entry("final", 0.4, iou=(0.1,)),), main="final")
+    about = {"package": "p", "parameters": 1, "evaluation": evaluation, "images": (), "license": "mit"}
+    header = model_card(exp, REPO, classes=("a",), **about).split("---\n")[1]
+    assert yaml.safe_load(header)["model-index"][0]["name"] == exp.name
+
+
 def test_texts_are_shown_as_they_are():
     assert escaped("ddrnet_23 slim-toy") == "ddrnet_23 slim-toy"
     assert escaped("_a_\n`é`") == "&#95;a&#95; &#96;é&#96;"
@@ -140,8 +161,40 @@ def test_figures_of_another_checkpoint_are_not_stated(run, tmp_path, capsys):
         write_evaluation(tmp_path / "run", segcore.load_experiment(ROW), other)
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "stated"),
+    [
+        # as `test` stores them: the precision of the training, and a layout for speed
+        ("evaluate", {"precision": "bf16", "batch_size": 3, "channels_last": True}, True),
+        ("data", {"workers": 3}, True),
+        ("evaluate", {"flip": True}, False),
+        ("evaluate", {"img_ratios": (0.5, 1.0)}, False),
+        ("evaluate", {"precision": "fp32"}, False),
+        ("data", {"root": Path("other")}, False),
+        ("model", {"align_corners": True}, False),
+    ],
+)
+def test_figures_of_other_settings_are_not_stated(run, tmp_path, part, values, stated):
+    shutil.copytree(run, tmp_path / "run")
+    exp = segcore.load_experiment(run)
+    seg = SimpleNamespace(experiment=exp, class_names=CLASSES)
+    found = read_run(run).evaluation
+    write_evaluation(tmp_path / "run", replace(exp, **{part: replace(getattr(exp, part), **values)}), found)
+    checkpoint = run_checkpoint.folder_of(tmp_path / "run", 7)
+    assert push.stored_evaluation(checkpoint, seg) == (found if stated else None)
+
+
+def test_a_relative_checkpoint_or_folder_is_pushed(run, pushed, tmp_path, monkeypatch):
+    monkeypatch.chdir(run / "checkpoints")
+    main(None, ["push", "iter_7", REPO, "--dry-run", str(tmp_path / "out")])
+    assert "mIoU 41.24 %" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir(pushed.parent)
+    main(None, ["push", pushed.name, REPO, "--dry-run", str(tmp_path / "again")])
+    assert "No evaluation of these weights is stored." in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_push_uploads_one_commit(run, monkeypatch, capsys):
-    calls = []
+    calls, existing = [], SimpleNamespace(private=True)
 
     class Api:
         def __init__(self, endpoint):
@@ -150,21 +203,28 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
         def create_repo(self, repo, **how):
             calls.append((repo, how))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            calls.append((repo_id, names_below(folder_path)))
+        def model_info(self, repo):
+            return existing
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+            calls.append((repo_id, names_below(folder_path), delete_patterns))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     main(None, ["push", str(run), REPO, "--private"])
     assert calls == [
         (REPO, {"private": True, "exist_ok": True}),
-        (REPO, ["README.md", "config.json", "model.safetensors"]),
+        (REPO, ["README.md", "config.json", "model.safetensors"], ["images/*"]),
     ]
     assert f"http://127.0.0.1:9/{REPO}" in capsys.readouterr().out
+    existing.private = False
+    assert "as it is public" in refused(capsys, "push", run, REPO, "--private")
+    assert len(calls) == 3  # no further upload
 
 
 def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
-    assert "write USER/REPO" in refused(capsys, "push", run, "../x")
+    for name in WRONG_REPOS:
+        assert "write USER/REPO" in refused(capsys, "push", run, name)
     assert "such as apache-2.0" in refused(capsys, "push", run, REPO, "--license", "a: b")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -177,6 +237,18 @@ def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
     assert "not uploaded (Connection refused)" in refused(capsys, "push", run, REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "what"),
+    [("model", "class", "segcore_config_own:Net", "model"), ("data", "dataset", "own.py:open_split", "data set")],
+)
+def test_a_run_with_code_of_its_own_is_not_pushed(run, tmp_path, capsys, part, key, value, what):
+    record = json.loads((run / "experiment.json").read_text())
+    record["experiment"][part][key] = value
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    line = refused(capsys, "push", tmp_path, REPO, "--dry-run", tmp_path / "out")
+    assert f"cannot be pushed, as its {what} is defined in a file of yours" in line
 
 
 def test_the_commands_of_the_page_that_need_no_network(run, photo, tmp_path, monkeypatch):
@@ -224,7 +296,8 @@ def test_a_model_of_the_hub_is_loaded(hub, run, photo, revision, monkeypatch):
     seg = segcore.load_model(name, device="cpu")
     assert seg.class_names == CLASSES
     assert np.array_equal(seg(photo).classes, segcore.load_model(run, device="cpu")(photo).classes)
-    assert {path.rpartition("/")[2] for path, _ in hub.seen} == {"model.safetensors", "config.json"}
+    asked = {path.rpartition("/")[2] for path, _ in hub.seen if path.startswith(f"/{REPO}/")}
+    assert asked == {"model.safetensors", "config.json"}  # beside what the library asks once a day
     assert {*hub.tokens} == {"Bearer hf_secret"}
     hub.files.clear()  # the copy is used offline, and where the server is gone
     segcore.load_model(name, device="cpu", offline=True)
@@ -241,6 +314,28 @@ def test_commands_take_models_of_the_hub(hub, photo, tmp_path, capsys, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_help_of_a_model_of_the_hub_downloads_its_settings_alone(hub):
+    code = (
+        "import sys, huggingface_hub.constants as known\n"
+        "from segcore.cli.main import parse\n"
+        f"known.HF_HUB_CACHE = {huggingface_hub.constants.HF_HUB_CACHE!r}\n"
+        f"try: parse(['predict', 'hub:{REPO}', '--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    how = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "COLUMNS": "200"}, **how)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert f"predict hub:{REPO}" in done.stdout
+    assert {path.rpartition("/")[2] for path, _ in hub.seen if REPO in path} == {"config.json"}
+
+
+def test_commands_say_that_a_repository_has_no_settings(server, hub, capsys, tmp_path):
+    assert "not downloaded yet" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", tmp_path, "--offline")
+    for path in [path for path in server.files if path.endswith("config.json")]:
+        del server.files[path]
+    assert "one without config.json; name a configuration" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", "b")
+
+
 def test_start_weights_from_the_hub_bring_their_classes(hub):
     exp = segcore.load_experiment(ROW)
     model = replace(exp.model, num_classes=2).build()
@@ -249,7 +344,7 @@ def test_start_weights_from_the_hub_bring_their_classes(hub):
     assert report.endswith("classifier: road kept, 1 of 2 classes new")
 
 
-def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
+def test_weights_of_others_need_no_settings_of_ours(server, hub, run, monkeypatch):
     for settings in (b'{"model_type": "other"}', None):
         server.files = {"/w.pth": b""}
         serve(server, (run / "checkpoints/iter_7/model.safetensors").read_bytes(), settings)
@@ -257,9 +352,33 @@ def test_weights_of_others_need_no_settings_of_ours(server, hub, run):
         assert (folder / "config.json").exists() == bool(settings)
         exp = segcore.load_experiment(ROW)
         load_init(replace(exp.model, num_classes=3).build(), f"hub:{REPO}")
-        with pytest.raises(segcore.UserError, match=r"or a name|name the configuration"):
+        with monkeypatch.context() as patch:  # no network
+            patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+            assert hugging_face.hub_folder(f"hub:{REPO}") == folder
+        words = "of another program; name a configuration, and give hub:USER/REPO" if settings else "or a name"
+        with pytest.raises(segcore.UserError, match=words):
             segcore.load_model(f"hub:{REPO}")
         shutil.rmtree(folder.parents[2])
+
+
+@pytest.mark.parametrize("answer", [None, SimpleNamespace(status_code=502), SimpleNamespace(status_code=403)])
+def test_settings_that_cannot_be_fetched_are_not_taken_for_absent(hub, monkeypatch, answer):
+    known = huggingface_hub.get_hf_file_metadata
+
+    def metadata(url):
+        if url.endswith("config.json"):
+            error = OSError("broken")
+            error.response = answer
+            raise error
+        return known(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+        with pytest.raises(segcore.UserError, match=r"config\.json: cannot be downloaded"):
+            hugging_face.hub_folder(f"hub:{REPO}")
+    with pytest.raises(segcore.UserError, match="not downloaded yet"):
+        hugging_face.hub_folder(f"hub:{REPO}", offline=True)
+    assert (hugging_face.hub_folder(f"hub:{REPO}") / "config.json").is_file()
 
 
 def test_damage_and_absence_are_one_line(hub, tmp_path, monkeypatch):
@@ -268,8 +387,8 @@ def test_damage_and_absence_are_one_line(hub, tmp_path, monkeypatch):
             segcore.load_model(name, **how)
         assert "\n" not in str(error.value)
 
-    for name in ("hub:me", "hub:me/a/b", "hub:../x", f"hub:{REPO}@../x", "hub:me/a?b"):
-        fails("write hub:USER/REPO", name)
+    for name in (*WRONG_REPOS, f"{REPO}@../x"):
+        fails("write hub:USER/REPO", f"hub:{name}")
     fails(r"the server returned 404.*HF_TOKEN", "hub:me/none")
     fails("not downloaded yet, and downloads are disabled", offline=True)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from segcore.checkpoints.foreign import read_state
 from segcore.errors import UserError
 from segcore.progress import progress
 
@@ -38,6 +37,8 @@ def download(url: str, part: Path, by_hand: str, sha256: str | None = None) -> N
     They must be whole, and agree with the hashes that the host states and with `sha256`, the hexadecimal hash or its
     start. Raises UserError, which ends in the remedy `by_hand`, or OSError from the disk.
     """
+    from segcore.checkpoints.foreign import read_state  # imports torch
+
     hashes = _fetch(url, part, by_hand) + ([("sha256", sha256)] if sha256 else [])
     try:
         read_state(part)

@@ -37,14 +37,14 @@ def official_file(name: str, *, offline: bool = False) -> Path:
     if row is None:
         raise UserError(f"{name!r} is not a published configuration; `configs` lists them, use official:CONFIG")
     if row.url is None and row.page is not None:
-        return _from_folder(name.replace("-", "_"), row.page, offline)
+        return _from_folder(name.replace("-", "_"), row.page, row.sha256, offline)
     if row.url is None:
         raise UserError(f"the authors of {name} offer no weights for it; train it, or pass your own checkpoint")
     return fetch(row.url, offline=offline, sha256=row.sha256, name=row.file)
 
 
-def _from_folder(name: str, page: str, offline: bool) -> Path:
-    """Return the local file, named as the row is, of the weights in a folder of the Hugging Face hub.
+def _from_folder(name: str, page: str, sha256: str | None, offline: bool) -> Path:
+    """Return the local file, named as the row is, of the weights in a folder of the Hugging Face hub; see `fetch`.
 
     They are the only weights file there, or the only one whose name begins with `best`.
     """
@@ -52,7 +52,7 @@ def _from_folder(name: str, page: str, offline: bool) -> Path:
     assert parts
     for path in sorted(weights_dir().glob(f"{name}.*")):
         if path.suffix in SUFFIXES:
-            return _unchanged(path, page)
+            return _unchanged(path, page, sha256)
     by_hand = f"download the weights at {page} and put them at {weights_dir() / name}.pth"
     if offline or hub_offline():
         raise UserError(f"{weights_dir() / name}.pth: missing, and downloads are disabled; {by_hand}")
@@ -65,7 +65,8 @@ def _from_folder(name: str, page: str, offline: bool) -> Path:
     if len(best) != 1:
         names = ", ".join(path.name for path in found) or "no weights file"
         raise UserError(f"{page}: holds {names:.300}, of which none is certainly the row's; {by_hand}")
-    return fetch(f"{HUB}/{parts[1]}/resolve/{parts[2]}/{best[0]}", name=f"{name}{best[0].suffix}")
+    url = f"{HUB}/{parts[1]}/resolve/{parts[2]}/{best[0]}"
+    return fetch(url, sha256=sha256, name=f"{name}{best[0].suffix}")
 
 
 def weights_dir() -> Path:

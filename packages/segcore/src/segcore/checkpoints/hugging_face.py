@@ -1,7 +1,7 @@
 """Models that are shared on the Hugging Face hub: `hub:USER/REPO[@REVISION]`, kept in its library's own cache.
 
 The library reads HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT. Of a repository only a safetensors file and a JSON
-file are downloaded, and nothing in them is executed.
+file are downloaded, and nothing in them is executed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from pathlib import Path
 from segcore import files
 from segcore.checkpoints.download import endpoint, network_errors
 from segcore.checkpoints.manifest import WEIGHTS
+from segcore.config.record import SETTINGS
 from segcore.errors import UserError
 
 PREFIX = "hub:"
-SETTINGS = "config.json"
-REPO = r"[\w-][\w.-]*/[\w-][\w.-]*"
-"""USER/REPO as a regular expression."""
 REMEDY = "check the name and the network; a private or gated one needs a token in HF_TOKEN"
 
 
@@ -28,6 +26,17 @@ def hub_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def is_repo(name: str) -> bool:
+    """Return whether a text is USER/REPO, by the rules of the hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def hub_folder(name: str, *, offline: bool = False) -> Path:
     """Return the folder with the files of `hub:USER/REPO[@REVISION]`, downloading those that are absent.
 
@@ -35,13 +44,33 @@ def hub_folder(name: str, *, offline: bool = False) -> Path:
     up each time; without a network, its newest downloaded state is used. The SHA-256 that the hub states is verified
     each time. Raises UserError for another name, and for files that are absent, cannot be downloaded or are damaged.
     """
-    parts = re.fullmatch(rf"{PREFIX}({REPO})(?:@(\w[\w./-]*))?", name)
-    if not parts or ".." in name:
-        raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
-    weights = _file(parts[1], parts[2] or "main", WEIGHTS, offline)
+    repo, revision = _parts(name)
+    # The settings come first: where the weights are there, it is known whether there are settings.
+    settings = _file(repo, revision, SETTINGS, offline)
+    weights = _file(repo, settings.parent.name if settings else revision, WEIGHTS, offline)
     assert weights is not None
-    _file(parts[1], weights.parent.name, SETTINGS, offline)  # of the same commit
     return weights.parent
+
+
+def hub_settings(name: str, *, offline: bool = False) -> Path:
+    """Return the folder that has the settings of `hub:USER/REPO[@REVISION]`, without downloading its weights.
+
+    Raises UserError as `hub_folder` does, and for a repository without settings.
+    """
+    settings = _file(*_parts(name), SETTINGS, offline)
+    if settings is None:
+        if offline or hub_offline():
+            hub_folder(name, offline=True)  # raises if nothing is there
+        raise UserError(f"{name}: no such repository, or one without {SETTINGS}; name a configuration and then {name}")
+    return settings.parent
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return the repository and the revision that a name stands for."""
+    parts = re.fullmatch(rf"{PREFIX}([^@]*)(?:@(\w[\w./-]*))?", name)
+    if not parts or not is_repo(parts[1]) or ".." in name:
+        raise UserError(f"{name:.200}: write hub:USER/REPO, or hub:USER/REPO@REVISION with a branch, tag or commit")
+    return parts[1], parts[2] or "main"
 
 
 def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
@@ -63,9 +92,10 @@ def _file(repo: str, revision: str, name: str, offline: bool) -> Path | None:
             etag = get_hf_file_metadata(url).etag or ""
         except Exception as error:  # differs between the library's versions
             answer = getattr(error, "response", None)
-            if found and (answer is None or answer.status_code >= 500):  # no network, no hub
-                return _checked(found)
-            if name == SETTINGS and (answer is None or answer.status_code == 404):
+            if answer is None or answer.status_code >= 500:  # no network, no hub
+                if found or isinstance(try_to_load_from_cache(repo, WEIGHTS, revision=revision), str):
+                    return _checked(found)
+            elif name == SETTINGS and answer.status_code == 404:
                 return None
             raise
         path = Path(hf_hub_download(repo, name, revision=revision, endpoint=endpoint()))
@@ -102,5 +132,12 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     ):
         api = HfApi(endpoint=endpoint())
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the model with segcore")
+        if private and not api.model_info(repo).private:  # it was there before
+            raise UserError(f"{address}: not uploaded, as it is public; make it private there, or leave out --private")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Upload the model with segcore",
+            delete_patterns=["images/*"],  # those of an earlier upload
+        )
     return address

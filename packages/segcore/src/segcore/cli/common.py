@@ -29,7 +29,7 @@ class Command:
 
     experiment: Experiment
     folder: Path | None = None
-    """The run's or checkpoint's folder, or the exported file, that was given as CONFIG."""
+    """The run's or checkpoint's folder, the exported file, or the name `hub:…`, that was given as CONFIG."""
     device: str = "auto"
     """Where to compute: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …"""
     offline: Flag = False
@@ -88,7 +88,7 @@ def load(command: Command, checkpoint: str | None, ensemble: tuple[str, ...] = (
     if len(ensemble) > 2:
         raise UsageError(f"--ensemble {' '.join(ensemble)}: give CONFIG and CHECKPOINT, or a run's folder alone")
     others = [load_model(*ensemble, **how)] if ensemble else []
-    weights = checkpoint or (str(command.folder) if command.folder else None)
+    weights = checkpoint or (command.folder.as_posix() if command.folder else None)
     seg = load_model(command.experiment, weights, ensemble=others, provider=provider, **how)
     if not distributed.rank():
         print(*(line for loaded in (*others, seg) for line in loaded.report), sep="\n", file=sys.stderr)

@@ -237,14 +237,14 @@ def offers(command: Any) -> options.Offered:
 
 
 def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Experiment, Path | None, list[str]]:
-    """Return the configuration that the words begin with, its folder if it is that of a run, and the other words."""
+    """Return the configuration that the words begin with, its folder or `hub:` name, and the other words."""
     if words and not words[0].startswith("-"):
-        config: str | Path = words[0]
         if words[0].startswith("hub:"):
-            from segcore.checkpoints.hugging_face import hub_folder
+            from segcore.checkpoints.hugging_face import hub_settings
 
-            config = hub_folder(words[0], offline="--offline" in words)
-        return *find_experiment(config, package), words[1:]
+            settings = hub_settings(words[0], offline="--offline" in words)
+            return find_experiment(settings, package)[0], Path(words[0]), words[1:]
+        return *find_experiment(words[0], package), words[1:]
     if {"-h", "--help"} & set(words):
         return next(iter(experiments(package).values()))(), None, words  # any: the help then shows this one's values
     option = words[0].partition("=")[0].removeprefix("--").replace("-", "_") if words else ""

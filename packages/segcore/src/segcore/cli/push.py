@@ -7,18 +7,29 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segcore import files
 from segcore.config.options import Flag
+from segcore.config.record import SETTINGS, flat_settings, record_of, settings_of, with_defaults
+from segcore.config.user_code import FROM_FILE, is_reference
 from segcore.errors import UserError
+from segcore.files import read_json
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
     from segcore.inference import LoadedModel
     from segcore.reporting.run_record import Evaluation
+
+
+OF_THE_MACHINE = (
+    *("data.workers", "data.cache", "data.max_pixels"),
+    *("evaluate.batch_size", "evaluate.channels_last", "evaluate.metrics"),
+)
+"""Settings of data and evaluation that do not change the figures, except for rounding."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,9 @@ class Push:
     """Create the repository as a private one."""
 
     def run(self, package: str | None) -> None:
-        from segcore.checkpoints.hugging_face import REPO, upload
+        from segcore.checkpoints.hugging_face import is_repo, upload
 
-        if not re.fullmatch(REPO, self.repo):
+        if not is_repo(self.repo):
             raise UserError(f"{self.repo:.200}: is no name of a repository; write USER/REPO")
         if not re.fullmatch(r"\w[\w.+-]*", self.license):
             raise UserError(f"--license {self.license:.200}: write the abbreviation of a license, such as apache-2.0")
@@ -59,23 +70,23 @@ class Push:
         """Write the files of the repository into an empty folder."""
         import torch
 
-        from segcore.checkpoints.hugging_face import SETTINGS
         from segcore.checkpoints.load import find_weights
         from segcore.checkpoints.manifest import WEIGHTS
-        from segcore.config.record import settings_of
         from segcore.config.registry import program
         from segcore.environment import versions
         from segcore.inference import load_model
         from segcore.reporting.model_card import model_card
 
+        check_no_code(self.checkpoint)
         seg = load_model(self.checkpoint, device="cpu", offline=True)  # raises if anything is damaged or does not fit
         path = find_weights(str(self.checkpoint), seg.experiment.name, offline=True)
         if not path.is_dir():
             raise UserError(f"{path}: is no run or checkpoint; give the folder that `train` wrote")
-        exp, evaluation = shareable(seg), stored_evaluation(path, seg.class_names)
+        exp, evaluation = shareable(seg), stored_evaluation(path, seg)
         if evaluation is None:
             print(
-                f"note: no figures, as no evaluation of {path} is stored; `segcore test {self.checkpoint}` stores one"
+                f"note: no figures, as no evaluation of {path} at these settings is stored; "
+                f"`segcore test {self.checkpoint}` stores one"
             )
         shutil.copyfile(path / WEIGHTS, folder / WEIGHTS)
         settings = {"experiment": settings_of(exp), "versions": versions()}
@@ -101,6 +112,21 @@ class Push:
         files.write(folder / "README.md", card)
 
 
+def check_no_code(folder: Path) -> None:
+    """Raise UserError for a run or checkpoint that needs a file of the user's: what is shared has no code."""
+    try:
+        settings = read_json(record_of(folder))["experiment"]
+        model, dataset = str(settings["model"]["class"]), str(settings["data"]["dataset"])
+    except (OSError, ValueError, KeyError, TypeError):  # `load_model` says what is wrong
+        return
+    for what, own in (("its model", model.startswith(FROM_FILE)), ("its data set", is_reference(dataset))):
+        if own:
+            raise UserError(
+                f"{folder}: cannot be pushed, as {what} is defined in a file of yours; share the file and the run's "
+                "folder in another way"
+            )
+
+
 def shareable(seg: LoadedModel) -> Experiment:
     """Return the settings of a model without paths of this machine and functions in files; classes are written out."""
     from segcore.config.data_sets import FOLDER, class_count
@@ -118,18 +144,34 @@ def shareable(seg: LoadedModel) -> Experiment:
         palette = tuple(bytes(color).hex() for color in colors)
         data = dataclasses.replace(data, dataset="folder", classes=names, labels=(), palette=palette)
     start = exp.train.init_from or ""
-    local = not start.startswith(("official", "hub:")) and re.search(r"[/\\]", start)
+    named = start == "official" or start.startswith(("official:", "hub:"))
+    local = not named and re.search(r"[/\\]", start)
     train = dataclasses.replace(exp.train, log=(), init_from=None if local else exp.train.init_from)
     return dataclasses.replace(exp, data=data, train=train)
 
 
-def stored_evaluation(checkpoint: Path, classes: tuple[str, ...]) -> Evaluation | None:
-    """Return the evaluation of a checkpoint with these classes that its run stores, None without one."""
+def stored_evaluation(checkpoint: Path, seg: LoadedModel) -> Evaluation | None:
+    """Return the evaluation of a checkpoint at the settings of its model that its run stores, None without one."""
     from segcore.reporting.run_record import read_run
 
+    checkpoint = checkpoint.absolute()
+    if checkpoint.parent.name != "checkpoints":
+        return None
     try:
-        found = read_run(checkpoint.parents[1]).evaluation
+        run = read_run(checkpoint.parents[1])
     except UserError:
         return None
-    fits = found and found.classes == classes and checkpoint.name == f"iter_{found.iteration}"
-    return found if fits else None
+    found, exp = run.evaluation, seg.experiment
+    fits = found and found.classes == seg.class_names and checkpoint.name == f"iter_{found.iteration}"
+    same = isinstance(run.evaluated, dict) and of_figures(with_defaults(run.evaluated, exp)) == of_figures(
+        settings_of(exp)
+    )
+    return found if fits and same else None
+
+
+def of_figures(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of `settings_of` by dotted name that the figures of an evaluation depend on."""
+    flat = flat_settings(settings)
+    flat["evaluate.precision"] = flat.get("evaluate.precision") or flat.get("train.precision")
+    parts = ("model.", "data.", "evaluate.", "seed")
+    return {name: value for name, value in flat.items() if name.startswith(parts) and name not in OF_THE_MACHINE}

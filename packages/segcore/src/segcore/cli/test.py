@@ -148,7 +148,7 @@ class Test(Parallel):
 
         exp, iteration = replace(self.experiment, evaluate=predictor.evaluate), None
         if self.folder and not self.exported:
-            checkpoint = find_weights(str(self.folder), exp.name, offline=self.offline)
+            checkpoint = find_weights(self.folder.as_posix(), exp.name, offline=self.offline)
             match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
             iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)

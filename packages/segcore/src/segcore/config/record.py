@@ -58,9 +58,13 @@ def _defaults(kind: Any) -> dict[str, Any]:
     return found
 
 
+SETTINGS = "config.json"
+"""The file with the settings in a folder that `push` writes."""
+
+
 def record_of(folder: Path) -> Path:
     """Return the file with the settings in a folder: experiment.json of a run, or config.json as `push` writes it."""
-    own, pushed = folder / "experiment.json", folder / "config.json"
+    own, pushed = folder / "experiment.json", folder / SETTINGS
     return pushed if pushed.is_file() and not own.exists() else own
 
 

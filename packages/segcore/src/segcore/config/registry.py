@@ -17,7 +17,7 @@ from typing import Any, cast
 from segcore.config.data import OF_FILES, WITHOUT_FILES
 from segcore.config.exported import read_exported
 from segcore.config.options import nearest
-from segcore.config.record import VersionError, from_plain, record_of
+from segcore.config.record import SETTINGS, VersionError, from_plain, record_of
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.config.user_code import FROM_FILE, cannot_run, find_function
 from segcore.errors import UserError
@@ -121,6 +121,8 @@ def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
     except FileNotFoundError:
         raise UserError(f"{folder}: no run or checkpoint (it has no experiment.json); give one, or a name") from None
     except UserError as error:
+        if file == SETTINGS:
+            raise UserError(f"{error}; name a configuration, and give hub:USER/REPO or the folder as weights") from None
         copy = _intact_copy(folder)
         remedy = f"give {copy}, whose copy is intact, or name the configuration" if copy else "name the configuration"
         raise UserError(f"{error}; {remedy} instead") from None
@@ -158,7 +160,8 @@ def _stored(path: Path) -> dict[str, Any]:
     match settings:
         case {"name": str(), "model": {"class": str(kind)}, "data": {}} if kind.isprintable():
             return dict(settings)
-    raise UserError(f"{path}: damaged (without the settings of a run)")
+    what = "damaged (without the settings of a run)" if path.name != SETTINGS else "settings of another program"
+    raise UserError(f"{path}: {what}")
 
 
 def _intact_copy(folder: Path) -> Path | None:

@@ -87,7 +87,8 @@ def model_card(
             enumerate(zip(classes, column, strict=True))]  # fmt: skip
     pictures = "".join(f"\n![An image with the predicted classes in color]({path})\n" for path in images)
     return TEXT.format(
-        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
+        # JSON is YAML, except for escaped pairs of surrogates
+        header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
         name=escaped(exp.name),
         repo=repo,
         package=package,

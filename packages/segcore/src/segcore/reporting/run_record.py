@@ -162,6 +162,8 @@ class Run:
     evaluation: Evaluation | None = None
     notes: list[str] = field(default_factory=list)
     """What is missing, in sentences."""
+    evaluated: Any = None
+    """The settings that the evaluation was made with, as stored."""
 
     @classmethod
     def of(cls, exp: Experiment, evaluation: Evaluation) -> Run:
@@ -212,15 +214,16 @@ def read_run(folder: Path) -> Run:
     notes: list[str] = []
     train, val = read_log(folder / "log.jsonl")
     evaluation: Evaluation | None
+    evaluated = record["experiment"]
     try:
-        stored = read_json(folder / EVALUATION, MAX_RECORD)["evaluation"]
-        evaluation = _evaluation(stored)
+        stored = read_json(folder / EVALUATION, MAX_RECORD)
+        evaluation, evaluated = _evaluation(stored["evaluation"]), stored.get("experiment")
     except FileNotFoundError:
         evaluation = _of_log(val)
     except (ValueError, KeyError, TypeError):
         notes.append(f"{EVALUATION} is damaged; `test` writes it again")
         evaluation = _of_log(val)
-    return Run(folder, record, train, val, evaluation, notes)
+    return Run(folder, record, train, val, evaluation, notes, evaluated)
 
 
 def read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
