@@ -451,12 +451,22 @@ def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, t
     assert f"single scale {figure:.2f} instead of 50.00; check --data.root (2 images)" in line
     assert (found["reproduced"], found["images"], found["bytes"]) == (False, 2, len(weights))
     assert found["sha256"] == hashlib.sha256(weights).hexdigest()
-    row(single_scale=round(figure, 2))
+    row(single_scale=round(figure, 2), multi_scale=0.0)
     main(None, ["verify", ROW, f"--data.root={toy}", "--device=cpu", "--offline"])
     out = capsys.readouterr().out
     assert f"single scale: {figure:.2f}, published {figure:.2f} (2 images): reproduced" in out
     assert f"| {figure:.2f} single scale | `{found['sha256']}` |" in out
     assert [path for path, _ in server.seen] == ["/w.safetensors"]
+    path = tmp_path / "runs" / f"{ROW}.verify.json"
+    refused(capsys, "verify", ROW, f"--data.root={toy}", "--device=cpu", "--multi-scale")
+    both = json.loads(path.read_text())[ROW]
+    assert (both["miou"].keys(), both["reproduced"]) == ({"single scale", "multi scale"}, False)
+    assert both["miou"]["single scale"] == figure
+    for stale in ({ROW: {"sha256": "0", "images": 2, "miou": {"multi scale": 1}}}, {ROW: 1}, []):
+        path.write_text(json.dumps(stale))
+        main(None, ["verify", ROW, f"--data.root={toy}", "--device=cpu"])
+        only = json.loads(path.read_text())[ROW]
+        assert (only["miou"], only["reproduced"]) == ({"single scale": figure}, True)
 
 
 def test_what_was_verified_is_expected_of_the_next_download(row, toy, monkeypatch, tmp_path, capsys):
