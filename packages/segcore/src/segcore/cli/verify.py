@@ -102,7 +102,7 @@ class Verify(Parallel):
         row = next(row for row in model_zoo.rows() if row.name == name)
         known |= {"images": results.images}
         miou = stored_figures(output, key, known) | ours
-        reproduced = not differing(miou, row.published.miou)
+        reproduced = not differing(miou, row.published.miou if row.published else theirs)
         entry = {"miou": miou, **known, "versions": versions(), "reproduced": reproduced}
         files.write(output, json.dumps({key: entry}, indent=1) + "\n")
         print(f"{path}: sha256 {known['sha256']}\n{output}\n{model_zoo.line(replace(row, verified=entry))}", end="")
