@@ -253,7 +253,7 @@ def test_a_run_with_code_of_its_own_is_not_pushed(run, tmp_path, capsys, part, k
 
 def test_the_commands_of_the_page_that_need_no_network(run, photo, tmp_path, monkeypatch):
     page = (Path(__file__).parents[3] / "docs" / "hub.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"(<!-- not run: needs a network -->\n)?```(?:bash|python)\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"(<!-- not run: needs a network -->\n)?```(?:sh|python)\n(.*?)```", page, re.DOTALL)
     [code] = [code for network, code in blocks if not network]
     shutil.copytree(run, tmp_path / "runs" / "mine")
     Image.open(photo).save(tmp_path / "street.jpg")
@@ -451,12 +451,22 @@ def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, t
     assert f"single scale {figure:.2f} instead of 50.00; check --data.root (2 images)" in line
     assert (found["reproduced"], found["images"], found["bytes"]) == (False, 2, len(weights))
     assert found["sha256"] == hashlib.sha256(weights).hexdigest()
-    row(single_scale=round(figure, 2))
+    row(single_scale=round(figure, 2), multi_scale=0.0)
     main(None, ["verify", ROW, f"--data.root={toy}", "--device=cpu", "--offline"])
     out = capsys.readouterr().out
     assert f"single scale: {figure:.2f}, published {figure:.2f} (2 images): reproduced" in out
     assert f"| {figure:.2f} single scale | `{found['sha256']}` |" in out
     assert [path for path, _ in server.seen] == ["/w.safetensors"]
+    path = tmp_path / "runs" / f"{ROW}.verify.json"
+    refused(capsys, "verify", ROW, f"--data.root={toy}", "--device=cpu", "--multi-scale")
+    both = json.loads(path.read_text())[ROW]
+    assert (both["miou"].keys(), both["reproduced"]) == ({"single scale", "multi scale"}, False)
+    assert both["miou"]["single scale"] == figure
+    for stale in ({ROW: {"sha256": "0", "images": 2, "miou": {"multi scale": 1}}}, {ROW: 1}, []):
+        path.write_text(json.dumps(stale))
+        main(None, ["verify", ROW, f"--data.root={toy}", "--device=cpu"])
+        only = json.loads(path.read_text())[ROW]
+        assert (only["miou"], only["reproduced"]) == ({"single scale": figure}, True)
 
 
 def test_what_was_verified_is_expected_of_the_next_download(row, toy, monkeypatch, tmp_path, capsys):

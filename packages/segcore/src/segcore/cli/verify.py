@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from segcore.config.options import Flag
 from segcore.config.registry import published
 from segcore.config.schema import multi_scale
 from segcore.errors import UserError
+from segcore.files import read_json
 
 if TYPE_CHECKING:
     from segcore.evaluation.evaluate import Results
@@ -38,7 +39,8 @@ class Verify(Parallel):
     """Compare the multi-scale figure instead: six scales, each also flipped."""
     json: Path | None = None
     """A file .json for what was found, the row's entry in the method's verified.json, from which the model zoo is made;
-    by default runs/<configuration>.verify.json, with --multi-scale .verify.multi_scale.json."""
+    by default runs/<configuration>.verify.json. Other figures there, as of --multi-scale, of the same weights are
+    kept."""
 
     def run_in_process(self) -> Callable[[], None] | None:
         from segcore import distributed
@@ -90,20 +92,38 @@ class Verify(Parallel):
         by_step = {step_title(name, results.by): entry for name, entry in results.entries.items()}
         by_step |= {SINGLE: results.final, MULTI: results.final}
         ours = {key: 100 * float(by_step[key]["mIoU"]) for key in theirs}
-        outside = [key for key in theirs if not abs(round(ours[key], 2) - theirs[key]) < TOLERANCE + 1e-6]
+        outside = differing(ours, theirs)
         for key, value in theirs.items():
             verdict = f"differs by more than {TOLERANCE}" if key in outside else "reproduced"
             print(f"{key}: {ours[key]:.2f}, published {value:.2f} ({results.images} images): {verdict}")
         name = self.experiment.name
         known: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-        entry = {"miou": ours, "images": results.images, **known, "versions": versions(), "reproduced": not outside}
-        suffix = "verify.multi_scale.json" if self.multi_scale else "verify.json"
-        output = self.json or Path("runs") / f"{name}.{suffix}"
-        files.write(output, json.dumps({name.replace("-", "_"): entry}, indent=1) + "\n")
+        output, key = self.json or Path("runs") / f"{name}.verify.json", name.replace("-", "_")
         row = next(row for row in model_zoo.rows() if row.name == name)
+        known |= {"images": results.images}
+        miou = stored_figures(output, key, known) | ours
+        reproduced = not differing(miou, row.published.miou if row.published else theirs)
+        entry = {"miou": miou, **known, "versions": versions(), "reproduced": reproduced}
+        files.write(output, json.dumps({key: entry}, indent=1) + "\n")
         print(f"{path}: sha256 {known['sha256']}\n{output}\n{model_zoo.line(replace(row, verified=entry))}", end="")
         if outside:
             figures = ", ".join(f"{key} {ours[key]:.2f} instead of {theirs[key]:.2f}" for key in outside)
             raise UserError(
                 f"{name}: {figures}; check --data.root ({results.images} images) and that {path.name} is the row's file"
             )
+
+
+def differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[str]:
+    """Return the conditions of the figures in percent that are not the published ones."""
+    both = [key for key in theirs if key in ours]
+    return [key for key in both if not abs(round(ours[key], 2) - theirs[key]) < TOLERANCE + 1e-6]
+
+
+def stored_figures(path: Path, key: str, known: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures that a file of `verify` has of the same weights and number of images; empty without any."""
+    try:
+        entry = read_json(path)[key]
+        same = all(entry[name] == known[name] for name in ("sha256", "images"))
+        return {str(name): float(value) for name, value in entry["miou"].items()} if same else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not what `verify` writes
+        return {}
