@@ -96,7 +96,9 @@ def test_where_the_tests_look(source, tmp_path, monkeypatch):
     monkeypatch.setattr(conftest, "__file__", str(tmp_path / "clone" / "packages" / "conftest.py"))
     monkeypatch.delenv("SEG_REFERENCE", raising=False)
     monkeypatch.setitem(sys.modules, "segcore_reference", None)  # as if it were not installed
-    with pytest.raises(pytest.skip.Exception, match=r"pip install --no-deps --target \.reference -r reference\.txt"):
+    with pytest.raises(
+        pytest.skip.Exception, match=r"pip install --no-deps --upgrade --target \.reference -r reference\.txt"
+    ):
         conftest.find_reference()
     monkeypatch.delitem(sys.modules, "segcore_reference")
     for folder in ("site", "clone/.reference"):
