@@ -16,6 +16,7 @@ import shlex
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from segcore.config.fields import allowed
@@ -218,7 +219,8 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
     return dataclasses.make_dataclass(type(node).__name__, fields, frozen=True, namespace=namespace)
 
 
-def help_texts(kind: type[Any]) -> dict[str, str]:
+@cache
+def help_texts(kind: type[Any]) -> Mapping[str, str]:
     """Return the text below each field of a dataclass."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
