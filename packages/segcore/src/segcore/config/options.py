@@ -219,9 +219,13 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
     return dataclasses.make_dataclass(type(node).__name__, fields, frozen=True, namespace=namespace)
 
 
-@cache
-def help_texts(kind: type[Any]) -> Mapping[str, str]:
+def help_texts(kind: type[Any]) -> dict[str, str]:
     """Return the text below each field of a dataclass."""
+    return dict(_help_texts(cast(Any, kind)))
+
+
+@cache
+def _help_texts(kind: type[Any]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         with contextlib.suppress(OSError, TypeError, SyntaxError):

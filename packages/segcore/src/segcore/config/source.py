@@ -31,7 +31,7 @@ def source(exp: Experiment, *, comments: bool = False) -> str:
             imports.setdefault(module, set()).add(name)
             shown = [item.name for item in dataclasses.fields(value) if _is_shown(item, getattr(value, item.name))]
             parts = [f"{field}={text(getattr(value, field), inner)}" for field in shown]
-            about = dict(help_texts(type(value))) if comments and len(parts) > 1 else {}
+            about = help_texts(type(value)) if comments and len(parts) > 1 else {}
             notes = {part: about.get(field, "") for part, field in zip(parts, shown, strict=True)}
         elif isinstance(value, tuple):
             parts = [text(item, inner) for item in value]
