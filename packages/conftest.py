@@ -46,7 +46,9 @@ def find_reference() -> Path:
         return fetched
     if spec := importlib.util.find_spec("segcore_reference"):
         return Path(str(spec.origin)).parent
-    pytest.skip("no reference numbers; to fetch them: pip install --no-deps --target .reference -r reference.txt")
+    pytest.skip(
+        "no reference numbers; to fetch them: pip install --no-deps --upgrade --target .reference -r reference.txt"
+    )
 
 
 @pytest.fixture(scope="session")

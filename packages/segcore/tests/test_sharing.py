@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import ddrnet_seg.official
 import segcore
@@ -427,13 +427,18 @@ def toy(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def row(server, weights_folder, monkeypatch, tmp_path):
-    """The toy row as a published one, with random weights on a server; a function that sets its figures."""
-    model = segcore.load_experiment(ROW).model
+@pytest.fixture(scope="module")
+def row_weights():
+    """Random weights of the toy row, as a file's bytes."""
     torch.manual_seed(0)
-    save_file(model.build().official_state(), tmp_path / "w.safetensors")
-    server.files["/w.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
+    return save(segcore.load_experiment(ROW).model.build().official_state())
+
+
+@pytest.fixture
+def row(server, weights_folder, row_weights, monkeypatch, tmp_path):
+    """The toy row as a published one, with random weights on a server; a function that sets its figures."""
+    (tmp_path / "w.safetensors").write_bytes(row_weights)
+    server.files["/w.safetensors"] = row_weights
     monkeypatch.chdir(tmp_path)
 
     def publish(**figures):

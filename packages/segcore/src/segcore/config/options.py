@@ -16,6 +16,7 @@ import shlex
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from segcore.config.fields import allowed
@@ -220,6 +221,11 @@ def form(node: Any, offered: Offered = lambda owner, item: True) -> Any:
 
 def help_texts(kind: type[Any]) -> dict[str, str]:
     """Return the text below each field of a dataclass."""
+    return dict(_help_texts(cast(Any, kind)))
+
+
+@cache
+def _help_texts(kind: type[Any]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         with contextlib.suppress(OSError, TypeError, SyntaxError):
