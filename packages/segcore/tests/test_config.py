@@ -220,7 +220,7 @@ def experiments(draw):
         model=draw(
             st.builds(
                 Tiny,
-                num_classes=counts,
+                num_classes=st.integers(1, 65535),
                 in_channels=st.just(n),
                 accumulation=st.booleans(),
                 bit_scale=reals,
