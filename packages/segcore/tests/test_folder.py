@@ -157,7 +157,7 @@ def test_a_stored_name_of_a_csv_file_is_not_read(tmp_path: Path) -> None:
 def test_class_names_that_a_terminal_would_obey_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "labels.csv").write_text(f'0,"{name}"\n', encoding="utf-8")
     for given in ({"classes": (name, "b")}, {"labels": (f"0={name}",)}, {"labels": (str(tmp_path / "labels.csv"),)}):
-        with pytest.raises(UserError, match="cannot be printed") as error:
+        with pytest.raises(UserError, match="has control characters") as error:
             DataConfig(dataset="folder", **given)
         assert str(error.value).isprintable()
 

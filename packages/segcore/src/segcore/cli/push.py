@@ -114,15 +114,16 @@ class Push:
 
 def check_no_code(folder: Path) -> None:
     """Raise UserError for a run or checkpoint that needs a file of the user's: what is shared has no code."""
+    record = record_of(folder)
     try:
-        settings = read_json(record_of(folder))["experiment"]
+        settings = read_json(record)["experiment"]
         model, dataset = str(settings["model"]["class"]), str(settings["data"]["dataset"])
     except (OSError, ValueError, KeyError, TypeError):  # `load_model` says what is wrong
         return
     for what, own in (("its model", model.startswith(FROM_FILE)), ("its data set", is_reference(dataset))):
         if own:
             raise UserError(
-                f"{folder}: cannot be pushed, as {what} is defined in a file of yours; share the file and the run's "
+                f"{record}: cannot be pushed, as {what} is defined in a file of yours; share the file and the run's "
                 "folder in another way"
             )
 

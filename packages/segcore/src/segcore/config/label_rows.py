@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 IGNORED = "ignore"
 """Name of the pixels that loss and metrics leave out."""
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys: control characters, and those that turn the direction of the text."""
 _KEY = re.compile(r"#[0-9a-f]{6}|\d{1,5}", re.IGNORECASE)
 
 
@@ -85,11 +87,11 @@ def class_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise UserError when `data.labels` is wrong, names other classes than `data.classes`, or one is not printable."""
+    """Raise UserError for wrong `data.labels`, other classes there than in `data.classes`, or control characters."""
     names = class_names(labels)
     for name in (*classes, *names):
-        if not name.isprintable():  # what a terminal would obey
-            raise UserError(f"the class name {name!r} has characters that cannot be printed; write it without them")
+        if CONTROLS.search(name):
+            raise UserError(f"the class name {name!r} has control characters; write it without them")
     if classes and names and sorted(names) != sorted(classes):
         other = ", ".join(sorted({*names} ^ {*classes}))
         raise UserError(f"data.classes and data.labels do not name the same classes: {other}; leave out data.classes")
