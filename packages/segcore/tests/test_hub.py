@@ -219,7 +219,7 @@ PROXIES = (
     "http://user:sec/ret@host:80",
     "http://user:secret",
     "http://user:secret@:80",
-    "http://u:s[ecret@h:1",
+    "http://u:[secret@h:1",
     "sec ret",
 )
 
