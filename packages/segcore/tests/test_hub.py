@@ -143,7 +143,7 @@ def test_the_hash_that_the_host_states_is_checked(server, folder, name, headers,
 
 def test_texts_in_the_place_of_hashes_are_no_hashes(server):
     server.headers = {"Content-MD5": "none", "x-goog-hash": "crc32c=n03x6A==", "ETag": f'"{"0" * 32}"'}
-    hub.fetch(f"{server.url}/w.pth")
+    assert hub.fetch(f"{server.url}/w.pth").read_bytes() == server.files["/w.pth"]
 
 
 def test_a_file_that_no_longer_has_the_hash_in_its_name_is_noticed(server, folder):
