@@ -20,6 +20,7 @@ from segcore import load_experiment
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.demo.toy import generate
+from segcore.testing.commands import refused
 
 CONFIG = "ddp_resnet18_toy"
 SMALL = [
@@ -47,16 +48,6 @@ def run(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     main("ddp_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
-
-
-def refused(capsys, *words):
-    """Run a command that must end with status 1 and one line on standard error; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main("ddp_seg", [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_train_writes_a_run(run):
@@ -112,7 +103,7 @@ def test_test_prints_the_published_table(run, toy, tmp_path, capsys):
     assert data["images"] == 2
 
 
-def test_predict_a_file_and_a_folder(run, toy, tmp_path, capsys):
+def test_predict_a_file_and_a_folder(run, toy, tmp_path):
     images = tmp_path / "in"
     (images / "below").mkdir(parents=True)
     image = np.random.RandomState(0).randint(0, 255, (70, 90, 3), np.uint8)
@@ -157,15 +148,15 @@ def test_early_exit_threshold(run, toy, tmp_path, capsys):
     words = ["predict", str(run), image, str(tmp_path / "a.png"), CPU]
     main("ddp_seg", [*words, "--evaluate.early-exit-threshold=100"])
     assert "2.00 denoising steps on average" in capsys.readouterr().out
-    assert "evaluate.early_exit_threshold is 0.0" in refused(capsys, *words, "--evaluate.early-exit-threshold=0")
+    assert "evaluate.early_exit_threshold is 0.0" in refused("ddp_seg", *words, "--evaluate.early-exit-threshold=0")
 
 
-def test_predict_skips_unreadable_images(run, tmp_path, capsys):
+def test_predict_skips_unreadable_images(run, tmp_path):
     images = tmp_path / "in"
     images.mkdir()
     cv2.imwrite(str(images / "good.png"), np.zeros((64, 64, 3), np.uint8))
     (images / "bad.png").write_bytes(b"")
-    line = refused(capsys, "predict", run, images, tmp_path / "out", CPU)
+    line = refused("ddp_seg", "predict", run, images, tmp_path / "out", CPU)
     assert str(images / "bad.png") in line
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "classes.json", "good.png", "good_overlay.png", "predict.json", "results.csv"
@@ -192,11 +183,11 @@ def test_predict_one_image_to_one_file(run, toy, tmp_path, capsys):
 
 def test_a_checkpoint_with_other_settings_names_them(run, toy, tmp_path, capsys):
     words = ["test", CONFIG, run, f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", CPU]
-    line = refused(capsys, *words, "--data.mean", "1", "2", "3")
+    line = refused("ddp_seg", *words, "--data.mean", "1", "2", "3")
     options = "--model.width 32 --model.decoder-layers 1 --data.mean 123.675 116.28 103.53"
     assert line == f"error: {newest(run)}: was trained with {options}; give this folder as CONFIG, without other values"
     other = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
-    line = refused(capsys, "predict", other, run, toy, tmp_path / "out", "--device=cpu")
+    line = refused("ddp_seg", "predict", other, run, toy, tmp_path / "out", "--device=cpu")
     assert f"was trained with {CONFIG} --model.backbone resnet18" in line
     main("ddp_seg", ["test", *map(str, words[2:]), "--limit=1", "--model.num-inference-steps=2"])
     said = capsys.readouterr()
@@ -213,44 +204,44 @@ def test_a_finished_run_is_reported_and_not_repeated(run, toy, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "already finished; to train longer, raise schedule.iterations above 3" in said
     assert said.splitlines()[-1].startswith(f"{tmp_path / 'run'}: finished; best: iteration 3, mIoU ")
-    line = refused(capsys, *words, "--model.width=64")
+    line = refused("ddp_seg", *words, "--model.width=64")
     assert "; add --model.width 32, or choose another --work-dir" in line
 
 
-def test_an_invalid_work_dir(toy, tmp_path, capsys):
+def test_an_invalid_work_dir(toy, tmp_path):
     (tmp_path / "file").write_text("")
     words = ["train", CONFIG, f"--data.root={toy}", *SMALL, "--work-dir"]
-    assert refused(capsys, *words, tmp_path / "file").endswith("file: is a file; choose another --work-dir")
-    line = refused(capsys, *words, tmp_path / "file" / "run")
+    assert refused("ddp_seg", *words, tmp_path / "file").endswith("file: is a file; choose another --work-dir")
+    line = refused("ddp_seg", *words, tmp_path / "file" / "run")
     assert f"{tmp_path / 'file' / 'run'}" in line
     assert "cannot be written (Not a directory)" in line
-    line = refused(capsys, "demo", "--work-dir", tmp_path / "file" / "demo", "--device=cpu")
+    line = refused("ddp_seg", "demo", "--work-dir", tmp_path / "file" / "demo", "--device=cpu")
     assert line.startswith(f"error: {tmp_path / 'file' / 'demo'}: cannot be written (Not a directory)")
 
 
-def test_predict_palettes(run, tmp_path, capsys):
+def test_predict_palettes(run, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
     words = ["predict", str(run), str(tmp_path / "a.png"), str(tmp_path / "out"), CPU]
     (tmp_path / "colors.txt").write_text("\n".join(f"{k} 0 0" for k in range(19)))
     main("ddp_seg", [*words, f"--palette={tmp_path / 'colors.txt'}"])
     assert Image.open(tmp_path / "out" / "a.png").getpalette()[3:6] == [1, 0, 0]
     (tmp_path / "few.txt").write_text("1 2 3")
-    assert "1 colors for 19 classes" in refused(capsys, *words, f"--palette={tmp_path / 'few.txt'}")
+    assert "1 colors for 19 classes" in refused("ddp_seg", *words, f"--palette={tmp_path / 'few.txt'}")
     (tmp_path / "wrong.txt").write_text("1 2\n3 4 500")
-    assert "wrong.txt" in refused(capsys, *words, f"--palette={tmp_path / 'wrong.txt'}")
+    assert "wrong.txt" in refused("ddp_seg", *words, f"--palette={tmp_path / 'wrong.txt'}")
 
 
-def test_configs_writes_a_file_that_builds_the_same(tmp_path, capsys):
+def test_configs_writes_a_file_that_builds_the_same(tmp_path):
     name = "ddp_swin_b_2x8_512x512_160k_ade20k"
     main("ddp_seg", ["configs", name, "--write", str(tmp_path / "my.py")])
     assert load_experiment(f"{tmp_path / 'my.py'}:experiment") == load_experiment(name)
-    assert "exists already" in refused(capsys, "configs", name, "--write", tmp_path / "my.py")
+    assert "exists already" in refused("ddp_seg", "configs", name, "--write", tmp_path / "my.py")
 
 
-def test_wrong_configuration_names(capsys, tmp_path):
-    assert f"did you mean {CONFIG}?" in refused(capsys, "train", "ddp_resnet18_toi")
-    assert "no such configuration file" in refused(capsys, "train", tmp_path / "none.py")
-    assert "needs a configuration" in refused(capsys, "train", "--resume")
+def test_wrong_configuration_names(tmp_path):
+    assert f"did you mean {CONFIG}?" in refused("ddp_seg", "train", "ddp_resnet18_toi")
+    assert "no such configuration file" in refused("ddp_seg", "train", tmp_path / "none.py")
+    assert "needs a configuration" in refused("ddp_seg", "train", "--resume")
 
 
 def test_wrong_flags_name_the_nearest(capsys):
@@ -299,23 +290,23 @@ def missing_label(root):
 
 
 @pytest.mark.parametrize("damage", [empty_image, corrupt_image, other_size, out_of_range, missing_label])
-def test_bad_data(toy, tmp_path, capsys, damage):
+def test_bad_data(toy, tmp_path, damage):
     root = tmp_path / "toy"
     shutil.copytree(toy, root)
     (root / "toy.json").unlink()
     named = damage(root)
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={tmp_path / 'run'}"]
-    line = refused(capsys, *words, *SMALL, *TRAIN)
+    line = refused("ddp_seg", *words, *SMALL, *TRAIN)
     assert all(part in line for part in named), line
     assert not list((tmp_path / "run").rglob("*.tmp")), "something is half-written"
 
 
-def test_missing_folders(tmp_path, capsys, run):
+def test_missing_folders(tmp_path, run):
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={tmp_path / 'none'}"]
-    assert str(tmp_path / "none") in refused(capsys, *words, *SMALL)
-    assert str(tmp_path / "nothing") in refused(capsys, "test", CONFIG, tmp_path / "nothing", CPU)
-    assert "neither a checkpoint folder" in refused(capsys, "test", CONFIG, tmp_path, CPU)
-    assert "no such image" in refused(capsys, "predict", run, tmp_path / "none", tmp_path / "out", CPU)
+    assert str(tmp_path / "none") in refused("ddp_seg", *words, *SMALL)
+    assert str(tmp_path / "nothing") in refused("ddp_seg", "test", CONFIG, tmp_path / "nothing", CPU)
+    assert "neither a checkpoint folder" in refused("ddp_seg", "test", CONFIG, tmp_path, CPU)
+    assert "no such image" in refused("ddp_seg", "predict", run, tmp_path / "none", tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
 
 
@@ -331,9 +322,9 @@ def test_all_ignored_images_train_to_a_finite_loss(toy, tmp_path):
     assert all(line["loss"] is not None for line in log if line["mode"] == "train")
 
 
-def test_a_used_work_dir_is_not_overwritten(run, toy, capsys):
+def test_a_used_work_dir_is_not_overwritten(run, toy):
     before = sorted(p.name for p in run.rglob("*"))
-    line = refused(capsys, "train", CONFIG, f"--data.root={toy}", f"--work-dir={run}", *SMALL, *TRAIN)
+    line = refused("ddp_seg", "train", CONFIG, f"--data.root={toy}", f"--work-dir={run}", *SMALL, *TRAIN)
     assert "--resume" in line
     assert sorted(p.name for p in run.rglob("*")) == before
 
@@ -348,9 +339,9 @@ class Executes:
         return os.mkdir, (str(self.marker),)
 
 
-def test_wrong_and_damaged_checkpoints(run, toy, tmp_path, capsys):
+def test_wrong_and_damaged_checkpoints(run, toy, tmp_path):
     def test(checkpoint):
-        return refused(capsys, "test", CONFIG, checkpoint, f"--data.root={toy}", CPU)
+        return refused("ddp_seg", "test", CONFIG, checkpoint, f"--data.root={toy}", CPU)
 
     torch.save({"state_dict": {"something.else": torch.zeros(1)}}, tmp_path / "other.pth")
     assert "other.pth" in test(tmp_path / "other.pth")
@@ -371,20 +362,20 @@ def test_wrong_and_damaged_checkpoints(run, toy, tmp_path, capsys):
     assert "does not fit" in test(other / "weights.safetensors")
 
 
-def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
+def test_official_weights_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
     name = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
-    line = refused(capsys, "predict", name, "official", __file__, tmp_path / "out", "--offline", "--device=cpu")
+    line = refused("ddp_seg", "predict", name, "official", __file__, tmp_path / "out", "--offline", "--device=cpu")
     assert str(tmp_path / f"{name}.pth") in line
     assert f"https://huggingface.co/yfji/DDP-Weight/resolve/main/{name}.pth" in line
     line = refused(
-        capsys, "predict", "ddp_swin_s_4x4_512x1024_160k_cityscapes", "official", __file__, tmp_path, "--offline"
+        "ddp_seg", "predict", "ddp_swin_s_4x4_512x1024_160k_cityscapes", "official", __file__, tmp_path, "--offline"
     )
     assert "offer no" in line
 
 
-def test_unknown_device(capsys, run, toy):
-    assert "--device nonsense" in refused(capsys, "test", run, f"--data.root={toy}", "--device=nonsense")
+def test_unknown_device(run, toy):
+    assert "--device nonsense" in refused("ddp_seg", "test", run, f"--data.root={toy}", "--device=nonsense")
 
 
 @pytest.mark.parametrize(("channels", "depth", "suffix"), [(1, 16, ".png"), (5, 8, ".npy")])
@@ -410,18 +401,18 @@ def test_custom_image_formats(tmp_path, channels, depth, suffix):
     assert {"0.png", "0_overlay.png", "1.png", "1_overlay.png"} < {p.name for p in (tmp_path / "out").iterdir()}
 
 
-def test_a_bad_validation_image_does_not_lose_the_training(toy, tmp_path, capsys):
+def test_a_bad_validation_image_does_not_lose_the_training(toy, tmp_path):
     root, run = tmp_path / "toy", tmp_path / "run"
     shutil.copytree(toy, root)
     bad = first(root, "leftImg8bit/val/*/*.png")
     bad.write_bytes(bad.read_bytes()[:-40])  # its header is intact, so the check before training passes
     words = ["train", CONFIG, "--data.dataset=cityscapes", f"--data.root={root}", f"--work-dir={run}", *SMALL]
-    line = refused(capsys, *words, "--schedule.iterations=4", "--train.evaluate-every=3", "--train.save-every=100")
+    line = refused("ddp_seg", *words, "--schedule.iterations=4", "--train.evaluate-every=3", "--train.save-every=100")
     assert bad.name in line
     assert newest(run).name == "iter_3"
 
 
-def test_predict_ignores_the_steps_that_test_reports(run, toy, tmp_path, capsys):
+def test_predict_ignores_the_steps_that_test_reports(run, toy, tmp_path):
     image = str(first(toy, "leftImg8bit/val/*/*.png"))
     answers = []
     for i, options in enumerate(

@@ -13,6 +13,7 @@ import segcore
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.demo.toy import generate
+from segcore.testing.commands import refused
 from segcore.testing.stored import filled
 
 BASE, PRIOR = "ddps_segformer_b0_base_toy", "ddps_segformer_b0_toy"
@@ -52,16 +53,6 @@ def second_stage(toy, base, folder, *words):
 def run(toy, base, tmp_path_factory):
     """A finished run of the second stage, with averaged weights."""
     return second_stage(toy, base, tmp_path_factory.mktemp("runs") / "prior")
-
-
-def refused(capsys, *words):
-    """Run a command that must end with status 1 and one line on standard error; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main("ddps_seg", [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_the_second_stage_starts_from_the_first_and_keeps_it(base, run):
@@ -135,7 +126,7 @@ def test_the_published_row_has_its_figures_beside_a_column_per_timestep(tmp_path
     for name in [name for name in state if ".log_" in name or name.startswith("log_")]:
         state[name] = torch.zeros(100 + len(state[name]) - 20)
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
-    line = refused(capsys, "test", row, tmp_path / "weights.pth", *words)
+    line = refused("ddps_seg", "test", row, tmp_path / "weights.pth", *words)
     assert "trained with 100 timesteps, but the model has 20; set model.num_train_timesteps 100" in line
 
 
@@ -198,9 +189,9 @@ def test_the_base_model_joins_the_ensemble(run, base, toy, tmp_path, capsys):
     main("ddps_seg", ["test", str(run), f"--data.root={toy}", f"--json={tmp_path / 'out.json'}", *both])
     assert list(json.loads((tmp_path / "out.json").read_text())["entries"]) == ["0", "10", "19"]
     capsys.readouterr()
-    line = refused(capsys, "test", run, f"--data.root={toy}", *small, "--ensemble", PRIOR, tmp_path / "none")
+    line = refused("ddps_seg", "test", run, f"--data.root={toy}", *small, "--ensemble", PRIOR, tmp_path / "none")
     assert "none" in line
-    line = refused(capsys, "test", base, f"--data.root={toy}", CPU, "--ensemble", "ddps_nothing", base)
+    line = refused("ddps_seg", "test", base, f"--data.root={toy}", CPU, "--ensemble", "ddps_nothing", base)
     assert "ddps_nothing" in line
 
 
@@ -218,27 +209,27 @@ def test_export(tmp_path, capsys, suffix):
     main("ddps_seg", words)
     assert "1x3x64x96: logits within" in capsys.readouterr().out
     assert path.exists()
-    assert "leave out --dynamic" in refused(capsys, *words, "--dynamic")
+    assert "leave out --dynamic" in refused("ddps_seg", *words, "--dynamic")
 
 
 def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
     small = [f"--data.root={toy}", *SMALL, *NARROW]
     assert "has 7, but the run evaluates the timesteps 0, 10, 19" in refused(
-        capsys, "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
+        "ddps_seg", "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
     )
     training = ["train", PRIOR, *small, *TRAIN, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
-    assert "has 7, but" in refused(capsys, *training), "at once, not at the first evaluation"
+    assert "has 7, but" in refused("ddps_seg", *training), "at once, not at the first evaluation"
     assert not (tmp_path / "never").exists()
-    line = refused(capsys, "test", PRIOR, base, f"--data.root={toy}", CPU)
+    line = refused("ddps_seg", "test", PRIOR, base, f"--data.root={toy}", CPU)
     assert f"was trained with {BASE}; give this folder" in line
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((50, 70, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 60), 3, np.uint8))
     predict = ["predict", run, tmp_path / "a.png", tmp_path / "out", CPU]
-    assert "60x50" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    assert "60x50" in refused("ddps_seg", *predict, f"--start-mask={tmp_path / 'start.png'}")
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
-    assert "labels" in refused(capsys, *predict, f"--start-mask={tmp_path / 'start.png'}")
+    assert "labels" in refused("ddps_seg", *predict, f"--start-mask={tmp_path / 'start.png'}")
     assert "leave out --ensemble" in refused(
-        capsys, *predict, f"--start-mask={tmp_path / 'start.png'}", "--evaluate.early-exit-threshold=1"
+        "ddps_seg", *predict, f"--start-mask={tmp_path / 'start.png'}", "--evaluate.early-exit-threshold=1"
     )
     with pytest.raises(SystemExit):
         main(

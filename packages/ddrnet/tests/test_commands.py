@@ -17,6 +17,7 @@ from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.demo.toy import generate
 from segcore.inference import load_model
+from segcore.testing.commands import refused
 
 CONFIG = "ddrnet_23_slim_toy"
 SMALL = [
@@ -40,16 +41,6 @@ def run(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     main("ddrnet_seg", ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", *SMALL, *TRAIN])
     return folder
-
-
-def refused(capsys, *words):
-    """Run a command that must end with status 1 and one line on standard error; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main("ddrnet_seg", [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_train_logs_both_heads(run):
@@ -136,7 +127,7 @@ def test_reports(run, toy, tmp_path, capsys):
     assert "note: Without images: " in (said := capsys.readouterr().out)
     assert "iter_3, which was evaluated, is not there any more" in said
     assert "Without images" in (folder / "report.html").read_text(encoding="utf-8")
-    assert "no such run" in refused(capsys, "report", tmp_path / "nothing")
+    assert "no such run" in refused("ddrnet_seg", "report", tmp_path / "nothing")
     with pytest.raises(SystemExit) as end:
         main("ddrnet_seg", ["report", str(folder), str(folder)])
     assert end.value.code == 2
@@ -176,23 +167,25 @@ def test_predict_a_video(run, tmp_path):
 
 def test_invalid_requests(run, tmp_path, capsys):
     words = ["export", run]
-    assert "multiples of 8" in refused(capsys, *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic")
-    assert ".onnx (ONNX) or .pt2" in refused(capsys, *words, tmp_path / "a.pth")
+    assert "multiples of 8" in refused("ddrnet_seg", *words, tmp_path / "a.pt2", "--size=60x128", "--dynamic")
+    assert ".onnx (ONNX) or .pt2" in refused("ddrnet_seg", *words, tmp_path / "a.pth")
     (tmp_path / "b.pt2").mkdir()
-    assert "b.pt2: is a folder" in refused(capsys, "export", CONFIG, "none.pth", tmp_path / "b.pt2")
-    assert "b.pt2: --int8 is for ONNX" in refused(capsys, "export", CONFIG, "none.pth", tmp_path / "b.pt2", "--int8")
-    assert "not for videos" in refused(capsys, "predict", run, "a.mp4", tmp_path, "--ensemble", run)
-    assert "no such video" in refused(capsys, "predict", run, tmp_path / "a.mp4", tmp_path)
+    assert "b.pt2: is a folder" in refused("ddrnet_seg", "export", CONFIG, "none.pth", tmp_path / "b.pt2")
+    assert "b.pt2: --int8 is for ONNX" in refused(
+        "ddrnet_seg", "export", CONFIG, "none.pth", tmp_path / "b.pt2", "--int8"
+    )
+    assert "not for videos" in refused("ddrnet_seg", "predict", run, "a.mp4", tmp_path, "--ensemble", run)
+    assert "no such video" in refused("ddrnet_seg", "predict", run, tmp_path / "a.mp4", tmp_path)
     with pytest.raises(SystemExit):
         main("ddrnet_seg", ["predict", str(run), "a.mp4", str(tmp_path), "--steps"])
     assert "--steps is not read by" in capsys.readouterr().err, "only stepwise models take steps"
-    assert "ddrnet_39_cityscapes" in refused(capsys, "test", "ddrnet_39_cityscapes", "official", "--device=cpu")
+    assert "ddrnet_39_cityscapes" in refused("ddrnet_seg", "test", "ddrnet_39_cityscapes", "official", "--device=cpu")
 
 
-def test_official_weights_without_a_network(tmp_path, capsys, monkeypatch):
+def test_official_weights_without_a_network(tmp_path, monkeypatch):
     """Google Drive addresses contain no file names, so the rows give them."""
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
-    line = refused(capsys, "test", "ddrnet_23_slim_cityscapes", "official", "--offline", "--device=cpu")
+    line = refused("ddrnet_seg", "test", "ddrnet_23_slim_cityscapes", "official", "--offline", "--device=cpu")
     assert str(tmp_path / "DDRNet23s_cityscapes.pth") in line
     assert "drive.google.com" in line
 

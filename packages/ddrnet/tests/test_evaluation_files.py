@@ -20,6 +20,7 @@ from segcore.config.record import describe
 from segcore.data.layouts import cityscapes
 from segcore.demo.toy import generate
 from segcore.evaluation.metrics import ConfusionMatrix
+from segcore.testing.commands import refused
 
 PAGE = Path(__file__).parents[3] / "docs/results.md"
 
@@ -51,16 +52,6 @@ def tested(run, toy, tmp_path_factory):
     words += [f"--save={folder / 'masks'}", "--label-ids", f"--zip={folder / 'upload.zip'}"]
     main("ddrnet_seg", ["test", str(run), f"--data.root={toy}", "--device=cpu", *words])
     return folder
-
-
-def refused(capsys, *words):
-    """Run a command that must end with status 1 and one line on standard error; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main("ddrnet_seg", [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_masks_give_the_figures(tested, toy):
@@ -129,7 +120,7 @@ def test_cityscapes_scripts_find_the_same(tested, toy):
     np.testing.assert_allclose([scores[name] for name in stored["classes"]], ours, rtol=1e-12)
 
 
-def test_another_evaluation_has_another_file(run, toy, capsys):
+def test_another_evaluation_has_another_file(run, toy):
     words = ["test", str(run), f"--data.root={toy}", "--device=cpu", "--limit=1"]
     main("ddrnet_seg", words)
     main("ddrnet_seg", [*words, "--multi-scale"])
@@ -146,10 +137,10 @@ def test_a_model_knows_the_settings_of_those_that_it_is_averaged_with(run):
 def test_the_test_split(run, toy, tmp_path, capsys):
     """Masks and nothing else; a Cityscapes set has one, the toy set none."""
     words = ["test", run, "--data.dataset=cityscapes", f"--data.root={tmp_path}", "--device=cpu", "--split=test"]
-    assert "--split test writes masks; add --save FOLDER" in refused(capsys, *words)
+    assert "--split test writes masks; add --save FOLDER" in refused("ddrnet_seg", *words)
     words.append(f"--save={tmp_path / 'out'}")
-    assert "--calibration needs labels" in refused(capsys, *words, "--calibration")
-    assert "leftImg8bit/test: no such folder" in refused(capsys, *words)
+    assert "--calibration needs labels" in refused("ddrnet_seg", *words, "--calibration")
+    assert "leftImg8bit/test: no such folder" in refused("ddrnet_seg", *words)
     (tmp_path / "leftImg8bit").mkdir()
     (tmp_path / "leftImg8bit/test").symlink_to(toy / "leftImg8bit/val")
     before = {path.name for path in run.iterdir()}
@@ -158,39 +149,41 @@ def test_the_test_split(run, toy, tmp_path, capsys):
     assert len(list((tmp_path / "out/label_ids/toytown").iterdir())) == 3
     assert {path.name for path in run.iterdir()} == before
     here = tmp_path / "leftImg8bit/test"
-    assert "would overwrite this file of the data set" in refused(capsys, *words[:-1], f"--save={here}")
+    assert "would overwrite this file of the data set" in refused("ddrnet_seg", *words[:-1], f"--save={here}")
     no_split = ["test", run, f"--data.root={toy}", "--split=test", f"--save={tmp_path / 'out'}", "--device=cpu"]
-    assert "data.dataset toy has no test split known here; run `predict`" in refused(capsys, *no_split)
+    assert "data.dataset toy has no test split known here; run `predict`" in refused("ddrnet_seg", *no_split)
 
 
-def test_files_of_the_user_are_not_overwritten_by_figures(run, toy, tmp_path, capsys):
+def test_files_of_the_user_are_not_overwritten_by_figures(run, toy, tmp_path):
     words = ["test", run, f"--data.root={toy}", "--device=cpu", f"--save={tmp_path / 'out'}"]
     for option, suffix in (("json", ".json"), ("per-image", ".csv"), ("zip", ".zip")):
-        line = refused(capsys, *words, f"--{option}={tmp_path / 'mine.png'}")
+        line = refused("ddrnet_seg", *words, f"--{option}={tmp_path / 'mine.png'}")
         assert line == f"error: --{option} {tmp_path / 'mine.png'}: does not end in {suffix}; name a file that does"
     before = (run / "experiment.json").read_bytes()
-    assert "would overwrite what this command reads" in refused(capsys, *words, f"--json={run / 'experiment.json'}")
+    assert "would overwrite what this command reads" in refused(
+        "ddrnet_seg", *words, f"--json={run / 'experiment.json'}"
+    )
     assert (run / "experiment.json").read_bytes() == before
     assert not list(tmp_path.iterdir())
 
 
-def test_a_list_of_someone_else_is_refused_before_the_evaluation(run, toy, tmp_path, capsys):
+def test_a_list_of_someone_else_is_refused_before_the_evaluation(run, toy, tmp_path):
     (tmp_path / "classes.json").write_text('{"mine": 1}')
-    line = refused(capsys, "test", run, f"--data.root={toy}", "--device=cpu", "--limit=1", f"--save={tmp_path}")
+    line = refused("ddrnet_seg", "test", run, f"--data.root={toy}", "--device=cpu", "--limit=1", f"--save={tmp_path}")
     assert "classes.json: is no list of classes and would be overwritten" in line
     assert [path.name for path in tmp_path.iterdir()] == ["classes.json"]
 
 
-def test_sets_without_a_server_are_refused(run, toy, tmp_path, capsys):
+def test_sets_without_a_server_are_refused(run, toy, tmp_path):
     words = [run, "--device=cpu", "--label-ids"]
     line = "these sets have one: cityscapes, toy, ade20k, loveda, voc2012, voc2012_aug"
     own = ["--data.classes", *map(str, range(19))]
     other = ["--data.dataset=bdd100k", f"--data.root={toy}"]
-    assert line in refused(capsys, "test", *words, *other, f"--save={tmp_path / 'out'}")
-    assert line in refused(capsys, "predict", run, toy, tmp_path / "out", *words[1:], "--data.dataset=bdd100k")
-    named = refused(capsys, "predict", run, toy, tmp_path / "out", *words[1:], "--data.dataset=voc2012", *own)
+    assert line in refused("ddrnet_seg", "test", *words, *other, f"--save={tmp_path / 'out'}")
+    assert line in refused("ddrnet_seg", "predict", run, toy, tmp_path / "out", *words[1:], "--data.dataset=bdd100k")
+    named = refused("ddrnet_seg", "predict", run, toy, tmp_path / "out", *words[1:], "--data.dataset=voc2012", *own)
     assert "data.dataset voc2012 has other classes than its benchmark" in named
-    assert "--label-ids writes masks; add --save FOLDER" in refused(capsys, "test", *words, f"--data.root={toy}")
+    assert "--label-ids writes masks; add --save FOLDER" in refused("ddrnet_seg", "test", *words, f"--data.root={toy}")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ import segcore
 from segcore.checkpoints.run_checkpoint import newest, read_model_state
 from segcore.cli.main import main
 from segcore.demo.toy import generate
+from segcore.testing.commands import refused
 
 CONFIG = "setr_mla_dgmn2_nano_toy"
 SMALL = [
@@ -49,16 +50,6 @@ def run(toy, imagenet, tmp_path_factory):
     words = ["train", CONFIG, f"--data.root={toy}", f"--work-dir={folder}", f"--train.init-from={imagenet}"]
     main("dgmn2_seg", [*words, *SMALL, *TRAIN])
     return folder
-
-
-def refused(capsys, *words):
-    """Run a command that must end with status 1 and one line on standard error; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main("dgmn2_seg", [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(run, toy, imagenet, tmp_path):
@@ -105,15 +96,15 @@ def test_export(head, suffix, dynamic, tmp_path, capsys):
     assert path.exists()
 
 
-def test_invalid_requests(run, tmp_path, capsys, monkeypatch):
+def test_invalid_requests(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SEGCORE_WEIGHTS", str(tmp_path))
     row = "setr_mla_dgmn2_tiny_4x2_769x769_40k_cityscapes"
-    line = refused(capsys, "test", row, "official", "--offline", "--device=cpu")
+    line = refused("dgmn2_seg", "test", row, "official", "--offline", "--device=cpu")
     assert str(tmp_path / f"{row}.pth") in line
     assert "1EpgGGDzRzwMslW07ML93fO0VgIKbqFWr" in line
-    line = refused(capsys, "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
+    line = refused("dgmn2_seg", "train", row, "--offline", "--device=cpu", f"--work-dir={tmp_path / 'w'}")
     assert "dgmn2_tiny_imagenet.pth" in line or "data/cityscapes" in line
-    line = refused(capsys, "test", "fpn_dgmn2_tiny_4x2_769x769_40k_cityscapes", run, "--device=cpu")
+    line = refused("dgmn2_seg", "test", "fpn_dgmn2_tiny_4x2_769x769_40k_cityscapes", run, "--device=cpu")
     assert f"was trained with {CONFIG} --model.backbone nano --model.head setr_mla" in line
 
 

@@ -34,6 +34,7 @@ from segcore.evaluation.evaluate import Results
 from segcore.evaluation.predictor import Predictor
 from segcore.reporting.model_card import escaped, model_card
 from segcore.reporting.run_record import Entry, Evaluation, read_run, write_evaluation
+from segcore.testing.commands import refused
 from segcore.testing.tiny import TinyStepwise
 
 ROW = "ddrnet_23_slim_toy"
@@ -78,16 +79,6 @@ def pushed(run, photo, tmp_path_factory):
     words = ["push", str(run), REPO, "--dry-run", str(folder), "--license", "cc-by-4.0", "--images", str(photo)]
     main(None, words)
     return folder
-
-
-def refused(capsys, *words):
-    """Run a command that must end with one line on standard error and a status; return the line."""
-    with pytest.raises(SystemExit) as end:
-        main(None, [str(word) for word in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 1
-    assert len(lines) == 1
-    return lines[0]
 
 
 def names_below(folder):
@@ -218,36 +209,36 @@ def test_push_uploads_one_commit(run, monkeypatch, capsys):
     ]
     assert f"http://127.0.0.1:9/{REPO}" in capsys.readouterr().out
     existing.private = False
-    assert "as it is public" in refused(capsys, "push", run, REPO, "--private")
+    assert "as it is public" in refused(None, "push", run, REPO, "--private")
     assert len(calls) == 3  # no further upload
 
 
-def test_push_refuses_in_one_line(run, tmp_path, monkeypatch, capsys):
+def test_push_refuses_in_one_line(run, tmp_path, monkeypatch):
     for name in WRONG_REPOS:
-        assert "write USER/REPO" in refused(capsys, "push", run, name)
-    assert "such as apache-2.0" in refused(capsys, "push", run, REPO, "--license", "a: b")
+        assert "write USER/REPO" in refused(None, "push", run, name)
+    assert "such as apache-2.0" in refused(None, "push", run, REPO, "--license", "a: b")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "name a new folder" in refused(capsys, "push", run, REPO, "--dry-run", tmp_path / "full")
+    assert "name a new folder" in refused(None, "push", run, REPO, "--dry-run", tmp_path / "full")
     (tmp_path / "text.jpg").write_text("no image")
-    refused(capsys, "push", run, REPO, "--dry-run", tmp_path / "new", "--images", tmp_path / "text.jpg")
+    refused(None, "push", run, REPO, "--dry-run", tmp_path / "new", "--images", tmp_path / "text.jpg")
     assert names_below(tmp_path) == ["full/file", "text.jpg"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
-    assert "not uploaded (Connection refused)" in refused(capsys, "push", run, REPO)
+    assert "not uploaded (Connection refused)" in refused(None, "push", run, REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refused(capsys, "push", run, REPO)
+    assert "HF_HUB_OFFLINE is set" in refused(None, "push", run, REPO)
 
 
 @pytest.mark.parametrize(
     ("part", "key", "value", "what"),
     [("model", "class", "segcore_config_own:Net", "model"), ("data", "dataset", "own.py:open_split", "data set")],
 )
-def test_a_run_with_code_of_its_own_is_not_pushed(run, tmp_path, capsys, part, key, value, what):
+def test_a_run_with_code_of_its_own_is_not_pushed(run, tmp_path, part, key, value, what):
     record = json.loads((run / "experiment.json").read_text())
     record["experiment"][part][key] = value
     (tmp_path / "experiment.json").write_text(json.dumps(record))
-    line = refused(capsys, "push", tmp_path, REPO, "--dry-run", tmp_path / "out")
+    line = refused(None, "push", tmp_path, REPO, "--dry-run", tmp_path / "out")
     assert f"cannot be pushed, as its {what} is defined in a file of yours" in line
 
 
@@ -305,7 +296,7 @@ def test_a_model_of_the_hub_is_loaded(hub, run, photo, revision, monkeypatch):
     segcore.load_model(name, device="cpu")
 
 
-def test_commands_take_models_of_the_hub(hub, photo, tmp_path, capsys, monkeypatch):
+def test_commands_take_models_of_the_hub(hub, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(None, ["predict", f"hub:{REPO}", str(photo), "results", "--device=cpu"])
     main(None, ["predict", ROW, f"hub:{REPO}", str(photo), "again", "--device=cpu", "--model.num-classes=3",
@@ -329,11 +320,11 @@ def test_the_help_of_a_model_of_the_hub_downloads_its_settings_alone(hub):
     assert {path.rpartition("/")[2] for path, _ in hub.seen if REPO in path} == {"config.json"}
 
 
-def test_commands_say_that_a_repository_has_no_settings(server, hub, capsys, tmp_path):
-    assert "not downloaded yet" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", tmp_path, "--offline")
+def test_commands_say_that_a_repository_has_no_settings(server, hub, tmp_path):
+    assert "not downloaded yet" in refused(None, "predict", f"hub:{REPO}", "a.jpg", tmp_path, "--offline")
     for path in [path for path in server.files if path.endswith("config.json")]:
         del server.files[path]
-    assert "one without config.json; name a configuration" in refused(capsys, "predict", f"hub:{REPO}", "a.jpg", "b")
+    assert "one without config.json; name a configuration" in refused(None, "predict", f"hub:{REPO}", "a.jpg", "b")
 
 
 def test_start_weights_from_the_hub_bring_their_classes(hub):
@@ -450,7 +441,7 @@ def row(server, weights_folder, row_weights, monkeypatch, tmp_path):
 
 def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, toy, server, tmp_path, capsys):
     row(single_scale=50.0, multi_scale=60.0)
-    line = refused(capsys, "verify", ROW, f"--data.root={toy}", "--device=cpu")
+    line = refused(None, "verify", ROW, f"--data.root={toy}", "--device=cpu")
     found = json.loads((tmp_path / "runs" / f"{ROW}.verify.json").read_text())[ROW]
     figure, weights = found["miou"]["single scale"], server.files["/w.safetensors"]
     assert f"single scale {figure:.2f} instead of 50.00; check --data.root (2 images)" in line
@@ -463,7 +454,7 @@ def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, t
     assert f"| {figure:.2f} single scale | `{found['sha256']}` |" in out
     assert [path for path, _ in server.seen] == ["/w.safetensors"]
     path = tmp_path / "runs" / f"{ROW}.verify.json"
-    refused(capsys, "verify", ROW, f"--data.root={toy}", "--device=cpu", "--multi-scale")
+    refused(None, "verify", ROW, f"--data.root={toy}", "--device=cpu", "--multi-scale")
     both = json.loads(path.read_text())[ROW]
     assert (both["miou"].keys(), both["reproduced"]) == ({"single scale", "multi scale"}, False)
     assert both["miou"]["single scale"] == figure
@@ -474,24 +465,24 @@ def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, t
         assert (only["miou"], only["reproduced"]) == ({"single scale": figure}, True)
 
 
-def test_what_was_verified_is_expected_of_the_next_download(row, toy, monkeypatch, tmp_path, capsys):
+def test_what_was_verified_is_expected_of_the_next_download(row, toy, monkeypatch, tmp_path):
     row(single_scale=50.0)
     found = {ROW: {"sha256": "0" * 64, "miou": {"single scale": 50.0}}}
     monkeypatch.setattr(registry, "stored_json", lambda package, name: found if name == "verified.json" else {})
-    assert f"not {'0' * 64} as stated" in refused(capsys, "verify", ROW, f"--data.root={toy}", "--device=cpu")
+    assert f"not {'0' * 64} as stated" in refused(None, "verify", ROW, f"--data.root={toy}", "--device=cpu")
 
 
-def test_verify_takes_a_file_and_nothing_but_rows(row, toy, run, pushed, tmp_path, capsys):
+def test_verify_takes_a_file_and_nothing_but_rows(row, toy, run, pushed, tmp_path):
     row(multi_scale=60.0)
-    assert "publish no figure on the validation set" in refused(capsys, "verify", ROW)
+    assert "publish no figure on the validation set" in refused(None, "verify", ROW)
     row(single_scale=60.0)
-    assert "publish no multi-scale figure" in refused(capsys, "verify", ROW, "--multi-scale")
-    assert "not a published row" in refused(capsys, "verify", run)
-    assert "is a folder; give the file" in refused(capsys, "verify", ROW, pushed, f"--data.root={toy}")
+    assert "publish no multi-scale figure" in refused(None, "verify", ROW, "--multi-scale")
+    assert "not a published row" in refused(None, "verify", run)
+    assert "is a folder; give the file" in refused(None, "verify", ROW, pushed, f"--data.root={toy}")
     state = load_file(tmp_path / "w.safetensors")
     save_file(state, tmp_path / "mine.safetensors")
     words = ("verify", ROW, "mine.safetensors", f"--data.root={toy}", "--device=cpu", "--offline")
-    assert "mine.safetensors is the row's file" in refused(capsys, *words)
+    assert "mine.safetensors is the row's file" in refused(None, *words)
 
 
 ALIGNED = "ddp_convnext_t_4x4_512x1024_5k_cityscapes_aligned"
@@ -508,7 +499,7 @@ CITY = "ddp_convnext_t_4x4_512x1024_160k_cityscapes"
         (CITY, ["--multi-scale"], {"3": 83.15}, {"multi scale": 83.15}),
     ],
 )
-def test_the_published_setting_is_evaluated_and_compared(name, words, found, expected, monkeypatch, tmp_path, capsys):
+def test_the_published_setting_is_evaluated_and_compared(name, words, found, expected, monkeypatch, tmp_path):
     exp = segcore.load_experiment(name)
     seen = []
 
@@ -524,7 +515,7 @@ def test_the_published_setting_is_evaluated_and_compared(name, words, found, exp
     monkeypatch.setattr("segcore.evaluation.evaluate.evaluate", evaluate)
     given = ["verify", name, "w.pth", *words, "--json", "found.json"]
     if expected is None:
-        assert "instead of 82.60" in refused(capsys, *given)
+        assert "instead of 82.60" in refused(None, *given)
         return
     main(None, given)
     assert json.loads((tmp_path / "found.json").read_text())[name]["miou"] == pytest.approx(expected)
