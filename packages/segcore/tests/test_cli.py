@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 import segcore
+from segcore.cli.common import Command
 from segcore.cli.main import COMMANDS, main, offers, parse
 from segcore.config import options, registry
 from segcore.errors import UserError
@@ -159,6 +160,26 @@ def test_an_option_of_another_command_is_refused(capsys):
 def test_a_published_path_and_a_part_of_a_name_are_the_row():
     name = [*registry.experiments()][-1]
     assert parse(["train", f"configs/cityscapes/{name}.py"]).experiment.name.replace("-", "_") == name
+
+
+@pytest.mark.parametrize(
+    ("here", "given", "run"),
+    [
+        (".", "runs/a", "runs/a"),
+        ("runs/a", ".", "runs/a"),
+        (".", "runs/a/checkpoints/iter_7", "runs/a"),
+        ("runs/a", "checkpoints/iter_7", "runs/a"),
+        ("runs/a/checkpoints", "iter_7", "runs/a"),
+        (".", "none", "runs/net"),
+    ],
+)
+def test_the_run_of_a_folder(tmp_path, monkeypatch, here, given, run):
+    for folder in (tmp_path / "runs/a", tmp_path / "runs/a/checkpoints/iter_7"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "experiment.json").touch()
+    monkeypatch.chdir(tmp_path / here)
+    command = Command(replace(segcore.load_experiment("ddrnet_23_slim_toy"), name="net"), Path(given))
+    assert command.run_dir.resolve() == tmp_path / run
 
 
 def test_every_option_has_a_line_of_help():

@@ -53,7 +53,8 @@ class Command:
         """The run that CONFIG is or, as a checkpoint, belongs to; by default runs/<configuration>."""
         if not (self.folder and self.of_run):
             return Path("runs") / self.experiment.name
-        return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder
+        folder = self.folder if len(self.folder.parts) > 2 else self.folder.absolute()  # `iter_7` has no parents yet
+        return folder.parent.parent if folder.parent.name == "checkpoints" else self.folder
 
 
 @dataclass(frozen=True)
