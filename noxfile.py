@@ -218,7 +218,7 @@ def docs(session: nox.Session) -> None:
     tree = str(Path(session.create_tmp(), "doctrees"))
     session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--nitpicky", "-q", "-E", "-d", tree, ".", "site")
     if session.posargs != ["build"]:
-        session.run("pytest", "-m", "docs", *session.posargs)
+        session.run("pytest", *PARALLEL, "-m", "docs", *session.posargs)
 
 
 @nox.session
