@@ -104,7 +104,10 @@ class DDPSConfig(ConditionEncoderConfig):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddps_seg.configs import base_models, published, toy
+    from ddps_seg.configs import base_models, camvid, published, toy
 
-    own = (toy.ddps_segformer_b0_toy, toy.ddps_segformer_b0_base_toy)
+    own = (
+        *(toy.ddps_segformer_b0_toy, toy.ddps_segformer_b0_base_toy),
+        *(camvid.ddps_segformer_b0_camvid, camvid.ddps_segformer_b0_base_camvid),
+    )
     return {**{build.__name__: build for build in own}, **published.rows(), **base_models.rows()}

@@ -22,7 +22,7 @@ All published configurations, with mIoU in percent on the validation set as thei
 six scales each also flipped (`--multi-scale`). "Measured by us" and the SHA-256 of the weights stay unverified until
 someone with the data has run `segcore verify ROW` ([hub.md](hub.md#the-day-someone-has-the-data)). Parameters are those
 that training builds, auxiliary heads included; crop is height x width. `official` weights are downloaded at the first
-use, and `segcore configs` prints this table.
+use, and `segcore configs` prints this table. Small rows that we trained and measured ourselves: [CamVid](camvid.md).
 
 This page is made by `python -m segcore.config.model_zoo > docs/model_zoo.md`.
 """
