@@ -30,6 +30,7 @@ NAVIGATION = {
     ),
     "Methods": (
         "docs/model_zoo",
+        "docs/camvid",
         "docs/hub",
         "DDP <packages/ddp/README>",
         "DDPS <packages/ddps/README>",

@@ -44,3 +44,8 @@ def test_figures_of_a_backbone():
     page = (ROOT / "docs/kernels.md").read_text()
     assert f"takes {usual[0]} ms in the usual form, {plain[0]} ms here and {compiled[0]} ms with the package" in page
     assert f"forward and backward {usual[1]}, {plain[1]} and {compiled[1]} ms" in page
+
+
+def test_figures_of_camvid():
+    rows = (RESULTS / "camvid/table.md").read_text().split("\n\n")[0]
+    assert rows in (ROOT / "docs/camvid.md").read_text(), "paste benchmarks/results/camvid/table.md"

@@ -1,0 +1,95 @@
+"""The benchmark on CamVid: from a data folder to its tables, on images as small as possible; and its stored results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segcore.demo.toy import generate
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+STORED = BENCHMARKS / "results/camvid"
+SMALL = (
+    "schedule.iterations=3", "schedule.warmup_iterations=1", "train.evaluate_every=3", "train.batch_size=2",
+    "train.device_batch_size=2", "train.log_every=1", "data.img_scale=64 48", "evaluate.img_scale=64 48",
+    "data.crop=32 32",
+)  # fmt: skip
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not beside the tests")
+
+
+@pytest.fixture
+def camvid(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("camvid")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder like CamVid, whose classes are told by their gray value."""
+    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+        for number in range(count):
+            label = np.repeat(np.roll(np.arange(12, dtype=np.uint8), number), 5)[None].repeat(48, 0)
+            for folder, pixels in ((split, (label * 20)[..., None].repeat(3, 2)), (f"{split}annot", label)):
+                (tmp_path / "CamVid" / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "CamVid" / folder / f"{number}.png")
+    return tmp_path / "CamVid"
+
+
+def run(camvid, monkeypatch, data, *words) -> Path:
+    """Run the command; return the folder of its results."""
+    results = data.parent / "results"
+    places = (f"--data={data}", f"--runs={data.parent / 'runs'}", f"--results={results}")
+    monkeypatch.setattr(sys, "argv", ["camvid.py", *words, *places])
+    camvid.main()
+    return results
+
+
+def test_a_row_with_a_base_model(camvid, monkeypatch, data, capfd):
+    words = ("--row=ddps_segformer_b0_camvid", *SMALL)
+    results = run(camvid, monkeypatch, data, *words)
+    table = (results / "table.md").read_text()
+    assert capfd.readouterr().out.endswith(table)
+    names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:8]]
+    steps = [f"`ddps_segformer_b0_camvid`, timestep {step}" for step in (0, 10, 19)]
+    assert names == ["base model of `ddps_segformer_b0_camvid`", *steps, *camvid.BASELINES.values()]
+    figures = json.loads((results / "ddps_segformer_b0_camvid.json").read_text())
+    assert (figures["iterations"], figures["val"]["images"], figures["test"]["images"]) == ([3, 3], 2, 3)
+    assert figures["baselines"]["linear"]["test"] > 0.99, "the colors tell the classes"
+    assert figures["baselines"]["majority"]["test"] == pytest.approx(1 / 11 / 11)
+    assert (results / "curves.svg").read_text().count('class="line') == 4, "loss and mIoU of both runs"
+
+    def run_again(*_, **__):
+        raise AssertionError("a finished run is trained again")
+
+    monkeypatch.setattr(camvid.subprocess, "run", run_again)
+    before = (results / "table.md").read_text()
+    run(camvid, monkeypatch, data, *words)
+    assert (results / "table.md").read_text() == before
+
+
+@pytest.mark.slow
+def test_an_ablation_and_start_weights_by_class_name(camvid, monkeypatch, data, capfd):
+    monkeypatch.chdir(data.parent)
+    toy = camvid.segcore.load_experiment(camvid.SOURCE)
+    small = [*SMALL[:6], "data.img_scale=64 32", "evaluate.img_scale=64 32", SMALL[-1]]
+    rows = {camvid.SOURCE: toy.with_overrides(small)}
+    load = camvid.segcore.load_experiment
+    monkeypatch.setattr(camvid.segcore, "load_experiment", lambda name, *rest: rows.get(name) or load(name, *rest))
+    generate(toy.data.root, train=4, val=2, height=32, width=64)
+    last = len(camvid.ABLATIONS) - 1
+    run(camvid, monkeypatch, data, "--ablation=0", *SMALL)
+    results = run(camvid, monkeypatch, data, f"--ablation={last}", *SMALL)
+    assert "5 of 11 classes new" in capfd.readouterr().out
+    lines = (results / "ablations.md").read_text().splitlines()
+    assert lines[0].startswith("| ddrnet_23_slim_camvid, 1 iterations |")
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:4]] == [[*camvid.ABLATIONS][i] for i in (0, last)]
+
+
+def test_stored_tables_are_made_of_the_stored_figures(camvid):
+    assert (STORED / "table.md").read_text() == camvid.table(STORED)
+    assert (STORED / "curves.svg").read_text() == camvid.curves(STORED)
