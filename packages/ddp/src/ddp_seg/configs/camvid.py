@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ddp_seg.configs import DDPConfig
+from ddp_seg.configs import toy
 from segcore.config import camvid
 from segcore.config.schema import Experiment, OptimizerConfig
 
@@ -11,7 +11,7 @@ def ddp_resnet18_camvid() -> Experiment:
     """ResNet-18, 64 channels, 2 decoder layers."""
     return Experiment(
         name="ddp_resnet18_camvid",
-        model=DDPConfig(num_classes=11, backbone="resnet18", drop_path=0.0, width=64, decoder_layers=2, heads=4),
+        model=replace(toy.MODEL, num_classes=11),
         data=camvid.DATA,
         optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05, clip_norm=1.0),
         schedule=replace(camvid.SCHEDULE, iterations=1900),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ddps_seg.configs import BaseModelConfig, DDPSConfig
+from ddps_seg.configs import toy
 from segcore.config import camvid
 from segcore.config.schema import Experiment, OptimizerConfig
 
@@ -13,7 +13,7 @@ def ddps_segformer_b0_base_camvid() -> Experiment:
     """The first stage: SegFormer on MiT-B0 with a narrow head."""
     return Experiment(
         name="ddps_segformer_b0_base_camvid",
-        model=BaseModelConfig(num_classes=11, backbone="mit_b0", drop_path=0.0, condition_width=64),
+        model=replace(toy.BASE, num_classes=11),
         data=camvid.DATA,
         optimizer=OPTIMIZER,
         schedule=replace(camvid.SCHEDULE, iterations=2400),
@@ -24,19 +24,10 @@ def ddps_segformer_b0_base_camvid() -> Experiment:
 
 
 def ddps_segformer_b0_camvid() -> Experiment:
-    """The second stage: a narrow UNet, T = 20, three evaluations; the base model stays as it is."""
+    """The second stage: a narrow UNet, T = 20, three evaluations; the base model's weights stay."""
     return Experiment(
         name="ddps_segformer_b0_camvid",
-        model=DDPSConfig(
-            num_classes=12,
-            backbone="mit_b0",
-            drop_path=0.0,
-            condition_width=64,
-            width=48,
-            output_width=64,
-            num_train_timesteps=20,
-            num_inference_steps=2,
-        ),
+        model=replace(toy.PRIOR, num_classes=12),
         data=replace(camvid.DATA, add_background_class=True),
         optimizer=OPTIMIZER,
         schedule=replace(camvid.SCHEDULE, iterations=800),

@@ -1,4 +1,4 @@
-"""DGMN2-Tiny on CamVid from random weights, in 45 minutes on two CPU cores (benchmarks/camvid.py)."""
+"""DGMN2-Tiny on CamVid from random weights, for two CPU cores; not measured yet (docs/camvid.md)."""
 
 from dataclasses import replace
 
