@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import segcore
@@ -31,10 +32,9 @@ from segcore.config.source import source
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
-from segcore.demo.run import JUDGED, base_experiment, linear_baseline
+from segcore.demo.run import JUDGED, base_experiment, linear_classifier, miou_of
 from segcore.environment import processor, usable_cpus
 from segcore.evaluation.evaluate import evaluate
-from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.uncertainty import AUROC
 from segcore.files import write
 from segcore.models.stepwise import StepwiseSegmentor
@@ -47,7 +47,6 @@ RESULTS = Path(__file__).parent / "results/camvid"
 SPLITS = {"val": {}, "test": {"val_images": "test/*.png", "val_masks": "testannot/*.png"}}
 BASELINES = {"majority": "most frequent class everywhere", "linear": "linear classifier on color and position"}
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-
 
 ABLATED = "ddrnet_23_slim_camvid"
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -136,6 +135,8 @@ def run_ablation(number: int, exp: Experiment, runs: Path, results: Path) -> Non
 def complete(exp: Experiment, run: Path) -> None:
     """Train to the end what is not there yet, with a process per core: faster here than one process with threads."""
     if (run / "results.json").exists():
+        if segcore.load_experiment(run) != exp:
+            sys.exit(f"error: {run} was trained with other settings; move it away, or name another folder for --runs")
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "row.py")
@@ -185,17 +186,15 @@ def baselines(exp: Experiment) -> dict[str, dict[str, float]]:
     """Return the mIoU, 0..1, of the most frequent class of the training labels, and of the linear classifier."""
     train_set = split_of(exp, "train")
     pixels, _ = label_pixels(train_set)
-    found: dict[str, dict[str, float]] = {"majority": {}, "linear": {}}
-    for split in SPLITS:
-        dataset = split_of(exp, split)
-        matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index)
-        pixels[dataset.ignore_index] = 0
-        for index in range(len(dataset)):
-            label = torch.from_numpy(dataset.label(index))
-            matrix.update(torch.full_like(label, int(pixels[: len(dataset.classes)].argmax())), label)
-        found["majority"][split] = float(matrix.compute()["mIoU"])
-        found["linear"][split] = linear_baseline(train_set, dataset)
-    return found
+    pixels[train_set.ignore_index] = 0
+    majority = int(pixels[: len(train_set.classes)].argmax())
+    answers = {
+        "majority": lambda image: np.full(image.shape[:2], majority),
+        "linear": linear_classifier(train_set).predict,
+    }
+    return {
+        name: {split: miou_of(predict, split_of(exp, split)) for split in SPLITS} for name, predict in answers.items()
+    }
 
 
 def table(folder: Path) -> str:

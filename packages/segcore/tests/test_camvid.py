@@ -70,6 +70,8 @@ def test_a_row_with_a_base_model(camvid, monkeypatch, data, capfd):
     before = (results / "table.md").read_text()
     run(camvid, monkeypatch, data, *words)
     assert (results / "table.md").read_text() == before
+    with pytest.raises(SystemExit, match=r"base_camvid was trained with other settings; move it away"):
+        run(camvid, monkeypatch, data, *words, "optimizer.lr=0.5")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from segcore.config.schema import Experiment
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo import toy
-from segcore.demo.baseline import fit_linear
+from segcore.demo.baseline import LinearPixelClassifier, fit_linear
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import Predictor
@@ -82,7 +82,7 @@ def run(
     predictor = Predictor.of(trained_model(exp, work_dir / "run").to(device), exp)
     val_set = open_dataset(exp.data, "val")
     print("fitting the linear baseline …")
-    baseline = linear_baseline(open_dataset(exp.data, "train"), val_set)
+    baseline = miou_of(linear_classifier(open_dataset(exp.data, "train")).predict, val_set)
 
     results, answers = evaluate_and_keep(predictor, val_set, exp.seed)
     step = results.final_step
@@ -129,15 +129,19 @@ def trained_model(exp: Experiment, work_dir: Path) -> Segmentor:
     return model.eval()
 
 
-def linear_baseline(train_set: Dataset, val_set: Dataset) -> float:
-    """Return the validation mIoU, 0..1, of a linear classifier on color and position."""
+def linear_classifier(train_set: Dataset) -> LinearPixelClassifier:
+    """Return a linear classifier on color and position, fitted to all labeled training images."""
     pairs = [train_set.pair(i) for i in range(len(train_set))]
     labels = [label for _, label in pairs if label is not None]
     classes = len(train_set.classes)
-    classifier = fit_linear([image for image, _ in pairs], labels, classes, train_set.ignore_index, position=True)
-    matrix = ConfusionMatrix(classes, val_set.ignore_index)
-    for i in range(len(val_set)):
-        matrix.update(classifier.predict(val_set.image(i)), val_set.label(i))
+    return fit_linear([image for image, _ in pairs], labels, classes, train_set.ignore_index, position=True)
+
+
+def miou_of(predict: Callable[[np.ndarray], np.ndarray], dataset: Dataset) -> float:
+    """Return the mIoU, 0..1, of a function that maps an image (H, W, channels) to classes (H, W)."""
+    matrix = ConfusionMatrix(len(dataset.classes), dataset.ignore_index)
+    for i in range(len(dataset)):
+        matrix.update(predict(dataset.image(i)), dataset.label(i))
     return float(matrix.compute()["mIoU"])
 
 
