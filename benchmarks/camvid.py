@@ -34,6 +34,7 @@ from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo.run import JUDGED, base_experiment, linear_classifier, miou_of
 from segcore.environment import processor, usable_cpus
+from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.uncertainty import AUROC
 from segcore.files import write
@@ -72,7 +73,9 @@ def main() -> None:
     rows = [name for name in segcore.experiments() if name.endswith("_camvid") and "_base_" not in name]
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--row", choices=rows)
-    what.add_argument("--ablation", choices=["all", *map(str, range(len(ABLATIONS)))], help="by its place, or all")
+    what.add_argument(
+        "--ablation", choices=["all", *map(str, range(len(ABLATIONS)))], help="by its place in ABLATIONS, or all"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/CamVid"), help="the folder with train, trainannot, …")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -143,7 +146,9 @@ def complete(exp: Experiment, run: Path) -> None:
         file.write_text(source(exp), encoding="utf-8")
         processes = min(usable_cpus(), exp.train.batch_size // exp.train.device_batch_size)
         words = ["train", f"{file}:experiment", f"--work-dir={run}", "--resume", "--device=cpu", f"--gpus={processes}"]
-        subprocess.run([sys.executable, "-m", "segcore", *words, "--no-report"], check=True)
+        status = subprocess.run([sys.executable, "-m", "segcore", *words, "--no-report"]).returncode
+    if status:
+        sys.exit(status)  # the command has said why
 
 
 def machine() -> dict[str, Any]:
@@ -266,4 +271,7 @@ def curves(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,21 @@ def test_a_row_with_a_base_model(camvid, monkeypatch, data, capfd):
     assert (results / "table.md").read_text() == before
     with pytest.raises(SystemExit, match=r"base_camvid was trained with other settings; move it away"):
         run(camvid, monkeypatch, data, *words, "optimizer.lr=0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [((), "none: no such folder; set data.root to"), (("optimizer.lrr=1",), "did you mean optimizer.lr?")],
+)
+def test_wrong_input_is_one_line(tmp_path, words, said):
+    places = ("--data=none", f"--runs={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}")
+    command = [sys.executable, BENCHMARKS / "camvid.py", "--row=ddrnet_23_slim_camvid", *places, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.slow
