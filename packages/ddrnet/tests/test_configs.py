@@ -75,9 +75,9 @@ def test_figures_equal_the_published_list(reference):
 
 
 def test_start_weights_are_published_files():
-    for build in experiments().values():
-        init = build().train.init_from
-        assert init is None or PUBLISHED[init.removeprefix("official:")].file.endswith("_imagenet.pth")
+    for name, build in experiments().items():
+        init, suffix = build().train.init_from, "_cityscapes.pth" if name.endswith("_fine_tuned") else "_imagenet.pth"
+        assert init is None or PUBLISHED[init.removeprefix("official:")].file.endswith(suffix)
 
 
 def mmseg_state(reference, official, variant):

@@ -48,7 +48,7 @@ def test_names_and_shapes_equal_the_manifest(manifest, row):
 
 
 def test_recipe():
-    assert [name for name in experiments() if not name.endswith(("_toy", "_camvid"))] == ROWS
+    assert [name for name in experiments() if "_4x2_" in name] == ROWS
     for row in ROWS:
         exp = segcore.load_experiment(row)
         head, size = row.removesuffix("_4x2_769x769_40k_cityscapes").split("_dgmn2_")

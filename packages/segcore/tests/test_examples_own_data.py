@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from segcore.cli.main import main
-from segcore.config.registry import load_experiment, published
+from segcore.config.registry import experiments, load_experiment, published
 
 savemat = pytest.importorskip("scipy.io").savemat
 ROOT = Path(__file__).parents[3]
@@ -109,3 +109,28 @@ def test_a_wrong_folder_is_one_line(tmp_path, part, capsys):
     assert end.value.code == 1
     assert "images/train/*" in line
     assert "data.train_images" in line
+
+
+OWN = [name for name in experiments() if name.endswith(("_from_scratch", "_fine_tuned"))]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_configurations_for_own_data(name, tmp_path, monkeypatch):
+    """Each one trains on two own classes; a fine-tuned one from weights that fit it."""
+    assert f"`{name}`" in PAGE
+    make_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exp = load_experiment(name)
+    stage = exp.train.init_from
+    assert exp.data.root == Path("data/mine")
+    if name.endswith("_from_scratch"):
+        assert stage is None or stage == f"runs/{name.replace('_b0_', '_b0_base_')}"
+    elif stage.startswith("official:"):
+        assert load_experiment(stage.removeprefix("official:")).model == exp.model, "the classes aside, all is kept"
+    else:
+        assert stage == f"runs/{name.replace('_b0_', '_b0_base_')}"
+    words = ["train", name, "--data.classes", "ground", "crack", "--train.init-from=None", "--no-report"]
+    main(None, [*words, *SMALL["train"]])
+    results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+    assert results["classes"][-2:] == ["ground", "crack"]
+    assert results["images"] == 2

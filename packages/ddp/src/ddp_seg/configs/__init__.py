@@ -71,7 +71,7 @@ class DDPConfig(ModelConfig):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddp_seg.configs import ade20k, camvid, cityscapes, toy
+    from ddp_seg.configs import ade20k, camvid, cityscapes, own_data, toy
 
-    modules = (toy, camvid, cityscapes, ade20k)
+    modules = (toy, own_data, camvid, cityscapes, ade20k)
     return {name: build for module in modules for name, build in vars(module).items() if name.startswith("ddp_")}

@@ -104,10 +104,12 @@ class DDPSConfig(ConditionEncoderConfig):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddps_seg.configs import base_models, camvid, published, toy
+    from ddps_seg.configs import base_models, camvid, own_data, published, toy
 
     own = (
         *(toy.ddps_segformer_b0_toy, toy.ddps_segformer_b0_base_toy),
+        *(own_data.ddps_segformer_b0_from_scratch, own_data.ddps_segformer_b0_base_from_scratch),
+        *(own_data.ddps_segformer_b0_fine_tuned, own_data.ddps_segformer_b0_base_fine_tuned),
         *(camvid.ddps_segformer_b0_camvid, camvid.ddps_segformer_b0_base_camvid),
     )
     return {**{build.__name__: build for build in own}, **published.rows(), **base_models.rows()}

@@ -35,7 +35,7 @@ class DDRNetConfig(ModelConfig):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from ddrnet_seg.configs import camvid, cityscapes, toy
+    from ddrnet_seg.configs import camvid, cityscapes, own_data, toy
 
-    modules = (toy, camvid, cityscapes)
+    modules = (toy, own_data, camvid, cityscapes)
     return {name: build for module in modules for name, build in vars(module).items() if name.startswith("ddrnet_")}

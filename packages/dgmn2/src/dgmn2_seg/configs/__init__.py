@@ -41,8 +41,8 @@ class DGMN2Config(ModelConfig):
 
 def experiments() -> dict[str, Callable[[], Experiment]]:
     """Return every configuration of this package by name."""
-    from dgmn2_seg.configs import camvid, cityscapes, toy
+    from dgmn2_seg.configs import camvid, cityscapes, own_data, toy
 
-    modules = (toy, camvid, cityscapes)
+    modules = (toy, own_data, camvid, cityscapes)
     prefixes = ("dgmn2_", "fpn_", "setr_")
     return {name: build for module in modules for name, build in vars(module).items() if name.startswith(prefixes)}
