@@ -4,6 +4,8 @@
 """
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -690,3 +692,23 @@ def test_runs_of_20_iterations_agree(models, tmp_path, monkeypatch):
         torch.testing.assert_close(
             ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.skipif(not ONE, reason="the benchmark is of MMSegmentation 1.x")
+def test_the_benchmark_trains_both_alike(tmp_path):
+    """benchmarks/mmseg_ddrnet.py: the same losses within rounding, as weights, batches and schedule are the same."""
+    rng = np.random.default_rng(0)
+    for folder, values, shape in (("train", 256, (96, 128, 3)), ("trainannot", 12, (96, 128))):
+        (tmp_path / folder).mkdir()
+        for name in "abcd":
+            cv2.imwrite(str(tmp_path / folder / f"{name}.png"), rng.integers(0, values, shape, dtype=np.uint8))
+    script = Path(__file__).parents[3] / "benchmarks/mmseg_ddrnet.py"
+    small = ("data.img_scale=128 96", "data.crop=64 64", "train.batch_size=4", "train.log_every=1")
+    words = (f"--data={tmp_path}", f"--results={tmp_path}", "--iterations=3", *small)
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "mmseg_ddrnet.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| 1 ", "| 2 ", "| 3 "))]
+    assert len(rows) == 3
+    for _, theirs, ours, _ in rows:
+        assert float(theirs) == pytest.approx(float(ours), rel=1e-3)
