@@ -263,12 +263,15 @@ def test_balanced_weights_follow_the_formula() -> None:
     np.testing.assert_allclose(weights / weights[0], expected / expected[0])
     assert np.dot(weights, [0.7, 0.3, 0]) == pytest.approx(1)
     assert np.isfinite(balanced(np.zeros(3))).all()
+    roots = balanced(np.array([700, 300, 0]), power=0.5)
+    np.testing.assert_allclose(roots / roots[0], np.sqrt(weights / weights[0]))
+    assert np.dot(roots, [0.7, 0.3, 0]) == pytest.approx(1)
 
 
 def weights_of(exp: Experiment, dataset: Dataset, work_dir: Path) -> tuple[float, ...]:
     loss = resolve_loss(exp, dataset, work_dir)
     assert isinstance(loss.class_weight, tuple)
-    assert replace(loss, class_weight="auto") == exp.loss
+    assert replace(loss, class_weight=exp.loss.class_weight) == exp.loss
     return loss.class_weight
 
 
@@ -302,6 +305,8 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(class_weight, "label_pixels", lambda *_, **__: pytest.fail("the labels are read again"))
         assert weights_of(exp, open_dataset(data, "train"), run) == weights
+    roots = weights_of(experiment(data, "auto_sqrt"), open_dataset(data, "train"), tmp_path / "other")
+    np.testing.assert_allclose(roots, balanced(np.array([450, 3300, 0]), power=0.5))
     histogram = run / class_weight.HISTOGRAM
     record = json.loads(histogram.read_text())
     for pixels in ("a", [450, 3300], [450, 3300, -1], [450, 3300, 1e300], [[], [], []]):  # damaged: read again

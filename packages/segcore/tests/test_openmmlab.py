@@ -591,7 +591,7 @@ def test_a_contradicting_data_set_is_refused():
 
 def test_other_settings_are_refused():
     with pytest.raises(UserError, match=r"loss\.class_weight is auto"):
-        build(SEGFORMER, "loss.class_weight=auto")
+        build(SEGFORMER, "loss.class_weight=auto_sqrt")
     model = build(SEGFORMER)
     for optimizer, paramwise in (
         ({"type": "Adam"}, {}),

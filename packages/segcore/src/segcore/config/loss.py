@@ -21,10 +21,10 @@ class LossConfig(Section):
     kind: LossKind | tuple[LossKind, ...] = setting("cross_entropy", stated=True, nonempty=True)
     """Cross entropy on all pixels or on hard ones (online hard example mining: ohem as in MMSegmentation, ohem_pyradd
     as in pyradd/DDRNet-pytorch), focal, dice, lovasz (Lovász-softmax), or the weighted sum of several."""
-    class_weight: tuple[float, ...] | Literal["auto"] | None = setting(None, above=0)
+    class_weight: tuple[float, ...] | Literal["auto", "auto_sqrt"] | None = setting(None, above=0)
     """Weight of each class, a number per class: of its pixels in cross_entropy, ohem and ohem_pyradd, in the mean over
     the classes in focal, dice and lovasz. auto: the rarer, the heavier: 1 / ln(1.02 + share of the training labels'
-    pixels), scaled so that the loss keeps its size."""
+    pixels), scaled so that the loss keeps its size. auto_sqrt: the square roots of those, likewise scaled."""
     ohem_threshold: float = setting(0.9, above=0, most=1)
     """ohem and ohem_pyradd: pixels whose true class has a lower probability are hard."""
     ohem_min_kept: int = setting(131_072, least=1)

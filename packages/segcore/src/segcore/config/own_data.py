@@ -19,7 +19,7 @@ DATA = DataConfig(
 )
 FROM_SCRATCH = ScheduleConfig(8000, "poly", power=0.9, warmup_iterations=100, warmup_ratio=1e-6, warmup="scheduled")
 FINE_TUNED = ScheduleConfig(2000, "poly", power=0.9, warmup_iterations=100, warmup_ratio=1e-6, warmup="scheduled")
-LOSS = LossConfig("cross_entropy", class_weight=None, avg_non_ignore=True)
+LOSS = LossConfig("cross_entropy", class_weight="auto_sqrt", avg_non_ignore=True)
 TRAIN = TrainConfig(
     batch_size=8,
     device_batch_size=8,

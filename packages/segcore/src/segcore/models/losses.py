@@ -34,7 +34,7 @@ def segmentation_loss(
 def class_weight_tensor(weight: tuple[float, ...] | str, device: torch.device) -> Tensor:
     """Return class weights (K,) float32 on a device, created once per training run."""
     if isinstance(weight, str):
-        raise ValueError("loss.class_weight is auto; segcore.training.class_weight turns it into numbers")
+        raise ValueError(f"loss.class_weight is {weight}; segcore.training.class_weight turns it into numbers")
     with torch.inference_mode(False):
         return torch.tensor(weight, dtype=torch.float32, device=device)
 

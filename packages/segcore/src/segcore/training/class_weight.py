@@ -22,9 +22,9 @@ HISTOGRAM = "label_histogram.json"
 
 
 def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfig:
-    """Return `exp.loss` with a number per class if its `class_weight` is "auto".
+    """Return `exp.loss` with a number per class if its `class_weight` is "auto" or "auto_sqrt".
 
-    "auto" reads all training labels once and keeps their histogram in `<work_dir>/label_histogram.json`, so that a
+    These read all training labels once and keep their histogram in `<work_dir>/label_histogram.json`, so that a
     resumed run gets the same weights without reading them again. The weights of a published row are left out for other
     classes than the row's, see `weights_are_of_row`. Raises UserError about a label that cannot be used and another
     number of weights than classes.
@@ -36,10 +36,11 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
         raise UserError(
             f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, auto or None"
         )
-    if weights != "auto":
+    if not isinstance(weights, str):
         return exp.loss
     pixels, _ = _histogram(exp, dataset, work_dir)
-    return replace(exp.loss, class_weight=tuple(balanced(pixels).tolist()))
+    found = balanced(pixels, power=0.5 if weights == "auto_sqrt" else 1.0)
+    return replace(exp.loss, class_weight=tuple(found.tolist()))
 
 
 def rare_classes(exp: Experiment, dataset: Dataset, work_dir: Path) -> RareClasses | None:
@@ -66,15 +67,15 @@ def weights_are_of_row(exp: Experiment) -> bool:
     return weights == build().loss.class_weight
 
 
-def balanced(pixels: np.ndarray) -> np.ndarray:
-    """Return the weights (K,) float64 of classes from their pixel counts (K,): 1 / ln(1.02 + share), rescaled.
+def balanced(pixels: np.ndarray, power: float = 1.0) -> np.ndarray:
+    """Return the weights (K,) float64 of classes from their pixel counts (K,): 1 / ln(1.02 + share) ^ power, rescaled.
 
-    The formula is ENet's (arXiv 1606.02147, section 5.2). It is bounded, between 1.4 and 51, also for classes
-    without a pixel. The weights are then divided by their mean over the pixels, so that the scale of the loss,
+    With power 1 the formula is ENet's (arXiv 1606.02147, section 5.2). It is bounded, between 1.4 and 51, also for
+    classes without a pixel. The weights are then divided by their mean over the pixels, so that the scale of the loss,
     and hence the learning rate's effect, does not change.
     """
     share = pixels / max(pixels.sum(), 1)
-    weights = 1 / np.log(1.02 + share)
+    weights = np.log(1.02 + share) ** -power
     return weights / ((weights * share).sum() or 1)
 
 
