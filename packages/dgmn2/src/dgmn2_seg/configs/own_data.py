@@ -26,6 +26,6 @@ def _recipe(name: str, schedule: ScheduleConfig, lr: float, init_from: str | Non
         optimizer=OptimizerConfig("adamw", lr=lr, weight_decay=0.05, clip_norm=1.0),
         schedule=schedule,
         loss=own_data.LOSS,
-        train=replace(own_data.TRAIN, device_batch_size=4, channels_last=False, init_from=init_from),
+        train=replace(own_data.TRAIN, device_batch_size=4, init_from=init_from),
         evaluate=own_data.EVALUATE,
     )
