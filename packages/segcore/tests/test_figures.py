@@ -1,5 +1,6 @@
 """Tables of measured figures in READMEs and docs are those that the benchmarks printed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -48,4 +49,11 @@ def test_figures_of_a_backbone():
 
 def test_figures_of_camvid():
     rows = (RESULTS / "camvid/table.md").read_text().split("\n\n")[0]
-    assert rows in (ROOT / "docs/camvid.md").read_text(), "paste benchmarks/results/camvid/table.md"
+    page, readme = (ROOT / "docs/camvid.md").read_text(), (ROOT / "README.md").read_text()
+    assert rows in page, "paste benchmarks/results/camvid/table.md"
+    for file in (RESULTS / "camvid").glob("*_camvid.json"):
+        found = json.loads(file.read_text())
+        val, test = (100 * found[split]["entries"][found[split]["main"]]["mIoU"] for split in ("val", "test"))
+        line = f"| {sum(found['minutes']):.0f} | {val:.2f} | {test:.2f} |"
+        assert f"| `{file.stem}` {line}" in readme
+        assert line in page.partition("## What was tried")[2], "the row's setting"
