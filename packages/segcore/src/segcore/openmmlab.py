@@ -339,7 +339,7 @@ def _loss(exp: Experiment) -> LossConfig:
     loss = replace(exp.loss, class_weight=None) if weights_are_of_row(exp) else exp.loss
     weights, classes = loss.class_weight, exp.model.num_classes
     if isinstance(weights, str):
-        raise UserError(f"loss.class_weight is {weights}, which counts labels of ours; give a number per class, or None")
+        raise UserError(f"loss.class_weight is {weights}, which counts labels of ours; give one per class, or None")
     if weights is not None and len(weights) != classes:
         raise UserError(f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class")
     return loss
