@@ -104,10 +104,11 @@ def test_an_ablation_and_start_weights_by_class_name(camvid, monkeypatch, data, 
     results = run(camvid, monkeypatch, data, f"--ablation={last}", *SMALL)
     assert "5 of 11 classes new" in capfd.readouterr().out
     lines = (results / "ablations.md").read_text().splitlines()
-    assert lines[0].startswith("| ddrnet_23_slim_camvid, 1 iterations |")
+    assert lines[0].startswith("| ddrnet_23_slim_camvid, 3 iterations |")
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:4]] == [[*camvid.ABLATIONS][i] for i in (0, last)]
 
 
 def test_stored_tables_are_made_of_the_stored_figures(camvid):
     assert (STORED / "table.md").read_text() == camvid.table(STORED)
+    assert (STORED / "ablations.md").read_text() == camvid.ablation_table(STORED)
     assert (STORED / "curves.svg").read_text() == camvid.curves(STORED)

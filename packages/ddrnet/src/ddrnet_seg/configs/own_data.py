@@ -9,13 +9,13 @@ from segcore.config.schema import Experiment, OptimizerConfig, ScheduleConfig
 
 def ddrnet_23_slim_from_scratch() -> Experiment:
     """From random weights."""
-    return _recipe("ddrnet_23_slim_from_scratch", own_data.FROM_SCRATCH, lr=2e-3, init_from=None)
+    return _recipe("ddrnet_23_slim_from_scratch", own_data.FROM_SCRATCH, lr=4e-3, init_from=None)
 
 
 def ddrnet_23_slim_fine_tuned() -> Experiment:
     """From the published Cityscapes weights."""
     return _recipe(
-        "ddrnet_23_slim_fine_tuned", own_data.FINE_TUNED, lr=5e-4, init_from="official:ddrnet_23_slim_cityscapes"
+        "ddrnet_23_slim_fine_tuned", own_data.FINE_TUNED, lr=1e-3, init_from="official:ddrnet_23_slim_cityscapes"
     )
 
 

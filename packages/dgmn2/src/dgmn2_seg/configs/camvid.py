@@ -14,8 +14,8 @@ def fpn_dgmn2_tiny_camvid() -> Experiment:
         model=DGMN2Config(num_classes=11, backbone="tiny", head="fpn"),
         data=replace(camvid.DATA, ratio_range=(0.6, 1.6), crop=(224, 320)),
         optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05, clip_norm=1.0),
-        schedule=replace(camvid.SCHEDULE, iterations=2800),
+        schedule=replace(camvid.SCHEDULE, iterations=2500),
         loss=camvid.LOSS,
-        train=replace(camvid.TRAIN, evaluate_every=1400),
+        train=replace(camvid.TRAIN, evaluate_every=1250),
         evaluate=camvid.EVALUATE,
     )
