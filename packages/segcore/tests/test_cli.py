@@ -40,9 +40,12 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> 
         ("--gpus two", "--gpus two: expected a whole number or None"),
         (
             "--loss.class-weight atuo --seed 1",
-            "--loss.class-weight atuo: expected a tuple of a number, … or auto or None",
+            "--loss.class-weight atuo: expected a tuple of a number, … or auto or auto_sqrt or None",
         ),
-        ("--loss.class-weight 1 2 x", "--loss.class-weight 1 2 x: expected a tuple of a number, … or auto or None"),
+        (
+            "--loss.class-weight 1 2 x",
+            "--loss.class-weight 1 2 x: expected a tuple of a number, … or auto or auto_sqrt or None",
+        ),
         ("--data.img-scale 3 None", "--data.img-scale 3 None: expected (a whole number, a whole number) or None"),
         ("--train.batch-size=3.5", "--train.batch-size 3.5: expected a whole number"),
         ("--train.channels-last maybe", "--train.channels-last maybe: expected True or False"),
