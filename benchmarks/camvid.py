@@ -278,7 +278,8 @@ def curves(folder: Path) -> str:
     style = "".join(f".s{i}{{stroke:{color};fill:{color}}}" for i, color in enumerate(COLORS))
     style = f"<style>text{{font:13px sans-serif}}path{{fill:none!important;stroke:#bbb}}{style}</style>"
     names = "".join(
-        f'<text class="s{i}" style="stroke:none" x="{120 + 260 * (i % 3)}" y="{12 + 15 * (i // 3)}">{name}</text>'
+        f'<text class="s{i}" style="stroke:none;font-size:11px" x="{120 + 260 * (i % 3)}" y="{10 + 13 * (i // 3)}">'
+        f"{name}</text>"
         for i, name in enumerate(logs)
     )
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(">", f">{style}{names}", 1) + "\n"
