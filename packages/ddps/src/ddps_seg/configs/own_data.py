@@ -2,21 +2,20 @@
 
 from dataclasses import replace
 
-from ddps_seg.configs import base_models, published, toy
+from ddps_seg.configs import base_models, camvid, published, toy
 from segcore.config import own_data
 from segcore.config.schema import Experiment, ModelConfig, OptimizerConfig, ScheduleConfig
-
-OPTIMIZER = OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05, clip_norm=1.0)
 
 
 def ddps_segformer_b0_base_from_scratch() -> Experiment:
     """The first stage: SegFormer on MiT-B0 with a narrow head, from random weights."""
-    return _base("ddps_segformer_b0_base_from_scratch", toy.BASE, OPTIMIZER, own_data.FROM_SCRATCH, None)
+    return _base("ddps_segformer_b0_base_from_scratch", toy.BASE, camvid.OPTIMIZER, own_data.FROM_SCRATCH, None)
 
 
 def ddps_segformer_b0_from_scratch() -> Experiment:
     """The second stage: a narrow UNet, T = 20, three evaluations; the base model's weights stay."""
-    return _prior("ddps_segformer_b0_from_scratch", toy.PRIOR, OPTIMIZER, "runs/ddps_segformer_b0_base_from_scratch")
+    start = "runs/ddps_segformer_b0_base_from_scratch"
+    return _prior("ddps_segformer_b0_from_scratch", toy.PRIOR, camvid.OPTIMIZER, start)
 
 
 def ddps_segformer_b0_base_fine_tuned() -> Experiment:
