@@ -34,7 +34,7 @@ from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo.run import JUDGED, base_experiment, linear_classifier, miou_of
-from segcore.environment import processor, usable_cpus
+from segcore.environment import computed_precision, processor, usable_cpus
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.uncertainty import AUROC
@@ -159,7 +159,9 @@ def complete(exp: Experiment, run: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Return what the times depend on."""
-    return {"processor": processor("model name"), "cores": usable_cpus(), "torch": torch.__version__}
+    precision = computed_precision("auto", torch.device("cpu"))
+    machine = {"processor": processor("model name"), "cores": usable_cpus(), "precision": precision}
+    return {**machine, "torch": torch.__version__}
 
 
 def split_of(exp: Experiment, split: str) -> Dataset:
@@ -253,7 +255,7 @@ def ablation_table(folder: Path) -> str:
 
 
 def _machine(figures: dict[str, Any]) -> str:
-    return f"{figures['processor']}, {figures['cores']} cores, torch {figures['torch']}"
+    return f"{figures['processor']}, {figures['cores']} cores, {figures['precision']}, torch {figures['torch']}"
 
 
 def _line(title: str, spent: float, figures: dict[str, Any], entry: str) -> str:

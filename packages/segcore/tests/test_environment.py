@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from segcore import environment as module
 from segcore.cli.main import main
@@ -83,6 +85,35 @@ def test_auto_workers_share_the_cpus(monkeypatch, cpus: int, processes: str | No
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert workers.worker_count("auto") == count
     assert workers.worker_count(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512_bf16", "onednn", "found"),
+    [
+        ("x86_64", True, True, True),
+        ("AMD64", False, True, False),  # oneDNN computes bfloat16 with any AVX-512, but slowly
+        ("aarch64", False, True, True),
+        ("arm64", False, False, False),
+    ],
+)
+def test_bfloat16_of_processors(machine, avx512_bf16, onednn, found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn, raising=False)
+    cpu = torch.device("cpu")
+    assert module.has_bfloat16(cpu) == found
+    assert module.computed_precision("auto", cpu) == ("bf16" if found else "fp32")
+    assert bool(module.slow_precision("bf16", cpu)) != found
+    assert not any(module.slow_precision(given, cpu) for given in ("auto", "fp32", None))
+
+
+@pytest.mark.parametrize(("capability", "found"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_of_gpus(capability, found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert module.has_bfloat16(torch.device("cuda")) == found
+    assert not module.has_bfloat16(torch.device("mps"))
+    assert module.slow_precision("bf16", torch.device("mps")) == []  # not known
 
 
 def test_command(capsys) -> None:

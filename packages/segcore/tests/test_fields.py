@@ -121,7 +121,7 @@ def test_defaults_and_rows_are_within_their_own_bounds():
     [
         (lambda: OptimizerConfig("adam"), "optimizer.kind is 'adam'; it must be adamw or sgd"),
         (lambda: ScheduleConfig(kind="cosinus"), "schedule.kind is 'cosinus'; it must be poly, cosine or step"),
-        (lambda: TrainConfig(precision="float16"), "train.precision is 'float16'; it must be fp32, bf16 or fp16"),
+        (lambda: TrainConfig(precision="float16"), "train.precision is 'float16'; it must be auto, fp32, bf16 or fp16"),
         (lambda: EvalConfig(mode="sliding"), "evaluate.mode is 'sliding'; it must be whole or slide"),
         (lambda: DataConfig("voc"), "data.dataset is 'voc'; it must be cityscapes, ade20k, folder, toy, camvid, "),
         (lambda: OptimizerConfig(lr=math.nan), "optimizer.lr is nan; it must be at least 0 and finite"),

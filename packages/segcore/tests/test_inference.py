@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from segcore import environment
 from segcore.config.schema import DataConfig, EvalConfig, multi_scale
 from segcore.data.transforms import normalize, resize_image
 from segcore.errors import UserError
@@ -416,6 +417,19 @@ def test_network_precision_and_layout(channels_last):
     assert all(images.is_contiguous(memory_format=layout) for images, *_ in calls)
     assert all(flags == [False, False] for _, *flags in calls)
     torch.testing.assert_close(found["final"], torch.full_like(found["final"], 0.5))
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+def test_auto_precision_is_that_of_the_hardware(hardware, monkeypatch):
+    monkeypatch.setattr(environment, "has_bfloat16", lambda device: hardware)
+    dtypes = []
+
+    def answer(images):
+        dtypes.append(F.conv2d(images, torch.ones(2, 3, 1, 1)).dtype)
+        return images[:, :2]
+
+    predict(Tiny(2, answer), [random_image(9, 13)], EvalConfig(None, precision="auto"))
+    assert dtypes == [torch.bfloat16 if hardware else torch.float32]
 
 
 def test_images_of_16_bits():

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from segcore import distributed
+import segcore
+from segcore import distributed, environment
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.config.schema import (
     DataConfig,
@@ -395,6 +396,28 @@ def test_step_that_is_not_finite_is_skipped(exp: Experiment, tmp_path: Path) -> 
     saved = state(tmp_path)
     assert saved["conv.weight/step"] == 5
     assert all(value.isfinite().all() for value in saved.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(("hardware", "same"), [(False, "fp32"), (True, "bf16")])
+def test_auto_precision_is_that_of_the_hardware(
+    exp: Experiment, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, hardware: bool, same: str
+) -> None:
+    monkeypatch.setattr(environment, "has_bfloat16", lambda device: hardware)
+    for precision in ("auto", same):
+        train(replace(exp, train=replace(exp.train, precision=precision)), tmp_path / precision)
+    assert_equal(state(tmp_path / "auto"), state(tmp_path / same))
+    out = capsys.readouterr().out
+    assert f"\ntrain.precision: auto, {same} on this cpu\n" in out
+    assert "no instructions for bf16" not in out
+
+
+def test_a_slow_precision_is_noted(exp: Experiment, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_bfloat16", lambda device: False)
+    exp = replace(exp, train=replace(exp.train, precision="bf16"))
+    train(exp, tmp_path / "run")
+    note = "note: this processor has no instructions for bf16, which is slow on it; precision auto avoids that"
+    assert f"\n{note}\n" in capsys.readouterr().out
+    assert note in segcore.load_model(exp, tmp_path / "run", device="cpu").report
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

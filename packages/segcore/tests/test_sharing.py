@@ -156,7 +156,7 @@ def test_figures_of_another_checkpoint_are_not_stated(run, tmp_path, capsys):
     ("part", "values", "stated"),
     [
         # as `test` stores them: the precision of the training, and a layout for speed
-        ("evaluate", {"precision": "bf16", "batch_size": 3, "channels_last": True}, True),
+        ("evaluate", {"precision": "auto", "batch_size": 3, "channels_last": True}, True),
         ("data", {"workers": 3}, True),
         ("evaluate", {"flip": True}, False),
         ("evaluate", {"img_ratios": (0.5, 1.0)}, False),

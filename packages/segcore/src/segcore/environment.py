@@ -19,6 +19,8 @@ from segcore.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from segcore.config.schema import Precision
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "segcore", "seg-cuda-ops")
 VARIABLES = ("OMP_", "MKL_", "CUDA_", "NCCL_", "PYTORCH_", "TORCH", "SEG", "WORLD_SIZE", "SLURM_NTASKS")
 """Prefixes of the environment variables that affect a run."""
@@ -73,6 +75,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "usable cores": usable_cpus(),
             "torch threads": torch.get_num_threads(),
             "float32 products": product_library(),
+            "bfloat16": "in hardware" if has_bfloat16(torch.device("cpu")) else "converted, slow",
         },
         "variables": {name: os.environ[name] if "/" not in os.environ[name] else "(set)" for name in names},
         "kernels": _kernels(),
@@ -105,6 +108,35 @@ def _suited_library() -> str:
 
     wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "onednn" if wide and "AuthenticAMD" in processor("vendor_id") else "mkl"
+
+
+def computed_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that `auto` stands for on a device: bf16 where it has instructions for it, else fp32."""
+    return precision if precision != "auto" else "bf16" if has_bfloat16(device) else "fp32"
+
+
+def slow_precision(precision: Precision | None, device: torch.device) -> list[str]:
+    """Return a note if the precision is several times slower on the device than fp32."""
+    slow = precision == "bf16" and device.type in ("cpu", "cuda") and not has_bfloat16(device)
+    what = "processor" if device.type == "cpu" else "GPU"
+    return [f"note: this {what} has no instructions for bf16, which is slow on it; precision auto avoids that"] * slow
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16. Without them PyTorch converts, much slower than float32.
+
+    A fixed rule: NVIDIA's GPUs from compute capability 8.0, all of AMD's, x86 processors with AVX-512 BF16, and other
+    processors where oneDNN says so.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):  # where oneDNN says yes with any AVX-512
+        return torch.cpu._is_avx512_bf16_supported()
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def device_name(device: torch.device) -> str:

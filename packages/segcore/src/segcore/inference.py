@@ -31,6 +31,7 @@ from segcore.data.labels import ignored_label
 from segcore.data.layouts import palette_of
 from segcore.data.rasters import Box
 from segcore.deploy.runtimes import load_exported, precision_of, predictor_of
+from segcore.environment import slow_precision
 from segcore.errors import UserError
 from segcore.evaluation.blocks import predict_blocks
 from segcore.evaluation.predictor import Predictor, early_exit_entry
@@ -101,14 +102,14 @@ def load_model(
             raise UserError(f"{path}: was trained with {then}; {remedy}") from None
         raise
     of_a_run = path.is_dir() and path.parent.name == "checkpoints" and path != Path(weights).expanduser()
-    note = [f"note: {path} was trained with {differs.options}"] if differs.options else []
+    notes = differs.notes(path) + slow_precision(precision_of(exp), target)
     fused = model.fuse().eval().to(target)
     predictor = Predictor.of(fused, exp, others)
     if fused is not model and exp.evaluate.channels_last is None:  # then this layout is faster
         predictor = predictor.using(channels_last=True)
     if predictor.evaluate.channels_last:
         fused.to(memory_format=torch.channels_last)
-    report = (f"{path}{f' ({standing(path)})' if of_a_run else ''}: {loaded}", *note)
+    report = (f"{path}{f' ({standing(path)})' if of_a_run else ''}: {loaded}", *notes)
     return LoadedModel(exp, predictor, report=report, ensemble=settings)
 
 

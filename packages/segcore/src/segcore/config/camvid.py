@@ -20,6 +20,6 @@ SCHEDULE = ScheduleConfig(kind="poly", power=0.9, warmup_iterations=100, warmup_
 CLASS_WEIGHT = (0.96, 0.84, 2.34, 0.74, 1.59, 1.19, 2.27, 2.28, 1.45, 2.49, 2.68)
 LOSS = LossConfig("cross_entropy", class_weight=CLASS_WEIGHT)
 TRAIN = TrainConfig(
-    batch_size=8, device_batch_size=4, precision="bf16", channels_last=True, log_every=50, save_every=200
+    batch_size=8, device_batch_size=4, precision="auto", channels_last=True, log_every=50, save_every=200
 )
 EVALUATE = EvalConfig(img_scale=(480, 360), batch_size=1)

@@ -24,7 +24,7 @@ LOSS = LossConfig("cross_entropy", class_weight="auto_sqrt", avg_non_ignore=True
 TRAIN = TrainConfig(
     batch_size=8,
     device_batch_size=8,
-    precision="bf16",
+    precision="auto",
     channels_last=True,
     evaluate_every=500,
     save_every=500,

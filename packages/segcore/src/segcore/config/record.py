@@ -144,6 +144,10 @@ class ConfigDiff(NamedTuple):
         ways = [f"name the configuration {self.name}" * bool(self.name), f"add {self.options}" * bool(self.options)]
         return ", or ".join(filter(None, ways))
 
+    def notes(self, path: Path) -> list[str]:
+        """Return a line about weights that fit the model although some settings differ."""
+        return [f"note: {path} was trained with {self.options}"] * bool(self.options)
+
 
 OF_THE_WEIGHTS = ("dataset", "classes", "add_background_class", "channels", "bit_depth", "mean", "std")
 """Settings of the data that weights are trained for, as they are for all settings of the model."""

@@ -23,7 +23,7 @@ from segcore.errors import UserError
 if TYPE_CHECKING:
     from segcore.models.segmentor import Segmentor
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 NoiseDevice = Literal["model", "cpu"]
 
 
@@ -140,7 +140,8 @@ class TrainConfig(Section):
     """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, `official:CONFIG` or `hub:USER/REPO`;
     None: random."""
     precision: Precision = "fp32"
-    """Precision of the forward pass (autocast); weights and optimizer stay in float32."""
+    """Precision of the forward pass (autocast); weights and optimizer stay in float32. auto: bf16 where the device has
+    instructions for it, else fp32. bf16 is several times slower than fp32 on a CPU without."""
     channels_last: bool = False
     """Memory layout of images and convolutions; often faster with bf16 and fp16."""
     compile: bool = False

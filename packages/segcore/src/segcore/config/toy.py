@@ -17,6 +17,6 @@ DATA = DataConfig(
 )
 SCHEDULE = ScheduleConfig(kind="poly", warmup_ratio=1e-6, warmup="scheduled")
 TRAIN = TrainConfig(
-    batch_size=2, device_batch_size=2, precision="bf16", channels_last=True, log_every=10, save_every=100
+    batch_size=2, device_batch_size=2, precision="auto", channels_last=True, log_every=10, save_every=100
 )
 EVALUATE = EvalConfig(img_scale=(512, 256), batch_size=2)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from segcore.config.exported import Exported, read_exported
 from segcore.config.schema import Experiment, LossConfig, Precision
 from segcore.data.transforms import normalize, resize_image
+from segcore.environment import computed_precision
 from segcore.errors import UserError
 from segcore.evaluation.predictor import Network, Predictor, view_sizes
 from segcore.evaluation.scores import Scores
@@ -180,6 +181,7 @@ def _openvino(data: bytes, precision: Precision) -> tuple[Run, str]:
 
     if b"QuantizeLinear" in data:  # compiling a quantized DDRNet ends the process (2026.4)
         raise UserError("--provider openvino does not run 8-bit files; leave it out, or export without --int8")
+    precision = computed_precision(precision, torch.device("cpu"))
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],  # its own choice would be bf16 where the CPU has that

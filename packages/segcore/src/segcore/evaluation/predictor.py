@@ -19,6 +19,7 @@ from torch import Tensor
 
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, Precision
 from segcore.data.transforms import normalize, rescale_size, resize_image
+from segcore.environment import computed_precision
 from segcore.errors import UserError
 from segcore.evaluation.scores import Scores, averaged
 from segcore.models.segmentor import Segmentor
@@ -34,8 +35,8 @@ Network = Callable[[Tensor, list[int]], Iterable[tuple[str, Tensor]]]
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the context that runs a forward pass in the configured precision."""
-    half = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]  # fp32: autocast is off
-    return torch.autocast(device.type, half, enabled=precision != "fp32")
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[computed_precision(precision, device)]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def view_sizes(height: int, width: int, evaluate: EvalConfig) -> list[tuple[int, int, bool]]:

@@ -20,7 +20,7 @@ from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset, source_of
 from segcore.data.transforms import TrainTransform
 from segcore.data.workers import worker_count
-from segcore.environment import usable_cpus
+from segcore.environment import computed_precision, slow_precision, usable_cpus
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import check_fit
 from segcore.models.segmentor import Segmentor
@@ -63,6 +63,9 @@ def setup(
     exp, length = resolve_epochs(exp, len(dataset))
     if exp.data.workers == "auto":
         notes.append(f"data.workers: auto, {worker_count('auto')} per device ({usable_cpus()} usable CPUs)")
+    if exp.train.precision == "auto":
+        notes.append(f"train.precision: auto, {computed_precision('auto', device)} on this {device.type}")
+    notes += slow_precision(exp.train.precision, device)
     state = init_state(with_names(exp, dataset), device)
     check_fit(state.model, dataset)
     if val and isinstance(state.model, StepwiseSegmentor):
