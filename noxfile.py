@@ -346,7 +346,7 @@ def demo(session: nox.Session, method: str) -> None:
 
 @nox.session
 def demos(session: nox.Session) -> None:
-    """Run the demos of all methods in one environment, one thread each and as many at once as there are cores."""
+    """Run the demos of all methods, one thread each and as many at once as there are cores; they must have learned."""
     session.install(*EDITABLE)
     folder = Path("runs", "demo")
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,6 +363,7 @@ def demos(session: nox.Session) -> None:
         session.warn(Path(folder, f"{method}.log").read_text()[-3000:])
     if failed:
         session.error(f"demo failed: {', '.join(failed)}; output is in {folder}/METHOD.log")
+    session.run("python", "scripts/check_demos.py")
 
 
 @nox.session
