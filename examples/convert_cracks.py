@@ -12,7 +12,11 @@ from shutil import copyfile
 
 import numpy as np
 from PIL import Image
-from scipy.io import loadmat
+
+try:
+    from scipy.io import loadmat
+except ImportError:
+    sys.exit("needs scipy, which reads MATLAB files: pip install scipy")
 
 if len(sys.argv) != 3:
     sys.exit(__doc__)

@@ -35,7 +35,7 @@ def test_panels_share_whole_numbers_as_iterations():
     x, y = zip(*(point.split() for point in first[1:].split("L")), strict=True)
     assert list(map(float, x)) == sorted(map(float, x))
     assert float(y[0]) < float(y[2]) < float(y[1]), "y points down in an SVG"
-    assert len(list(root.iter("circle"))) == 1
+    assert [dot.get("class") for dot in root.iter("circle")] == ["dot s1", "dot s0"]  # each a line of one point
 
 
 @pytest.mark.parametrize("points", [[], [(0, 0.0)], [(3, -2.0)], [(0, math.nan)], [(0, 1.0), (1, math.inf), (2, 3.0)]])
@@ -73,3 +73,10 @@ def test_ticks_are_few_ordered_and_cover_the_values(values, count):
     assert 2 <= len(ticks) <= count + 2
     assert ticks[0] - slack <= low
     assert high <= ticks[-1] + slack
+
+
+def test_a_single_point_is_seen():
+    """As the loss of a run whose log has one entry: a path of one point draws nothing."""
+    svg = panels_svg([Panel("loss", [Line(0, [(40, 2.98)])])], "iteration", "loss", width=400)
+    assert svg.count("<circle") == 1
+    assert panels_svg([Panel("loss", [Line(0, [(4, 3), (5, 2)])])], "", "", width=400).count("<circle") == 0

@@ -110,7 +110,8 @@ def test_every_fault_is_reported_on_one_line(data: DataConfig) -> None:
         assert all(part in problem for part in parts), problem
         assert "\n" not in problem
     assert report.notes[0] == f"{root / 'masks/train/6.png'}: a label without an image"
-    with pytest.raises(UserError, match=r"4.png: .*add one, .*data.train_masks \(and 1 more; `check` lists them\)"):
+    words = r"4.png: .*add one, .*data.train_masks, .*data.train_list \(and 1 more; `check` lists them\)"
+    with pytest.raises(UserError, match=words):
         open_dataset(data, "train")
 
 
@@ -387,6 +388,12 @@ HALF = np.repeat([0, 1], 20)[None].repeat(8, 0)
     ("mask", "settings", "words"),
     [
         (HALF * 255, {}, "only 0 and 255, which is ignored.*--data.labels 0=sea 255=land"),
+        (
+            HALF * 7,
+            {"classes": (), "labels": ("7=sea", "9=land"), "unlisted": "ignore"},
+            "only 'sea' has pixels in train",
+        ),
+        (HALF * 200, {"unlisted": "ignore"}, "only 'sea' has pixels in train"),  # 200 is ignored, too
         (HALF * 0, {}, "only 'sea' has pixels in train"),
         (HALF * 0 + 1, {}, "only 'land' has pixels in train"),
         (HALF * 0 + 255, {}, "every label pixel of train is ignored; .*data.labels"),

@@ -197,8 +197,20 @@ def test_lists_name_images_or_pairs(tmp_path: Path) -> None:
         (tmp_path / "t.txt").write_text(text)
         with pytest.raises(UserError, match=words):
             open_dataset(listed, "train")
-    with pytest.raises(UserError, match=r"nowhere.txt: cannot be read as a list"):
-        open_dataset(replace(listed, train_list=tmp_path / "nowhere.txt"), "train")
+    with pytest.raises(UserError, match=r"nowhere.txt: no such list of images, neither here nor in "):
+        open_dataset(replace(listed, train_list=Path("nowhere.txt")), "train")
+    with pytest.raises(UserError, match="cannot be read as a list of images"):
+        open_dataset(replace(listed, train_list=tmp_path), "train")
+
+
+def test_a_list_of_pairs_needs_no_patterns_and_may_lie_below_the_root(tmp_path: Path) -> None:
+    masks = {f"{n}.png": np.full((4, 4), i, np.uint8) for i, n in enumerate("abcd")}
+    data = replace(folder_of(tmp_path, masks, classes="w x y z"), train_images="none/*", train_masks="none/*")
+    (tmp_path / "pairs.txt").write_text("images/train/d.png masks/train/b.png\nimages/train/a.png masks/train/a.png\n")
+    train = open_dataset(replace(data, train_list=Path("pairs.txt")), "train")
+    assert [(s.image.name, s.label.name) for s in train.samples if s.label] == [("d.png", "b.png"), ("a.png", "a.png")]
+    with pytest.raises(UserError, match=r"or list the pairs in data\.train_list"):
+        open_dataset(data, "train")
 
 
 def test_images_outside_the_folder_of_a_list_have_names_that_stay_below_it(tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ def test_a_run_of_epochs_is_resumed_with_another_number_of_images(exp: Experimen
     assert "changed since then: schedule.iterations: 4 -> 7\n" in shown
     train(exp, tmp_path, resume=True)
     assert "iter_7: already finished; to train longer, raise schedule.epochs above 2\n" in capsys.readouterr().out
+    before = (tmp_path / "experiment.json").read_bytes()
+    train(changed(exp, "optimizer.lr=0.5"), tmp_path, resume=True)
+    assert "optimizer.lr: " in capsys.readouterr().out
+    assert (tmp_path / "experiment.json").read_bytes() == before  # nothing was trained with 0.5
     with pytest.raises(UserError, match=r"iter_7: is beyond schedule.epochs 1; raise that number$"):
         train(changed(exp, "schedule.epochs=1"), tmp_path, resume=True)
 

@@ -118,7 +118,7 @@ def _from_google_drive(url: str, part: Path, by_hand: str) -> list[tuple[str, st
     try:
         import gdown
     except ImportError:
-        raise UserError(f"{url}: Google Drive needs gdown; pip install 'segcore[drive]', or {by_hand}") from None
+        raise UserError(f"weights on Google Drive need gdown: pip install 'segcore[drive]', or {by_hand}") from None
     if gdown.download(id=parse_qs(urlsplit(url).query)["id"][0], output=str(part)) is None:
         raise UserError(f"{url}: Google Drive does not provide the file; {by_hand}")
     return []

@@ -45,16 +45,10 @@ def load_init(
     those of other classes, see `load_other_classes`. Raises ValueError when the weights are not found, cannot be
     downloaded, or do not fit the model.
     """
-    import timm  # takes seconds, and only start weights need it
-
-    try:
-        if ":" not in init and timm.is_model(init) and not Path(init).expanduser().exists():
-            path, state, source = Path(init), timm_state(init, offline=offline), init
-        else:
-            path = find_weights(init, exp.name if exp else "", offline=offline)
-            state, source = read_state(path, _names(model)), str(path)
-    except UserError as error:
-        raise UserError(f"{error}; --train.init-from None starts from random weights") from None
+    found = find_init(init, exp.name if exp else "", offline=offline)
+    with _or_random():
+        state = read_state(found, _names(model)) if found else timm_state(init, offline=offline)
+    path, source = found or Path(init), str(found or init)
     if not model.is_full_checkpoint(state):
         with _naming(source):
             part, report = model.load_pretrained(state)
@@ -75,6 +69,28 @@ def load_init(
     assert exp is not None
     assert before is not None
     return f"{source}: {load_other_classes(model, exp.model, load, before, classes)}"
+
+
+def find_init(init: str, experiment_name: str, *, offline: bool = False) -> Path | None:
+    """Return the file or folder of the start weights that `train.init_from` names; None for a timm tag.
+
+    Other arguments, downloads and errors as in `find_weights`.
+    """
+    import timm  # takes seconds, and only start weights need it
+
+    if ":" not in init and timm.is_model(init) and not Path(init).expanduser().exists():
+        return None
+    with _or_random():
+        return find_weights(init, experiment_name, offline=offline)
+
+
+@contextlib.contextmanager
+def _or_random() -> Iterator[None]:
+    """Complete messages about start weights with what can be done without them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; --train.init-from None starts from random weights") from None
 
 
 def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 from segcore.config.schema import DataConfig
 from segcore.data.dataset import Dataset, check_sizes
 from segcore.data.images import read_image, read_size
+from segcore.data.labels import label_lut
 from segcore.data.layouts import Split, find_files, source_of
 from segcore.data.pairs import PairDataset
 from segcore.errors import UserError
@@ -146,7 +147,8 @@ def useless(dataset: Dataset, pixels: np.ndarray, split: str) -> str | None:
     if split == "val" or len(labeled) > 1:
         return None
     ignored = dataset.ignore_index
-    if ignored >= len(names) and pixels[ignored] and not labeled[0]:
+    values = np.array_equal(dataset.table, label_lut(len(names)))  # the masks hold what is counted
+    if values and ignored >= len(names) and pixels[ignored] and not labeled[0]:
         return (
             f"the masks of {split} hold only 0 and {ignored}, which is ignored; if it is a class, say so: "
             f"--data.labels 0={names[0]} {ignored}={names[1]}"

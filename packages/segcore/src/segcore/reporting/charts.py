@@ -56,7 +56,7 @@ def panels_svg(panels: Sequence[Panel], xlabel: str, label: str, *, width: int, 
             points = [(across(x), down(y)) for x, y in thinned(line.points)]
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
             parts.append(f'<path class="line s{line.number}" d="M{path}"/>' if path else "")
-            if line.dots:
+            if line.dots or len(points) == 1:  # a single point has no line
                 parts += [f'<circle class="dot s{line.number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
     bottom = len(panels) * height
     for x in ticks:

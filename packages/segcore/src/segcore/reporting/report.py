@@ -76,7 +76,8 @@ def _show(run: Run, load: Open) -> list[Group]:
         for row, image in zip([*worst, *others], shown, strict=True)
     ]
     groups = [
-        Group(f"The {len(worst)} worst images", "Lowest mean IoU over the classes of an image first.",
+        Group(f"The {len(worst)} worst images" if others else "All images",
+              "Lowest mean IoU over the classes of an image first.",
               cards[: len(worst)], ERRORS),
         Group(f"{len(others)} at random", "Drawn from the others, in the order of the data set.",
               cards[len(worst) :], ERRORS),

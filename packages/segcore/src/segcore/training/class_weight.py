@@ -34,7 +34,8 @@ def resolve_loss(exp: Experiment, dataset: Dataset, work_dir: Path) -> LossConfi
         return replace(exp.loss, class_weight=None)
     if isinstance(weights, tuple) and len(weights) != classes:
         raise UserError(
-            f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, auto or None"
+            f"loss.class_weight has {len(weights)} values for {classes} classes; give one per class, auto, "
+            "auto_sqrt or None"
         )
     if not isinstance(weights, str):
         return exp.loss

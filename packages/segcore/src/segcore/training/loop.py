@@ -87,7 +87,10 @@ def _run(
     device = state.device
     how = {"torchrun": distributed.elastic_run_id(), "command": command_line(), "device": device_name(device)}
     record = {**state.description, **how}
-    distributed.on_main_process(lambda: write(work_dir / "experiment.json", json.dumps(record, indent=1) + "\n"))
+    file = work_dir / "experiment.json"
+    if not (state.early_end(exp) or state.iteration == exp.schedule.iterations) or not file.exists():
+        # of a finished run, what it was trained with stays
+        distributed.on_main_process(lambda: write(file, json.dumps(record, indent=1) + "\n"))
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints
     with (
         SignalHandler() as signals,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
+from segcore.checkpoints.load import find_init, load_init
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
 from segcore.config.user_code import is_reference
@@ -59,7 +60,11 @@ def setup(
     TrainTransform(exp.data)  # raises for a function that is not there
     distributed.on_main_process(lambda: list(find_trackers(exp.train.log)))  # raises for one that is not there
     found = distributed.on_main_process(lambda: _checkpoint_to_resume(work_dir, resume))
-    dataset, val, notes = _datasets(exp)
+    dataset, val = _datasets(exp)
+    if exp.train.init_from and not found:  # before the images are read
+        start, name = exp.train.init_from, exp.name
+        distributed.main_process_first(lambda: find_init(start, name, offline=offline))
+    notes = _check_files(exp, {"train": dataset} | ({"val": val} if val else {}))
     exp, length = resolve_epochs(exp, len(dataset))
     if exp.data.workers == "auto":
         notes.append(f"data.workers: auto, {worker_count('auto')} per device ({usable_cpus()} usable CPUs)")
@@ -81,10 +86,7 @@ def setup(
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init_from and not found:
-        from segcore.checkpoints.load import load_init
-
-        start, classes = exp.train.init_from, dataset.classes
-        load = partial(load_init, state.model, start, exp=exp, classes=classes, offline=offline)
+        load = partial(load_init, state.model, start, exp=exp, classes=dataset.classes, offline=offline)
         notes.append(distributed.main_process_first(load))
         state.average = None if state.average is None else start_ema(state.model)
     # first, because it refuses wrong weights before a file is written
@@ -171,12 +173,16 @@ def _checkpoint_to_resume(work_dir: Path, resume: bool) -> Path | None:
     return found
 
 
-def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
-    """Return the training set, the validation set if the run evaluates, and one line per broken file."""
+def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None]:
+    """Return the training set, and the validation set if the run evaluates; no image is read."""
     cache = exp.data.cache
     dataset = distributed.main_process_first(lambda: open_dataset(exp.data, "train", cache))
-    val = open_dataset(exp.data, "val", cache) if exp.train.evaluate_every else None
-    parts = {"train": dataset} | ({"val": val} if val else {})
+    return dataset, open_dataset(exp.data, "val", cache) if exp.train.evaluate_every else None
+
+
+def _check_files(exp: Experiment, parts: Mapping[str, Dataset]) -> list[str]:
+    """Return notes on the splits, one line per broken file; raises UserError for what cannot be trained on."""
+    cache, val = exp.data.cache, parts.get("val")
     size = distributed.on_main_process(lambda: [cache_note(cache, [*parts.values()])] if cache else [])
     broken = distributed.on_main_process(lambda: [line for part in parts.values() for line in check_headers(part)])
     if broken and exp.data.on_error == "stop":
@@ -186,7 +192,7 @@ def _datasets(exp: Experiment) -> tuple[Dataset, Dataset | None, list[str]]:
     doubts = distributed.on_main_process(
         lambda: [line for split, part in parts.items() for line in require_meaning(part, split, source_of(exp.data))]
     )
-    return dataset, val, [*size, *broken, *doubts]
+    return [*size, *broken, *doubts]
 
 
 def _notes(state: TrainState) -> Iterator[str]:

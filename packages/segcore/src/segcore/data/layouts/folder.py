@@ -51,20 +51,16 @@ def open_split(data: DataConfig, split: str) -> Dataset:
     own = split == "train" or bool(data.val_share)  # of the training images
     which = "train" if own else "val"
     image_glob, mask_glob, listed = (getattr(data, f"{which}_{name}") for name in ("images", "masks", "list"))
-    spelled, masks = {*PurePosixPath(image_glob).parent.parts, *PurePosixPath(mask_glob).parent.parts}, None
-    if mask_glob or own:
-        lossless, lossy = MASK_SUFFIXES
-        found = (find_by_stem(data.root, mask_glob, spelled, suffixes) for suffixes in (lossless, lossy))
-        masks = next(filter(None, found), {})
-    images = find_by_stem(data.root, image_glob, spelled, without={*(masks or {}).values()})
-    wanted = (f"{data.root}/{image_glob}", f"{data.root}/{mask_glob}")
-    remedy = f"set data.root, data.{which}_images and data.{which}_masks"
-    if not own:
-        remedy += ", or data.val_share to hold out training images"
-    samples, missing, unmatched = pair_files(images, masks, wanted, remedy)
-    if listed:
-        samples, missing = _of_list(listed, data.root, samples, missing)
-        unmatched = ()
+    lines = _lines_of(listed, data.root) if listed else []
+    if pairs := _pairs(lines, data.root):
+        samples, missing, unmatched = pairs, tuple[str, ...](), tuple[Path, ...]()
+    else:
+        remedy = f"set data.root, data.{which}_images and data.{which}_masks, or list the pairs in data.{which}_list"
+        if not own:
+            remedy += ", or data.val_share to hold out training images"
+        samples, missing, unmatched = _matching(data.root, image_glob, mask_glob, mask_glob or own, remedy)
+        if listed:
+            (samples, missing), unmatched = _of_list(listed, lines, data.root, samples, missing), ()
     if data.val_share and samples:
         samples = _share(samples, data, split)
     ignored = ignored_label(len(names))
@@ -74,6 +70,19 @@ def open_split(data: DataConfig, split: str) -> Dataset:
         missing=missing, unmatched_labels=unmatched,
     )  # fmt: skip
     return _with_table(dataset, data, unlisted) if data.labels else dataset
+
+
+def _matching(
+    root: Path, image_glob: str, mask_glob: str, labeled: object, remedy: str
+) -> tuple[tuple[Sample, ...], tuple[str, ...], tuple[Path, ...]]:
+    """Return what `pair_files` does for the files that the globs match."""
+    spelled, masks = {*PurePosixPath(image_glob).parent.parts, *PurePosixPath(mask_glob).parent.parts}, None
+    if labeled:
+        lossless, lossy = MASK_SUFFIXES
+        found = (find_by_stem(root, mask_glob, spelled, suffixes) for suffixes in (lossless, lossy))
+        masks = next(filter(None, found), {})
+    images = find_by_stem(root, image_glob, spelled, without={*(masks or {}).values()})
+    return pair_files(images, masks, (f"{root}/{image_glob}", f"{root}/{mask_glob}"), remedy)
 
 
 def classes(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
@@ -96,15 +105,32 @@ def _with_table(dataset: Dataset, data: DataConfig, unlisted: int) -> Dataset:
     return replace(dataset, table=table, colors=np.array(colors, np.uint8) if colors else None)
 
 
+def _lines_of(path: Path, root: Path) -> list[str]:
+    """Return the lines of a list, which may lie below `root`."""
+    path = path.expanduser()
+    for place in (path, root / path):
+        try:
+            return [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+            raise UserError(f"{place}: cannot be read as a list of images ({reason})") from None
+    raise UserError(f"{path}: no such list of images, neither here nor in {root}")
+
+
+def _pairs(lines: Sequence[str], root: Path) -> tuple[Sample, ...]:
+    """Return the samples of a list whose every line is an image and its mask below `root`; none of another list."""
+    pairs = [[root / word for word in line.split()] for line in lines]
+    if not all(len(pair) == 2 and all(file.is_file() for file in pair) for pair in pairs):
+        return ()
+    return tuple(Sample(image, mask) for image, mask in pairs)
+
+
 def _of_list(
-    path: Path, root: Path, samples: Sequence[Sample], missing: Sequence[str]
+    path: Path, lines: Sequence[str], root: Path, samples: Sequence[Sample], missing: Sequence[str]
 ) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
     """Return the samples that a list names, in its order, and the lines of `missing` about images that it names."""
-    try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise UserError(f"{path}: cannot be read as a list of images ({reason})") from None
     known = {sample.image.stem: sample for sample in samples}
     lost = {Path(line.partition(": ")[0]).stem: line for line in missing}
     found, left = list[Sample](), list[str]()
