@@ -75,6 +75,9 @@ def test_wrong_words(capsys, monkeypatch, words, expected, columns):
         ("--epochs", "--schedule.epochs"),
         ("--model", "the configuration comes first"),
         ("--batch-size", "--train.batch-size"),
+        ("--amp", "--train.precision auto"),
+        ("--tta", "--multi-scale"),
+        ("--show-dir", "--save DIR"),
     ],
 )
 def test_options_of_other_tools_are_answered_with_ours(capsys, option, ours):

@@ -384,10 +384,12 @@ def test_file_with_one_function_needs_no_name(tmp_path):
         ("json.py:number", "json.py:number: number returned int, not an Experiment"),
         ("absent.py:wide", "absent.py: no such configuration file"),
         ("empty.py", "empty.py: name the configuration as a function that the file defines"),
+        ("theirs.py", "theirs.py: is a configuration of MMSegmentation; `segcore import-config` makes one of ours"),
     ],
 )
 def test_wrong_file_is_named_with_the_remedy(config, spec, text):
     (config.parent / "empty.py").touch()
+    (config.parent / "theirs.py").write_text("_base_ = ['x.py']\nmodel = dict(type='EncoderDecoder')\n")
     with pytest.raises(UserError, match=text):
         load_experiment(str(config.parent / spec))
 

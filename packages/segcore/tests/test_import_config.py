@@ -402,6 +402,13 @@ def test_values_of_any_kind_are_refused_in_one_line(folder, name):
         ("gpu_ids = '0,1'", "3: gpu_ids is '0,1'; a list is known here"),
         ("custom_hooks = [dict(type='Mine')]", "3: custom_hooks[0].type is 'Mine'; known here"),
         ("fp16 = dict(loss_scale=512.)\nimg_ratios = fp16", "3: fp16 is {'loss_scale': 512.0}; known"),
+        ("fp16 = dict()", "known here: None; delete it, and set train.precision afterwards"),
+        ("data = dict(train=dict(type='RepeatDataset'))", "; name the data set in it alone, as training counts"),
+        ("data = dict(train=dict(type='CustomDataset'))", "; write it as a published data set, and set data.dataset,"),
+        ("data = dict(train=dict(classes=('a',)))", "not understood; write it as a published data set, and set"),
+        ("custom_hooks = [dict(type='EMAHook')]", "; delete it, and set train.ema to 1 - momentum afterwards"),
+        ("data = dict(train=dict(data_root='{{ fileDirname }}/ade'))", "'{{ fileDirname }}/ade' is filled in by MMCV"),
+        ("optimizer = dict(lr={{_base_.lr}})", "write its value, or import the copy without bases that MMSeg"),
         ("optimiser = dict(lr=1)", "3: optimiser is {'lr': 1}; this key is not understood"),
         ("data = dict(samples_per_gpu=3)", "has 3 images per device but not the number of devices; add --batch-size"),
         ("data = dict(val=dict(img_dir='images/training'))", "3: data.val.img_dir is 'images/training'; known here"),
@@ -427,6 +434,14 @@ def test_what_is_not_understood_is_named_with_its_line(folder, tmp_path, line, w
     assert words in str(error.value)
     assert str(error.value).startswith(f"{file}:3: " if words.startswith("3: ") else f"{file}:")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mit_b0_of_mine.pth", "resnet50_v1c_of_mine.pth"])
+def test_a_file_of_ones_own_is_never_taken_for_published_weights(folder, tmp_path, name):
+    base = os.path.relpath(folder / "segformer_mit-b0_512x512_160k_ade20k.py", tmp_path)
+    file = tmp_path / "mine_8x2.py"
+    file.write_text(f"_base_ = '{base}'\nmodel = dict(pretrained='weights/{name}')\n")
+    assert import_config(file).experiment.train.init_from == f"weights/{name}"
 
 
 HOSTILE = {

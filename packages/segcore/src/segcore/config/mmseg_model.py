@@ -72,21 +72,22 @@ def variant(model: Table, part: str, variants: Mapping[str, Mapping[str, Any]]) 
 def start_weights(known: Mapping[str, str]) -> Callable[[Any], Any]:
     """Return a function for `To` that turns the address of start weights into `train.init_from`.
 
-    `known` maps the beginning of a file's name to our name of the weights; published files are known, too.
+    `known` maps names without suffix to our names of the weights, and published files are known, too. In an address,
+    the beginning of the file's name counts. Another path of this machine stays as it is: the file may hold anything.
     """
 
     def convert(address: str | None) -> Any:
         if address is None:
             return NOTHING
         name = PurePosixPath(address).name
+        if name in (rows := _official()):
+            return rows[name]
+        if "://" not in address:
+            return known.get(PurePosixPath(address).stem, address)
         for start, ours in known.items():
             if name.startswith(start):
                 return ours
-        if name in (rows := _official()):
-            return rows[name]
-        if "://" in address:
-            raise ValueError("these weights are not known here; download them and write the path of the file")
-        return address
+        raise ValueError("these weights are not known here; download them and write the path of the file")
 
     return convert
 

@@ -30,6 +30,9 @@ _NUMBERS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 
 
+FLAT = "write its value, or import the copy without bases that MMSegmentation writes to work_dir"
+
+
 class Table(dict[str, Any]):
     """A dict of the file, and where each of its keys is written. Lists are tuples."""
 
@@ -72,7 +75,7 @@ class Reader:
         merged = Table()
         for base in (bases,) if isinstance(bases, str) else bases or ():
             if not isinstance(base, str) or not base.endswith(".py") or "://" in base or Path(base).is_absolute():
-                raise UserError(f"{own.lines['_base_']}: _base_ is {shown(base)}; give paths of .py files, relative")
+                raise UserError(f"{own.lines['_base_']}: _base_ is {shown(base)}; give relative paths of .py files")
             below = self.read(Path(os.path.normpath(path.parent / base)), (*inside, real))
             for key in below:
                 if key in merged:
@@ -99,13 +102,15 @@ class Reader:
                         "write plain values and _base_",
                     )
                 case _:
-                    self._refuse(node, "only `name = value` is read, and nothing is executed")
+                    self._refuse(node, f"only `name = value` is read, and nothing is executed; {FLAT}")
         return found
 
     def _value(self, node: ast.expr, depth: int) -> Any:
         """Return the value of an expression that is data."""
         self._count(node, 1, depth)
         match node:
+            case ast.Constant(value=str() as value) if "{{" in value:
+                self._refuse(node, f"{shown(value)} is filled in by MMCV or MMEngine; write the value")
             case ast.Constant(value=bool() | str() | None as value):
                 return value
             case ast.Constant(value=int() | float() as value):
@@ -210,7 +215,7 @@ class Reader:
 
     def _not_data(self, node: ast.AST) -> NoReturn:
         text = ast.unparse(node)
-        self._refuse(node, f"`{shown(text)[1:-1]}` is no literal, and nothing is executed")
+        self._refuse(node, f"`{shown(text)[1:-1]}` is no literal, and nothing is executed; {FLAT}")
 
     def _refuse(self, node: ast.AST, why: str) -> NoReturn:
         raise UserError(f"{self._at(node)}: {why}")

@@ -14,6 +14,28 @@ from segcore.config.mmseg_read import Table, shown
 from segcore.config.schema import ModelConfig
 from segcore.errors import UserError
 
+REMEDIES = {
+    "AmpOptimWrapper": "write OptimWrapper, and set train.precision afterwards",
+    "fp16": "delete it, and set train.precision afterwards",
+    "Fp16OptimizerHook": "delete it, and set train.precision afterwards",
+    "accumulative_counts": "delete it, and give --batch-size",
+    "GradientCumulativeOptimizerHook": "delete it, and give --batch-size",
+    "EMAHook": "delete it, and set train.ema to 1 - momentum afterwards",
+    "EarlyStoppingHook": "delete it, and set train.patience afterwards",
+    "RepeatDataset": "name the data set in it alone, as training counts iterations",
+    "ConcatDataset": "name one data set, and set data.also afterwards",
+    **dict.fromkeys(
+        ("CustomDataset", "BaseSegDataset", "metainfo", "classes"),
+        "write it as a published data set, and set data.dataset, data.root and data.classes afterwards",
+    ),
+    "RandomRotFlip": "delete it, and set data.quarter_turns and data.flip afterwards",
+    **dict.fromkeys(
+        ("RandomRotate", "RandomCutOut", "CLAHE", "Albu", "RandomMosaic"),
+        "delete it, and set data.augment to a function of yours afterwards",
+    ),
+}
+"""What to do about a type or key that no rule knows, although there is an equal or another way here."""
+
 
 class Is:
     """The value must be one of these: what our code computes, whatever else MMSegmentation has."""
@@ -85,7 +107,9 @@ class Key(NamedTuple):
         return Key(f"{self.name}.{dotted}".lstrip("."), table.lines.get(name, self.where))
 
     def refuse(self, value: Any, why: str) -> NoReturn:
-        raise UserError(f"{self.where}: {self.name} is {shown(value)}; {why}")
+        known = (value if isinstance(value, str) else "", self.name.rpartition(".")[2])
+        remedy = next((f"; {REMEDIES[name]}" for name in known if name in REMEDIES), "")
+        raise UserError(f"{self.where}: {self.name} is {shown(value)}; {why}{remedy}")
 
 
 @dataclass

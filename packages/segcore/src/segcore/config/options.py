@@ -39,6 +39,14 @@ OF_OTHER_TOOLS = {
     "resume_from": "write --resume; the run's folder is --work-dir",
     "load_from": "write --train.init-from",
     "launcher": "write --gpus N, or start with torchrun",
+    "amp": "write --train.precision auto",
+    "no_validate": "write --train.evaluate-every 0",
+    "deterministic": "a run is repeatable on a CPU without it; the seed is --seed",
+    "aug_test": "write --multi-scale, with `test`",
+    "tta": "write --multi-scale, with `test`",
+    "show_dir": "write --save DIR, with `test`; its report shows images, too",
+    "out": "write --save DIR, with `test`, or `predict CONFIG CHECKPOINT INPUT OUTPUT`",
+    "format_only": "write --save DIR --label-ids, with `test`",
 }
 """What to write instead of an option that other tools have."""
 

@@ -76,6 +76,8 @@ def find_function(path: str, name: str, what: str = "the function") -> tuple[str
     if not name and len(own) == 1:
         name = own[0]
     if name not in own:
+        if not own and (hasattr(module, "_base_") or isinstance(getattr(module, "model", None), dict)):
+            raise UserError(f"{path}: is a configuration of MMSegmentation; `segcore import-config` makes one of ours")
         choice = f"{path}:FUNCTION with FUNCTION one of {', '.join(own)}" if own else "a function that the file defines"
         raise UserError(f"{path}{':' * bool(name)}{name}: name {what} as {choice}")
     return name, getattr(module, name)
