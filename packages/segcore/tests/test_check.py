@@ -431,3 +431,11 @@ def test_many_problems_are_counted_and_the_first_are_shown() -> None:
     assert lines[-1] == "  and 10 more; --json FILE has all"
     assert len(lines) == 53
     assert len(report.to_json()["problems"]) == 60
+
+
+def test_validation_images_that_are_trained_on_are_noted(tmp_path: Path) -> None:
+    data = replace(mask_set(tmp_path, HALF, HALF), val_images="images/train/*", val_masks="masks/train/*")
+    note = f"{tmp_path}: 2 of 2 validation images are training images, which makes figures on them too good"
+    assert check(data, "val").notes == [note]
+    assert not check(data, "val").problems
+    assert not any("training images" in line for line in check(replace(data, val_share=0.5), "val").notes)

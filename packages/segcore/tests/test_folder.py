@@ -71,6 +71,8 @@ def test_values_are_named_by_rows_or_a_csv_file(tmp_path: Path) -> None:
 def test_labels_set_the_number_of_classes() -> None:
     assert EXPERIMENT.with_overrides(["data.labels=0=a,255=b,3=a"]).model.num_classes == 2
     assert EXPERIMENT.with_overrides(["data.labels=0=a 255=b", "model.num_classes=5"]).model.num_classes == 5
+    with pytest.raises(UserError, match=r"data\.labels is empty; quote colors"):  # a shell took `#…` for a comment
+        replace(EXPERIMENT, data=replace(EXPERIMENT.data, classes=(), labels=())).with_overrides(["data.labels="])
 
 
 def test_unlisted_values_are_named_or_ignored(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def read_state(path: Path, known: Set[str] = frozenset()) -> dict[str, Tensor]:
     try:
         content = load_safetensors(path) if path.suffix == ".safetensors" else load_torch(path, mapped=True)
     except UserError as error:
-        raise UserError(f"{error}; download it again, or ask its authors for a state dict as safetensors") from None
+        raise UserError(f"{error}; download it again, or have its state dict alone saved where it was made") from None
     candidates = (renamed for entry in _entries(content, set()) for renamed in _renamed(entry))
     state = max(candidates, key=lambda names: len(names.keys() & known), default=content)
     if not isinstance(state, dict) or not state:

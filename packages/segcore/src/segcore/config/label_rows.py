@@ -115,6 +115,8 @@ def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, An
     new["labels"] = read_rows(new["labels"])
     if new["labels"] and "data.classes" not in values:
         new["classes"] = class_names(new["labels"])
+    if values.get("data.labels") == () and not new["classes"] and "model.num_classes" not in values:
+        raise UserError("data.labels is empty; quote colors, as in '#804080=road': a shell takes # for a comment")
     count = len(new["classes"]) if read and new["classes"] else known or 0
     completed = {"model.num_classes": count + new["add_background_class"], "data.classes": new["classes"]}
     return {**reset, **completed, **values, "data.labels": new["labels"]}

@@ -5,6 +5,7 @@ Files are read in threads: decoding, nearly all of the work, releases the interp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -132,7 +133,18 @@ def check(data: DataConfig, split: Split, num_classes: int | None = None) -> Rep
         report.notes.append(f"{source}: no labels, so this split cannot be evaluated")
     elif pixels.any():
         report.notes += [f"{source}: {note}" for note in doubtful(dataset, pixels, report.ignored)]
+    if split == "val":
+        with contextlib.suppress(UserError):  # no training images
+            report.notes += [f"{source}: {note}" for note in seen_in_training(find_files(data, "train"), dataset)]
     return report
+
+
+def seen_in_training(train: Dataset, val: Dataset) -> list[str]:
+    """Return a remark on validation images that are training images, too."""
+    paths = {sample.image for sample in train.samples}
+    count = sum(sample.image in paths for sample in val.samples)
+    note = f"{count} of {len(val)} validation images are training images, which makes figures on them too good"
+    return [note] * bool(count)
 
 
 def useless(dataset: Dataset, pixels: np.ndarray, split: str) -> str | None:

@@ -43,7 +43,7 @@ def batch_picture(batch: Batch, dataset: Dataset, data: DataConfig) -> np.ndarra
     images, labels = batch.on("cpu", data.mean, data.std)
     found = [crop_panels(image, label, dataset, data) for image, label in zip(images[:8], labels, strict=False)]
     rows = [[panel for pair in found[i : i + 2] for panel in pair] for i in range(0, len(found), 2)]
-    return vstack([*(hstack_panels(row, [""] * len(row)) for row in rows), _legend(dataset)])
+    return vstack([*(hstack_panels(row, ["crop", "label"] * (len(row) // 2)) for row in rows), _legend(dataset)])
 
 
 def write_crop_pages(folder: Path, dataset: Dataset, data: DataConfig, seed: int) -> list[Path]:

@@ -29,7 +29,8 @@ class PredictionGrid:
         """Keep image `index` (H, W, C) with its label and classes (H, W) of every step entry, if the grid has it."""
         if index not in self.wanted:
             return
-        found = {step_title(entry, self.by): value.cpu().numpy() for entry, value in entries.items()}
+        titles = {"final": "prediction"} if len(entries) == 1 else {}
+        found = {titles.get(key) or step_title(key, self.by): value.cpu().numpy() for key, value in entries.items()}
         classes = {"ground truth": label, **found}
         maps = {
             name: colorize(value, self.dataset.palette, self.dataset.ignore_index) for name, value in classes.items()

@@ -16,7 +16,7 @@ from segcore.checkpoints.load import find_init, load_init
 from segcore.config.record import describe
 from segcore.config.schema import Experiment, LossConfig
 from segcore.config.user_code import is_reference
-from segcore.data.check import cache_note, check_headers, require_meaning
+from segcore.data.check import cache_note, check_headers, require_meaning, seen_in_training
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset, source_of
 from segcore.data.transforms import TrainTransform
@@ -192,6 +192,8 @@ def _check_files(exp: Experiment, parts: Mapping[str, Dataset]) -> list[str]:
     doubts = distributed.on_main_process(
         lambda: [line for split, part in parts.items() for line in require_meaning(part, split, source_of(exp.data))]
     )
+    if val:
+        doubts += [f"{source_of(exp.data)}: {note}" for note in seen_in_training(parts["train"], val)]
     return [*size, *broken, *doubts]
 
 
