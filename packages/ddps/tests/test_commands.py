@@ -218,7 +218,10 @@ def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
         "ddps_seg", "test", run, f"--data.root={toy}", CPU, "--evaluate.steps", "7"
     )
     training = ["train", PRIOR, *small, *TRAIN, "--evaluate.steps", "7", f"--work-dir={tmp_path / 'never'}"]
-    assert "has 7, but" in refused("ddps_seg", *training), "at once, not at the first evaluation"
+    line = refused("ddps_seg", *training, "--train.init-from", str(tmp_path / "no_base"))
+    assert f"{tmp_path / 'no_base'}: no such file or folder" in line, "before the images are read"
+    line = refused("ddps_seg", *training, "--train.init-from", "None")
+    assert "has 7, but" in line, "at once, not at the first evaluation"
     assert not (tmp_path / "never").exists()
     line = refused("ddps_seg", "test", PRIOR, base, f"--data.root={toy}", CPU)
     assert f"was trained with {BASE}; give this folder" in line

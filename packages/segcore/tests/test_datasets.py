@@ -166,7 +166,7 @@ def test_folder_with_sub_folders(tmp_path):
     assert [dataset.name(i) for i in range(2)] == ["x/train/a", "y/train/a"]
     assert "/y/" in str(dataset.samples[1].label)
     twice = DataConfig("folder", data.root, "images/*/train/*", "m*/x/train/*", classes=data.classes)
-    with pytest.raises(UserError, match=r"x/train/a.png: .*data.train_masks \(and 1 more; `check` lists them\)"):
+    with pytest.raises(UserError, match=r"x/train/a.png: .*data.train_list \(and 1 more; `check` lists them\)"):
         open_dataset(twice, "train")
 
 

@@ -124,7 +124,8 @@ def test_trackers_end_when_the_run_cannot_begin(exp, run_dir: Path, monkeypatch,
         raise UserError("no space")
 
     exp = with_log(exp, f"{run_dir.parent / 'my.py'}:Sink")
-    state = types.SimpleNamespace(iteration=0, best_miou=0.0, description={}, device=torch.device("cpu"))
+    begun = {"iteration": 0, "best_miou": 0.0, "early_end": lambda exp: ""}
+    state = types.SimpleNamespace(**begun, description={}, device=torch.device("cpu"))
     monkeypatch.setattr(loop, "setup", lambda *_, **__: (exp, state, [], None, []))
     monkeypatch.setattr(loop, failing, full)
     with pytest.raises(UserError, match="no space"):
