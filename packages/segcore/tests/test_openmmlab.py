@@ -558,7 +558,8 @@ CONTRADICTIONS = {
     "pretrained": ({"pretrained": "a.pth"}, "init_from"),
 }
 if ONE:
-    CONTRADICTIONS["seg_pad_val"] = ({"data_preprocessor": {"type": "SegDataPreProcessor", "seg_pad_val": 0}}, "255")
+    padded = {"type": "mmseg.SegDataPreProcessor", "seg_pad_val": 0}  # with its scope, which only a Runner sets
+    CONTRADICTIONS["seg_pad_val"] = ({"data_preprocessor": padded}, "255")
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
