@@ -159,9 +159,12 @@ def complete(exp: Experiment, run: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """Return what the times depend on."""
-    precision = computed_precision("auto", torch.device("cpu"))
-    machine = {"processor": processor("model name"), "cores": usable_cpus(), "precision": precision}
-    return {**machine, "torch": torch.__version__}
+    return {
+        "processor": processor("model name"),
+        "cores": usable_cpus(),
+        "precision": computed_precision("auto", torch.device("cpu")),
+        "torch": torch.__version__,
+    }
 
 
 def split_of(exp: Experiment, split: str) -> Dataset:

@@ -28,9 +28,8 @@ _NUMBERS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-
-
 FLAT = "write its value, or import the copy without bases that MMSegmentation writes to work_dir"
+"""What to do about what is no data."""
 
 
 class Table(dict[str, Any]):

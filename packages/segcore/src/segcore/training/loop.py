@@ -87,10 +87,13 @@ def _run(
     device = state.device
     how = {"torchrun": distributed.elastic_run_id(), "command": command_line(), "device": device_name(device)}
     record = {**state.description, **how}
-    file = work_dir / "experiment.json"
-    if not (state.early_end(exp) or state.iteration == exp.schedule.iterations) or not file.exists():
-        # of a finished run, what it was trained with stays
-        distributed.on_main_process(lambda: write(file, json.dumps(record, indent=1) + "\n"))
+    file, finished = work_dir / "experiment.json", state.iteration == exp.schedule.iterations or state.early_end(exp)
+
+    def keep() -> None:
+        if not (finished and file.exists()):  # of a finished run, what it was trained with stays
+            write(file, json.dumps(record, indent=1) + "\n")
+
+    distributed.on_main_process(keep)  # every rank takes part, whether or not it sees the file
     own_dir = None if distributed.rank() else work_dir  # rank 0 writes and prints
     with (
         SignalHandler() as signals,
