@@ -5,6 +5,7 @@ Sphinx reads the repository itself. So a page's address is its path, and a link 
 
 import re
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,20 @@ html_theme_options = {"source_repository": HOME, "source_branch": "main", "sourc
 
 
 def here(page: Path, target: str) -> str:
-    """Return a link's target in the site: pages at home on GitHub are here, folders are their READMEs, or on GitHub."""
+    """Return a link's target in the site: pages are here, folders are their READMEs; the rest is on GitHub."""
     path = re.sub(rf"^{re.escape(HOME)}/(blob|tree)/main/", "/", target)
-    file = ROOT / path[1:] if path.startswith("/") else page.parent / path
-    if not file.is_dir():
-        return path
-    readme = (file / "README.md").is_file()
-    return f"{path}/README.md" if readme else f"{HOME}/tree/main/{file.resolve().relative_to(ROOT)}"
+    file = (ROOT / path[1:] if path.startswith("/") else page.parent / path).resolve()
+    if file.is_dir():
+        readme = (file / "README.md").is_file()
+        return f"{path}/README.md" if readme else f"{HOME}/tree/main/{file.relative_to(ROOT)}"
+    if file.suffix == ".md" and file.is_file() and not is_page(file.relative_to(ROOT).as_posix()):
+        return f"{HOME}/blob/main/{file.relative_to(ROOT)}"
+    return path
+
+
+def is_page(path: str) -> bool:
+    """Return whether a Markdown file is a page of the site; its path is relative to the repository."""
+    return any(path.count("/") == pages.count("/") and fnmatchcase(path, pages) for pages in include_patterns)
 
 
 def read(app: Any, name: str, source: list[str]) -> None:
