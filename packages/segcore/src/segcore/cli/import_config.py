@@ -16,7 +16,7 @@ class ImportConfig:
     """Turn a configuration of MMSegmentation into the equal one of ours; nothing in the file is executed.
 
     Files of 0.x and 1.x are read, with their `_base_`: DDP's, DDPS's, DDRNet's and DGMN2's as published, SegFormer's
-    and DeepLabV3+'s. What has no equal here is refused by name, with file and line.
+    and DeepLabV3+'s. All that has no equal here is refused by name, with file and line.
     """
 
     file: Path = field(kw_only=True)

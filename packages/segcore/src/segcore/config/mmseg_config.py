@@ -31,6 +31,8 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "evaluate": EvalConfig,
 }
+SHOWN = 20
+"""How many values that have no equal an error lists."""
 
 
 class Imported(NamedTuple):
@@ -48,7 +50,7 @@ def import_config(path: Path, batch_size: int | None = None) -> Imported:
 
     MMSegmentation's files say how many images a device has, not how many devices there are: `batch_size` is the number
     of images per optimizer step over all of them; None: what `gpu_ids`, the file's name or a published row of that name
-    says. Raises UserError naming file, line, key and value of what has no equal here.
+    says. Raises UserError naming file, line, key and value of all that has no equal here.
     """
     return translate(path, *read_config(path), batch_size)
 
@@ -68,6 +70,11 @@ def translate(path: Path, table: Table, used: set[str], batch_size: int | None =
     variables = (used | set(HELPERS)) - rules.keys()
     rest = {name: value for name, value in table.items() if name not in variables | {"model"}}
     found.read(rules, Table(rest, table.lines), top)
+    if len(faults := found.faults) > 1:
+        cut = f", the first {SHOWN}" if faults[SHOWN:] else ""
+        faults = [f"{path}: {len(faults)} values have no equal here{cut}:", *faults[:SHOWN]]
+    if faults:
+        raise UserError("\n".join(faults))
     settings = {**found.settings, **method.settings}
     try:
         _check(settings)

@@ -6,7 +6,8 @@ keys that contradict each other are refused by name, so that nothing is lost in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -120,6 +121,16 @@ class Translation:
     keys: dict[str, Key] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     """Names of the keys without influence on results."""
+    faults: list[str] = field(default_factory=list)
+    """What `read` refused in dicts and lists that it then read on."""
+
+    @contextmanager
+    def keep_fault(self) -> Iterator[None]:
+        """Note a UserError in `faults`, so that all of a file's are found in one go."""
+        try:
+            yield
+        except UserError as error:
+            self.faults.append(str(error))
 
     def set(self, setting: str, value: Any, key: Key, given: Any) -> None:
         """Note a setting; raises UserError if another key says something else."""
@@ -129,7 +140,7 @@ class Translation:
         self.settings[setting], self.keys[setting] = value, key
 
     def read(self, rule: Any, value: Any, key: Key) -> None:
-        """Apply a rule to the value of a key. Raises UserError for what it does not know."""
+        """Apply a rule to the value of a key. What it does not know is in `faults`, or raises UserError."""
         match rule:
             case Skip():
                 self.skipped.append(key.name)
@@ -163,32 +174,37 @@ class Translation:
 
     def _dict(self, rules: Mapping[str, Any], table: Table, key: Key) -> None:
         for name in sorted({**table, **rules}, key=lambda name: (name != "type", name in rules)):
-            here, rule = key.of(table, name), rules.get(name)
-            if name not in rules:
-                here.refuse(table[name], "this key is not understood")
-            optional = isinstance(rule, Maybe)
-            inner, default = rule if isinstance(rule, Maybe) else (rule, None)
-            given = table.get(name) is not None or isinstance(inner, Is | Choice | Skip) or not optional
-            if name in table and given:
-                self.read(inner, table[name], here)
-            elif default is not None:
-                self.read(inner, default, here)
-            elif not optional and not isinstance(inner, Skip | _Selected):
-                raise UserError(f"{here.where}: {here.name} is missing; state it")
+            with self.keep_fault():
+                self._item(rules, table, name, key.of(table, name))
+
+    def _item(self, rules: Mapping[str, Any], table: Table, name: str, here: Key) -> None:
+        rule = rules.get(name)
+        if name not in rules:
+            here.refuse(table[name], "this key is not understood")
+        optional = isinstance(rule, Maybe)
+        inner, default = rule if isinstance(rule, Maybe) else (rule, None)
+        given = table.get(name) is not None or isinstance(inner, Is | Choice | Skip) or not optional
+        if name in table and given:
+            self.read(inner, table[name], here)
+        elif default is not None:
+            self.read(inner, default, here)
+        elif not optional and not isinstance(inner, Skip | _Selected):
+            raise UserError(f"{here.where}: {here.name} is missing; state it")
 
     def _steps(self, steps: Steps, value: Any, key: Key) -> None:
-        order, last = list(steps.rules), -1
+        order, last, kinds, before = list(steps.rules), -1, set[Any](), len(self.faults)
         for index, item in enumerate(value if isinstance(value, tuple) else key.refuse(value, "a list is known here")):
-            here = Key(f"{key.name}[{index}]", getattr(item, "lines", {}).get("type", key.where))
-            kind: Any = table_of(item, here).get("type")
-            part = _pick(steps.rules, kind, Key(f"{here.name}.type", here.where))
-            if order.index(kind) <= last:
-                here.refuse(kind, f"it may only come before {order[last]}, and once")
-            last = order.index(kind)
-            self.read({"type": SELECTED, **part}, item, here)
-        kinds = {item["type"] for item in value}
+            with self.keep_fault():
+                here = Key(f"{key.name}[{index}]", getattr(item, "lines", {}).get("type", key.where))
+                kind: Any = table_of(item, here).get("type")
+                part = _pick(steps.rules, kind, Key(f"{here.name}.type", here.where))
+                kinds.add(kind)
+                if order.index(kind) <= last:
+                    here.refuse(kind, f"it may only come before {order[last]}, and once")
+                last = order.index(kind)
+                self.read({"type": SELECTED, **part}, item, here)
         for name in steps.needed:
-            if name not in kinds:
+            if name not in kinds and len(self.faults) == before:
                 raise UserError(f"{key.where}: {key.name} lacks {name}; without it there is no equal configuration")
 
 
