@@ -225,3 +225,12 @@ def test_the_page_on_exported_models(run, toy, tmp_path, capsys, monkeypatch):
         tables.append([line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "+"))])
     assert len(tables[0]) > 20
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    "words", [["test", CONFIG, "missing.pth"], ["export", CONFIG, "missing.pth", "a.onnx", "--int8"]]
+)
+def test_no_scenes_are_generated_for_weights_that_are_not_there(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert "missing.pth: no such file" in refused("ddrnet_seg", *words, "--data.root=toy")
+    assert list(tmp_path.iterdir()) == []

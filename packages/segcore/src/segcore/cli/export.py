@@ -50,11 +50,10 @@ class Export(Command):
         if self.calibrate and not self.int8:
             raise UserError(f"--calibrate {self.calibrate} is for --int8; add it, or leave this out")
         export.check_output(self.output, int8=self.int8)
+        model = load(self, self.checkpoint, device="cpu").model
         if self.int8:
             complete_toy_set(self)
             images, dataset = quantize.calibration_images(exp.data, self.calibrate), open_dataset(exp.data, "val")
-        model = load(self, self.checkpoint, device="cpu").model
-        if self.int8:
             how: dict[str, Any] = {"max_drop": self.max_drop}
             with progress("evaluating") as how["on_progress"]:
                 checks, loss = quantize.export_int8(model, exp, self.output, settings, images, dataset, **how)

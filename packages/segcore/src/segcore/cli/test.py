@@ -67,10 +67,10 @@ class Test(Parallel):
         from segcore.data.layouts import open_dataset
 
         self._check()
-        complete_toy_set(self)
         data = self.experiment.data
         server = server_files(data.dataset, bool(data.classes or data.labels)) if self.label_ids else None
         seg = load(self, self.checkpoint, self.ensemble)
+        complete_toy_set(self)
         predictor = seg.predictor
         if self.multi_scale:
             predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))

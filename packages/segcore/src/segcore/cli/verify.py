@@ -52,13 +52,13 @@ class Verify(Parallel):
 
         exp, theirs = self.experiment, self._published()
         check_file("json", self.json, ".json", [self.checkpoint])
-        complete_toy_set(self)
         path = distributed.main_process_first(
             lambda: find_weights(self.checkpoint or "official", exp.name, offline=self.offline)
         )
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give the file of the row's published weights, or none")
         predictor = load(self, str(path)).predictor
+        complete_toy_set(self)
         steps = () if {SINGLE, MULTI} & set(theirs) else tuple(int(re.sub(r"\D", "", key)) for key in theirs)
         if self.multi_scale:
             predictor = replace(predictor, evaluate=multi_scale(predictor.evaluate))
