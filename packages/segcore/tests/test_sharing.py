@@ -324,7 +324,10 @@ def test_commands_say_that_a_repository_has_no_settings(server, hub, tmp_path):
     assert "not downloaded yet" in refused(None, "predict", f"hub:{REPO}", "a.jpg", tmp_path, "--offline")
     for path in [path for path in server.files if path.endswith("config.json")]:
         del server.files[path]
-    assert "one without config.json; name a configuration" in refused(None, "predict", f"hub:{REPO}", "a.jpg", "b")
+    with pytest.raises(segcore.UserError, match=r"one without config\.json"):
+        segcore.load_model(f"hub:{REPO}")
+    assert not any(path.endswith("safetensors") for path, _ in server.seen)
+    assert "for the last, name a configuration" in refused(None, "predict", f"hub:{REPO}", "a.jpg", "b")
 
 
 def test_start_weights_from_the_hub_bring_their_classes(hub):
@@ -346,7 +349,7 @@ def test_weights_of_others_need_no_settings_of_ours(server, hub, run, monkeypatc
         with monkeypatch.context() as patch:  # no network
             patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
             assert hugging_face.hub_folder(f"hub:{REPO}") == folder
-        words = "of another program; name a configuration, and give hub:USER/REPO" if settings else "or a name"
+        words = "of another program; name a configuration, and give hub:USER/REPO" if settings else "one without config"
         with pytest.raises(segcore.UserError, match=words):
             segcore.load_model(f"hub:{REPO}")
         shutil.rmtree(folder.parents[2])
@@ -380,7 +383,7 @@ def test_damage_and_absence_are_one_line(hub, tmp_path, monkeypatch):
 
     for name in (*WRONG_REPOS, f"{REPO}@../x"):
         fails("write hub:USER/REPO", f"hub:{name}")
-    fails(r"the server returned 404.*HF_TOKEN", "hub:me/none")
+    fails("no such repository.*HF_TOKEN", "hub:me/none")
     fails("not downloaded yet, and downloads are disabled", offline=True)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from segcore import distributed
 from segcore.checkpoints.foreign import read_state
-from segcore.checkpoints.hugging_face import PREFIX, hub_folder
+from segcore.checkpoints.hugging_face import PREFIX, hub_settings
 from segcore.checkpoints.load import find_weights, load_weights
 from segcore.checkpoints.run_checkpoint import standing
 from segcore.config.data_sets import class_count
@@ -114,12 +114,13 @@ def load_model(
 
 
 def _configuration(config: str | Path | Experiment, offline: bool) -> tuple[Experiment, Path | None]:
-    """Return the experiment, and the folder or exported file that `config` is; a model of the hub is downloaded."""
+    """Return the experiment, and the folder, exported file or `hub:` name that `config` is."""
     if isinstance(config, Experiment):
         return config, None
     name = str(config)
     if name.startswith(PREFIX):
-        config = distributed.main_process_first(lambda: hub_folder(name, offline=offline))
+        settings = distributed.main_process_first(lambda: hub_settings(name, offline=offline))
+        return find_experiment(settings)[0], Path(name)
     return find_experiment(config)
 
 

@@ -61,7 +61,8 @@ def hub_settings(name: str, *, offline: bool = False) -> Path:
     if settings is None:
         if offline or hub_offline():
             hub_folder(name, offline=True)  # raises if nothing is there
-        raise UserError(f"{name}: no such repository, or one without {SETTINGS}; name a configuration and then {name}")
+        why = f"no such repository, one that needs a token in HF_TOKEN, or one without {SETTINGS}"
+        raise UserError(f"{name}: {why}; for the last, name a configuration and then {name}")
     return settings.parent
 
 
