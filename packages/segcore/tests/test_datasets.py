@@ -190,11 +190,17 @@ def test_folder_without_validation_masks(tmp_path):
 
 
 def test_colors_of_a_folder_are_distinct_and_stable():
-    colors = distinct_colors(40).astype(int)
+    colors = distinct_colors(40)
     np.testing.assert_array_equal(colors[:5], distinct_colors(5))
-    difference = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(40, dtype=int)
-    assert difference.min() >= 60
-    assert len(np.unique(distinct_colors(253), axis=0)) == 253
+    lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+    difference = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(40)
+    assert difference.min() >= 26  # 2.3 is just noticeable
+    assert colors[:2].tolist() == [[0, 114, 178], [230, 159, 0]]
+    for count, distinct in (253, 253), (518, 518), (600, 518):
+        found = distinct_colors(count)
+        assert len(found) == count
+        assert len(np.unique(found, axis=0)) == distinct
+        assert found.any(axis=1).all()  # black is the color of ignored pixels
 
 
 def test_toy_is_generated_once_and_read_as_cityscapes(tmp_path, monkeypatch):

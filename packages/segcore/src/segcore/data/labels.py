@@ -44,18 +44,28 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     return names, np.array([list(bytes.fromhex(color)) for color in colors], np.uint8)
 
 
-def distinct_colors(count: int) -> np.ndarray:
-    """Return (count, 3) uint8 RGB: of 512 spaced colors, each the farthest in CIELAB from black and earlier ones.
+OKABE_ITO = ("0072B2", "E69F00", "009E73", "D55E00", "56B4E9", "F0E442", "CC79A7")
+"""Blue, orange, green, vermilion, sky blue, yellow and purple, which color-blind people tell apart, too.
 
-    Color i does not depend on `count`. From the 512th on they are there again.
+Okabe and Ito, Color Universal Design, 2002; without their black.
+"""
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """Return (count, 3) uint8 RGB: `OKABE_ITO`, then of 512 spaced colors each the farthest from all earlier ones.
+
+    The distance is that in CIELAB, also from black. Color i does not depend on `count`. From the 519th on they are
+    there again.
     """
     levels = np.linspace(0, 255, 8).astype(np.uint8)
-    colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
+    spaced = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)  # starts with black
+    colors = np.concatenate([spaced, np.array([list(bytes.fromhex(color)) for color in OKABE_ITO], np.uint8)])
     lab = cv2.cvtColor(colors[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
-    chosen, distance = [0], np.full(len(colors), np.inf)
-    for _ in range(min(count, len(colors) - 1)):
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    chosen = [0, *range(len(spaced), len(colors))]
+    distance = np.linalg.norm(lab[:, None] - lab[chosen], axis=2).min(1)
+    while len(chosen) <= min(count, len(colors) - 1):
         chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
     return np.resize(colors[chosen[1:]], (count, 3))
 
 
