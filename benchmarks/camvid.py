@@ -34,7 +34,7 @@ from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
 from segcore.demo.run import JUDGED, base_experiment, linear_classifier, miou_of
-from segcore.environment import computed_precision, processor, usable_cpus
+from segcore.environment import computed_precision, has_bfloat16, processor, usable_cpus
 from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.uncertainty import AUROC
@@ -56,6 +56,7 @@ BASIS = (
     *("optimizer.lr=0.002", "data.crop=360 480"),  # as first tried: the row follows from the ablations
 )
 """What all ablations have in place of the row's settings."""
+OWN_SIZE = ("data.img_scale=480 360", "data.crop=240 320", "evaluate.img_scale=480 360")
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "basis": (),
     "no class weights": ("loss.class_weight=None",),
@@ -66,12 +67,14 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "average of the weights (EMA 0.99)": ("train.ema=0.99",),
     "constant learning rate": ("schedule.power=0",),
     "twice the learning rate": ("optimizer.lr=0.004",),
-    "images at their own size, 480x360": ("data.img_scale=480 360", "data.crop=240 320", "evaluate.img_scale=480 360"),
-    "float32": ("train.precision=fp32",),
+    "images at their own size, 480x360": OWN_SIZE,
+    "the same in float32": (*OWN_SIZE, "train.precision=fp32"),
     "start from generated street scenes, by class name": (),
 }
 """What changes, by its line in the table. The last one starts from a run of `SOURCE`."""
 SOURCE = "ddrnet_23_slim_toy"
+PLACE = ("processor", "bfloat16", "cores")
+"""The figures that say where a run was."""
 
 
 def main() -> None:
@@ -112,7 +115,7 @@ def run_row(exp: Experiment, overrides: list[str], runs: Path, results: Path) ->
     for stage in stages:
         complete(stage, runs / stage.name)
     figures = {
-        **machine(),
+        **machine(exp),
         "parameters": [sum(p.numel() for p in stage.model.build().parameters()) for stage in stages],
         "iterations": [stage.schedule.iterations for stage in stages],
         "minutes": [round(minutes(runs / stage.name), 1) for stage in stages],
@@ -136,7 +139,7 @@ def run_ablation(number: int, exp: Experiment, runs: Path, results: Path) -> Non
         exp = replace(exp, train=replace(exp.train, init_from=str(runs / SOURCE)))
     run = runs / f"{exp.name}_ablation_{number}"
     complete(exp, run)
-    figures = {**machine(), "iterations": exp.schedule.iterations, "seconds": round(median(run), 2)}
+    figures = {**machine(exp), "iterations": exp.schedule.iterations, "seconds": round(median(run), 2)}
     figures |= {split: measure(run, exp, split) for split in SPLITS}
     write(results / f"ablation_{number:02}.json", json.dumps(figures, indent=1) + "\n")
 
@@ -157,12 +160,14 @@ def complete(exp: Experiment, run: Path) -> None:
         sys.exit(status)  # the command has said why
 
 
-def machine() -> dict[str, Any]:
+def machine(exp: Experiment) -> dict[str, Any]:
     """Return what the times depend on."""
+    cpu = torch.device("cpu")
     return {
         "processor": processor("model name"),
         "cores": usable_cpus(),
-        "precision": computed_precision("auto", torch.device("cpu")),
+        "precision": computed_precision(exp.train.precision, cpu),
+        "bfloat16": has_bfloat16(cpu),
         "torch": torch.__version__,
     }
 
@@ -242,7 +247,8 @@ def ablation_table(folder: Path) -> str:
     found = {int(file.stem[-2:]): json.loads(file.read_text()) for file in sorted(folder.glob("ablation_*.json"))}
     lines, titles = [], list(ABLATIONS)
     for number, figures in found.items():
-        cells = [titles[number], f"{figures['seconds']:.2f}"]
+        there = all(figures.get(key) == found.get(0, figures).get(key) for key in PLACE)  # else times do not compare
+        cells = [titles[number], f"{figures['seconds']:.2f}" if there else ""]
         for split in SPLITS:
             miou, usual = (
                 100 * x[split]["entries"][x[split]["main"]]["mIoU"] for x in (figures, found.get(0, figures))
@@ -258,7 +264,8 @@ def ablation_table(folder: Path) -> str:
 
 
 def _machine(figures: dict[str, Any]) -> str:
-    return f"{figures['processor']}, {figures['cores']} cores, {figures['precision']}, torch {figures['torch']}"
+    where = figures["processor"] + ("" if figures["bfloat16"] else " (no instructions for bfloat16)")
+    return f"{where}, {figures['cores']} cores, {figures['precision']}, torch {figures['torch']}"
 
 
 def _line(title: str, spent: float, figures: dict[str, Any], entry: str) -> str:
