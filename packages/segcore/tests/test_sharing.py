@@ -305,6 +305,24 @@ def test_commands_take_models_of_the_hub(hub, photo, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_push_in_between_does_not_mix_two_commits(hub, photo, tmp_path, monkeypatch):
+    settings = hugging_face.hub_settings
+
+    def before_a_push(name, **how):
+        found = settings(name, **how)
+        for path in [path for path in hub.files if "/main/" in path]:
+            del hub.files[path]  # main is another commit now
+        return found
+
+    monkeypatch.setattr("segcore.inference.hub_settings", before_a_push)
+    monkeypatch.setattr(hugging_face, "hub_settings", before_a_push)
+    main_files = dict(hub.files)
+    assert segcore.load_model(f"hub:{REPO}", device="cpu").class_names == CLASSES
+    hub.files |= main_files
+    main(None, ["predict", f"hub:{REPO}", str(photo), str(tmp_path / "results"), "--device=cpu"])
+    assert (tmp_path / "results/street.png").is_file()
+
+
 def test_the_help_of_a_model_of_the_hub_downloads_its_settings_alone(hub):
     code = (
         "import sys, huggingface_hub.constants as known\n"

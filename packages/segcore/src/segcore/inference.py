@@ -119,8 +119,8 @@ def _configuration(config: str | Path | Experiment, offline: bool) -> tuple[Expe
         return config, None
     name = str(config)
     if name.startswith(PREFIX):
-        settings = distributed.main_process_first(lambda: hub_settings(name, offline=offline))
-        return find_experiment(settings)[0], Path(name)
+        settings, commit = distributed.main_process_first(lambda: hub_settings(name, offline=offline))
+        return find_experiment(settings)[0], Path(commit)
     return find_experiment(config)
 
 

@@ -52,18 +52,20 @@ def hub_folder(name: str, *, offline: bool = False) -> Path:
     return weights.parent
 
 
-def hub_settings(name: str, *, offline: bool = False) -> Path:
+def hub_settings(name: str, *, offline: bool = False) -> tuple[Path, str]:
     """Return the folder that has the settings of `hub:USER/REPO[@REVISION]`, without downloading its weights.
 
-    Raises UserError as `hub_folder` does, and for a repository without settings.
+    The second value is the name of that commit, `hub:USER/REPO@COMMIT`: weights that belong to these settings, whatever
+    is pushed in the meantime. Raises UserError as `hub_folder` does, and for a repository without settings.
     """
-    settings = _file(*_parts(name), SETTINGS, offline)
+    repo, revision = _parts(name)
+    settings = _file(repo, revision, SETTINGS, offline)
     if settings is None:
         if offline or hub_offline():
             hub_folder(name, offline=True)  # raises if nothing is there
         why = f"no such repository, one that needs a token in HF_TOKEN, or one without {SETTINGS}"
         raise UserError(f"{name}: {why}; for the last, name a configuration and then {name}")
-    return settings.parent
+    return settings.parent, f"{PREFIX}{repo}@{settings.parent.name}"
 
 
 def _parts(name: str) -> tuple[str, str]:

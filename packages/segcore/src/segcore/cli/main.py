@@ -242,8 +242,8 @@ def _configuration(prog: str, words: list[str], package: str | None) -> tuple[Ex
         if words[0].startswith("hub:"):
             from segcore.checkpoints.hugging_face import hub_settings
 
-            settings = hub_settings(words[0], offline="--offline" in words)
-            return find_experiment(settings, package)[0], Path(words[0]), words[1:]
+            settings, commit = hub_settings(words[0], offline="--offline" in words)
+            return find_experiment(settings, package)[0], Path(commit), words[1:]
         return *find_experiment(words[0], package), words[1:]
     if {"-h", "--help"} & set(words):
         return next(iter(experiments(package).values()))(), None, words  # any: the help then shows this one's values
