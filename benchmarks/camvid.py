@@ -56,22 +56,32 @@ BASIS = (
     *("optimizer.lr=0.002", "data.crop=360 480"),  # as first tried: the row follows from the ablations
 )
 """What all ablations have in place of the row's settings."""
-OWN_SIZE = ("data.img_scale=480 360", "data.crop=240 320", "evaluate.img_scale=480 360")
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "basis": (),
-    "no class weights": ("loss.class_weight=None",),
-    "class weights in full (auto)": ("loss.class_weight=auto",),
-    "hard pixels only (OHEM)": ("loss.kind=ohem",),
-    "no photometric distortion": ("data.photometric=False",),
-    "no random scale": ("data.ratio_range=1 1",),
-    "average of the weights (EMA 0.99)": ("train.ema=0.99",),
-    "constant learning rate": ("schedule.power=0",),
-    "twice the learning rate": ("optimizer.lr=0.004",),
-    "images at their own size, 480x360": OWN_SIZE,
-    "the same in float32": (*OWN_SIZE, "train.precision=fp32"),
-    "start from generated street scenes, by class name": (),
+TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "images scaled to 720x540": {
+        "basis": (),
+        "no class weights": ("loss.class_weight=None",),
+        "class weights in full (auto)": ("loss.class_weight=auto",),
+        "twice the learning rate": ("optimizer.lr=0.004",),
+    },
+    "images at their own size, 480x360": {
+        "basis": (),
+        "in float32": ("train.precision=fp32",),
+        "hard pixels only (OHEM)": ("loss.kind=ohem",),
+        "no photometric distortion": ("data.photometric=False",),
+        "no random scale": ("data.ratio_range=1 1",),
+        "average of the weights (EMA 0.99)": ("train.ema=0.99",),
+        "constant learning rate": ("schedule.power=0",),
+        "start from generated street scenes, by class name": (),
+    },
 }
-"""What changes, by its line in the table. The last one starts from a run of `SOURCE`."""
+"""What changes, by the table and its line. The last one starts from a run of `SOURCE`."""
+SIZES = ((), ("data.img_scale=480 360", "data.crop=240 320", "evaluate.img_scale=480 360"))
+"""What all lines of a table change."""
+ABLATIONS = [
+    (title, (*size, *changes))
+    for lines, size in zip(TABLES.values(), SIZES, strict=True)
+    for title, changes in lines.items()
+]
 SOURCE = "ddrnet_23_slim_toy"
 PLACE = ("processor", "bfloat16", "cores")
 """The figures that say where a run was."""
@@ -83,7 +93,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--row", choices=rows)
     what.add_argument(
-        "--ablation", choices=["all", *map(str, range(len(ABLATIONS)))], help="by its place in ABLATIONS, or all"
+        "--ablation", choices=["all", *map(str, range(len(ABLATIONS)))], help="by its place in TABLES, or all"
     )
     parser.add_argument("--data", type=Path, default=Path("data/CamVid"), help="the folder with train, trainannot, …")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
@@ -132,8 +142,7 @@ def run_row(exp: Experiment, overrides: list[str], runs: Path, results: Path) ->
 
 def run_ablation(number: int, exp: Experiment, runs: Path, results: Path) -> None:
     """Train with one setting changed, and write the figures."""
-    changes = list(ABLATIONS.values())[number]
-    exp = exp.with_overrides(changes)
+    exp = exp.with_overrides(ABLATIONS[number][1])
     if number == len(ABLATIONS) - 1:
         complete(segcore.load_experiment(SOURCE), runs / SOURCE)
         exp = replace(exp, train=replace(exp.train, init_from=str(runs / SOURCE)))
@@ -243,24 +252,38 @@ def table(folder: Path) -> str:
 
 
 def ablation_table(folder: Path) -> str:
-    """Return the table of all ablations measured so far, in percent, with the difference to the basis."""
-    found = {int(file.stem[-2:]): json.loads(file.read_text()) for file in sorted(folder.glob("ablation_*.json"))}
-    lines, titles = [], list(ABLATIONS)
-    for number, figures in found.items():
-        there = all(figures.get(key) == found.get(0, figures).get(key) for key in PLACE)  # else times do not compare
-        cells = [titles[number], f"{figures['seconds']:.2f}" if there else ""]
-        for split in SPLITS:
-            miou, usual = (
-                100 * x[split]["entries"][x[split]["main"]]["mIoU"] for x in (figures, found.get(0, figures))
-            )
-            cells += [f"{miou:.2f}", f"{miou - usual:+.2f}" if number else ""]
-        lines.append(_row(cells))
-    length = next(iter(found.values()))["iterations"]
-    head = [
-        f"| {ABLATED}, {length} iterations | s / iteration | val mIoU | | test mIoU | |",
+    """Return the tables of all ablations measured so far, in percent.
+
+    Differences are to the first line of the same table that was computed in the same precision.
+    """
+    parts, machines, start = list[str](), dict[str, None](), 0
+    for title, changes in TABLES.items():
+        lines = list[dict[str, Any]]()
+        for number, name in enumerate(changes, start):
+            if (file := folder / f"ablation_{number:02}.json").exists():
+                lines.append({"name": name, **json.loads(file.read_text(encoding="utf-8"))})
+        start += len(changes)
+        if lines:
+            parts += [_ablations(title, lines), ""]
+            machines |= dict.fromkeys(map(_machine, lines))
+    return "\n".join([*parts, *machines, ""])
+
+
+def _ablations(title: str, lines: list[dict[str, Any]]) -> str:
+    text = [
+        f"| {lines[0]['iterations']} iterations, {title} | s / iteration | val mIoU | | test mIoU | |",
         "|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *lines, "", *dict.fromkeys(map(_machine, found.values())), ""])
+    for each in lines:
+        alike = [x for x in lines if x["precision"] == each["precision"]]
+        usual = alike[0] if each is not alike[0] else lines[0]
+        there = all(each[key] == lines[0][key] for key in PLACE)  # else times do not compare
+        cells = [each["name"], f"{each['seconds']:.2f}" if there else ""]
+        for split in SPLITS:
+            miou, before = (100 * x[split]["entries"][x[split]["main"]]["mIoU"] for x in (each, usual))
+            cells += [f"{miou:.2f}", f"{miou - before:+.2f}" if each is not lines[0] else ""]
+        text.append(_row(cells))
+    return "\n".join(text)
 
 
 def _machine(figures: dict[str, Any]) -> str:

@@ -104,8 +104,30 @@ def test_an_ablation_and_start_weights_by_class_name(camvid, monkeypatch, data, 
     results = run(camvid, monkeypatch, data, f"--ablation={last}", *SMALL)
     assert "5 of 11 classes new" in capfd.readouterr().out
     lines = (results / "ablations.md").read_text().splitlines()
-    assert lines[0].startswith("| ddrnet_23_slim_camvid, 3 iterations |")
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:4]] == [[*camvid.ABLATIONS][i] for i in (0, last)]
+    assert lines[0].startswith("| 3 iterations, images scaled to 720x540 |")
+    assert [lines[i].split(" | ")[0].strip("| ") for i in (2, 6)] == [camvid.ABLATIONS[i][0] for i in (0, last)]
+
+
+def test_an_ablation_is_compared_with_the_basis_of_its_precision(camvid, tmp_path):
+    def store(number, precision, miou, bfloat16=True):
+        split = {"main": "mIoU", "entries": {"mIoU": {"mIoU": miou}}}
+        machine = {"processor": "a CPU", "cores": 2, "precision": precision, "bfloat16": bfloat16, "torch": "2"}
+        figures = {**machine, "iterations": 9, "seconds": 0.5, "val": split, "test": split}
+        (tmp_path / f"ablation_{number:02}.json").write_text(json.dumps(figures))
+
+    titles = [title for title, _ in camvid.ABLATIONS]
+    in_float32, without_scale = titles.index("in float32"), titles.index("no random scale")
+    store(in_float32 - 1, "bf16", 0.5)
+    store(in_float32, "fp32", 0.52, bfloat16=False)
+    store(without_scale, "fp32", 0.55, bfloat16=False)
+    lines = camvid.ablation_table(tmp_path).splitlines()
+    assert lines[2:5] == [
+        "| basis | 0.50 | 50.00 | | 50.00 | |",
+        "| in float32 | | 52.00 | +2.00 | 52.00 | +2.00 |",
+        "| no random scale | | 55.00 | +3.00 | 55.00 | +3.00 |",
+    ]
+    slow = "a CPU (no instructions for bfloat16), 2 cores, fp32, torch 2"
+    assert lines[6:] == ["a CPU, 2 cores, bf16, torch 2", slow]
 
 
 def test_stored_tables_are_made_of_the_stored_figures(camvid):
