@@ -1,7 +1,7 @@
 # Two images, each with every package and its compiled kernels:
 #
 #   docker build --target cpu -t segcore .     # small torch wheels
-#   docker build --target cuda -t segcore .    # run it with --gpus all, and --shm-size 8g to train
+#   docker build --target cuda -t segcore .    # run it with --gpus all, and --shm-size 1g for several GPUs
 #   docker run --rm -v "$PWD:/work" --user "$(id -u)" segcore ddp-seg predict runs/mine photos results
 #
 # Any user may run them, so what is downloaded lands in /tmp; `-v weights:/tmp/.cache` keeps it.

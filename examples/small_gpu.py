@@ -35,7 +35,7 @@ def small_gpu() -> Experiment:
             published.train,
             freeze=("backbone.conv1", "backbone.layer1", "backbone.layer2"),
             checkpoint_activations=True,
-            precision="bf16",
+            precision="auto",
             batch_size=8,
             device_batch_size=4,  # gradients are accumulated over two passes
             evaluate_every=200,

@@ -25,9 +25,9 @@ have the same commands and know those of their own. `COMMAND CONFIG --help` show
 its values, which are not always the defaults below.
 
 CONFIG is a name (`segcore configs` lists them) or a unique part of one, the path of a published configuration, your own
-`file.py:function`, or the folder of a run or checkpoint, or an exported file `.onnx`, after which CHECKPOINT is left
-out. `segcore --version` prints the version, `segcore --tyro-print-completion bash` (or zsh, fish) the shell's
-completion.
+`file.py:function`, or what has its own weights, so that CHECKPOINT is left out: the folder of a run or checkpoint,
+`hub:USER/REPO`, or an exported file `.onnx`. `segcore --version` prints the version, `segcore --tyro-print-completion
+bash` (or zsh, fish) the shell's completion.
 
 `None` is written as it stands. Booleans of a configuration take `True` or `False`; options without a value are
 switches. Of several values for one option, the last counts. Exit status: 0, 1 for what has to be mended, 2 for a wrong
@@ -71,7 +71,11 @@ def command(name: str, kind: type[Any]) -> Iterator[str]:
     hidden = (*("experiment", "folder") * issubclass(kind, Command), *NOT_READ.get(name, ()))
     items = sorted((i for i in dataclasses.fields(kind) if i.name not in hidden), key=lambda item: not item.kw_only)
     configured = issubclass(kind, Command) and kind is not Demo
-    places = ["CONFIG"] * configured + [item.name.upper() for item in items if item.kw_only]
+    places = ["CONFIG"] * configured
+    for item in items:
+        if item.kw_only:
+            required = item.default is dataclasses.MISSING and not (configured and item.name == "checkpoint")
+            places.append(item.name.upper() if required else f"[{item.name.upper()}]")
     yield f"## {name}"
     yield f"```text\n{' '.join(['segcore', name, *places, '[OPTIONS]'])}\n```"
     yield inspect.cleandoc(str(kind.__doc__))

@@ -76,8 +76,8 @@ HELP = """usage: {prog} COMMAND …
 
 {prog} COMMAND --help lists a command's options, and COMMAND CONFIG --help those of a configuration with its values.
 CONFIG is a name (`{prog} configs` lists them) or a unique part of one, the path of a published configuration, your own
-file.py:function, or the folder of a run or checkpoint, hub:USER/REPO or an exported file .onnx, after which CHECKPOINT
-is left out.
+file.py:function, or what has its own weights, so that CHECKPOINT is left out: the folder of a run or checkpoint,
+hub:USER/REPO, or an exported file .onnx.
 
 {prog} --version prints the version, {prog} --tyro-print-completion bash (or zsh, fish) the shell's completion."""
 
