@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import segcore
 from ddps_seg.backbones import build
@@ -183,6 +184,14 @@ def test_the_backbone_chooses_the_head(name, head, strides):
     if name not in ("mit_b0", "convnext_t"):  # these two leave out pixels that fill no patch
         assert [tuple(x.shape[2:]) for x in model.backbone(images)] == sides
     assert model(images).shape == (1, 3, 51, 70)
+
+
+def test_deeplab_trains_on_one_image_per_process_with_synchronized_norms():
+    model = BaseModelConfig(num_classes=3, backbone="regnetx_002").build().train()
+    image = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(UserError, match=r"DeepLabV3\+ trains on 2 images"):
+        model.check_batch(image)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model).check_batch(image)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ PASSES: list[tuple[int, list[torch.Tensor | None]]] = []
 FAILED: list[weakref.ref[torch.Tensor]] = []
 
 
+LEAST = [0]
+"""Images that a pass of the model must have."""
+
+
 class Net(Tiny):
     """Has a large layer, so that its checkpoints are tensors for the most part."""
 
@@ -49,6 +53,8 @@ class Net(Tiny):
 
     def losses(self, images, labels, **options):
         PASSES.append((len(images), [tensor() for tensor in FAILED]))
+        if len(images) < LEAST[0]:
+            raise UserError("it trains on more images")
         if 0 < MOST[0] < len(images):
             activations = images + 1
             FAILED.append(weakref.ref(activations))
@@ -124,10 +130,16 @@ def test_the_size_of_a_checkpoint_is_that_of_its_files(exp: Experiment, tmp_path
     assert dry_run.tensor_bytes(content_of(state)) == pytest.approx(sum(files), rel=0.02)
 
 
-@pytest.mark.parametrize(("most", "largest"), [(0, 6), (6, 6), (5, 3), (2, 2), (1, 1)])
-def test_the_largest_device_batch_is_a_part_of_the_batch_that_fits(exp: Experiment, most: int, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("least", "most", "largest"),
+    [(1, 0, 6), (1, 6, 6), (1, 5, 3), (1, 2, 2), (1, 1, 1), (2, 5, 3), (2, 2, 2), (4, 3, 0)],
+)
+def test_the_largest_device_batch_is_a_part_of_the_batch_that_fits(
+    exp: Experiment, least: int, most: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = init_state(exp, CPU)
     MOST[0] = most
+    monkeypatch.setattr(f"{__name__}.LEAST", [least])
     batch = Batch(torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64), [0, 1], 0)
     assert dry_run.largest_device_batch(exp, state, batch) == largest
 

@@ -58,6 +58,14 @@ def waits(monkeypatch) -> Iterator[list[str]]:
 
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, partial(from_numbers, getattr(torch, name)))
+    own = Tensor.new_tensor
+
+    def new_tensor(like: Tensor, data: Any, **options: Any) -> Tensor:
+        if like.device.type != "cpu":
+            reads.found.append(f"new_tensor({data})")
+        return own(like, data, **options)
+
+    monkeypatch.setattr(Tensor, "new_tensor", new_tensor)
     monkeypatch.setattr(torch, "Generator", OnCPU)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
     with reads, copies:
@@ -86,8 +94,8 @@ def test_neither_training_nor_inference_waits(name, request):
 
 def test_what_waits_is_found(waits):
     torch.tensor([1.0], device="meta")
-    torch.zeros(2).to("meta")
-    assert len(waits) == 2
+    torch.zeros(2).to("meta").new_tensor([1.0])
+    assert len(waits) == 3
 
 
 @pytest.mark.gpu

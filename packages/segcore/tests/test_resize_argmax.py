@@ -1,5 +1,8 @@
 """Classes from logits at the network's resolution, against resize, softmax and maximum one after the other."""
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +15,21 @@ from segcore.errors import UserError
 from segcore.ops import registry
 from segcore.ops.resize_argmax import strips
 
+module = importlib.import_module("segcore.ops.resize_argmax")  # whose function has the same name
+
 SIDES = st.integers(1, 40)
-FORMS = {"plain": registry.defaults["resize_argmax"], "dispatched": torch.ops.segcore.resize_argmax}
-"""The second is the compiled kernel where one is installed."""
+
+
+def as_on_a_gpu(*args: object) -> tuple[Tensor, Tensor]:
+    with mock.patch.object(module, "_class_by_class", lambda strip, _, *out: module._all_classes(strip, *out)):
+        return module.reference(*args)  # type: ignore[arg-type]
+
+
+FORMS = {
+    "plain": registry.defaults["resize_argmax"],
+    "as on a GPU": as_on_a_gpu,
+    "dispatched": torch.ops.segcore.resize_argmax,  # the compiled kernel where one is installed
+}
 
 
 def resized(logits: Tensor, size: tuple[int, int], crop: tuple[int, int], corners: bool) -> Tensor:

@@ -187,7 +187,8 @@ def make_grid(like: Tensor) -> Grid:
     """Return the grid of a map (N, C, h, w), on its device and in at least float32."""
     _, c, h, w = like.shape
     centers = pixel_centers(h, w, like)
-    return Grid((h, w), centers.new_tensor([w, h]), centers, positional_encoding(h, w, c, like))
+    size = torch.stack([centers.new_full((), w), centers.new_full((), h)])  # `new_tensor` would wait for the device
+    return Grid((h, w), size, centers, positional_encoding(h, w, c, like))
 
 
 def _integers(start: int, stop: int, like: Tensor) -> Tensor:

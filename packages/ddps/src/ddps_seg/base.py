@@ -45,8 +45,12 @@ class EncoderSegmentor(Segmentor):
         return self.head(self.backbone(images))
 
     def check_batch(self, images: Tensor) -> None:
-        """Raise UserError if the batch norm of the pooled branch would train on one value per channel."""
-        if isinstance(self.head, heads.DeepLabHead) and self.head.training and len(images) == 1:
+        """Raise UserError if the batch norm of the pooled branch would train on one value per channel.
+
+        Of several processes, SyncBatchNorm sees the images of all.
+        """
+        norm = self.head.pool.norm if isinstance(self.head, heads.DeepLabHead) else None
+        if len(images) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.training:
             raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
 
     def recomputed_blocks(self) -> list[nn.Module]:

@@ -256,7 +256,7 @@ class Predictor:
         for view, (h, w, flip) in enumerate(view_sizes(*size, self.evaluate)):
             if not flip:  # its mirror image comes next and starts from the same pixels
                 arrays = [normalize(resize_image(x, (h, w)), self.data.mean, self.data.std) for x in images]
-                batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+                batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)  # once for all windows
             runs.append(self._view(network, model, batch.flip(-1) if flip else batch, seeds, view, size, flip))
         if len(runs) == 1:
             yield from runs[0]

@@ -7,6 +7,7 @@ to rounding, so that another class can win only where two are equal to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ def strips(
     else:
         place = ((rows + 0.5) * (h / full_h) - 0.5).clamp(min=0)
     above = place.long().clamp(max=h - 1)
-    below, weight = (above + 1).clamp(max=h - 1), (place - above).to(logits)[:, None]
+    below, weight = (above + 1).clamp(max=h - 1), (place - above).to(logits.dtype)[:, None]
+    first, second, weights = (x.to(logits.device, non_blocking=True) for x in (above, below, weight))
     step = max(1, values // max(n * width, 1))
     for start in range(0, height, step):
         part = slice(start, min(start + step, height))
@@ -85,8 +87,8 @@ def strips(
         wide = logits[:, :, low:high]
         if w != full_w:
             wide = F.interpolate(wide, (high - low, full_w), mode="bilinear", align_corners=align_corners)
-        first, second = ((x[part] - low).to(logits.device) for x in (above, below))
-        yield Strip(part, wide[..., :width], first, None if h == full_h else second, weight[part])
+        other = None if h == full_h else second[part] - low
+        yield Strip(part, wide[..., :width], first[part] - low, other, weights[part])
 
 
 def reference(
@@ -97,28 +99,47 @@ def reference(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     classes = logits.new_empty(shape, dtype=_index(logits))
     found = logits.new_empty(shape if confidence else 0, dtype=torch.float32)
-    # Of one class at a time, what a CPU's cache holds; elsewhere large strips, because every operation is a launch.
-    values = 1 << 16 if logits.device.type == "cpu" else 1 << 22
+    count, on_cpu = logits.shape[1], logits.device.type == "cpu"
+    # Of one class at a time, what a CPU's cache holds; elsewhere all classes, because every operation is a launch.
+    values = 1 << 16 if on_cpu else (1 << 24) // count
     for strip in strips(logits, size, crop, align_corners, values) if classes.numel() else ():
-        best, rows = strip.of(slice(1))[:, 0].clone(), classes[:, strip.rows]
-        if logits.shape[1] == 1:
-            p = best.sigmoid_()
+        rows, sure = classes[:, strip.rows], found[:, strip.rows] if confidence else None
+        if count == 1:
+            p = strip.of(slice(1))[:, 0].sigmoid()
             rows.copy_(p > 0.5)
-            if confidence:
-                found[:, strip.rows] = torch.maximum(p, 1 - p)
-            continue
-        rows.zero_()
-        for k in range(1, logits.shape[1]):
-            x = strip.of(slice(k, k + 1))[:, 0]
-            more = x > best
-            rows.masked_fill_(more, k)
-            torch.where(more, x, best, out=best)  # of NaN, too, the class is that of the compiled kernel
-        if confidence:
-            total = torch.zeros_like(best)
-            for k in range(logits.shape[1]):
-                total += (strip.of(slice(k, k + 1))[:, 0] - best).exp_()
-            found[:, strip.rows] = total.reciprocal_()
+            if sure is not None:
+                torch.maximum(p, 1 - p, out=sure)
+        elif on_cpu:
+            _class_by_class(strip, count, rows, sure)
+        else:
+            _all_classes(strip, rows, sure)
     return classes, found
+
+
+def _class_by_class(strip: Strip, count: int, rows: Tensor, sure: Tensor | None) -> None:
+    """Write a strip's classes to `rows` and their confidence to `sure`, both (N, rows, W)."""
+    best = strip.of(slice(1))[:, 0].clone()
+    rows.zero_()
+    for k in range(1, count):
+        x = strip.of(slice(k, k + 1))[:, 0]
+        more = x > best
+        rows.masked_fill_(more, k)
+        torch.where(more, x, best, out=best)  # of NaN, too, the class is that of the compiled kernel
+    if sure is not None:
+        total = torch.zeros_like(best)
+        for k in range(count):
+            total += (strip.of(slice(k, k + 1))[:, 0] - best).exp_()
+        sure.copy_(total.reciprocal_())
+
+
+def _all_classes(strip: Strip, rows: Tensor, sure: Tensor | None) -> None:
+    """Do the same with a few operations."""
+    x = strip.of(slice(None))
+    nan = x.isnan()  # never the largest, but nothing is larger than it as the first class
+    best, index = x.masked_fill(nan, -math.inf).max(1)
+    rows.copy_(index.masked_fill_(nan[:, 0], 0))
+    if sure is not None:
+        sure.copy_((x - best[:, None]).exp_().sum(1).reciprocal_())
 
 
 def _index(logits: Tensor) -> torch.dtype:

@@ -147,6 +147,8 @@ def largest_device_batch(exp: Experiment, state: TrainState, batch: Batch) -> in
         except OutOfMemoryError:
             state.optimizer.zero_grad()
             break
+        except UserError:  # the model needs more images, for batch norm
+            continue
         largest = count
     return largest
 

@@ -29,9 +29,10 @@ def update_ema(average: Average, model: nn.Module, decay: float, skip: Tensor | 
     values = [state[name] for name in average]
     if skip is None:
         torch._foreach_lerp_(averages, values, 1 - decay)
-    else:
-        weight = torch.where(skip, 0.0, 1 - decay)
-        torch._foreach_lerp_(averages, values, [weight.to(value.dtype) for value in values])
+    else:  # not `_foreach_lerp_` with a tensor per weight, which takes a launch for each
+        changes = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(changes, torch.where(skip, 0.0, 1 - decay))
+        torch._foreach_add_(averages, changes)
 
 
 @contextmanager
