@@ -99,6 +99,16 @@ def test_the_files_hold_the_answer(seg, photo, tmp_path, steps):
     assert [path.name for path in answers.files(started, tmp_path / "started")] == ["mask.png", "overlay.png"]
 
 
+def test_a_file_that_claims_many_pixels_is_refused_in_one_line(seg, tmp_path):
+    gradio = pytest.importorskip("gradio")
+    from segcore.web.page import _Actions
+
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (40_000, 40_000)).save(bomb)
+    with pytest.raises(gradio.Error, match=r"^'?bomb\.png: .*data\.max_pixels"):
+        _Actions(seg, 64).segment(str(bomb), 1, 0, False, 0.5, [])
+
+
 @pytest.mark.slow
 def test_in_the_browser(weights, photo, tmp_path, browser):
     pytest.importorskip("gradio")

@@ -39,7 +39,7 @@ class Answer:
 
 def answer(
     seg: LoadedModel,
-    photo: np.ndarray,
+    photo: np.ndarray | str | Path,
     *,
     max_side: int = 1024,
     seed: int = 0,
@@ -47,12 +47,12 @@ def answer(
     uncertainty: bool = False,
     start: np.ndarray | None = None,
 ) -> Answer:
-    """Return the model's answer to a photo (H, W, 3) uint8, which is shrunk if a side is longer than `max_side` pixels.
+    """Return the model's answer to a photo, a file or (H, W, 3) uint8, whose longer side is at most `max_side` pixels.
 
-    `seed` is that of the noise. For stepwise models: `steps` is the number of steps (None: as configured), and `start`
-    a map of classes (H, W) in which the denoising starts instead of noise.
+    A larger one is shrunk. `seed` is that of the noise. For stepwise models: `steps` is the number of steps (None: as
+    configured), and `start` a map of classes (H, W) in which the denoising starts instead of noise.
 
-    Raises UserError for a photo that is too small for the model.
+    Raises UserError for a photo that cannot be read or is too small for the model.
     """
     began = time.perf_counter()
     image = as_array(photo, seg.experiment.data)

@@ -30,6 +30,8 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 """The browser's own: gradio's would be fetched from elsewhere."""
 IMAGE: Any = {"buttons": ["download", "fullscreen"]}
 """Without gradio's button for sharing, which would send the image elsewhere."""
+UPLOAD: Any = {"type": "filepath", "image_mode": None}
+"""The file as it is: it is read as `predict` reads files, with its limit of pixels, which gradio does not have."""
 PRIVATE: Any = {"api_visibility": "private"}
 QUICK: Any = PRIVATE | {"show_progress": "hidden"}
 MODEL: Any = PRIVATE | {"concurrency_id": "model", "concurrency_limit": 1}
@@ -59,7 +61,7 @@ def build(
         )
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(label="Photo", sources=["upload", "webcam", "clipboard"], **IMAGE)
+                photo = gr.Image(label="Photo", sources=["upload", "webcam", "clipboard"], **UPLOAD, **IMAGE)
                 if examples:
                     gr.Examples([[str(path)] for path in examples], photo, label="Examples", **PRIVATE)
                 with gr.Group(visible=stepwise):
@@ -101,7 +103,7 @@ class _Actions:
     max_side: int
 
     def segment(
-        self, photo: np.ndarray | None, count: int, seed: int, unsure: bool, opacity: float, only: Sequence[str],
+        self, photo: np.ndarray | str | None, count: int, seed: int, unsure: bool, opacity: float, only: Sequence[str],
         start: np.ndarray | None = None,
     ) -> list[Any]:  # fmt: skip
         """Return found, painted, step, legend, gray, report and files of a photo."""
@@ -114,7 +116,8 @@ class _Actions:
                 start=start,
             )  # fmt: skip
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            text = str(error) if isinstance(photo, np.ndarray) else str(error).replace(photo, Path(photo).name)
+            raise gr.Error(text, print_exception=False) from None
         last = len(found.steps)
         step = gr.update(visible=True, minimum=1, maximum=last, value=last) if last > 1 else hidden
         gray = hidden if found.uncertainty is None else gr.update(value=answers.gray(found.uncertainty), visible=True)
