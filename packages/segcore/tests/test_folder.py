@@ -205,6 +205,32 @@ def test_lists_name_images_or_pairs(tmp_path: Path) -> None:
         open_dataset(replace(listed, train_list=tmp_path), "train")
 
 
+def test_lists_name_images_in_folders(tmp_path: Path) -> None:
+    for folder in "ab":
+        for number in "12":
+            write(tmp_path / f"images/{folder}/{number}.png", IMAGE)
+            if folder + number != "b2":
+                write(tmp_path / f"masks/{folder}/{number}.png", np.zeros((4, 4), np.uint8))
+    write(tmp_path / "images/a/only.v1.png", IMAGE)
+    write(tmp_path / "masks/a/only.v1.png", np.zeros((4, 4), np.uint8))
+    data = DataConfig("folder", tmp_path, classes=("w",), train_images="images/*/*.png", train_masks="masks/*/*.png")
+
+    def named(text: str) -> list[str]:
+        (tmp_path / "t.txt").write_text(text)
+        found = open_dataset(replace(data, train_list=tmp_path / "t.txt"), "train")
+        return [found.name(i) for i in range(len(found))]
+
+    assert named("b/1\na/2.png\nimages/a/1\n") == ["b/1", "a/2", "a/1"]
+    assert named("only.v1\nelsewhere/only.v1.png\n") == ["a/only.v1", "a/only.v1"], "one image has this stem"
+    for text, words in (
+        ("b/1\n1\n", r"t\.txt, line 2: '1' is the stem of .*a.1\.png and .*b.1\.png; name the folder, too"),
+        ("c/1\n", "line 1: 'c/1' is neither"),
+        ("b/2\n", r"b.2\.png: "),  # an image without a mask
+    ):
+        with pytest.raises(UserError, match=words):
+            named(text)
+
+
 def test_a_list_of_pairs_needs_no_patterns_and_may_lie_below_the_root(tmp_path: Path) -> None:
     masks = {f"{n}.png": np.full((4, 4), i, np.uint8) for i, n in enumerate("abcd")}
     data = replace(folder_of(tmp_path, masks, classes="w x y z"), train_images="none/*", train_masks="none/*")

@@ -63,8 +63,16 @@ def test_no_two_results_share_a_file(folder):
 def test_no_result_overwrites_an_image(folder):
     with pytest.raises(UserError, match="folder of the images"):
         plan(folder / "in", folder / "in")
-    with pytest.raises(UserError, match="would overwrite this image"):
+    with pytest.raises(UserError, match="would overwrite this file"):
         plan(folder / "in" / "a.png", folder / "in" / "a.png")
+
+
+def test_no_result_overwrites_a_mask_to_start_from(folder):
+    (folder / "out").mkdir()
+    for start in (folder / "out", folder / "out" / "a.png"):
+        with pytest.raises(UserError, match=r"out.a\.png: a result would overwrite this file"):
+            plan(folder / "in" / "a.png", folder / "out", start=start)
+    assert plan(folder / "in", folder / "out", start=folder)[0].start == folder / "a.png"
 
 
 def test_bytes_behind_a_jpeg_do_no_harm_but_a_cut_one_is_refused(tmp_path):

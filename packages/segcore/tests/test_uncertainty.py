@@ -170,6 +170,20 @@ def test_predict_early_exit_threshold_answers_with_the_early_result(photo, tmp_p
     assert "2.00 denoising steps on average" in capsys.readouterr().out
 
 
+class Bright(Noisy):
+    """Takes one step for an image without red, else nine."""
+
+    def early_exit(self, images, percent, seeds=None, *, resize=True):
+        return bright(images), [9 if image[0].max() > 100 else 1 for image in images]
+
+
+def test_early_exit_gives_each_image_of_a_list_its_own_number_of_steps():
+    exp = experiment(early_exit_threshold=1.0, batch_size=3)
+    seg = LoadedModel(exp, Predictor.of(Bright().eval(), exp))
+    results = seg([image(), image() * 0, image()[:, :24], image()])
+    assert [result.steps_used for result in results] == [9, 1, 9, 9]
+
+
 @pytest.mark.parametrize("what", ["uncertainty", "steps", "early_exit_threshold"])
 def test_other_methods_say_that_they_cannot(photo, tmp_path, what):
     early = {"early_exit_threshold": 1.0} if what == "early_exit_threshold" else {}

@@ -217,10 +217,10 @@ class LoadedModel:
     def __call__(self, images: Any, *, probabilities: bool = False) -> Result | list[Result]:
         """Return the result for an image of any size, or a list of results for a list of images.
 
-        Listed images of one size go through the network together, `evaluate.batch_size` at a time. `probabilities`
-        keeps the class probabilities, 4 bytes per class and pixel; otherwise `Result.probabilities` runs the model
-        again. Raises ValueError for an image that cannot be read, has another number of channels, or is smaller than
-        `model.min_size`.
+        Listed images of one size go through the network together, `evaluate.batch_size` at a time (one with early
+        exit). `probabilities` keeps the class probabilities, 4 bytes per class and pixel; otherwise
+        `Result.probabilities` runs the model again. Raises ValueError for an image that cannot be read, has another
+        number of channels, or is smaller than `model.min_size`.
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
             return self([images], probabilities=probabilities)[0]
@@ -229,7 +229,7 @@ class LoadedModel:
                 f"{type(images).__name__} is no image; give a path, a PIL image, an array, a tensor or a list"
             )
         results: list[Result] = []
-        step = self.experiment.evaluate.batch_size
+        step = 1 if self._network([]) else self.experiment.evaluate.batch_size  # each has its own number of steps
         for start in range(0, len(images), step):
             chunk = images[start : start + step]
             arrays = [as_array(image, self.experiment.data) for image in chunk]

@@ -108,8 +108,9 @@ def plan(
     if twice := next((path for path, count in written.items() if count > 1), None):
         raise UserError(f"{twice}: results of two images of {source} would both be written here; rename one")
     results = {realpath(path) for path in written}
-    if same := next((image for image in images if realpath(image) in results), None):
-        raise UserError(f"{same}: a result would overwrite this image; choose another output folder")
+    inputs = [*images, *(job.start for job in jobs if job.start)]
+    if same := next((path for path in inputs if realpath(path) in results), None):
+        raise UserError(f"{same}: a result would overwrite this file; choose another output folder")
     return jobs
 
 

@@ -10,6 +10,7 @@ that a `*` or `**` stands for count as well, those that a glob spells out do not
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -131,24 +132,37 @@ def _of_list(
     path: Path, lines: Sequence[str], root: Path, samples: Sequence[Sample], missing: Sequence[str]
 ) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
     """Return the samples that a list names, in its order, and the lines of `missing` about images that it names."""
-    known = {sample.image.stem: sample for sample in samples}
-    lost = {Path(line.partition(": ")[0]).stem: line for line in missing}
+    known = defaultdict[str, list[tuple[Path, Sample | str]]](list)
+    for sample in samples:
+        known[sample.image.stem].append((sample.image, sample))
+    for text in missing:
+        image = Path(text.partition(": ")[0])
+        known[image.stem].append((image, text))
     found, left = list[Sample](), list[str]()
     for number, line in enumerate(lines, 1):
         words = line.split()
         pair = [root / word for word in words] if len(words) == 2 else []
         if pair and all(file.is_file() for file in pair):
             found.append(Sample(pair[0], pair[1]))
-        elif line in known:  # a stem with blanks
-            found.append(known[line])
-        elif len(words) == 1 and (stem := PurePosixPath(line).stem) in known:
-            found.append(known[stem])
-        elif len(words) == 1 and stem in lost:
-            left.append(lost[stem])
-        else:
+            continue
+        name = PurePosixPath(line)
+        fits = known.get(line) or (len(words) == 1 and (known.get(name.name) or known.get(name.stem))) or []
+        if len(fits) > 1:  # of several folders
+            folder = name.parent.parts
+            fits = [each for each in fits if each[0].parent.parts[-len(folder) :] == folder] if folder else fits
+        if len(fits) > 1:
+            raise UserError(
+                f"{path}, line {number}: {line!r} is the stem of {fits[0][0]} and {fits[1][0]}; name the folder, too"
+            )
+        if not fits:
             raise UserError(
                 f"{path}, line {number}: {line!r} is neither the stem of an image and mask nor two files below {root}"
             )
+        _, item = fits[0]
+        if isinstance(item, Sample):
+            found.append(item)
+        else:
+            left.append(item)
     if not found and not left:
         raise UserError(f"{path}: names no image")
     return tuple(found), tuple(left)
