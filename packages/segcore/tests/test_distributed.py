@@ -292,6 +292,24 @@ def test_nan_in_one_of_two_processes_is_skipped_by_both(root: Path, tmp_path: Pa
     assert all(tensor.isfinite().all() for tensor in model.values())
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            "memory:1:0",
+            "error: out of GPU memory in the evaluation: lower evaluate.batch_size (1), or",
+        ),
+        ("log:0:13", "log.jsonl: cannot be written (Is a directory)"),
+    ],
+)
+def test_an_error_of_one_process_costs_no_progress(root: Path, tmp_path: Path, fault: str, words: str) -> None:
+    done = train(root, tmp_path, "--train.evaluate-every", 7, processes=2, fault=fault)
+    assert done.returncode != 0
+    assert done.stderr.count(words) == 1
+    assert "stopped after iteration 7; continue with" in done.stdout
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 7)
+
+
 @pytest.mark.slow
 def test_three_nans_in_one_of_two_processes_stop_both(root: Path, tmp_path: Path) -> None:
     options = ("--train.device-batch-size", 2, "--train.save-every", 2)

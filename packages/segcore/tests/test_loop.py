@@ -42,6 +42,7 @@ from segcore.training.guard import HostCopy
 from segcore.training.logger import Logger, MetricLogger
 from segcore.training.loop import train, train_step
 from segcore.training.setup import init_state
+from segcore.training.signals import SignalHandler
 
 FAULT: dict[str, Callable[[], float]] = {}
 """Faults that a test injects: `losses` returns a factor of the loss, `predict` runs before a prediction."""
@@ -347,14 +348,37 @@ def test_a_state_with_other_content_is_one_line(exp: Experiment, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "change", [{"trained": ["a"]}, {"trained": {"conv.bias": torch.zeros(7)}}, {"optimizer": {"state": 3}}], ids=str
+    "change",
+    [
+        {"trained": ["a"]},
+        {"trained": {"conv.bias": torch.zeros(7)}},
+        {"optimizer": {"conv.bias": 3}},
+        {"optimizer": {"state": 3}},
+        {"optimizer": {"conv.bias": {"momentum_buffer": torch.zeros(3)}}},
+    ],
+    ids=str,
 )
 def test_a_state_that_does_not_fit_is_one_line(exp: Experiment, tmp_path: Path, change: dict[str, Any]) -> None:
     train(replace(exp, schedule=replace(exp.schedule, iterations=2)), tmp_path)
     found = checkpoint.load(checkpoint.folder_of(tmp_path, 2))
     checkpoint.save(checkpoint.folder_of(tmp_path, 2), found.model, found.state | change, found.experiment)
-    with pytest.raises(UserError, match=r"state\.pt: does not fit the run \(.*\); choose another --work-dir"):
-        train(exp, tmp_path, resume=True)
+    words = "does not fit the run \\(.*\\);|the optimizer state is for 1 .*|the optimizer state is that of sgd; .* sgd"
+    with pytest.raises(UserError, match=rf"state\.pt: ({words}),?( or)? choose another --work-dir"):
+        train(replace(exp, optimizer=replace(exp.optimizer, kind="adamw")), tmp_path, resume=True)
+
+
+def test_a_record_of_the_best_that_was_not_written_is_written_on_resume(exp: Experiment, tmp_path: Path) -> None:
+    train(exp, tmp_path)
+    record = (tmp_path / "best.json").read_text()
+    (tmp_path / "best.json").write_text('{"iteration": 2, "mIoU": 0.1}\n')  # as before the last evaluation
+    train(exp, tmp_path, resume=True)
+    assert (tmp_path / "best.json").read_text() == record
+
+
+def test_a_signal_after_the_last_check_is_not_lost() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, SignalHandler():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.args == (signal.SIGTERM,)
 
 
 def test_training_learns_the_task(exp: Experiment, tmp_path: Path) -> None:

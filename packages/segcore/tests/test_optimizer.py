@@ -214,6 +214,41 @@ def test_state_is_restored_when_other_parts_are_frozen(kind: str) -> None:
     assert set(optimizer_state(later, optimizer)) == {"first.weight", "first.bias", "bn.weight", "bn.bias"}
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_state_has_the_memory_layout_of_the_parameters(kind: str) -> None:
+    """Resumed with another `train.channels_last`, as the fused kernels for CUDA need it."""
+    model, optimizer = tiny(OptimizerConfig(kind, momentum=0.9))
+    steps(model, optimizer, 1)
+    saved = optimizer_state(model, optimizer)
+    model, optimizer = tiny(OptimizerConfig(kind, momentum=0.9))
+    model.to(memory_format=torch.channels_last)
+    load_optimizer_state(model, optimizer, saved)
+    key = {"adamw": "exp_avg", "sgd": "momentum_buffer"}[kind]
+    found = optimizer.state[model.first.weight][key]
+    assert found.stride() == model.first.weight.stride() != saved["first.weight"][key].stride()
+    assert torch.equal(found, saved["first.weight"][key])
+
+
+@pytest.mark.parametrize(("kind", "later"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_state_of_another_kind_is_refused(kind: str, later: str) -> None:
+    model, optimizer = tiny(OptimizerConfig(kind, momentum=0.9))
+    steps(model, optimizer, 1)
+    saved = optimizer_state(model, optimizer)
+    model, optimizer = tiny(OptimizerConfig(later, momentum=0.9))
+    with pytest.raises(UserError, match=f"is that of {kind}; resume with --optimizer.kind {kind}"):
+        load_optimizer_state(model, optimizer, saved)
+
+
+def test_momentum_after_none_starts_at_zero() -> None:
+    model, optimizer = tiny(OptimizerConfig("sgd", momentum=0.0))
+    steps(model, optimizer, 1)
+    saved = optimizer_state(model, optimizer)
+    model, optimizer = tiny(OptimizerConfig("sgd", momentum=0.9))
+    load_optimizer_state(model, optimizer, saved)
+    assert all(torch.equal(each["momentum_buffer"], torch.zeros_like(p)) for p, each in optimizer.state.items())
+    assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+
+
 def test_state_of_another_model_is_refused() -> None:
     model, optimizer = tiny(OptimizerConfig())
     with pytest.raises(UserError, match=r"1 parameters that are not trained here \(first: third.weight\)"):

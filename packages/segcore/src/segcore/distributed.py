@@ -125,6 +125,7 @@ def on_main_process(function: Callable[[], T]) -> T:
     with collective():
         dist.broadcast_object_list(box, 0)
     if error:
+        error.agreed = True
         raise error
     answer, failed = box[0]
     if failed:

@@ -1,15 +1,19 @@
 """A run of seconds for tests of processes: `train tiny.py:tiny --data.root FOLDER`, under torchrun or alone.
 
 The environment variable TINY_FAULT, `KIND:RANK:ITERATION`, lets one process fail: `nan` (its loss, three times with
-`nan3`), `die`, or `sleep` past its time. `kill::N` kills any process in front of its forward pass N of a prediction.
+`nan3`), `die`, `sleep` past its time, or `log` (a folder in place of the log). `memory:RANK:0` is out of GPU memory in
+its evaluations. `kill::N` kills any process in front of its forward pass N of a prediction.
 """
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from segcore.config.schema import (
@@ -37,6 +41,8 @@ class Net(Tiny):
 
     def logits(self, images, seeds=None):
         time.sleep(self.pause)
+        if KIND == "memory" and os.environ.get("RANK", "0") == RANK and not self.training:
+            raise torch.OutOfMemoryError
         if KIND == "kill" and len(self.calls) == int(ITERATION):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().logits(images, seeds)
@@ -56,6 +62,10 @@ class Net(Tiny):
             os._exit(7)
         if KIND == "sleep":
             time.sleep(12)
+        if KIND == "log":
+            path = Path(sys.argv[sys.argv.index("--work-dir") + 1], "log.jsonl")
+            path.rename(path.with_name("before.jsonl"))
+            path.mkdir()
         return float("nan") if KIND.startswith("nan") else 1.0
 
 

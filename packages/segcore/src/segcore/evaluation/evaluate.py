@@ -232,6 +232,9 @@ def predict_all(
                 progress()
     except (UserError, Stopped) as error:
         failed = error
+    except torch.OutOfMemoryError:
+        what = f"lower evaluate.batch_size ({settings.batch_size}), or set evaluate.mode ({settings.mode}) to slide"
+        failed = UserError(f"out of GPU memory in the evaluation: {what} with a smaller evaluate.crop")
     images, steps, runs = distributed.sync_status(failed, done, sum(steps_used), len(steps_used))
     missed = tuple(text for _, text in sorted(distributed.all_gather_object(skipped)))
     if not images:

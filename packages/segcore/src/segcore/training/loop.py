@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from segcore.reporting.prediction_grid import PredictionGrid
 from segcore.reporting.run_record import Evaluation, write_evaluation
 from segcore.seeds import dropout_seed
 from segcore.training.ema import averaged, update_ema
-from segcore.training.guard import HostCopy, enough_memory, guarded_passes
+from segcore.training.guard import HostCopy, guarded_passes
 from segcore.training.lock import run_lock
 from segcore.training.logger import Logger, MetricLogger
 from segcore.training.schedule import learning_rate
@@ -179,8 +180,9 @@ def train_loop(
             log.advance(state.iteration)
             if _due(state.iteration, settings.log_every, state.iteration == total):
                 lr = state.optimizer.param_groups[0]["lr"]
-                log.train(state.iteration, {"lr": lr, **metrics.read(settings.batch_size, state.device)})
+                values = {"lr": lr, **metrics.read(settings.batch_size, state.device)}
                 metrics.reset()
+                distributed.on_main_process(partial(log.train, state.iteration, values))  # its error is that of all
     if state.skipped:
         log.line(f"{state.skipped} training samples could not be read and were skipped; `check` names the files")
     if results:
@@ -242,9 +244,7 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
         signals.check()
 
     gallery = PredictionGrid(val, getattr(state.model, "step_unit", ""))
-    batch, mode = exp.evaluate.batch_size, exp.evaluate.mode
-    remedy = f"lower evaluate.batch_size ({batch}), or set evaluate.mode ({mode}) to slide with a smaller evaluate.crop"
-    with averaged(state.model, state.average), enough_memory(f"out of GPU memory in the evaluation: {remedy}"):
+    with averaged(state.model, state.average):
         distributed.broadcast(list(state.model.buffers()))  # use the running statistics of rank 0
         results = evaluate(
             Predictor.of(state.model, exp),
@@ -261,8 +261,12 @@ def validate(exp: Experiment, state: TrainState, val: Dataset, log: Logger, sign
         state.best_iteration, state.best_miou, state.not_better = state.iteration, figures["mIoU"], 0
     metrics = exp.evaluate.metrics
     text = f"{tables.per_class(results, metrics)}\n\n{tables.summary(results, metrics)}"
-    log.val(state.iteration, {**figures, **results.to_json()}, text)
-    log.image(state.iteration, gallery.picture())
+
+    def write_log() -> None:
+        log.val(state.iteration, {**figures, **results.to_json()}, text)
+        log.image(state.iteration, gallery.picture())
+
+    distributed.on_main_process(write_log)
     return results
 
 

@@ -72,7 +72,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     """Restore the state that `optimizer_state` returned. Groups and their settings do not change.
 
     The state of parameters that are frozen by now is dropped, and those that were frozen then start without any. Raises
-    UserError when the state belongs to another model's parameters.
+    UserError when the state belongs to another model's parameters or to another kind of optimizer.
     """
     names = {p: name for name, p in model.named_parameters()}
     trained = [names[p] for group in optimizer.param_groups for p in group["params"]]
@@ -81,6 +81,14 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
             f"the optimizer state is for {len(unknown)} parameters that are not trained here (first: {unknown[0]}); "
             "resume with the configuration of the original run"
         )
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    other, key = ("sgd", "momentum_buffer") if adamw else ("adamw", "exp_avg")
+    if any(key in each for each in state.values()):
+        raise UserError(f"the optimizer state is that of {other}; resume with --optimizer.kind {other}")
     own = optimizer.state_dict()
-    own["state"] |= {index: state[name] for index, name in enumerate(trained) if name in state}
+    own["state"] |= {index: state[name] for index, name in enumerate(trained) if state.get(name)}
     optimizer.load_state_dict(own)
+    for parameter, values in optimizer.state.items():  # the fused kernels need the parameter's memory layout
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

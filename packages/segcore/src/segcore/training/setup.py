@@ -82,7 +82,7 @@ def setup(
     if exp.train.freeze:
         notes.append(frozen_note(exp, state.model, resumed=found is not None))
     if found:
-        notes += load_state(exp, state, found)
+        notes += distributed.main_process_first(partial(load_state, exp, state, found))
     elif resume:
         notes.append(f"{work_dir}: no checkpoint yet, starting from the beginning")
     if exp.train.init_from and not found:

@@ -13,7 +13,8 @@ from segcore.errors import Stopped
 class SignalHandler:
     """Delays Ctrl-C and SIGTERM, in a `with` block, until `check`, where the state of the run is consistent.
 
-    A second Ctrl-C is not delayed, except under torchrun, which sends its own signal after each Ctrl-C.
+    One that no `check` has seen raises KeyboardInterrupt with its number at the end of the block. A second Ctrl-C is
+    not delayed, except under torchrun, which sends its own signal after each Ctrl-C.
     """
 
     signal: int | None = None
@@ -27,6 +28,8 @@ class SignalHandler:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if kind is None and self.signal is not None:  # after the last `check`
+            raise KeyboardInterrupt(self.signal)
 
     def check(self) -> None:
         """Raise Stopped if a signal has arrived."""

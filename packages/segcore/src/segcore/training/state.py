@@ -150,12 +150,16 @@ def load_state(exp: Experiment, state: TrainState, folder: Path) -> list[str]:
             state.scaler.load_state_dict(rest["scaler"])
     except torch.OutOfMemoryError:
         raise
+    except UserError as error:
+        raise UserError(f"{folder / 'state.pt'}: {error}, or choose another --work-dir") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # not as we write it
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{folder / 'state.pt'}: does not fit the run ({reason}); choose another --work-dir") from None
     for name in (*_COUNTS, "best_miou"):
         setattr(state, name, rest[name])
     state.saved = state.iteration
+    if state.best_iteration and not distributed.rank():  # its record is written after the checkpoint
+        checkpoint.mark_best(folder.parent.parent, state.best_iteration, state.best_miou)
     changed = differences(with_defaults(found.experiment.get("experiment", {}), exp), state.description["experiment"])
     where = f"resuming from iteration {state.iteration}"
     if state.iteration == total:
