@@ -1,7 +1,9 @@
 """The list of classes beside masks."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,3 +50,17 @@ def test_a_folder_in_its_place_is_refused(tmp_path):
     (tmp_path / "classes.json").mkdir()
     with pytest.raises(UserError, match="not a regular file"):
         write_classes(tmp_path / "classes.json", ("road", "sky"), PALETTE)
+
+
+def test_a_file_that_cannot_be_read_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "classes.json"
+    path.write_text("mine")
+
+    def fails(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(UserError, match=r"classes\.json: cannot be read \(Permission denied\); choose another"):
+            write_classes(path, ("road", "sky"), PALETTE)
+    assert path.read_text() == "mine"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segcore.errors import UserError
-from segcore.files import regular_file, write
+from segcore.errors import UnreadError, UserError
+from segcore.files import reading, regular_file, write
 
 KEYS = {"value", "name", "color"}
 
@@ -20,17 +20,20 @@ def write_classes(path: Path, names: Sequence[str], palette: np.ndarray, ignored
 
     `palette` is (K, 3) uint8 in the order of `names`. `ignored` is the value of pixels without a class, if the masks
     can have any; it is listed last, black. A file that is the same already is not touched; another list is replaced
-    with a note on stderr. Raises UserError for a file that is no such list, and for one that cannot be written.
+    with a note on stderr. Raises UserError for a file that is no such list, and for one that cannot be read or written.
     """
     rows = [{"value": k, "name": name, "color": palette[k].tolist()} for k, name in enumerate(names)]
     rows += [] if ignored is None else [{"value": ignored, "name": "ignored", "color": [0, 0, 0]}]
     text = "[\n " + ",\n ".join(json.dumps(row) for row in rows) + "\n]\n"
     try:
-        regular_file(path)
-        before = path.read_bytes()
-    except OSError:  # there is none; what cannot be read cannot be written either, which `write` reports
+        with reading(path):  # a file that cannot be read could still be replaced: that takes the folder's permission
+            regular_file(path)
+            before = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         before = text.encode()
         write(path, text)
+    except UnreadError as error:
+        raise UnreadError(f"{error}; choose another output folder") from None
     if before == text.encode():
         return
     if not _is_list_of_classes(before):
