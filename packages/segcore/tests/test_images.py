@@ -23,7 +23,7 @@ from segcore.cli.predict_files import plan
 from segcore.config.schema import DataConfig
 from segcore.data import images, video
 from segcore.data.check import check, check_headers
-from segcore.data.images import read_image, read_label, read_size
+from segcore.data.images import label_values, read_image, read_label, read_size
 from segcore.data.layouts import open_dataset
 from segcore.errors import UserError
 
@@ -131,6 +131,34 @@ def test_a_npy_header_that_promises_what_the_file_does_not_hold(tmp_path: Path, 
     path = tmp_path / "huge.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + bytes(100))
     assert "cannot be read as an image" in refused(read_image, path)
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("u1", 8), ("i2", 16), ("f4", 32)])
+def test_an_image_without_pixels_is_refused(tmp_path: Path, kind: str, depth: int) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((0, 4, 3), kind))
+    assert "has no pixels (shape (0, 4, 3)); replace the file" in refused(lambda p: read_image(p, 3, depth), path)
+    with pytest.raises(UserError, match="mask 3: has no pixels"):  # as a program may make one
+        label_values("mask 3", np.zeros((0, 4), np.int64))
+
+
+def test_the_size_limit_holds_for_npy(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, RGB)
+    np.testing.assert_array_equal(read_image(path, max_pixels=2000), RGB)
+    assert "it has 2000 pixels, data.max_pixels is 1999" in refused(lambda p: read_image(p, max_pixels=1999), path)
+    np.save(path, np.zeros((1, 1, 8000), np.uint8))  # no pixel too many, but numbers
+    assert "data.max_pixels" in refused(lambda p: read_image(p, max_pixels=1999), path)
+
+
+def test_an_infinite_label_is_refused_and_reported(tmp_path: Path) -> None:
+    for folder, array in (("images", RGB), ("masks", np.full((40, 50), np.inf, np.float32))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.tif").write_bytes(encode(array, "TIFF"))
+    line = refused(read_label, tmp_path / "masks/a.tif")
+    assert "not whole, such as inf; save class indices" in line
+    found = check(DataConfig("folder", tmp_path, "images/*", "masks/*", classes=tuple("abcde")), "train")
+    assert found.problems == [line]
 
 
 def test_a_file_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

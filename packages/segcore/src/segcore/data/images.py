@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,15 +36,21 @@ def read_image(path: Path | str, channels: int = 3, bit_depth: int = 8, max_pixe
     """
     path = Path(path)
     with reading(path, "an image"):
-        image = _load_npy(path) if path.suffix.lower() == ".npy" else decode(path.read_bytes(), channels, max_pixels)
-    return as_configured(path, image[..., None] if image.ndim == 2 else image, channels, bit_depth)
+        image = (
+            _load_npy(path, channels, max_pixels)
+            if path.suffix.lower() == ".npy"
+            else decode(path.read_bytes(), channels, max_pixels)
+        )
+        return as_configured(path, image[..., None] if image.ndim == 2 else image, channels, bit_depth)
 
 
 def as_configured(path: Path, image: np.ndarray, channels: int, bit_depth: int) -> np.ndarray:
     """Return the stored numbers of an image (H, W, C) in the type of `bit_depth`.
 
-    Raises UserError naming `path` when the image does not match `channels` and `bit_depth`, or is not finite.
+    Raises UserError naming `path` when the image has no pixels, does not match `channels` and `bit_depth`, or is not
+    finite.
     """
+    _require_pixels(path, image)
     wanted = DTYPES[bit_depth]
     if (bit_depth == 32 and image.dtype.kind in "uif") or (
         bit_depth == 16 and image.dtype == np.int16 and image.min() >= 0
@@ -65,7 +72,8 @@ def read_label(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises UserError for a file that is missing, damaged, has more than one channel, or values that are not whole
     numbers 0 .. 65535.
     """
-    return label_values(path, np.array(_open_label(path, max_pixels)))
+    with reading(Path(path), "a label"):
+        return label_values(path, np.array(_open_label(path, max_pixels)))
 
 
 def label_values(path: Path | str, label: np.ndarray) -> np.ndarray:
@@ -74,11 +82,13 @@ def label_values(path: Path | str, label: np.ndarray) -> np.ndarray:
         raise UserError(
             f"{path}: label of shape {label.shape}; save one channel of class indices, or set data.labels to its colors"
         )
+    _require_pixels(path, label)
     if label.dtype in (np.uint8, np.uint16):
         return label
-    if not (np.isfinite(label).all() and (label == np.round(label)).all()):
+    whole = np.isfinite(label) & (label == np.round(label))
+    if not whole.all():
         raise UserError(
-            f"{path}: holds numbers that are not whole, such as {label[label != np.round(label)][0]:g}; "
+            f"{path}: holds numbers that are not whole, such as {label[~whole][0]:g}; "
             "save class indices as 8-bit or 16-bit integers"
         )
     if label.min() < 0 or label.max() >= 1 << 16:
@@ -88,7 +98,8 @@ def label_values(path: Path | str, label: np.ndarray) -> np.ndarray:
 
 def read_label_colors(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return a label file that holds gray values, a palette, RGB or RGBA as (H, W, 3) uint8; alpha does not count."""
-    return np.asarray(_open_label(path, max_pixels).convert("RGB"))
+    with reading(Path(path), "a label"):
+        return np.asarray(_open_label(path, max_pixels).convert("RGB"))
 
 
 def color_indices(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -142,8 +153,16 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind} ({_reason(error)}); replace the file") from None
 
 
-def _load_npy(path: Path) -> np.ndarray:
-    np.lib.format.open_memmap(path, "r")  # refuses a header that promises more than the file holds, unlike read_array
+def _require_pixels(path: Path | str, array: np.ndarray) -> None:
+    if not array.size:
+        raise UserError(f"{path}: has no pixels (shape {array.shape}); replace the file or remove it")
+
+
+def _load_npy(path: Path, channels: int, max_pixels: int) -> np.ndarray:
+    # This refuses a header that promises more than the file holds, unlike read_array.
+    shape = np.lib.format.open_memmap(path, "r").shape
+    check_size(math.prod(shape[:2]), 1, max_pixels)
+    check_size(math.prod(shape), 1, max_pixels * max(channels, 4))
     with path.open("rb") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 

@@ -73,7 +73,7 @@ def open_raster(path: Path, channels: int = 3, bit_depth: int = 8, max_pixels: i
             with reading(path, "an image"):
                 image, valid = stored.read(box)
                 image[~valid] = 0
-            return as_configured(path, image, channels, bit_depth), valid
+                return as_configured(path, image, channels, bit_depth), valid
 
         def tags() -> Tags:
             with reading(path, "an image"):
@@ -96,7 +96,7 @@ def read_label_window(path: Path, box: Box, read: Callable[[Path, int], np.ndarr
             return cut(read(path, max_pixels), box)
         with _open_tiff(path, 3 if colors else 1, max_pixels) as stored:
             label, _ = stored.read(box)
-    return label if colors else label_values(path, label[..., 0] if label.shape[2] == 1 else label)
+        return label if colors else label_values(path, label[..., 0] if label.shape[2] == 1 else label)
 
 
 def is_tiff(path: Path) -> bool:
