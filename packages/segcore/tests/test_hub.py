@@ -83,6 +83,33 @@ def test_a_failed_download_leaves_nothing_behind(server, folder, name, words):
     refused(f"{server.url}/{name}", folder, *words)
 
 
+@pytest.mark.parametrize(("name", "words"), [("broken.pth", "broke 4 times"), ("w.pth", "the server returned 503")])
+def test_each_pause_between_attempts_is_twice_the_one_before(server, folder, monkeypatch, name, words):
+    pauses, server.status = [], 503
+    monkeypatch.setattr("time.sleep", pauses.append)
+    monkeypatch.setattr(download, "PAUSE", 2.0)
+    refused(f"{server.url}/{name}", folder, words)
+    assert pauses == [2, 4, 8]
+    assert len(server.seen) == 4
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": ""}])
+def test_no_more_is_written_than_weights_have(server, folder, monkeypatch, headers):
+    server.headers = headers
+    monkeypatch.setattr(download, "MAX_BYTES", 100_000)
+    refused(f"{server.url}/w.pth", folder, "the server sends more than 100000 bytes")
+    assert len(server.seen) == 1
+    monkeypatch.setattr(download, "MAX_BYTES", len(server.files["/w.pth"]))
+    assert hub.fetch(f"{server.url}/w.pth").read_bytes() == server.files["/w.pth"]
+
+
+def test_no_more_is_written_than_the_server_states(server, folder):
+    body = server.files["/w.pth"]
+    server.files["/w.pth"] = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    server.headers = {"Content-Length": "1000", "Transfer-Encoding": "chunked"}  # the second one counts
+    refused(f"{server.url}/w.pth", folder, "the server sends more than 1000 bytes")
+
+
 PAGE = b"<!DOCTYPE html><html>Sign in</html>"
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
 UNSIZED = {"Content-Length": ""}

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 LONGEST_PAUSE = 60.0
 """Seconds that a server may ask to wait for before the next attempt."""
+MAX_BYTES = 20_000_000_000
+"""Far more than published weights have: without a limit, a server could send until the disk is full."""
 HUB = "https://huggingface.co"
 """The mirror `$HF_ENDPOINT`, if set, replaces it."""
 _PROXY = re.compile(r"(?:\w+://)?(?:[^/?#\[\]\s]*@)?((?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)/?")
@@ -133,6 +136,9 @@ def _from_host(url: str, part: Path, by_hand: str) -> list[tuple[str, str]]:
         def get_retry_after(self, response: Any) -> float | None:
             return min(super().get_retry_after(response) or 0.0, LONGEST_PAUSE) or None
 
+        def get_backoff_time(self) -> float:
+            return max(super().get_backoff_time(), PAUSE)  # its first one is 0
+
     name = PurePosixPath(urlsplit(url).path).name
     retry = Patient(
         ATTEMPTS - 1, connect=0, backoff_factor=PAUSE, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False
@@ -142,14 +148,19 @@ def _from_host(url: str, part: Path, by_hand: str) -> list[tuple[str, str]]:
         for prefix in ("https://", "{0.scheme}://{0.netloc}/".format(urlsplit(url))):
             session.mount(prefix, HTTPAdapter(max_retries=retry))
         session.headers.update({"User-Agent": "segcore", "Accept-Encoding": "identity"})
-        for _ in range(ATTEMPTS):  # urllib3 does not retry once the body has begun
+        for attempt in range(ATTEMPTS):  # urllib3 does not retry once the body has begun
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
             with session.get(url, stream=True, timeout=TIMEOUT) as answer:
                 if answer.status_code != 200:  # 206 is a part of the file, which nobody asked for
                     raise UserError(f"{url}: the server returned {answer.status_code} {answer.reason}; {by_hand}")
                 total, done = int(answer.headers.get("Content-Length", 0)), 0
+                most = min(total or MAX_BYTES, MAX_BYTES)
                 with part.open("wb") as file, progress(f"downloading {name} (kB)") as advance:
                     try:
                         for chunk in answer.iter_content(1 << 16):
+                            if max(total, done + len(chunk)) > most:
+                                raise UserError(f"{url}: the server sends more than {most} bytes; {by_hand}")
                             done += file.write(chunk)
                             advance(done // 1000, total // 1000)
                         if done == total or not total:
