@@ -1,6 +1,7 @@
 """Trackers of a run: Weights & Biases offline, a user's own, and what happens when one fails."""
 
 import json
+import os
 import re
 import sys
 import types
@@ -199,6 +200,35 @@ def test_a_foreign_id_is_not_used(run_dir: Path) -> None:
         identity = trackers._wandb_id(run_dir)
         assert (identity == "abc") == ("abc" in content)
         assert identity.isalnum()
+
+
+@pytest.mark.parametrize("error", [TypeError("Descriptors\nfail"), AttributeError("np.x"), OSError("full")])
+def test_tensorboard_that_cannot_start_is_a_note(exp, tmp_path: Path, monkeypatch, capsys, error: Exception) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trackers, "TensorBoard", fails)
+    assert start_trackers(exp, tmp_path, 0) == {}
+    [line] = capsys.readouterr().err.splitlines()
+    reason = " ".join(str(error).split())
+    assert f"TensorBoard cannot start in '{tmp_path}' ({type(error).__name__}: {reason}); the run goes on" in line
+
+
+def test_tensorboard_that_is_not_installed_is_no_note(exp: Experiment, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert start_trackers(exp, tmp_path, 0) == {}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_tensorboard_in_a_folder_that_it_cannot_name_is_a_note(exp: Experiment, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    assert start_trackers(exp, tmp_path / os.fsdecode(b"caf\xe9"), 0) == {}
+    line = capsys.readouterr().err
+    assert "TensorBoard cannot start in " in line
+    assert "UnicodeEncodeError: " in line
 
 
 class FakeMLflow(types.ModuleType):

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -202,6 +203,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        str(run.work_dir).encode()  # TensorBoard knows no other names of folders
         self.board = SummaryWriter(str(run.work_dir / "tensorboard"), purge_step=run.start + 1)
         rows = [f"| {name} | {_cell(value)} |" for name, value in run.settings.items()]
         self.board.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), run.start)
@@ -225,11 +227,20 @@ class TensorBoard:
 
 
 def _tensorboard(run: Run) -> TensorBoard | None:
-    """Return the writer if the extra `tensorboard` is installed and can write to the folder."""
+    """Return the writer, or None without the extra `tensorboard` and, with a note, where it cannot start.
+
+    No run asks for it, so nothing that it raises ends one: a broken installation raises errors of many types.
+    """
     try:
-        str(run.work_dir).encode()  # TensorBoard knows no other names of folders
         return TensorBoard(run)
-    except (ImportError, UnicodeEncodeError):
+    except Exception as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "tensorboard"):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            print(
+                f"note: TensorBoard cannot start in {str(run.work_dir)!r} ({reason}); the run goes on without it; "
+                "pip install -U 'segcore[tensorboard]' repairs an installation",
+                file=sys.stderr,
+            )
         return None
 
 
