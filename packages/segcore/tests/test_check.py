@@ -310,6 +310,10 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
     np.testing.assert_allclose(roots, balanced(np.array([450, 3300, 0]), power=0.5))
     histogram = run / class_weight.HISTOGRAM
     record = json.loads(histogram.read_text())
+    with monkeypatch.context() as patch:  # a list of 17 MiB, as of millions of images
+        histogram.write_text(json.dumps(record) + " " * (17 << 20))
+        patch.setattr(class_weight, "label_pixels", lambda *_, **__: pytest.fail("the labels are read again"))
+        assert weights_of(exp, open_dataset(data, "train"), run) == weights
     for pixels in ("a", [450, 3300], [450, 3300, -1], [450, 3300, 1e300], [[], [], []]):  # damaged: read again
         histogram.write_text(json.dumps(record | {"pixels": pixels}))
         assert weights_of(exp, open_dataset(data, "train"), run) == weights

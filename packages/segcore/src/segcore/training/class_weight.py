@@ -16,7 +16,7 @@ from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
 from segcore.data.loader import RareClasses, rare_class_probabilities
 from segcore.errors import UserError
-from segcore.files import read_json, write
+from segcore.files import MAX_RECORD, read_json, write
 
 HISTOGRAM = "label_histogram.json"
 
@@ -106,7 +106,7 @@ def _key(dataset: Dataset) -> str:
 def _read(path: Path, key: str, classes: int, samples: int) -> tuple[np.ndarray, list[list[int]]] | None:
     """Return pixels and images per class from a histogram of the same data set, or None."""
     try:
-        content = read_json(path)
+        content = read_json(path, MAX_RECORD)
         pixels, images = content["pixels"], content["images"]
         usable = content["dataset"] == key and len(pixels) == len(images) == classes
         usable &= all(type(count) is int and 0 <= count < 1 << 48 for count in pixels)
