@@ -19,6 +19,7 @@ from segcore.config.schema import DataConfig, Experiment, LossConfig, ModelConfi
 from segcore.data.check import Report, check, check_headers, label_pixels, require_meaning
 from segcore.data.dataset import Dataset
 from segcore.data.layouts import open_dataset
+from segcore.data.layouts.also import join
 from segcore.data.loader import rare_class_probabilities
 from segcore.data.transforms import TrainTransform
 from segcore.demo import toy
@@ -320,6 +321,21 @@ def test_auto_reads_the_labels_once(data: DataConfig, tmp_path: Path, monkeypatc
         assert json.loads(histogram.read_text()) == record
     (data.root / "images/train/0.png").unlink()  # another data set: read again
     assert weights_of(exp, open_dataset(data, "train"), run) != weights
+
+
+def test_counts_of_labels_that_meant_something_else_are_not_reused(data: DataConfig, tmp_path: Path) -> None:
+    exp, gray = experiment(data, "auto"), open_dataset(data, "train")
+    table = gray.table.copy()
+    table[3] = 255
+    colors = np.array([[0] * 3, [1] * 3, [2] * 3, [255] * 3], np.uint8)
+    for rows, counts in (([0, 1, 2, 3], [450, 3300, 0]), ([1, 0, 2, 3], [3300, 450, 0])):
+        dataset = replace(gray, table=table, colors=colors[rows])
+        np.testing.assert_allclose(weights_of(exp, dataset, tmp_path / "run"), balanced(np.array(counts)))
+    table = gray.table.copy()
+    table[1] = 2
+    for other, counts in ((gray, [900, 6600, 0]), (replace(gray, table=table), [900, 3300, 3300])):
+        weights = weights_of(exp, join(gray, [other]), tmp_path / "joined")
+        np.testing.assert_allclose(weights, balanced(np.array(counts)))
 
 
 def test_rare_classes_know_the_images_of_each_class(data: DataConfig, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from segcore.config.registry import experiments
 from segcore.config.schema import Experiment, LossConfig
 from segcore.data.check import label_pixels
 from segcore.data.dataset import Dataset
+from segcore.data.layouts.also import JoinedDataset
 from segcore.data.loader import RareClasses, rare_class_probabilities
 from segcore.errors import UserError
 from segcore.files import MAX_RECORD, read_json, write
@@ -98,9 +99,12 @@ def _histogram(exp: Experiment, dataset: Dataset, work_dir: Path) -> tuple[np.nd
 
 
 def _key(dataset: Dataset) -> str:
-    """Return a digest of the samples' names and the label table: it identifies a data set in any folder."""
+    """Return a digest of the samples' names and what their label files mean: it identifies a data set in any folder."""
     names = "\n".join(dataset.name(index) for index in range(len(dataset)))
-    return hashlib.sha256(os.fsencode(names) + dataset.table.tobytes()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(names))
+    for part in dataset.parts if isinstance(dataset, JoinedDataset) else (dataset,):
+        digest.update(part.table.tobytes() + (b"" if part.colors is None else part.colors.tobytes()))
+    return digest.hexdigest()
 
 
 def _read(path: Path, key: str, classes: int, samples: int) -> tuple[np.ndarray, list[list[int]]] | None:
