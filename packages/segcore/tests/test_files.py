@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import zeros
 
+from segcore import files
 from segcore.checkpoints import hub
 from segcore.errors import UnreadError, UserError
 from segcore.files import (
@@ -195,6 +196,25 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="b: is there already and not empty"), writing_folder(tmp_path / "a/b"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch) -> None:
+    """But not the files elsewhere that it has links to, which the user need not be allowed to write."""
+    synced = []
+
+    def sync(path: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        synced.append(path.name)
+
+    monkeypatch.setattr(files, "sync", sync)
+    (tmp_path / "mine").touch()
+    with writing_folder(tmp_path / "out") as folder:
+        (folder / "a").mkdir()
+        (folder / "a/x").touch()
+        (folder / "y").touch()
+        (folder / "link").hardlink_to(tmp_path / "mine")
+    assert sorted(synced) == sorted([folder.name, "a", "x", "y"])
+    assert synced[-1] == folder.name
 
 
 def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -168,6 +168,14 @@ def test_odd_sides_grow_by_a_pixel(tmp_path, monkeypatch):
     assert read(path)[0][0].shape == (52, 64, 3)
 
 
+def test_a_video_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.mp4", []
+    monkeypatch.setattr(video, "sync", lambda part: synced.append((part.stat().st_size, path.exists())), raising=False)
+    with video.writer(path, 5) as write:
+        write(np.zeros((50, 64, 3), np.uint8))
+    assert synced == [(path.stat().st_size, False)]
+
+
 def test_what_is_a_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert video.is_video(Path("a.MP4"))

@@ -78,7 +78,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which becomes `path` after the block, or disappears if that raises.
+    """Yield an empty folder beside `path`, which is synced and becomes `path`, or disappears if the block raises.
 
     Raises UserError when something other than an empty folder is at `path`, or it cannot be written.
     """
@@ -90,6 +90,9 @@ def writing_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            for below in (*temporary.rglob("*"), temporary):
+                if below.is_dir() or below.stat().st_nlink == 1:  # other links to a file are not ours to open
+                    sync(below)
             if path.exists():
                 path.rmdir()  # Windows renames to no folder that is there
             temporary.rename(path)

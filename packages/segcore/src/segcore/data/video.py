@@ -15,7 +15,7 @@ import numpy as np
 
 from segcore.data.images import IMAGE_SUFFIXES
 from segcore.errors import UserError
-from segcore.files import writing
+from segcore.files import sync, writing
 
 ENCODERS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv"), ("libx264", {"crf": "18"})),
@@ -154,6 +154,7 @@ def writer(path: Path, rate: Fraction) -> Iterator[Any]:
                 yield write
                 if stream is not None:
                     container.mux(stream.encode())
+            sync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
