@@ -90,9 +90,8 @@ def writing_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for below in (*temporary.rglob("*"), temporary):
-                if below.is_dir() or below.stat().st_nlink == 1:  # other links to a file are not ours to open
-                    sync(below)
+            if hasattr(os, "sync"):  # not on Windows; one call for all files, of which there may be very many
+                os.sync()
             if path.exists():
                 path.rmdir()  # Windows renames to no folder that is there
             temporary.rename(path)
