@@ -186,6 +186,18 @@ def test_the_backbone_chooses_the_head(name, head, strides):
     assert model(images).shape == (1, 3, 51, 70)
 
 
+def test_published_tensors_of_swin_are_turned_into_this_layout():
+    model = BaseModelConfig(num_classes=3, backbone="swin_t").build()
+    name = next(n for n in model.key_map().values() if n.endswith("downsample.reduction.weight"))
+    own = model.state_dict()[{v: k for k, v in model.key_map().items()}[name]]
+    published = model.official_state()[name]
+    assert published.shape == own.shape
+    assert not torch.equal(published, own)
+    assert torch.equal(model.backbone.convert(name.removeprefix("backbone."), published), own)
+    model.load_official(model.official_state())
+    assert torch.equal(model.official_state()[name], published)
+
+
 def test_deeplab_trains_on_one_image_per_process_with_synchronized_norms():
     model = BaseModelConfig(num_classes=3, backbone="regnetx_002").build().train()
     image = torch.zeros(1, 3, 32, 32)

@@ -8,6 +8,7 @@ import torch
 from ddps_seg.base import BaseModel
 from ddps_seg.configs import BaseModelConfig, DDPSConfig
 from ddps_seg.model import DDPS
+from segcore.errors import UserError
 from segcore.models.losses import LOSSES
 from segcore.testing import contract
 
@@ -129,6 +130,23 @@ def test_a_single_image_cannot_train_deeplab(variant):
 
 def test_wrong_number_of_seeds_is_refused():
     assert "2 seeds for 3 images" in contract.refusal(lambda: build("guided")(contract.images(3), seeds=[1, 2]))
+
+
+def test_a_deeper_unet_takes_images_of_any_size():
+    model = DDPSConfig(backbone="mit_b0", **{**SMALL, "multipliers": (1, 1, 1, 1)}).build().eval()
+    assert model(torch.zeros(1, 3, 48, 80)).shape == (1, 5, 48, 80)
+    assert build("prior on mit").pad_to == DDPS.pad_to == 16
+
+
+def test_another_noise_schedule_is_refused():
+    source, model = build("prior on mit"), build("prior on mit", noise_schedule="cosine")
+    remedy = r"set model\.noise_schedule to its own, or model\.ignore_schedule_mismatch to keep this one"
+    with pytest.raises(UserError, match=f"trained with another noise schedule; {remedy}"):
+        model.load_official(source.official_state())
+    keeping = build("prior on mit", noise_schedule="cosine", ignore_schedule_mismatch=True)
+    keeping.load_official(source.official_state())
+    assert torch.equal(keeping.log_at, model.log_at)
+    assert torch.equal(keeping.classifier.weight, source.classifier.weight)
 
 
 def test_other_channel_counts():

@@ -108,6 +108,17 @@ one_of_each = pytest.mark.parametrize(
 FORMS = ["operator", "gather"]
 
 
+def test_a_bias_of_another_dtype_has_a_gradient():
+    case = attention_case()
+    tensors = [t.float().requires_grad_() for t in case.tensors.values()]
+    tensors[-1] = tensors[-1].detach().double().requires_grad_()
+    found = torch.ops.segcore.deform_local_attn(*tensors, case.window, *case.rest)
+    found.sum().backward()
+    assert found.dtype == torch.float32
+    assert tensors[-1].grad is not None
+    assert tensors[-1].grad.dtype == torch.float64
+
+
 def bilinear(image: torch.Tensor, y: float, x: float) -> torch.Tensor:
     """Return the sample (C,) of an image (C, H, W) by the definition."""
     _, height, width = image.shape

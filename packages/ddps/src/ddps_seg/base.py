@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ddps_seg import backbones, heads
 from ddps_seg.official import from_hugging_face
 from segcore.config.schema import LossConfig
-from segcore.errors import UserError
 from segcore.models.heads import FCNHead
 from segcore.models.key_map import AUXILIARY_HEAD, rename
-from segcore.models.layers import use_fast_products
+from segcore.models.layers import check_two_images, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -45,13 +44,9 @@ class EncoderSegmentor(Segmentor):
         return self.head(self.backbone(images))
 
     def check_batch(self, images: Tensor) -> None:
-        """Raise UserError if the batch norm of the pooled branch would train on one value per channel.
-
-        Of several processes, SyncBatchNorm sees the images of all.
-        """
-        norm = self.head.pool.norm if isinstance(self.head, heads.DeepLabHead) else None
-        if len(images) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.training:
-            raise UserError("DeepLabV3+ trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
+        """Raise UserError for a batch on which the pooled branch of DeepLabV3+ cannot train."""
+        if isinstance(self.head, heads.DeepLabHead):
+            check_two_images("DeepLabV3+", images, self.head.pool.norm)
 
     def recomputed_blocks(self) -> list[nn.Module]:
         convs = [part for part in self.head.modules() if isinstance(part, heads.ConvBNReLU)]
@@ -60,6 +55,11 @@ class EncoderSegmentor(Segmentor):
     def key_map(self) -> dict[str, str]:
         backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
         return {name: backbone.get(name) or self.published_name(name) for name in self.state_dict()}
+
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("backbone."):
+            return self.backbone.convert(name.removeprefix("backbone."), tensor)
+        return tensor
 
     def published_name(self, name: str) -> str:
         """Return the published name of an entry outside the backbone."""

@@ -42,7 +42,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
 
     ignore_index = BACKGROUND
     step_unit = "timestep"
-    pad_to = 16  # the UNet halves a map at 1/4 of the image size twice
+    pad_to = 16  # or more for a deeper UNet, which halves a map at 1/4 of the image size once per level but the last
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         self.ignore_schedule_mismatch = ignore_schedule_mismatch and not single_step
         self.label_embedding = nn.Embedding(num_classes, embedding_width)
         self.unet = unet.UNet(self.head.width + embedding_width, width, output_width, multipliers)
+        self.pad_to = max(self.pad_to, 4 << (len(multipliers) - 1))
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(output_width, num_classes, 1)
         if not single_step:
@@ -274,8 +275,8 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         """
         if loss.terms != (("cross_entropy", 1.0),) or loss.label_smoothing:
             raise UserError(
-                f"loss.kind is {' '.join(loss.kinds)}, but DDPS trains with cross_entropy alone, without factor or "
-                "loss.label_smoothing; set loss.kind to that"
+                f"loss.kind is {' '.join(loss.kinds)}, but DDPS trains with cross_entropy alone; "
+                "set loss.kind to that, loss.weights to none and loss.label_smoothing to 0"
             )
         self.check_batch(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.freeze == "none"):
@@ -344,16 +345,17 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
         names, own = self.key_map(), self.state_dict()
         ours = not any(name.startswith("decode_head.") for name in state)
         names = {name: name if ours else names[name] for name in names}
+        convert = (lambda _, tensor: tensor) if ours else self.convert
         if any(name.startswith(("unet.", "decode_head.unet.")) for name in state):
             noise = {names[name]: own[name] for name in NoiseSchedule._fields}
-            return "single-step variant", self._load({**state, **noise}, names, self.convert)
+            return "single-step variant", self._load({**state, **noise}, names, convert)
         encoder = [name for name in own if name.startswith(("backbone.", "head."))]
         if not any(names[name] in state for name in encoder if name.startswith("head.")):
             return super().load_pretrained(state)
         rest = tuple(name for name in state if name.startswith(BASE_CLASSIFIERS))
         given = {name: tensor for name, tensor in state.items() if name not in rest}
         kept = {names[name]: tensor for name, tensor in own.items() if name not in encoder}
-        report = self._load({**kept, **given}, names, self.convert)
+        report = self._load({**kept, **given}, names, convert)
         return "base model", replace(report, loaded=len(given), dropped=rest)
 
     def _load(
@@ -367,7 +369,17 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
                 f"trained with {len(table)} timesteps, but the model has {self.num_train_timesteps}; set "
                 f"model.num_train_timesteps {len(table)}, or model.ignore_schedule_mismatch to keep this schedule"
             )
+        if table is not None and not _equal(table, self.schedule.log_at):
+            raise UserError(
+                "trained with another noise schedule; set model.noise_schedule to its own, or "
+                "model.ignore_schedule_mismatch to keep this one"
+            )
         return super()._load(state, names, convert)
+
+
+def _equal(table: Tensor, own: Tensor) -> bool:
+    """Return whether a stored table is this one, as far as both have numbers; another shape is refused elsewhere."""
+    return own.is_meta or table.shape != own.shape or torch.allclose(table.to(own), own, rtol=1e-3)
 
 
 RULES = ((r"^label_embedding\.", "embed."), (r"^classifier\.", "conv_seg_new."))

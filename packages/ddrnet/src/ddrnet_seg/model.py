@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from ddrnet_seg.official import Source, official_name, recognize
 from segcore.config.schema import LossConfig
-from segcore.errors import UserError
-from segcore.models.layers import ConvNorm, fused, resize, use_fast_products
+from segcore.models.layers import ConvNorm, check_two_images, fused, resize, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -241,8 +240,7 @@ class DDRNet(Segmentor):
         Both heads use the configured loss, the auxiliary one times `auxiliary_weight`. Raises UserError for a single
         image while batch norm is in training mode: the global branch of DAPPM has one value per channel and image.
         """
-        if len(images) == 1 and isinstance(n := self.context.scales[-1].norm, nn.BatchNorm2d) and n.training:
-            raise UserError("DDRNet trains on 2 images per forward pass or more; raise train.device_batch_size (1)")
+        check_two_images("DDRNet", images, self.context.scales[-1].norm)
         features = self.backbone(self.pad(images))
         logits = {"decode": (self.decode(features), 1.0)}
         if self.auxiliary_head is not None:

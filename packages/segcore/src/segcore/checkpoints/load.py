@@ -16,7 +16,7 @@ from segcore.checkpoints.other_classes import fitting_count, load_other_classes,
 from segcore.checkpoints.run_checkpoint import best, newest
 from segcore.config.schema import Experiment
 from segcore.errors import UserError
-from segcore.files import regular_file
+from segcore.files import expanded, regular_file
 from segcore.models.segmentor import LoadReport, Segmentor
 
 
@@ -78,7 +78,7 @@ def find_init(init: str, experiment_name: str, *, offline: bool = False) -> Path
     """
     import timm  # takes seconds, and only start weights need it
 
-    if ":" not in init and timm.is_model(init) and not Path(init).expanduser().exists():
+    if ":" not in init and timm.is_model(init) and not expanded(init).exists():
         return None
     with _or_random():
         return find_weights(init, experiment_name, offline=offline)
@@ -105,9 +105,9 @@ def find_weights(checkpoint: str, experiment_name: str, *, offline: bool = False
     if checkpoint.startswith(PREFIX):
         return hub_folder(checkpoint, offline=offline)
     try:
-        path = Path(checkpoint).expanduser()
+        path = expanded(checkpoint)
         is_run = (path / "checkpoints").is_dir()
-    except (RuntimeError, OSError) as error:  # no home folder, a folder that may not be read, a name that is too long
+    except OSError as error:  # a folder that may not be read, a name that is too long
         raise UserError(f"{checkpoint:.200}: no such file or folder ({error!s:.200}); {ACCEPTED}") from None
     if is_run:
         found = best(path) or newest(path)

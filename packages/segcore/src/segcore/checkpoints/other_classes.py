@@ -70,6 +70,7 @@ def load_other_classes(
     `before` has, and for a tensor with a row and a column per class.
     """
     source = dataclasses.replace(config, num_classes=len(before)).build()
+    built = {name: buffer.clone() for name, buffer in source.named_buffers()}
     report = load(source)
     known = {_key(name): row for row, name in reversed([*enumerate(before)]) if name}
     rows = [known.get(_key(name)) for name in after]
@@ -80,7 +81,9 @@ def load_other_classes(
         own = new[name]
         axes = [axis for axis, (a, b) in enumerate(zip(own.shape, wider[name].shape, strict=True)) if a != b]
         if not axes:
-            own.copy_(theirs)
+            # A table that follows from the number of classes, such as DDPS's noise schedule, is that of the new number.
+            if name not in built or torch.equal(built[name].to(own), own):
+                own.copy_(theirs)
             continue
         if len(axes) > 1:
             raise UserError(f"{name} has the classes on {len(axes)} axes; start from weights of the same classes")

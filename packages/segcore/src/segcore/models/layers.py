@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segcore.environment import product_library
+from segcore.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,12 +134,25 @@ class ConvNorm(nn.Sequential):
             self.act = act
 
 
+def check_two_images(network: str, images: Tensor, norm: object) -> None:
+    """Raise UserError if `norm`, behind a global pooling, would train on one value per channel: that of one image.
+
+    SyncBatchNorm sees the images of all processes.
+    """
+    if len(images) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.training:
+        raise UserError(
+            f"{network} trains on 2 images per forward pass or more; set train.device_batch_size to 2 or more, and "
+            "train.batch_size to as many for each process"
+        )
+
+
 @torch.no_grad()
 def fused(module: M) -> M:
     """Return a copy of `module` in evaluation mode, the batch norm of every `ConvNorm` folded into its convolution."""
     copied = copy.deepcopy(module).eval()
     for part in copied.modules():
-        if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
-            part.conv = fuse_conv_bn_eval(part.conv, part.norm)
+        norm = getattr(part, "norm", None)  # none in a module that is fused already
+        if isinstance(part, ConvNorm) and isinstance(norm, nn.BatchNorm2d):
+            part.conv = fuse_conv_bn_eval(part.conv, norm)
             del part.norm
     return copied

@@ -183,7 +183,7 @@ def _places(offset: Tensor, dtype: torch.dtype, window: Sequence[int]) -> tuple[
 
 def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
     """Return the attention (B, N, M, 1, K) of logits of that shape and a bias (B, M, N, K)."""
-    return (logits if bias is None else logits + bias.transpose(1, 2).unsqueeze(3)).softmax(-1)
+    return (logits if bias is None else logits + bias.to(logits.dtype).transpose(1, 2).unsqueeze(3)).softmax(-1)
 
 
 def _shape(
