@@ -188,6 +188,37 @@ def test_the_run_of_a_folder(tmp_path, monkeypatch, here, given, run):
     assert command.run_dir.resolve() == tmp_path / run
 
 
+def test_the_run_of_a_link_to_a_checkpoint(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "runs/a/checkpoints/iter_7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "experiment.json").touch()
+    (tmp_path / "best").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for given in (tmp_path / "best", Path("../iter_7"), Path()):
+        command = Command(segcore.load_experiment("ddrnet_23_slim_toy"), given)
+        assert command.run_dir.resolve() == tmp_path / "runs/a"
+
+
+def test_values_of_several_parts_are_read_as_they_are_written():
+    exp = segcore.load_experiment("ddrnet_23_slim_toy")
+
+    def classes(text):
+        return exp.with_overrides(["data.dataset=folder", f"data.classes={text}"]).data.classes
+
+    assert classes(r"C:\data\a.csv b") == (r"C:\data\a.csv", "b")
+    assert classes("'a, b' c,d") == ("a, b", "c", "d")
+    assert classes("#ff0000=road sky") == ("#ff0000=road", "sky")
+
+
+def test_another_data_set_known_by_name_drops_what_described_the_old_one():
+    own = segcore.load_experiment("ddrnet_23_slim_from_scratch").with_overrides(
+        ["data.classes=a b", "data.val_share=0.1", "data.val_seed=3", "data.palette=ff0000 00ff00"]
+    )
+    data = own.with_overrides(["data.dataset=camvid"]).data
+    assert (data.val_share, data.val_seed, data.palette, data.classes) == (0, 0, (), ())
+    assert own.with_overrides(["data.dataset=cityscapes"]).data.val_share == 0
+
+
 def test_every_option_has_a_line_of_help():
     """tyro's help takes it from the text below the field."""
     bare = []

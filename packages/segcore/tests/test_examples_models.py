@@ -37,6 +37,7 @@ def small(tmp_path: Path) -> list[str]:
 def test_a_method_of_one_s_own_trains_is_tested_and_predicts(small, tmp_path, capsys):
     run, photos, root = tmp_path / "run", tmp_path / "data" / "images" / "val", small.index("--data.root")
     main(None, ["train", UNET, *small, "--model.width", "8", "--train.evaluate-every", "2", "--work-dir", str(run)])
+    assert "note:" not in capsys.readouterr().out, "the report has images: the file was named"
     model = ["--model.width", "8", "--evaluate.img-scale", "None"]
     data = ["--data.dataset", "folder", *small[small.index("--data.classes") : small.index("--data.crop")], *model]
     main(None, ["test", UNET, str(run), *data, *small[root : root + 2]])

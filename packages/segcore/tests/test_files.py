@@ -21,6 +21,7 @@ from segcore.checkpoints import hub
 from segcore.errors import UnreadError, UserError
 from segcore.files import (
     MAX_DEPTH,
+    expanded,
     parse_json,
     read_json,
     regular_file,
@@ -195,6 +196,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="b: is there already and not empty"), writing_folder(tmp_path / "a/b"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_home_folder_that_is_nobodys_is_a_name(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/a") == Path("/home/me/a")
+    assert expanded("~no-such-user/a") == Path("~no-such-user/a")
 
 
 @pytest.mark.skipif(not hasattr(os, "sync"), reason="Windows has no such call")

@@ -201,6 +201,15 @@ def test_classes_are_those_of_the_whole_image_in_memory(model: str, size: tuple[
             np.testing.assert_array_equal(found[entry], classes)
 
 
+def test_windows_draw_their_noise_where_it_is_configured() -> None:
+    model = TinyStepwise(5, noise=1.0).eval()
+    assert model.noise_device != "cpu"
+    blocks(
+        Predictor(model, replace(WINDOWS, noise_device="cpu"), DataConfig(classes=tuple("abcde"))), scene(size=(32, 48))
+    )
+    assert model.noise_device == "cpu"
+
+
 def test_classes_of_an_ensemble_and_of_the_mean_over_steps() -> None:
     torch.manual_seed(0)
     image, data = scene(size=(100, 230)), DataConfig(classes=tuple("abcde"))

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.cli.main import parse
-from segcore.config.record import describe
+from segcore.cli.report import Report
+from segcore.config.record import describe, settings_of
 from segcore.config.registry import load_experiment, model_configs, read_experiment
 from segcore.config.user_code import FROM_FILE, Stored, load_function
 from segcore.errors import UserError
@@ -26,7 +27,7 @@ from segcore.evaluation.evaluate import ImageFigures, Results
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.files import MAX_JSON
 from segcore.reporting import run_record, samples
-from segcore.reporting.page import Card, Group, render
+from segcore.reporting.page import Card, Group, render, view
 from segcore.reporting.report import ERRORS, PAIR, write_report
 from segcore.reporting.run_record import (
     Evaluation,
@@ -347,6 +348,24 @@ def test_a_run_without_an_evaluation_shows_the_log_of_one(folder, tmp_path):
     assert run.notes == ["evaluation.json is damaged; `test` writes it again"]
 
 
+def test_published_figures_stand_beside_their_own_data_set_alone(folder):
+    run, name = read_run(folder), "ddrnet_23_slim_cityscapes"
+    row = load_experiment(name)
+    shown = []
+    for exp in (row, row.with_overrides(["data.dataset=camvid"]), row.with_overrides(["model.num_classes=7"])):
+        record = {**run.record, "experiment": json.loads(json.dumps(settings_of(exp)))}
+        shown.append(view(replace(run, record=record), 0, "")["published"])
+    assert shown == [{"single scale": 77.8}, {}, {}]
+
+
+def test_the_confusions_of_a_single_class_are_none():
+    counts = torch.tensor([[950, 50, 0], [5, 45, 0], [0, 0, 0]])
+    found = results(**{"3": CLASSES})
+    entry = {**found.entries["3"], "IoU": torch.tensor([0.5])}
+    found = replace(found, classes=("crack",), confusion={"3": counts}, entries={"3": entry})
+    assert Evaluation.of(found, "test", 1).confusion == ()
+
+
 def test_the_page_does_not_quote_a_file_that_a_run_names_as_a_list(folder, tmp_path):
     secret = tmp_path / "passwd"
     secret.write_text("root:x:0:0\n")
@@ -376,6 +395,14 @@ def test_an_evaluation_of_many_classes_and_images_can_be_read(folder, tmp_path):
     run = read_run(tmp_path)
     assert (run.evaluation, run.notes) == (evaluation, [])
     assert read_experiment(tmp_path, "evaluation.json").evaluate == exp.evaluate
+
+
+def test_a_page_replaces_no_file_of_another_kind(folder):
+    record = folder / "experiment.json"
+    before = record.read_bytes()
+    with pytest.raises(UserError, match=r"--output .*experiment\.json: does not end in \.html"):
+        Report(runs=(folder,), output=record).run(None)
+    assert record.read_bytes() == before
 
 
 def test_what_is_no_run_is_refused(tmp_path):

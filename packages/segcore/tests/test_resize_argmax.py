@@ -92,10 +92,11 @@ def test_ties_infinities_and_other_sizes(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(form, dtype):
-    logits = torch.randn(1, 7, 9, 11).to(dtype)
+    logits = torch.randn(1, 7, 9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     classes, confidence = FORMS[form](logits, (20, 31), (20, 31), True, True)
     wanted = resized(logits.double(), (20, 31), (20, 31), True)
-    assert (classes != wanted.argmax(1)).float().mean() < 1e-3
+    chosen = wanted.gather(1, classes[:, None].long())[:, 0]
+    torch.testing.assert_close(chosen, wanted.amax(1), atol=1e-5, rtol=0)  # two may be equal to rounding
     torch.testing.assert_close(confidence, wanted.softmax(1).amax(1).float(), atol=1e-5, rtol=0)
 
 

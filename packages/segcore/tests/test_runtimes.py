@@ -23,6 +23,7 @@ from segcore.errors import UserError
 from segcore.evaluation.evaluate import evaluate
 from segcore.evaluation.predictor import Predictor
 from segcore.testing.tiny import Tiny
+from segcore.web import answers
 
 onnx = pytest.importorskip("onnx")
 for name in ("onnxscript", "onnxruntime"):
@@ -125,6 +126,12 @@ def test_a_file_that_answers_with_classes_alone(exp, files, kind):
     ):
         with pytest.raises(UserError, match=r"classes alone, without probabilities; export without --classes"):
             asked()
+
+
+def test_the_page_offers_the_files_that_there_are(files, tmp_path):
+    seg = segcore.load_model(files("classes"), device="cpu")
+    written = answers.files(answers.answer(seg, image(32, 64)), tmp_path)
+    assert [path.name for path in written] == ["mask.png", "overlay.png"]
 
 
 def test_images_as_they_are_decoded(exp, files):

@@ -224,6 +224,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in place of `~`; one of a user who is not known stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def sync(path: Path) -> None:
     """Wait until a file is on the disk, or a folder's list of names if the system supports that."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():

@@ -37,7 +37,7 @@ from segcore.evaluation.blocks import predict_blocks
 from segcore.evaluation.predictor import Predictor, early_exit_entry
 from segcore.evaluation.scores import Scores, most_probable
 from segcore.evaluation.uncertainty import predict_uncertainty
-from segcore.files import regular_file
+from segcore.files import expanded, regular_file
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import StepwiseSegmentor, require_stepwise
 from segcore.reporting.classes_file import write_classes
@@ -101,7 +101,7 @@ def load_model(
             remedy = "state the same" if of_a_file else "give this folder as CONFIG, without other values"
             raise UserError(f"{path}: was trained with {then}; {remedy}") from None
         raise
-    of_a_run = path.is_dir() and path.parent.name == "checkpoints" and path != Path(weights).expanduser()
+    of_a_run = path.is_dir() and path.parent.name == "checkpoints" and path != expanded(weights)
     notes = differs.notes(path) + slow_precision(precision_of(exp), target)
     fused = model.fuse().eval().to(target)
     predictor = Predictor.of(fused, exp, others)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from segcore.checkpoints.load import load_init
 from segcore.config.registry import load_experiment
 from segcore.config.schema import Experiment, LossConfig, OptimizerConfig, ParamRule
-from segcore.data.labels import IGNORE
+from segcore.data.labels import IGNORE, ignored_label
 from segcore.data.layouts import palette_of
 from segcore.errors import UserError
 from segcore.seeds import file_seed, window_seed
@@ -349,7 +349,8 @@ def _preprocessor(exp: Experiment) -> nn.Module:
     """Return 1.x's normalization, of images that it reads as BGR, and padding to the crop, as in the experiment."""
     data = exp.data
     settings = {"mean": data.mean, "std": data.std, "bgr_to_rgb": data.channels == 3, "size": data.crop}
-    return MODELS.build({"type": "SegDataPreProcessor", "pad_val": 0, "seg_pad_val": IGNORE, **settings})
+    ignored = ignored_label(exp.model.num_classes)
+    return MODELS.build({"type": "SegDataPreProcessor", "pad_val": 0, "seg_pad_val": ignored, **settings})
 
 
 def _kinds(net: nn.Module) -> dict[str, tuple[type, bool]]:

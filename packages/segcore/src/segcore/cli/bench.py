@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from segcore import files
-from segcore.cli.common import PROVIDER, Command
+from segcore.cli.common import PROVIDER, Command, check_file
 from segcore.config.options import Flag
 from segcore.errors import UsageError, UserError
 
@@ -62,6 +62,7 @@ class Bench(Command):
         if (self.exported or self.runtimes) and any(given.values()):
             option = next(name for name in given if given[name])
             raise UserError(f"--{option} is for models in PyTorch; leave it out for exported ones and --runtimes")
+        check_file("json", self.json, ".json")
         exp = self.experiment
         sizes = tuple(bench.parse_size(size) for size in self.sizes) or (exp.data.crop,)
         settings = bench.Settings(

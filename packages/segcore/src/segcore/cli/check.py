@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from segcore import files
-from segcore.cli.common import Command
+from segcore.cli.common import Command, check_file
 from segcore.errors import UserError
 
 
@@ -28,6 +28,7 @@ class Check(Command):
         from segcore.data.layouts import source_of
 
         exp = self.experiment
+        check_file("json", self.json, ".json")
         if self.save_images and self.save_images.exists() and not self.save_images.is_dir():
             raise UserError(f"--save-images {self.save_images}: is a file; name a folder")
         both: tuple[Literal["train", "val"], ...] = ("train", "val")

@@ -53,7 +53,9 @@ class Command:
         """The run that CONFIG is or, as a checkpoint, belongs to; by default runs/<configuration>."""
         if not (self.folder and self.of_run):
             return Path("runs") / self.experiment.name
-        folder = self.folder if len(self.folder.parts) > 2 else self.folder.absolute()  # `iter_7` has no parents yet
+        folder = self.folder
+        if folder.parent.name != "checkpoints":  # but what it leads to may be: `iter_7`, or a link
+            folder = Path(os.path.realpath(folder))
         return folder.parent.parent if folder.parent.name == "checkpoints" else self.folder
 
 
@@ -121,8 +123,7 @@ def complete_toy_set(command: Command) -> None:
 
 def is_row(exp: Experiment) -> bool:
     """Return whether the model and the dataset are those of the published row whose name `exp` has."""
-    from segcore.config.registry import experiments
+    from segcore.config import registry
+    from segcore.config.record import settings_of
 
-    build = experiments().get(exp.name.replace("-", "_"))
-    row = build() if build else None
-    return row is not None and (exp.model, exp.data.dataset) == (row.model, row.data.dataset)
+    return registry.is_row(exp.name, settings_of(exp))

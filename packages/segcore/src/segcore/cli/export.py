@@ -21,7 +21,7 @@ class Export(Command):
     output: Path = field(kw_only=True)
     """The file to write; its ending says which kind."""
     size: str | None = None
-    """Size of the images, HEIGHTxWIDTH; evaluate.img_scale if not given."""
+    """Size of the images, HEIGHTxWIDTH; if not given, evaluate.img_scale, or evaluate.crop where the mode is slide."""
     batch: int = 1
     """Images per call."""
     dynamic: Flag = False
@@ -44,7 +44,8 @@ class Export(Command):
         from segcore.progress import progress
 
         exp = self.experiment
-        size = (exp.evaluate.img_scale or exp.data.crop[::-1])[::-1]
+        whole = exp.evaluate.img_scale[::-1] if exp.evaluate.img_scale else exp.data.crop
+        size = exp.evaluate.crop if exp.evaluate.mode == "slide" else whole
         height, width = parse_size(self.size, "--size") if self.size else size
         settings = export.Settings(height, width, self.batch, self.dynamic, self.classes, self.normalize)
         if self.calibrate and not self.int8:

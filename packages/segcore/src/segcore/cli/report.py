@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from segcore.cli.common import check_file
 from segcore.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -32,22 +33,26 @@ class Report:
     def run(self, package: str | None) -> None:
         if len({folder.resolve() for folder in self.runs}) < len(self.runs):
             raise UsageError(f"{' '.join(map(str, self.runs))}: a run is named twice; name different ones")
+        check_file("output", self.output, ".html")
         name = NAME if len(self.runs) == 1 else "comparison.html"
         report(self.runs, self.output or self.runs[0] / name, self.device)
 
 
-def report(folders: Sequence[Path], path: Path, device: str) -> None:
-    """Write the page of runs to `path` and print where it is, and what it lacks."""
+def report(folders: Sequence[Path], path: Path, device: str, exp: Experiment | None = None) -> None:
+    """Write the page of runs to `path` and print where it is, and what it lacks.
+
+    `exp` is the experiment of a run that has just been trained; by default it is read, without code of the user's.
+    """
     from segcore.reporting.report import write_report
     from segcore.reporting.run_record import read_run
 
     runs = [read_run(folder) for folder in folders]
-    for note in write_report(path, runs, [partial(load, run, device) for run in runs]):
+    for note in write_report(path, runs, [partial(load, run, device, exp) for run in runs]):
         print(f"note: {note}")
     print(f"{path}: open it in a browser")
 
 
-def load(run: Run, device: str) -> tuple[Predictor, Experiment]:
+def load(run: Run, device: str, exp: Experiment | None) -> tuple[Predictor, Experiment]:
     """Return the predictor of the checkpoint that a run's stored evaluation is of, and the settings of that one."""
     from segcore.checkpoints.run_checkpoint import folder_of
     from segcore.config.registry import read_experiment
@@ -59,5 +64,5 @@ def load(run: Run, device: str) -> tuple[Predictor, Experiment]:
     checkpoint = folder_of(run.folder, run.evaluation.iteration or 0)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}, which was evaluated, is not there any more; `test` takes the best one")
-    exp = read_experiment(run.folder, EVALUATION)
+    exp = exp or read_experiment(run.folder, EVALUATION)
     return load_model(exp, checkpoint, device=device, offline=True).predictor, exp

@@ -149,7 +149,7 @@ class Test(Parallel):
         exp, iteration = replace(self.experiment, evaluate=predictor.evaluate), None
         if self.folder and not self.exported:
             checkpoint = find_weights(self.folder.as_posix(), exp.name, offline=self.offline)
-            match = re.fullmatch(r"iter_(\d+)", checkpoint.name)
+            match = re.fullmatch(r"iter_(\d+)", checkpoint.resolve().name)
             iteration = int(match[1]) if match else None
         evaluation = Evaluation.of(results, "test", iteration)
         of_a_run = self.of_run and (self.run_dir / "experiment.json").is_file()

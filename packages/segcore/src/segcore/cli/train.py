@@ -61,7 +61,7 @@ class Train(Parallel):
     def _report(self, work_dir: Path) -> None:
         from segcore.training.trackers import send_report
 
-        report.report([work_dir], work_dir / report.NAME, self.device)
+        report.report([work_dir], work_dir / report.NAME, self.device, self.experiment)
         send_report(self.experiment, work_dir, work_dir / report.NAME)
 
 

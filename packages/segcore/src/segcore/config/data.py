@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from segcore.config.data_sets import FOLDER, LayoutName, check_also
+from segcore.config.data_sets import OF_FILES, LayoutName, check_also
 from segcore.config.fields import INPUT, MOST_CHANNELS, Section, setting
 from segcore.config.label_rows import check_classes, read_rows
 from segcore.config.user_code import check_reference
@@ -22,8 +22,6 @@ _CHECK = ("check",)
 """The command that draws the crops of training."""
 
 
-OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
-"""Settings that describe a folder's files and what the masks mean."""
 WITHOUT_FILES = ("cityscapes", "ade20k", "toy")
 """Data sets that read none of these."""
 

@@ -36,6 +36,8 @@ LayoutName = Literal[
 """What `data.dataset` names: the layouts that have a module of their own, then the rows of `DATA_SETS`."""
 FOLDER = ("train_images", "train_masks", "train_list", "val_images", "val_masks", "val_list")
 """Settings of `folder` that say which files belong to a split."""
+OF_FILES = (*FOLDER, "val_share", "classes", "labels", "unlisted")
+"""Settings that describe a folder's files and what the masks mean."""
 CLASS_FILES = Path(__file__).parents[1] / "data/layouts"
 MMSEG = "open-mmlab/mmsegmentation 1.2.2"
 VOC = "http://host.robots.ox.ac.uk/pascal/VOC/"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from segcore.config.data_sets import DATA_SETS, FOLDER, class_count
+from segcore.config.data_sets import DATA_SETS, OF_FILES, class_count
 from segcore.config.user_code import Stored, is_reference
 from segcore.errors import UserError
-from segcore.files import regular_file
+from segcore.files import expanded, regular_file
 
 if TYPE_CHECKING:
     from segcore.config.schema import Experiment
@@ -46,7 +45,7 @@ def read_rows(labels: Sequence[str]) -> tuple[str, ...]:
         return tuple(labels)
     if isinstance(labels[0], Stored):
         raise UserError(f"data.labels is {labels[0]!r}; stored settings hold rows value=name, and name no file")
-    path, rows = Path(labels[0]).expanduser(), list[str]()
+    path, rows = expanded(labels[0]), list[str]()
     try:
         regular_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -100,14 +99,14 @@ def check_classes(classes: Sequence[str], labels: Sequence[str]) -> None:
 def with_class_count(exp: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return changed settings by dotted name, completed: the number of classes follows from labels or the data set.
 
-    A data set known by name, if it is a new one, also drops the patterns, lists, classes and labels of the old one.
+    A data set known by name, if it is a new one, also drops what describes the files and colors of the old one.
     """
     names = ("dataset", "add_background_class", "classes", "labels")
     new = {name: values.get(f"data.{name}", getattr(exp.data, name)) for name in names}
     dataset, reset = new["dataset"], dict[str, Any]()
     known = class_count(dataset)
     if known and dataset != exp.data.dataset:
-        reset = {f"data.{name}": getattr(type(exp.data), name) for name in (*FOLDER, "classes", "labels")}
+        reset = {f"data.{name}": getattr(type(exp.data), name) for name in (*OF_FILES, "val_seed", "palette")}
         new |= {name: values.get(f"data.{name}", ()) for name in ("classes", "labels")}
     read = dataset == "folder" or dataset in DATA_SETS or is_reference(dataset)
     if not reset and not (read and {"data.classes", "data.labels"} & set(values)):

@@ -175,7 +175,10 @@ def _parts(name: str, value: str, kind: Any) -> list[str]:
     if _count(kind) == 1:
         return [value]
     try:
-        return shlex.split(value.replace(",", " "))
+        words = shlex.shlex(value, posix=True)
+        words.whitespace, words.whitespace_split = ", \t\r\n", True
+        words.escape = words.commenters = ""  # Windows writes paths with \\, and colors begin with #
+        return list(words)
     except ValueError as error:
         raise UsageError(f"{name} cannot be read from {value!r}: {str(error).lower()}") from None
 

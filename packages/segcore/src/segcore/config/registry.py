@@ -7,21 +7,22 @@ import importlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-from segcore.config.data import OF_FILES, WITHOUT_FILES
+from segcore.config.data import WITHOUT_FILES
+from segcore.config.data_sets import OF_FILES
 from segcore.config.exported import read_exported
 from segcore.config.options import nearest
-from segcore.config.record import SETTINGS, VersionError, from_plain, record_of
+from segcore.config.record import SETTINGS, VersionError, from_plain, record_of, settings_of
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.config.user_code import FROM_FILE, cannot_run, find_function
 from segcore.errors import UserError
-from segcore.files import MAX_RECORD, read_json
+from segcore.files import MAX_RECORD, expanded, read_json
 
 
 def experiments(package: str | None = None) -> dict[str, Callable[[], Experiment]]:
@@ -45,6 +46,18 @@ def published(name: str) -> Published | None:
             found = stored_json(point.value, "verified.json").get(_key(name))
             return replace(rows[_key(name)], sha256=found["sha256"]) if found else rows[_key(name)]
     return None
+
+
+def is_row(name: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether the model and the data set in `settings_of` an experiment are those of the configuration `name`.
+
+    Options change them and keep the name; published figures are those of the row as it is.
+    """
+    build = experiments().get(_key(name))
+    if build is None:
+        return False
+    row = settings_of(build())
+    return bool(settings["model"] == row["model"] and settings["data"]["dataset"] == row["data"]["dataset"])
 
 
 def stored_json(package: str, name: str) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def load_experiment(config: str | Path, package: str | None = None) -> Experimen
 
 def find_experiment(config: str | Path, package: str | None = None) -> tuple[Experiment, Path | None]:
     """Return what `load_experiment` does, and `config` if it is a run's or checkpoint's folder or an exported file."""
-    known, name, path = experiments(package), str(config), Path(config).expanduser()
+    known, name, path = experiments(package), str(config), expanded(config)
     stem, is_file, function = name.rpartition(".py")
     if _key(name) in known:
         return known[_key(name)](), None

@@ -71,7 +71,8 @@ class ExportedModel(Segmentor):
         except Exception as error:  # the runtimes raise arbitrary exceptions
             raise UserError(f"{self.path}: {self.title} failed ({_first(error)})") from None
         classes = self.about.output == "classes"
-        if found.shape != self.about.output_shape(images.shape) or (classes and found.max() >= self.num_classes):
+        fits = found.shape == self.about.output_shape(images.shape)
+        if not fits or (classes and not 0 <= found.min() <= found.max() < self.num_classes):
             raise UserError(f"{self.path}: its answer is not what its description says; export the run again")
         return found
 

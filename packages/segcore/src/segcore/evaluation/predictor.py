@@ -200,6 +200,8 @@ class Predictor:
 
         The model's is by default the run with the steps of `evaluate.steps`; those of the ensemble have one entry.
         """
+        for each in (self.model, *self.ensemble):  # which may belong to other predictors, too
+            set_noise_device(each, self.evaluate.noise_device)
         own = network or partial(answers_of, self.model, self.evaluate.steps)
         nets = (own, *(partial(_final, other) for other in self.ensemble))
         return [(partial(self._run, net), x) for net, x in zip(nets, (self.model, *self.ensemble), strict=True)]
@@ -221,8 +223,6 @@ class Predictor:
         self, images: Sequence[np.ndarray], seeds: Sequence[int], network: Network | None
     ) -> Iterator[tuple[str, Scores]]:
         """Yield the step entries of N images of one size."""
-        for each in (self.model, *self.ensemble):  # which may belong to other predictors, too
-            set_noise_device(each, self.evaluate.noise_device)
         (own, model), *others = self.networks(network)
         entries = self._over_views(own, model, images, seeds)
         if others:

@@ -66,7 +66,7 @@ def _class_rows(dataset: Dataset, data: DataConfig, seed: int) -> Iterator[np.nd
     known = [k for k in range(len(dataset.classes)) if images[k] and k != dataset.ignore_index]
     for k in sorted(known, key=lambda k: pixels[k]):
         panels, captions = list[np.ndarray](), list[str]()
-        share = f"{100 * pixels[k] / pixels.sum():.2g} % of the pixels"
+        share = f"{100 * pixels[k] / pixels.sum():.3g} % of the pixels"
         about = f"{dataset.classes[k]}: {share}, in {len(images[k])} of {len(dataset)} images"
         drawn = RandomState(augmentation_seed(seed, 0, COLUMNS * k)).permutation(images[k])[:COLUMNS]
         for column, index in enumerate(drawn.tolist()):

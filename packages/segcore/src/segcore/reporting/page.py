@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from segcore.config.registry import program, published
+from segcore.config.registry import is_row, program, published
 from segcore.reporting.charts import Line, Panel, calibration_svg, panels_svg
 from segcore.reporting.figures import colormap, step_title
 from segcore.reporting.run_record import Evaluation, Run, confusions, different_settings, normalized, not_neutral
@@ -127,7 +127,7 @@ def view(run: Run, number: int, label: str) -> dict[str, Any]:
     """Return what the template shows of a run on its own."""
     found, settings, versions = run.evaluation, run.record["experiment"], run.record.get("versions")
     best = max(run.val, key=lambda record: record["mIoU"], default=None)
-    row = published(run.name)
+    row = published(run.name) if is_row(run.name, settings) else None
     return {
         "name": run.name,
         "label": label,

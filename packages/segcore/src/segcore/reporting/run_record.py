@@ -23,7 +23,7 @@ from segcore.config.registry import method_packages, model_configs
 from segcore.config.schema import Experiment, ModelConfig
 from segcore.config.user_code import FROM_FILE
 from segcore.data.layouts import palette_of
-from segcore.errors import UserError
+from segcore.errors import UnreadError, UserError
 from segcore.evaluation.evaluate import Results
 from segcore.files import MAX_RECORD, parse_json, read_json, reading, regular_file, write
 from segcore.reporting.tables import MAX_CONFUSION
@@ -107,7 +107,8 @@ class Evaluation(Stored):
     def of(cls, results: Results, command: Literal["train", "test"], iteration: int | None) -> Evaluation:
         """Return what is stored of `results`."""
         main, bins = results.final_step, results.calibration
-        matrix = results.confusion.get(main) if len(results.classes) <= MAX_CONFUSION else None
+        # With a single class, the rows of the matrix are the labels 0 and 1, not classes.
+        matrix = results.confusion.get(main) if 1 < len(results.classes) <= MAX_CONFUSION else None
         return cls(
             command,
             iteration,
@@ -219,6 +220,9 @@ def read_run(folder: Path) -> Run:
         stored = read_json(folder / EVALUATION, MAX_RECORD)
         evaluation, evaluated = _evaluation(stored["evaluation"]), stored.get("experiment")
     except FileNotFoundError:
+        evaluation = _of_log(val)
+    except UnreadError as error:
+        notes.append(str(error))
         evaluation = _of_log(val)
     except (ValueError, KeyError, TypeError):
         notes.append(f"{EVALUATION} is damaged; `test` writes it again")

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from segcore.data.labels import ignored_label
+from segcore.deploy.runtimes import ClassPredictor
 from segcore.inference import LoadedModel, as_array
 from segcore.models.stepwise import StepwiseSegmentor
 from segcore.reporting import figures
@@ -173,9 +174,10 @@ def drawn_start(layer: np.ndarray, found: Answer) -> np.ndarray:
 def files(found: Answer, folder: Path) -> list[Path]:
     """Write mask, overlay and probabilities of the answer into `folder`, see `Result.write`; return the files.
 
-    There are no probabilities for an answer that started from a given map.
+    There are no probabilities for an answer that started from a given map, nor of a file that answers with classes.
     """
+    without = found.started or isinstance(found.result.loaded.predictor, ClassPredictor)
     mask, overlay, probabilities = (folder / name for name in ("mask.png", "overlay.png", "probabilities.npz"))
     with number_of_steps(found.result.loaded, found.count):
-        found.result.write(mask, overlay, None, None if found.started else probabilities)
+        found.result.write(mask, overlay, None, None if without else probabilities)
     return [path for path in (mask, overlay, probabilities) if path.exists()]

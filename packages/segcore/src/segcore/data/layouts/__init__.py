@@ -21,6 +21,7 @@ from segcore.data.layouts import ade20k, cityscapes, folder, own, sets, toy
 from segcore.data.layouts.also import join
 from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
+from segcore.files import expanded
 
 Split = Literal["train", "val", "test"]
 
@@ -105,7 +106,7 @@ def find_files(data: DataConfig, split: Split, cache: Path | None = None) -> Dat
 def _plain(data: DataConfig, name: str, folder: str) -> DataConfig:
     """Return the settings that open the whole set `name` in a folder, with images as those of `data`."""
     kept = ("channels", "bit_depth", "mean", "std", "max_pixels", "tile", "photometric")
-    return DataConfig(name, Path(folder).expanduser(), **{key: getattr(data, key) for key in kept})
+    return DataConfig(name, expanded(folder), **{key: getattr(data, key) for key in kept})
 
 
 def tiles(samples: Iterable[Sample], side: int) -> Iterator[Sample]:

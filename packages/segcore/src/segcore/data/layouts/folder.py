@@ -25,6 +25,7 @@ from segcore.data.images import IMAGE_SUFFIXES
 from segcore.data.labels import FORBIDDEN, distinct_colors, ignored_label, label_lut
 from segcore.data.layouts.files import fixed_part, glob_files, pair_files
 from segcore.errors import UserError
+from segcore.files import expanded
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif"), (".jpg", ".jpeg")
 """Suffixes of masks: lossless formats, else JPEG, whose values are refused where it has changed them."""
@@ -108,7 +109,7 @@ def _with_table(dataset: Dataset, data: DataConfig, unlisted: int) -> Dataset:
 
 def _lines_of(path: Path, root: Path) -> list[str]:
     """Return the lines of a list, which may lie below `root`."""
-    path = path.expanduser()
+    path = expanded(path)
     for place in (path, root / path):
         try:
             return [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
