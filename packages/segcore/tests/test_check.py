@@ -221,8 +221,8 @@ def test_pages_show_the_rarest_classes_first(data: DataConfig, tmp_path: Path, m
     data = replace(data, crop=(8, 8), flip=0.5, img_scale=(30, 20), ratio_range=(0.5, 2.0))
     [page] = crops.write_crop_pages(tmp_path / "pages", open_dataset(data, "train"), data, seed=0)
     assert [name for name in captions if ":" in name] == [
-        "sea: 12 % of the pixels, in 1 of 7 images",
-        "land: 85 % of the pixels, in 6 of 7 images",
+        "sea: 11.5 % of the pixels, in 1 of 7 images",
+        "land: 84.6 % of the pixels, in 6 of 7 images",
     ]
     assert captions[1] == "0"
     assert "3" not in captions
