@@ -299,7 +299,7 @@ def test_nan_in_one_of_two_processes_is_skipped_by_both(root: Path, tmp_path: Pa
             "memory:1:0",
             "error: out of GPU memory in the evaluation: lower evaluate.batch_size (1), or",
         ),
-        ("log:0:13", "log.jsonl: cannot be written (Is a directory)"),
+        pytest.param("log:0:13", "log.jsonl: cannot be written (Is a directory)", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_one_process_costs_no_progress(root: Path, tmp_path: Path, fault: str, words: str) -> None:
