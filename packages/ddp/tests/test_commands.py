@@ -236,6 +236,7 @@ def test_configs_writes_a_file_that_builds_the_same(tmp_path):
     main("ddp_seg", ["configs", name, "--write", str(tmp_path / "my.py")])
     assert load_experiment(f"{tmp_path / 'my.py'}:experiment") == load_experiment(name)
     assert "exists already" in refused("ddp_seg", "configs", name, "--write", tmp_path / "my.py")
+    assert "--json prints" in refused("ddp_seg", "configs", name, "--json", "--write", tmp_path / "b.py")
 
 
 def test_wrong_configuration_names(tmp_path):

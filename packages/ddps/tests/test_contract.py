@@ -162,6 +162,16 @@ def test_float64_and_half_precision():
     assert model.double()(contract.images(1).double()).dtype == torch.float64
 
 
+def test_the_loss_of_half_precision_resizes_in_float32(monkeypatch):
+    model = build("single-step").train()
+    logits = torch.randn(1, model.num_classes, 16, 24).bfloat16()
+    monkeypatch.setattr(model, "denoise", lambda *_: logits)
+    labels = torch.randint(model.num_classes, (1, 64, 96))
+    found = model.losses(contract.images(1), labels)["loss"]
+    monkeypatch.setattr(model, "denoise", lambda *_: logits.float())
+    assert torch.equal(found, model.losses(contract.images(1), labels)["loss"])
+
+
 @pytest.mark.parametrize("wrong", [{"width": 20}, {"num_train_timesteps": 1}, {"num_inference_steps": 0},
                                    {"multipliers": ()}, {"condition_dropout": 1.0}])  # fmt: skip
 def test_wrong_settings_are_refused(wrong):

@@ -1,5 +1,6 @@
 """The page to play with, with a model that shows all of it: steps, uncertainty and a start mask drawn by hand."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import segcore
+from segcore.evaluation.predictor import Predictor
 from segcore.web import answers
 
 NAME = "ddps_segformer_b0_toy"
@@ -43,6 +45,16 @@ def test_the_answer_is_that_of_the_model(seg, photo):
     assert list(found.steps) == list(seg.steps(photo))
     assert found.uncertainty is None
     assert "96 x 64 pixels, 3 denoising steps" in found.report
+
+
+@pytest.mark.parametrize("settings", [{"ensemble_steps": True}, {"early_exit_threshold": 0.5}])
+def test_the_answer_is_the_configured_one(seg, photo, settings):
+    exp = seg.experiment
+    exp = dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, **settings))
+    seg = dataclasses.replace(seg, experiment=exp, predictor=Predictor.of(seg.model, exp))
+    found = answers.answer(seg, photo)
+    np.testing.assert_array_equal(found.result.classes, seg(photo).classes)
+    assert len(found.steps) == 3
 
 
 def test_seed_number_of_steps_and_uncertainty_are_those_asked_for(seg, photo):

@@ -222,6 +222,7 @@ def test_legend_and_contours_are_in_the_overlay_only(predict):
         ("out.tif", {"contours": True}, "--legend and --contours, give a folder"),
         ("out", {"zip": Path("a.png")}, r"--zip a\.png: does not end in \.zip; name a file that does"),
         ("out", {"zip": Path("in.zip"), "checkpoint": "in.zip"}, "would overwrite what this command reads"),
+        ("out", {"frames": 3}, "--frames is for videos and cameras; leave it out"),
         ("out", {"input": Path("a.mp4"), "confidence": True}, "--confidence, --probabilities, .* not for videos"),
         ("out", {"input": Path("a.mp4"), "probabilities": True}, "--confidence, --probabilities, .* not for videos"),
     ],

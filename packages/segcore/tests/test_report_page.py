@@ -21,7 +21,7 @@ from segcore.cli.report import Report
 from segcore.config.record import describe, settings_of
 from segcore.config.registry import load_experiment, model_configs, read_experiment
 from segcore.config.user_code import FROM_FILE, Stored, load_function
-from segcore.errors import UserError
+from segcore.errors import UnnamedFileError, UserError
 from segcore.evaluation.calibration import Calibration
 from segcore.evaluation.evaluate import ImageFigures, Results
 from segcore.evaluation.metrics import ConfusionMatrix
@@ -378,6 +378,19 @@ def test_the_page_does_not_quote_a_file_that_a_run_names_as_a_list(folder, tmp_p
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "root:x" not in page
     assert "Without images: the validation images cannot be opened" in page
+
+
+def test_a_file_of_the_users_own_is_asked_for_where_it_can_be_named(folder, tmp_path):
+    """`report` takes no such file, so that the remedies of other commands would lead nowhere."""
+    data = replace(EXP.data, dataset=Stored("own.py:open_split"))
+
+    def unnamed():
+        raise UnnamedFileError("write `own.py:FUNCTION` instead")
+
+    for load in (unnamed, lambda: (None, replace(EXP, data=data))):
+        [said] = write_report(tmp_path / "report.html", [read_run(folder)], [load])
+        assert said == "Without images: a file of your own defines the model or the data set; `test` with it adds them"
+        assert "a file of your own defines" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_evaluation_of_many_classes_and_images_can_be_read(folder, tmp_path):

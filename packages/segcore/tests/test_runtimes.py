@@ -275,6 +275,7 @@ def test_commands(exp, files, tmp_path, capsys):
     for option in ("--device=cuda", "--compile=both", "--channels-last=yes", "--steps=2"):
         assert f"{option.partition('=')[0]} is for models in PyTorch" in refused(capsys, "bench", path, option)
     assert "--batches 1 4: " in refused(capsys, "bench", path, "--batches", 1, 4)
+    assert "--dtypes bf16: ONNX Runtime computes as the file says" in refused(capsys, "bench", path, "--dtypes", "bf16")
     classes = files("classes")
     main(None, ["test", str(classes), "--device=cpu"])
     assert "note: Without images: " in capsys.readouterr().out
@@ -282,6 +283,23 @@ def test_commands(exp, files, tmp_path, capsys):
         said = refused(capsys, "predict", classes, photos, tmp_path / "classes", option, "--device=cpu")
         assert "without probabilities; export without --classes" in said
         assert not (tmp_path / "classes").exists()
+
+
+def test_classes_of_a_function_are_in_the_file(exp, tmp_path):
+    own, path = tmp_path / "own.py", tmp_path / "own.onnx"
+    own.write_text(
+        "import numpy as np\nfrom segcore.data.pairs import from_pairs\n"
+        "def open_split(data, split):\n"
+        "    pair = np.zeros((32, 64, 3), np.uint8), np.zeros((32, 64), int)\n"
+        "    return from_pairs([pair], [f'class {i}' for i in range(19)], [(i, 0, 0) for i in range(19)])\n"
+    )
+    exp = replace(exp, data=replace(exp.data, dataset=f"{own}:open_split"))
+    export.export(exp.model.build(), exp, path, export.Settings(32, 64))
+    own.unlink()
+    seg = segcore.load_model(path, device="cpu")
+    assert seg.class_names == tuple(f"class {i}" for i in range(19))
+    assert seg.palette[:, 0].tolist() == list(range(19))
+    assert seg(image(32, 64)).classes.shape == (32, 64)
 
 
 def edited(path, to, change):

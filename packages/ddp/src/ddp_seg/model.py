@@ -17,20 +17,19 @@ from ddp_seg.decoder import MapDecoder, TimeEmbedding, make_grid
 from ddp_seg.diffusion import Schedule, add_noise, ddim_step, ddpm_step, log_snr, noise_at, time_pairs
 from ddp_seg.official import RULES
 from segcore.config.schema import LossConfig
-from segcore.models.backbones import build_backbone
+from segcore.models.backbones import BackboneSegmentor, build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.key_map import rename
 from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device, use_fast_products
 from segcore.models.losses import segmentation_loss
 from segcore.models.noise import draw
-from segcore.models.segmentor import LoadReport
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, last
 
 AUXILIARY_WEIGHT = 0.4
 Sampler = Literal["ddim", "ddpm"]
 
 
-class DDP(StepwiseSegmentor):
+class DDP(BackboneSegmentor, StepwiseSegmentor):
     """DDP and self-aligned DDP; strides, shapes and names as in the paper's section 3.
 
     The arguments are the fields of `ddp_seg.configs.DDPConfig`, which documents them.
@@ -260,15 +259,5 @@ class DDP(StepwiseSegmentor):
 
     # Weights
 
-    def key_map(self) -> dict[str, str]:
-        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
-        return {name: backbone.get(name) or rename(name, RULES) for name in self.state_dict()}
-
-    def convert(self, name: str, tensor: Tensor) -> Tensor:
-        if name.startswith("backbone."):
-            return self.backbone.convert(name.removeprefix("backbone."), tensor)
-        return tensor
-
-    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
-        return self.backbone.load_pretrained(state)
+    def published_name(self, name: str) -> str:
+        return rename(name, RULES)

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from ddps_seg import backbones, heads
 from ddps_seg.official import from_hugging_face
 from segcore.config.schema import LossConfig
+from segcore.models.backbones import BackboneSegmentor
 from segcore.models.heads import FCNHead
 from segcore.models.key_map import AUXILIARY_HEAD, rename
 from segcore.models.layers import check_two_images, use_fast_products
 from segcore.models.losses import segmentation_loss
-from segcore.models.segmentor import LoadReport, Segmentor
+from segcore.models.segmentor import LoadReport
 
 AUXILIARY_WEIGHT = 0.4
 
 
-class EncoderSegmentor(Segmentor):
+class EncoderSegmentor(BackboneSegmentor):
     """Shared parts of base models and DDPS: backbone and condition head."""
 
     def __init__(
@@ -52,23 +53,9 @@ class EncoderSegmentor(Segmentor):
         convs = [part for part in self.head.modules() if isinstance(part, heads.ConvBNReLU)]
         return [*self.backbone.recomputed_blocks(), *convs]
 
-    def key_map(self) -> dict[str, str]:
-        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
-        return {name: backbone.get(name) or self.published_name(name) for name in self.state_dict()}
-
-    def convert(self, name: str, tensor: Tensor) -> Tensor:
-        if name.startswith("backbone."):
-            return self.backbone.convert(name.removeprefix("backbone."), tensor)
-        return tensor
-
     def published_name(self, name: str) -> str:
-        """Return the published name of an entry outside the backbone."""
         part, _, rest = name.partition(".")
         return f"decode_head.{rename(rest, heads.RULES)}" if part == "head" else rename(name, RULES)
-
-    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
-        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
-        return self.backbone.load_pretrained(state)
 
     def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, LoadReport]:
         """Load the backbone; it may have HuggingFace's names. See `Segmentor`."""

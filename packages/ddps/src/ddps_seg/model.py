@@ -292,7 +292,11 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             timesteps = draws["timesteps"]
             first = self._first_prediction(condition, labels, drawn["timesteps"], draws["masks"])
             mask = q_pred(first, self.num_train_timesteps - 1 - timesteps, self.schedule, draws["uniforms"])
-        logits = self.resize_to_input(self.denoise(condition, mask, timesteps), images.shape[-2:])
+        logits = self.denoise(condition, mask, timesteps)
+        logits = logits.to(
+            torch.promote_types(logits.dtype, torch.float32)
+        )  # as the loss, which finds nothing to resize
+        logits = self.resize_to_input(logits, images.shape[-2:])
         total, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
         return {"loss": total, "decode.loss_ce": total, "decode.acc_seg": accuracy}
 

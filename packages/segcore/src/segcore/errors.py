@@ -15,6 +15,10 @@ class UnreadError(UserError):
     """A file could not be read, by this version or at the moment; unlike a damaged one it may be intact."""
 
 
+class UnnamedFileError(UserError):
+    """What is stored needs a file of the user's, which is imported only where the user names it."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or a signal, whose number this holds, stops the run; raised where its state is consistent."""
 

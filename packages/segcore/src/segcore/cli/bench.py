@@ -101,6 +101,11 @@ class Bench(Command):
                 f"--batches {' '.join(map(str, self.batches))}: {self.folder} takes {about.batch} per call; leave it "
                 "out, or export with --dynamic"
             )
+        if (self.provider or "").lower() != "openvino" and self.dtypes != ("fp32",):
+            raise UserError(
+                f"--dtypes {' '.join(self.dtypes)}: ONNX Runtime computes as the file says; leave it out, or add "
+                "--provider openvino"
+            )
         batches = settings.batches if about.dynamic else (about.batch,)
         for (height, width), batch, dtype in itertools.product(sizes, batches, settings.dtypes):
             shape = batch, exp.data.channels, height, width

@@ -47,6 +47,8 @@ class ShowConfig(Configs):
     experiment: Experiment = dataclasses.field(kw_only=True)
 
     def run(self, package: str | None) -> None:
+        if self.json and self.write:
+            raise UserError(f"--json prints, and --write {self.write} writes a Python file; leave one of them out")
         if self.json:
             print(json.dumps(settings_of(self.experiment), indent=1))
         elif self.write is None:

@@ -34,8 +34,8 @@ class Export(Command):
     """ONNX only: compute in 8-bit integers; the mIoU on the validation set is compared before the file is written."""
     calibrate: Path | None = None
     """With --int8: folder of images whose maps set the ranges of the integers; by default the training images."""
-    max_drop: float = 1.0
-    """With --int8: points of mIoU that may be lost; beyond, nothing is written."""
+    max_drop: float | None = None
+    """With --int8: points of mIoU that may be lost, by default 1; beyond, nothing is written."""
 
     def run(self, package: str | None) -> None:
         from segcore.data.layouts import open_dataset
@@ -48,14 +48,15 @@ class Export(Command):
         size = exp.evaluate.crop if exp.evaluate.mode == "slide" else whole
         height, width = parse_size(self.size, "--size") if self.size else size
         settings = export.Settings(height, width, self.batch, self.dynamic, self.classes, self.normalize)
-        if self.calibrate and not self.int8:
-            raise UserError(f"--calibrate {self.calibrate} is for --int8; add it, or leave this out")
+        for option, value in (("calibrate", self.calibrate), ("max-drop", self.max_drop)):
+            if value is not None and not self.int8:
+                raise UserError(f"--{option} {value} is for --int8; add it, or leave this out")
         export.check_output(self.output, int8=self.int8)
         model = load(self, self.checkpoint, device="cpu").model
         if self.int8:
             complete_toy_set(self)
             images, dataset = quantize.calibration_images(exp.data, self.calibrate), open_dataset(exp.data, "val")
-            how: dict[str, Any] = {"max_drop": self.max_drop}
+            how: dict[str, Any] = {} if self.max_drop is None else {"max_drop": self.max_drop}
             with progress("evaluating") as how["on_progress"]:
                 checks, loss = quantize.export_int8(model, exp, self.output, settings, images, dataset, **how)
             print(*checks, loss, sep="\n")

@@ -128,6 +128,8 @@ class Predict(Parallel):
                 f"{self.input}: --confidence, --probabilities, --uncertainty, --steps, --animate, --start-mask, "
                 "--label-ids, --zip and --ensemble are for images, not for videos"
             )
+        if self.frames is not None and not moving:
+            raise UserError(f"{self.input}: --frames is for videos and cameras; leave it out")
         if large and (only_images or self.legend or self.contours):
             raise UserError(
                 f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip, --legend "

@@ -132,7 +132,7 @@ def shareable(seg: LoadedModel) -> Experiment:
     """Return the settings of a model without paths of this machine and functions in files; classes are written out."""
     from segcore.config.data_sets import FOLDER, class_count
     from segcore.config.schema import DataConfig
-    from segcore.data.layouts import palette_of
+    from segcore.data.layouts import state_classes
 
     exp, neutral = seg.experiment, DataConfig()
     data = dataclasses.replace(
@@ -141,9 +141,7 @@ def shareable(seg: LoadedModel) -> Experiment:
         **{name: getattr(neutral, name) for name in (*FOLDER, "root", "cache", "also")},
     )
     if not class_count(data.dataset) or data.classes or data.labels:
-        names, colors = palette_of(dataclasses.replace(data, add_background_class=False))
-        palette = tuple(bytes(color).hex() for color in colors)
-        data = dataclasses.replace(data, dataset="folder", classes=names, labels=(), palette=palette)
+        data = dataclasses.replace(state_classes(data), dataset="folder")
     start = exp.train.init_from or ""
     named = start == "official" or start.startswith(("official:", "hub:"))
     local = not named and re.search(r"[/\\]", start)

@@ -21,7 +21,7 @@ from segcore.config.options import nearest
 from segcore.config.record import SETTINGS, VersionError, from_plain, record_of, settings_of
 from segcore.config.schema import Experiment, ModelConfig, Published
 from segcore.config.user_code import FROM_FILE, cannot_run, find_function
-from segcore.errors import UserError
+from segcore.errors import UnnamedFileError, UserError
 from segcore.files import MAX_RECORD, expanded, read_json
 
 
@@ -145,7 +145,7 @@ def read_experiment(folder: Path, file: str = "experiment.json") -> Experiment:
     if module.startswith(FROM_FILE):
         file = f"{module.removeprefix(FROM_FILE)}.py"
         config = shlex.join([f"{file}:FUNCTION", str(folder)])
-        raise UserError(
+        raise UnnamedFileError(
             f"{path}: its model {title} is defined in a file of yours, which is not imported unless you name it: "
             f"write `{config}` instead of {folder}, with the path of {file}"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from segcore.errors import UserError
+from segcore.errors import UnnamedFileError, UserError
 
 FROM_FILE = "segcore_config_"
 """How the module name of an imported file begins."""
@@ -42,7 +42,7 @@ def load_function(setting: str, reference: str) -> Callable[..., Any]:
     Raises UserError when the reference comes from a stored run, the file cannot be run or lacks the function.
     """
     if isinstance(reference, Stored):
-        raise UserError(
+        raise UnnamedFileError(
             f"{setting} {reference} is stored in the run, and a file of yours is imported only if you name it: "
             f"add --{setting} {shlex.quote(reference)}"
         )

@@ -163,7 +163,7 @@ def measure_exported(
     """Return the cell of an exported file for images (N, C, H, W); with an `error`, one without figures."""
     cell: dict[str, Any] = {
         "height": shape[2], "width": shape[3], "batch": shape[0], "dtype": dtype,
-        "runtime": "openvino" if provider == "openvino" else "onnxruntime",
+        "runtime": "openvino" if provider.lower() == "openvino" else "onnxruntime",
         "compile": False, "channels_last": False, "fused": False, "gflops": None,
     }  # fmt: skip
     try:

@@ -29,7 +29,8 @@ from segcore import files
 from segcore.config import exported
 from segcore.config.exported import ENTRY, Exported
 from segcore.config.schema import DataConfig, Experiment
-from segcore.data.layouts import palette_of
+from segcore.config.user_code import is_reference
+from segcore.data.layouts import palette_of, state_classes
 from segcore.errors import UserError
 from segcore.models.segmentor import Segmentor
 
@@ -160,6 +161,8 @@ def export(model: Segmentor, exp: Experiment, path: Path, settings: Settings) ->
 
 def describe(model: Segmentor, exp: Experiment, settings: Settings) -> dict[str, Any]:
     """Return the metadata of the export."""
+    if is_reference(exp.data.dataset):  # whose function is not called for the file
+        exp = replace(exp, data=state_classes(exp.data))
     classes, _ = palette_of(exp.data)
     own = settings.dynamic and not settings.normalize  # only then the mean color, which pads the images, is 0
     how = Exported(

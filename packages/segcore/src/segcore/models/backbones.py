@@ -23,7 +23,7 @@ from segcore.config.options import nearest
 from segcore.errors import UserError
 from segcore.models.key_map import Rules, rename
 from segcore.models.layers import residual_blocks
-from segcore.models.segmentor import RECOMPUTABLE, LoadReport
+from segcore.models.segmentor import RECOMPUTABLE, LoadReport, Segmentor
 
 # Families and sizes as the published configurations name them.
 CONVNEXT = {
@@ -127,6 +127,29 @@ class Backbone(nn.Module, ABC):
         if own is not None and tensor.ndim == own.ndim == 4 and tensor.shape[1] == 3 != own.shape[1]:
             return adapt_input_conv(own.shape[1], tensor)
         return tensor
+
+
+class BackboneSegmentor(Segmentor):
+    """A Segmentor whose `backbone` is a `Backbone`, which knows its own names, layout and start weights."""
+
+    backbone: Backbone
+
+    @abstractmethod
+    def published_name(self, name: str) -> str:
+        """Return the published name of an entry of `state_dict()` outside the backbone."""
+
+    def key_map(self) -> dict[str, str]:
+        backbone = {f"backbone.{name}": f"backbone.{value}" for name, value in self.backbone.key_map().items()}
+        return {name: backbone.get(name) or self.published_name(name) for name in self.state_dict()}
+
+    def convert(self, name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("backbone."):
+            return self.backbone.convert(name.removeprefix("backbone."), tensor)
+        return tensor
+
+    def load_backbone(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Load ImageNet weights under timm's or the published names; see `Backbone.load_pretrained`."""
+        return self.backbone.load_pretrained(state)
 
 
 def _timm_name(name: str) -> str:

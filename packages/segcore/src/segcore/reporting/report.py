@@ -9,7 +9,7 @@ import torch
 
 from segcore.config.schema import Experiment
 from segcore.data.layouts import open_dataset
-from segcore.errors import UserError
+from segcore.errors import UnnamedFileError, UserError
 from segcore.evaluation.predictor import Predictor
 from segcore.files import write
 from segcore.progress import progress
@@ -40,6 +40,8 @@ def write_report(path: Path, runs: Sequence[Run], models: Sequence[Open], notes:
     groups: list[Group] = []
     try:
         groups = _compare(runs, models) if len(runs) > 1 else _show(runs[0], models[0])
+    except UnnamedFileError:
+        missing = ["Without images: a file of your own defines the model or the data set; `test` with it adds them"]
     except UnopenedError as error:
         missing = ["Without images: the validation images cannot be opened"]
         details = [f"Without images: {error}"]
@@ -55,6 +57,8 @@ def _predict(run: Run, load: Open, rows: Sequence[ImageRow], what: str) -> list[
     predictor, exp = load()
     try:
         dataset = open_dataset(exp.data, "val")
+    except UnnamedFileError:
+        raise
     except UserError as error:
         raise UnopenedError(*error.args) from None
     assert run.evaluation is not None

@@ -67,7 +67,12 @@ def answer(
             result, maps = seg.refine(image, start)
         elif is_stepwise(seg):
             maps = seg.steps(image)
-            result = Result(seg, image, list(maps.values())[-1].astype(np.min_scalar_type(seg.model.num_classes - 1)))
+            evaluate = seg.experiment.evaluate
+            if evaluate.early_exit_threshold is not None or evaluate.ensemble_steps:
+                result = seg(image)  # which is not the last of the maps
+            else:
+                last = list(maps.values())[-1]
+                result = Result(seg, image, last.astype(np.min_scalar_type(seg.model.num_classes - 1)))
         else:
             result, maps = seg(image), {}
         unsure = seg.uncertainty(result) if uncertainty and maps else None

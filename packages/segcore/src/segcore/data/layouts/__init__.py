@@ -131,6 +131,12 @@ def palette_of(data: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
     return add_background(classes, palette) if data.add_background_class else (classes, palette)
 
 
+def state_classes(data: DataConfig) -> DataConfig:
+    """Return `data` with its classes and colors written out, so that no file of a user is needed to know them."""
+    names, colors = palette_of(replace(data, add_background_class=False))
+    return replace(data, classes=names, labels=(), palette=tuple(bytes(color).hex() for color in colors))
+
+
 def _colors(data: DataConfig, palette: np.ndarray) -> np.ndarray:
     """Return the colors that `data.palette` states instead of those of the data set, if it states any."""
     if not data.palette:
