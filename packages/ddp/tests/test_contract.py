@@ -12,7 +12,7 @@ from ddp_seg.model import DDP
 from segcore.checkpoints.load import load_init
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
-from segcore.testing import contract
+from segcore.testing import contract, start_weights
 
 SMALL = {"num_classes": 5, "width": 32, "decoder_layers": 1, "heads": 4, "drop_path": 0.0}
 VARIANTS = {
@@ -105,8 +105,9 @@ def test_shapes_that_cannot_be_converted_are_refused(shape):
     assert "do not fit this backbone" in contract.refusal(lambda: model.load_pretrained(backbone))
 
 
-def test_other_classes(tmp_path):
-    contract.check_other_classes(VARIANTS["resnet"], tmp_path)
+def test_start_weights_of_other_classes_and_channels(tmp_path):
+    start_weights.check_other_classes(VARIANTS["resnet"], tmp_path)
+    start_weights.check_other_channels(VARIANTS["resnet"], tmp_path)
 
 
 def test_configs():

@@ -10,7 +10,7 @@ from ddps_seg.configs import BaseModelConfig, DDPSConfig
 from ddps_seg.model import DDPS
 from segcore.errors import UserError
 from segcore.models.losses import LOSSES
-from segcore.testing import contract
+from segcore.testing import contract, start_weights
 
 SMALL = {
     "num_classes": 5, "width": 8, "multipliers": (1, 1), "output_width": 16, "num_train_timesteps": 4,
@@ -109,8 +109,9 @@ def test_state_dict(variant):
 
 
 @pytest.mark.parametrize("variant", ["deeplab", "prior on mit"])
-def test_other_classes(variant, tmp_path):
-    contract.check_other_classes(VARIANTS[variant], tmp_path)
+def test_start_weights_of_other_classes_and_channels(variant, tmp_path):
+    start_weights.check_other_classes(VARIANTS[variant], tmp_path)
+    start_weights.check_other_channels(VARIANTS[variant], tmp_path)
 
 
 def test_configs():

@@ -7,7 +7,7 @@ from ddrnet_seg.configs import DDRNetConfig
 from ddrnet_seg.model import DDRNet
 from segcore.config.schema import LossConfig
 from segcore.models.layers import ConvNorm
-from segcore.testing import contract
+from segcore.testing import contract, start_weights
 
 VARIANTS = {
     "23_slim": DDRNetConfig(num_classes=5),
@@ -70,8 +70,9 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
-def test_other_classes(tmp_path):
-    contract.check_other_classes(VARIANTS["23_slim"], tmp_path)
+def test_start_weights_of_other_classes_and_channels(tmp_path):
+    start_weights.check_other_classes(VARIANTS["23_slim"], tmp_path)
+    start_weights.check_other_channels(VARIANTS["23_slim"], tmp_path)
 
 
 def test_configs():

@@ -7,7 +7,7 @@ from dgmn2_seg.backbone import Block
 from dgmn2_seg.configs import DGMN2Config
 from dgmn2_seg.model import DGMN2
 from segcore.config.schema import LossConfig
-from segcore.testing import contract
+from segcore.testing import contract, start_weights
 
 HEADS = {
     "fpn": DGMN2Config(num_classes=5, backbone="nano"),
@@ -56,8 +56,9 @@ def test_state_dict(head):
 
 
 @every_head
-def test_other_classes(head, tmp_path):
-    contract.check_other_classes(HEADS[head], tmp_path)
+def test_start_weights_of_other_classes_and_channels(head, tmp_path):
+    start_weights.check_other_classes(HEADS[head], tmp_path)
+    start_weights.check_other_channels(HEADS[head], tmp_path)
 
 
 def test_configs():

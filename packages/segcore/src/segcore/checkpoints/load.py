@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +16,12 @@ from segcore.checkpoints.hugging_face import PREFIX, hub_folder
 from segcore.checkpoints.manifest import MANIFEST
 from segcore.checkpoints.other_classes import fitting_count, load_other_classes, trained_classes
 from segcore.checkpoints.run_checkpoint import best, newest
-from segcore.config.schema import Experiment
+from segcore.config.schema import Experiment, ModelConfig
 from segcore.errors import UserError
 from segcore.files import expanded, regular_file
 from segcore.models.segmentor import LoadReport, Segmentor
+
+RGB = 3
 
 
 def load_weights(model: Segmentor, path: Path) -> LoadReport:
@@ -42,13 +46,36 @@ def load_init(
     `init` is a file, checkpoint folder or work_dir, `official`, `official:CONFIG`, `hub:USER/REPO`, or a timm tag. A
     file with weights of the backbone alone (timm's names, or `backbone.*` as in OpenMMLab's ImageNet files) goes to
     `model.load_pretrained`. With the experiment that `model` was built from and its class names, the weights may be
-    those of other classes, see `load_other_classes`. Raises ValueError when the weights are not found, cannot be
-    downloaded, or do not fit the model.
+    those of other classes, see `load_other_classes`, and those of RGB images where `model` takes other channels, see
+    `adapt_channels`. Raises ValueError when the weights are not found, cannot be downloaded, or do not fit the model.
     """
     found = find_init(init, exp.name if exp else "", offline=offline)
     with _or_random():
         state = read_state(found, _names(model)) if found else timm_state(init, offline=offline)
-    path, source = found or Path(init), str(found or init)
+    before = trained_classes(init, found or Path(init), exp.name) if exp else None
+    fill = partial(_fill, state=state, source=str(found or init), before=before, classes=tuple(classes))
+    try:
+        return fill(model, exp.model if exp else None)
+    except UserError:
+        if exp is None or exp.model.in_channels == RGB:
+            raise
+        config = replace(exp.model, in_channels=RGB)
+        of_rgb = config.build()
+        with contextlib.suppress(UserError):  # the error that counts is that of the model as it is
+            return f"{fill(of_rgb, config)}; {adapt_channels(of_rgb, model)}"
+        raise
+
+
+def _fill(
+    model: Segmentor,
+    config: ModelConfig | None,
+    *,
+    state: Mapping[str, Tensor],
+    source: str,
+    before: tuple[str, ...] | None,
+    classes: tuple[str, ...],
+) -> str:
+    """Load the start weights `state`, of the classes `before`, into the model of `config`; see `load_init`."""
     if not model.is_full_checkpoint(state):
         with _naming(source):
             part, report = model.load_pretrained(state)
@@ -57,18 +84,35 @@ def load_init(
     def load(target: Segmentor) -> LoadReport:
         return _load(target, state, source)
 
-    before = trained_classes(init, path, exp.name) if exp else None
     try:
-        if exp is None or before in (None, tuple(classes)):
+        if config is None or before in (None, classes):
             return f"{source}: {load(model)}"
     except UserError:
-        count = fitting_count(exp.model, state, load) if exp and not before else None
+        count = fitting_count(config, state, load) if config and not before else None
         if count is None:
             raise
         before = ("",) * count
-    assert exp is not None
+    assert config is not None
     assert before is not None
-    return f"{source}: {load_other_classes(model, exp.model, load, before, classes)}"
+    return f"{source}: {load_other_classes(model, config, load, before, classes)}"
+
+
+def adapt_channels(source: Segmentor, model: Segmentor) -> str:
+    """Copy the weights of a model of RGB images into the same model of images with other channels; report it.
+
+    The first convolutions repeat the filters of R, G and B, scaled by 3 / channels; for one channel they are added up
+    (timm's `adapt_input_conv`).
+    """
+    from timm.models import adapt_input_conv
+
+    channels = 0
+    for name, own in model.state_dict().items():
+        theirs = source.state_dict()[name]
+        if theirs.shape != own.shape:
+            channels = own.shape[1]
+            theirs = adapt_input_conv(channels, theirs)
+        own.copy_(theirs)
+    return f"filters of RGB adapted to {channels} channels"
 
 
 def find_init(init: str, experiment_name: str, *, offline: bool = False) -> Path | None:

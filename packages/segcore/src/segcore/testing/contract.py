@@ -21,10 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segcore.checkpoints.load import find_weights, load_init, load_weights
-from segcore.checkpoints.run_checkpoint import folder_of, save
 from segcore.cli.main import COMMANDS
-from segcore.config.record import describe
 from segcore.config.registry import experiments, load_experiment
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, LossConfig, ModelConfig
 from segcore.data.images import read_label
@@ -305,37 +302,6 @@ def check_state_dict(build: Callable[[], Segmentor]) -> None:
     missing = {names[n]: t for n, t in state.items()}
     missing.pop(next(names[n] for n, _ in first.named_parameters()))
     assert "1 tensors missing" in refusal(lambda: third.load_official(missing))
-
-
-def check_other_classes(config: ModelConfig, folder: Path) -> None:
-    """Start weights of five classes, in a file or a run, start a model of three; those with the same name are kept."""
-    before, after = ("a", "b", "c", "d", "e"), ("D", "new", "b")
-    source = dataclasses.replace(config, num_classes=5).build()
-    data = DataConfig(dataset="folder", classes=after)
-    exp = Experiment("mine", dataclasses.replace(config, num_classes=3), data)
-    record = describe(dataclasses.replace(exp, data=dataclasses.replace(data, classes=before)))
-    checkpoint = folder_of(folder, 1)
-    save(checkpoint, source.state_dict(), {}, record)
-    file = folder / "weights.pth"
-    torch.save({source.key_map()[name]: tensor for name, tensor in source.state_dict().items()}, file)
-    for init, rows in ((folder, (3, None, 1)), (file, (None, None, None))):
-        model = exp.model.build()
-        fresh, given = (copy.deepcopy(net.state_dict()) for net in (model, source))
-        report = load_init(model, str(init), exp=exp, classes=after)
-        kept = sum(row is not None for row in rows)
-        assert f"classifier: {'D, b' if kept else 'none'} kept, {3 - kept} of 3 classes new" in report
-        assert "shapes differ" in refusal(partial(load_weights, model, find_weights(str(init), "")))
-        different, buffers = 0, dict(model.named_buffers())
-        for name, tensor in model.state_dict().items():
-            if tensor.shape == given[name].shape:
-                computed = name in buffers and not torch.equal(fresh[name], given[name])  # from the number of classes
-                assert torch.equal(tensor, (fresh if computed else given)[name]), name
-                continue
-            different += 1
-            for i, row in enumerate(rows):
-                assert torch.equal(tensor[i], fresh[name][i] if row is None else given[name][row]), name
-            assert torch.equal(tensor[3:], given[name][5:]), f"{name}: rows that are no class"
-        assert different, "no tensor depends on the classes"
 
 
 def check_configs(package: str) -> None:
