@@ -105,8 +105,11 @@ def test_shapes_that_cannot_be_converted_are_refused(shape):
     assert "do not fit this backbone" in contract.refusal(lambda: model.load_pretrained(backbone))
 
 
-def test_start_weights_of_other_classes_and_channels(tmp_path):
+def test_start_weights_of_other_classes(tmp_path):
     start_weights.check_other_classes(VARIANTS["resnet"], tmp_path)
+
+
+def test_start_weights_of_other_channels(tmp_path):
     start_weights.check_other_channels(VARIANTS["resnet"], tmp_path)
 
 

@@ -70,8 +70,11 @@ def test_state_dict(variant):
     contract.check_state_dict(lambda: VARIANTS[variant].build())
 
 
-def test_start_weights_of_other_classes_and_channels(tmp_path):
+def test_start_weights_of_other_classes(tmp_path):
     start_weights.check_other_classes(VARIANTS["23_slim"], tmp_path)
+
+
+def test_start_weights_of_other_channels(tmp_path):
     start_weights.check_other_channels(VARIANTS["23_slim"], tmp_path)
 
 

@@ -50,19 +50,33 @@ def run(camvid, monkeypatch, data, *words) -> Path:
     return results
 
 
-def test_a_row_with_a_base_model(camvid, monkeypatch, data, capfd):
-    words = ("--row=ddps_segformer_b0_camvid", *SMALL)
+@pytest.mark.parametrize(
+    ("row", "lines", "runs"),
+    [
+        ("ddrnet_23_slim_camvid", ["`ddrnet_23_slim_camvid`"], 1),
+        pytest.param(
+            "ddps_segformer_b0_camvid",
+            [
+                "base model of `ddps_segformer_b0_camvid`",
+                *(f"`ddps_segformer_b0_camvid`, timestep {step}" for step in (0, 10, 19)),
+            ],
+            2,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_row(camvid, monkeypatch, data, capfd, row, lines, runs):
+    words = (f"--row={row}", *SMALL)
     results = run(camvid, monkeypatch, data, *words)
     table = (results / "table.md").read_text()
     assert capfd.readouterr().out.endswith(table)
-    names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:8]]
-    steps = [f"`ddps_segformer_b0_camvid`, timestep {step}" for step in (0, 10, 19)]
-    assert names == ["base model of `ddps_segformer_b0_camvid`", *steps, *camvid.BASELINES.values()]
-    figures = json.loads((results / "ddps_segformer_b0_camvid.json").read_text())
-    assert (figures["iterations"], figures["val"]["images"], figures["test"]["images"]) == ([3, 3], 2, 3)
+    names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2 : 4 + len(lines)]]
+    assert names == [*lines, *camvid.BASELINES.values()]
+    figures = json.loads((results / f"{row}.json").read_text())
+    assert (figures["iterations"], figures["val"]["images"], figures["test"]["images"]) == ([3] * runs, 2, 3)
     assert figures["baselines"]["linear"]["test"] > 0.99, "the colors tell the classes"
     assert figures["baselines"]["majority"]["test"] == pytest.approx(1 / 11 / 11)
-    assert (results / "curves.svg").read_text().count('class="line') == 4, "loss and mIoU of both runs"
+    assert (results / "curves.svg").read_text().count('class="line') == 2 * runs, "loss and mIoU of each"
 
     def run_again(*_, **__):
         raise AssertionError("a finished run is trained again")
@@ -71,7 +85,7 @@ def test_a_row_with_a_base_model(camvid, monkeypatch, data, capfd):
     before = (results / "table.md").read_text()
     run(camvid, monkeypatch, data, *words)
     assert (results / "table.md").read_text() == before
-    with pytest.raises(SystemExit, match=r"base_camvid was trained with other settings; move it away"):
+    with pytest.raises(SystemExit, match=r"_camvid was trained with other settings; move it away"):
         run(camvid, monkeypatch, data, *words, "optimizer.lr=0.5")
 
 

@@ -319,16 +319,18 @@ def check_configs(package: str) -> None:
 
 def check_help(package: str) -> None:
     """`--help` of every command works and imports no torch."""
-    for command in COMMANDS:
-        code = (
-            "import sys\nfrom segcore.cli.main import main\n"
-            f"try:\n    main({package!r}, [{command!r}, '--help'])\n"
-            "except SystemExit as end:\n    assert end.code == 0\n"
-            "assert 'torch' not in sys.modules, 'torch was imported'"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert command in result.stdout
+    code = (
+        "import sys\nfrom segcore.cli.main import main\n"
+        f"for command in {[*COMMANDS]!r}:\n"
+        f"    try:\n        main({package!r}, [command, '--help'])\n"
+        "    except SystemExit as end:\n        assert end.code == 0, command\n"
+        "    assert 'torch' not in sys.modules, f'torch was imported for {command}'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("usage: ")]
+    assert len(lines) == len(COMMANDS)
+    assert all(command in line for command, line in zip(COMMANDS, lines, strict=True))
 
 
 def check_recomputation(build: Callable[[], Segmentor]) -> None:
