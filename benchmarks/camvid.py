@@ -103,6 +103,7 @@ def main() -> None:
     exp = segcore.load_experiment(args.row or ABLATED)
     exp = replace(exp, data=replace(exp.data, root=args.data))
     exp = exp.with_overrides([*(() if args.row else BASIS), *args.overrides])
+    split_of(exp, "train")  # a folder that is not there is refused before processes start
     if args.row:
         run_row(exp, args.overrides, args.runs, args.results)
         write(args.results / "curves.svg", curves(args.results))

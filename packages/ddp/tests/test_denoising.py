@@ -108,3 +108,13 @@ def test_a_single_step_is_the_configured_output():
     torch.testing.assert_close(found, model(images(2), seeds=[1, 2]))
     one = model.log_mean_probs(images(2), [1, 2], starts=1).softmax(1)
     assert torch.equal(one.argmax(1), found.argmax(1)), "the only step there is"
+
+
+@torch.no_grad()
+def test_too_few_draws_are_refused():
+    model = SMALL.build().eval()
+    features = torch.randn(1, 32, 4, 4)
+    start, noise = torch.randn(1, 32, 4, 4), torch.randn(3, 1, 32, 4, 4)
+    with pytest.raises(ValueError, match="2 draws for a run of 4 steps; it takes 3"):
+        model.denoise(features, start, steps=4, sampler="ddpm", step_noise=noise[:2])
+    assert model.denoise(features, start, steps=4, sampler="ddpm", step_noise=noise).isfinite().all()

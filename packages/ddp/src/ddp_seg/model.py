@@ -198,9 +198,14 @@ class DDP(BackboneSegmentor, StepwiseSegmentor):
             sampler: "ddim" or "ddpm".
             accumulate: True returns the mean probability over all steps and starts, False the last step's mean logits.
             time_difference: see `ddp_seg.diffusion.time_pairs`.
-            step_noise: (steps, N*R, width, h, w), the standard normal draws of "ddpm"; None draws them from torch's
-            generator.
+            step_noise: (steps - 1, N*R, width, h, w) or more, the standard normal draws of "ddpm"; None draws them from
+            torch's generator.
+
+        Raises ValueError for shapes that do not fit, an unknown sampler, and too few draws.
         """
+        count = self.num_inference_steps if steps is None else steps
+        if step_noise is not None and len(step_noise) < count - 1:
+            raise ValueError(f"{len(step_noise)} draws for a run of {count} steps; it takes {count - 1}")
         run = self.denoising_steps(
             features, noise, step_noise, steps=steps, sampler=sampler, time_difference=time_difference
         )
