@@ -54,7 +54,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "segcore.evaluation.metrics.ConfusionMatrix", "segcore.evaluation.metrics.BoundaryIoU",
     )),
     ("Web page", "With `segcore[web]`, `segcore.web.page.build(seg)` returns the page and `launch(page)` shows it: "
-     "[A page to play with](web.md).", ()),
+     "[A model in the browser](web.md).", ()),
     ("Operators", "They run on any device, compile and export. `segcore.ops.compat` has them with the interfaces of "
      "Deformable DETR, mmcv and torchvision, which stay as those are: [Operators](operators.md).", (
         "segcore.ops.ms_deform_attn", "segcore.ops.deform_conv2d", "segcore.ops.deform_unfold",

@@ -1,4 +1,4 @@
-"""The page to play with, with a model that shows all of it: steps, uncertainty and a start mask drawn by hand."""
+"""The page in the browser, with a model that shows all of it: steps, uncertainty and a start mask drawn by hand."""
 
 import dataclasses
 import os

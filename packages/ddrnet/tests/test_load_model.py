@@ -172,6 +172,8 @@ def toy_settings():
 
 
 HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit('imported')\n"
+TEXTS = {"name": "my.py:mine", "dataset": "my.py:data"}
+"""They are read, as texts."""
 
 
 @pytest.mark.parametrize(
@@ -182,8 +184,7 @@ HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit(
         {"model": "os:system"},
         {"model": "segcore.config.registry:load_experiment"},
         {"model": "ddrnet_seg.model:DDRNet"},
-        {"dataset": "my.py:data"},
-        {"name": "my.py:mine"},
+        TEXTS,
         {"name": "../../my"},
         {"name": ".."},
         {"name": "two\nlines"},
@@ -214,7 +215,7 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     more = {"predict": [str(photo), str(tmp_path / "out")], "export": [str(tmp_path / "model.pt2"), "--size=64x64"]}
     more |= {"bench": ["--sizes=64x64", "--repeats=1", "--warmup=1"], "train": ["--work-dir", str(tmp_path / "work")]}
     more |= {"push": ["me/model", "--dry-run", str(tmp_path / "shared")]}
-    refused = bool(stored) and stored not in ({"name": "my.py:mine"}, {"dataset": "my.py:data"})  # these are texts
+    refused = bool(stored) and stored != TEXTS
     with suppress(SystemExit):
         main("ddrnet_seg", ["report", str(Path())])  # shows what it can
     capsys.readouterr()

@@ -13,12 +13,16 @@ _UNLISTED = "commented out on the authors' results page; no weights offered"
 
 def _row(name: str, single: float, multi: float, *, weights: bool = True) -> tuple[str, Published]:
     figures = {"single scale": single, "multi scale": multi}
-    return name, Published(figures, f"{_HUB}/{name}.pth") if weights else Published(figures, note=_UNLISTED)
+    return name, _files(name, figures) if weights else Published(figures, note=_UNLISTED)
 
 
 def _aligned(name: str, *by_step: float) -> tuple[str, Published]:
     steps = dict(zip(("1 step", "3 steps", "10 steps"), by_step, strict=True))
-    return name, Published(steps, f"{_HUB}/{name}.pth")
+    return name, _files(name, steps)
+
+
+def _files(name: str, figures: dict[str, float]) -> Published:
+    return Published(figures, f"{_HUB}/{name}.pth", log=f"{_HUB}/{name}.log")
 
 
 PUBLISHED = dict(

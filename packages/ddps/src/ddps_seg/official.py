@@ -31,7 +31,9 @@ def _row(name: str, millions: float, figures: tuple[float, float, float], folder
 def _base(name: str, stamp: str, single: float, multi: float | None = None) -> tuple[str, Published]:
     folder = "mobilenet_v2" if "m-v2" in name else name.split("_")[0]
     figures = {"single scale": single} | ({} if multi is None else {"multi scale": multi})
-    return name.replace("-", "_"), Published(figures, f"{_MMSEG}/{folder}/{name}/{name}_{stamp}.pth")
+    file, known = f"{_MMSEG}/{folder}/{name}/{name}_", "m-v2" not in name and not stamp.startswith("2022")
+    log = f"{file}{stamp.rpartition('-')[0]}.log.json" if known else None
+    return name.replace("-", "_"), Published(figures, f"{file}{stamp}.pth", log=log)
 
 
 def _mit(name: str, stamp: str) -> tuple[str, Published]:

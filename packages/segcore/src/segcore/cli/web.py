@@ -18,7 +18,7 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Web(Command):
-    """Play with a model in the browser: a photo in, classes in color out (extra `web`)."""
+    """Try a model in the browser: a photo in, classes in color out (extra `web`)."""
 
     checkpoint: str = field(kw_only=True)
     """A run folder (its best checkpoint), a checkpoint folder, a weights file, `official` (published weights) or

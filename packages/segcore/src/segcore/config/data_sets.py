@@ -342,7 +342,7 @@ def as_markdown() -> str:
     """Return the table of docs/datasets.md."""
     lines = ["| `data.dataset` | set | classes | images (train / val) | where | terms |", "|---|---|---|---|---|---|"]
     for name, row in DATA_SETS.items():
-        images = "{:,} / {:,}".format(*row.images) if row.images else "no source found"
+        images = "{:,} / {:,}".format(*row.images) if row.images else "not recorded"
         lines.append(f"| `{name}` | {row.title} | {class_count(name)} | {images} | {row.where} | {row.terms} |")
     return "\n".join(lines)
 

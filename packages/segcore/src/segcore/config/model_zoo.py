@@ -19,10 +19,11 @@ from segcore.config.schema import Published
 HEADER = """# Model zoo
 
 All published configurations, with mIoU in percent on the validation set as their authors publish it: single scale, and
-six scales each also flipped (`--multi-scale`). "Measured by us" and the SHA-256 of the weights stay unverified until
-someone with the data has run `segcore verify ROW` ([hub.md](hub.md#the-day-someone-has-the-data)). Parameters are those
-that training builds, auxiliary heads included; crop is height x width. `official` weights are downloaded at the first
-use, and `segcore configs` prints this table. Small rows that we trained and measured ourselves: [CamVid](camvid.md).
+six scales each also flipped (`--multi-scale`). "Measured by us" and the whole SHA-256 of the weights are what `segcore
+verify CONFIG` finds with the data set ([hub.md](hub.md#verify-published-weights)); until then only the start of the hash
+is known that a file's name or page states. Parameters are those that training builds, auxiliary heads included; crop is
+height x width. `official` weights are downloaded at the first use. Small models that we trained and measured ourselves:
+[CamVid](camvid.md).
 
 This page is made by `python -m segcore.config.model_zoo > docs/model_zoo.md`.
 """
@@ -111,7 +112,8 @@ def _sha256(theirs: Published, verified: Mapping[str, Any] | None = None) -> str
     """Return what is known of the hash of the weights, as a cell."""
     if verified:
         return f"`{verified['sha256']}`"
-    return f"`{theirs.stated_sha256}` not yet verified".replace("`` ", "") if theirs.weights else ""
+    known = theirs.stated_sha256
+    return f"`{known}`{' …' if len(known) < 64 else ''}" if known else ""
 
 
 def line(row: Row) -> str:
@@ -123,7 +125,7 @@ def line(row: Row) -> str:
     single = single or "; ".join(f"{value} at {key}" for key, value in figures.items()) or "none given"
     address = theirs.url or theirs.page
     weights = f"[{theirs.weights}]({address})" if address else "none"
-    log = f"[log]({theirs.log})" if theirs.log else "none"
+    log = f"[log]({theirs.log})" if theirs.log else ""
     height, width = row.crop
     cells = (f"`{row.name}`", single, multi, row.millions, f"{height}x{width}", f"{row.iterations:,}", weights, log)
     measured = "; ".join(f"{value:.2f} {key}" for key, value in row.verified.get("miou", {}).items())

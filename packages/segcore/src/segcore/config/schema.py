@@ -137,8 +137,8 @@ class TrainConfig(Section):
     """Images per forward pass on one device; gradients are accumulated up to `batch_size`. Lower it when memory is
     short."""
     init_from: str | None = None
-    """Start weights: a timm tag (`convnext_tiny.fb_in1k`), a file or checkpoint, `official:CONFIG` or `hub:USER/REPO`;
-    None: random."""
+    """Start weights: `official` (the published ones of this configuration), `official:CONFIG`, a run or checkpoint, a
+    file, `hub:USER/REPO`, or for the encoder a tag of timm (`convnext_tiny.fb_in1k`); None: random."""
     precision: Precision = "fp32"
     """Precision of the forward pass (autocast); weights and optimizer stay in float32. auto: bf16 where the device has
     instructions for it, else fp32. bf16 is several times slower than fp32 on a CPU without."""
@@ -299,7 +299,7 @@ class Published:
     sha256: str | None = None
     """Hash of the weights file in hexadecimal, or its start, if it is stated elsewhere than in the file's name."""
     log: str | None = None
-    """Address of the training log; None: the authors offer none."""
+    """Address of the training log; None: none is known."""
 
     @property
     def stated_sha256(self) -> str:

@@ -1,1 +1,1 @@
-"""The page to play with (extra `web`)."""
+"""A model in the browser (extra `web`)."""

@@ -1,4 +1,4 @@
-"""The page to play with: a photo in, classes in color out, in the browser."""
+"""A model in the browser: a photo in, classes in color out, in the browser."""
 
 from __future__ import annotations
 
