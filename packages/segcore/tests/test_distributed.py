@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.cli.main import main
 
@@ -345,3 +346,14 @@ def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: 
     assert counts[0][0] == 10  # 20 iterations of 4 are 10 epochs of 8
     assert counts[0][1] == 6
     assert counts[0][2][0].startswith(f"{broken}/images/val/09.png: cannot be read")
+
+
+def test_a_process_that_is_done_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[tuple[int, ...]] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_start_sync_status", lambda *_: (lambda: False, lambda: [0, 0]))
+    monkeypatch.setattr(distributed, "sync_status", lambda _, *counts: left.append(counts) or [9, 2])
+    with distributed.each_at_its_pace() as total:
+        total(3)
+        total(5)
+    assert left == [(5, 1)]

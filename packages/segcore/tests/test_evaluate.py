@@ -19,7 +19,8 @@ from segcore.evaluation.calibration import BINS, CalibrationError
 from segcore.evaluation.evaluate import Results, evaluate
 from segcore.evaluation.metrics import ConfusionMatrix
 from segcore.evaluation.predictor import Predictor
-from segcore.evaluation.scores import most_confident
+from segcore.evaluation.scores import averaged
+from segcore.evaluation.uncertainty import AUROC
 from segcore.reporting.tables import summary
 from segcore.seeds import evaluation_seed, window_seed
 from segcore.testing.tiny import Tiny, TinyStepwise
@@ -247,6 +248,15 @@ def test_calibration_equals_that_of_torchmetrics(dataset, settings, ensemble):
     assert plain.to_json() == found.to_json()
 
 
+def test_labels_of_16_bits_are_compared_with_classes_of_any_type():
+    label = torch.tensor([[0, 300, 65535]], dtype=torch.int32).to(torch.uint16)
+    for kind in (torch.uint8, torch.int32, torch.int64):
+        prediction, error, area = torch.tensor([[0, 7, 7]]).to(kind), CalibrationError(65535), AUROC(65535)
+        error.update(torch.tensor([[1.0, 0.5, 0.5]]), prediction, label)
+        area.update(torch.tensor([[0.0, 0.5, 0.5]]), prediction, label)
+        assert (sum(error.compute().counts), error.compute().accuracy[7], area.compute()) == (2, 0, 1)
+
+
 def test_calibration_of_edges_and_of_one_class():
     error = CalibrationError()
     error.update(torch.tensor([0.0, 1.0, 0.5, 0.5]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 2, 255]))
@@ -255,5 +265,5 @@ def test_calibration_of_edges_and_of_one_class():
     assert (found.accuracy[0], found.accuracy[7], found.accuracy[14]) == (0, 1, 1)
     assert found.ece == pytest.approx(0.5 / 3)
     assert found.to_json()["accuracy"][1] is None
-    classes, confidence = most_confident(torch.tensor([[[0.25, 0.75]]]))
-    assert (classes.tolist(), confidence.tolist()) == ([[0, 1]], [[0.75, 0.75]])
+    classes, confidence = averaged(torch.tensor([[[[0.25, 0.75]]]])).classes_and_confidence()
+    assert (classes.tolist(), confidence.tolist()) == ([[[0, 1]]], [[[0.75, 0.75]]])

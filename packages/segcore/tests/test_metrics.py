@@ -184,6 +184,15 @@ def test_boundary_iou_equals_the_published_counts(golden, case):
     assert round(total.compute()["mBIoU"] * 100, 2) == pytest.approx(g["summary_percent"][-1], abs=0.01)
 
 
+@pytest.mark.parametrize("classes", [3, 9000, 40000])
+def test_boundaries_of_any_number_of_classes(classes):
+    label = np.zeros((64, 64), np.int64)
+    label[:, 32:] = classes - 1
+    found = BoundaryIoU(classes, 65535).update(label, label).compute()
+    assert found["BIoU"][[0, classes - 1]].tolist() == [1, 1]
+    assert found["mBIoU"] == 1
+
+
 def test_boundary_iou_by_hand():
     label = np.zeros((60, 80), np.uint8)  # 2 % of the diagonal of 100 pixels: a band of 2
     label[:, 40:] = 1

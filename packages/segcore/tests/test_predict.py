@@ -11,7 +11,7 @@ import torch
 
 from segcore.cli import predict_images
 from segcore.cli.predict import Predict
-from segcore.cli.predict_files import plan
+from segcore.cli.predict_files import plan, start_map
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig, TrainConfig
 from segcore.data.images import read_image, read_label
 from segcore.data.layouts import palette_of
@@ -254,3 +254,11 @@ def test_background_is_no_class_of_the_mask_but_has_a_probability(tmp_path):
         assert (stored["values"][stored["probabilities"].argmax(0)] == read_label(mask)).all()
     rows = json.loads((tmp_path / "classes.json").read_text())
     assert [(row["value"], row["name"]) for row in rows] == [(0, "a"), (1, "b"), (255, "ignored")]
+
+
+def test_a_mask_of_more_than_255_classes_starts_a_run_as_it_was_written(tmp_path):
+    mask = np.array([[0, 255, 299, 65535]], np.uint16)
+    cv2.imwrite(str(tmp_path / "mask.png"), mask)
+    image = np.zeros((1, 4, 3), np.uint8)
+    assert start_map(tmp_path / "mask.png", image, 65535).tolist() == [[1, 256, 300, 0]]
+    assert start_map(tmp_path / "mask.png", image).tolist() == mask.tolist()

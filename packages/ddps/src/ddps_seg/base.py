@@ -40,7 +40,7 @@ class EncoderSegmentor(BackboneSegmentor):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the condition (N, C, H/4, W/4) of normalized images (N, 3, H, W); sides are rounded up."""
+        """Return the condition (N, width, H/4, W/4) of normalized images (N, C, H, W); sides are rounded up."""
         self.check_size(images)
         return self.head(self.backbone(images))
 

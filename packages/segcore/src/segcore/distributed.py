@@ -200,10 +200,11 @@ def each_at_its_pace() -> Iterator[Callable[[int], int]]:
     Yields a function for every rank to call often: it takes the rank's count and returns a recent sum over all ranks.
     It raises PeerError when another rank left with a UserError, and LostError when one is gone.
     """
-    total, pending = 0, cast(tuple[Callable[[], bool], Callable[[], list[int]]] | None, None)
+    total, own, pending = 0, 0, cast(tuple[Callable[[], bool], Callable[[], list[int]]] | None, None)
 
     def update(count: int) -> int:
-        nonlocal total, pending
+        nonlocal total, own, pending
+        own = count
         if world_size() == 1:
             return count
         if pending and pending[0]():
@@ -224,7 +225,7 @@ def each_at_its_pace() -> Iterator[Callable[[int], int]]:
             pending[1]()
     except UserError as error:
         raise failed or error from None
-    while sync_status(failed, 0, 1)[1] < world_size():
+    while sync_status(failed, own, 1)[1] < world_size():
         pass
 
 

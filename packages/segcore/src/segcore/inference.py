@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import repeat
@@ -47,8 +47,8 @@ from segcore.result import Result
 Answer = tuple[Tensor, Tensor | None]
 """The classes (H, W) of an image and, if asked for, its probabilities (K, H, W)."""
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
-"""A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are uint8
-uint16 or float32 depending on `data.bit_depth`; three channels are RGB."""
+"""A file; a PIL image; an array (H, W, C), or (H, W) with one channel; a tensor (C, H, W). Arrays and tensors are
+uint8, uint16 or float32 depending on `data.bit_depth`; three channels are RGB."""
 
 
 def load_model(
@@ -76,7 +76,7 @@ def load_model(
     """
     exp, folder = _configuration(config, offline)
     _check_exported(exp, folder, weights, provider)
-    weights = weights or folder
+    weights = weights or (folder.as_posix() if folder else None)  # as `hub:USER/REPO` is written
     if weights is None:
         raise UserError(
             f"{config}: which weights? give `official` for the published ones, a weights file or a run folder as "
@@ -240,7 +240,9 @@ class LoadedModel:
             for image, array, entries in zip(chunk, arrays, answers, strict=True):
                 name = Path(image).stem if isinstance(image, (str, Path)) else f"image_{len(results)}"
                 steps_used = sum(used) / len(used) if used else None
-                results.append(self._result(array, entries, name, steps_used))
+                found, kept = list(entries.values())[-1]
+                classes, known = found.cpu().numpy().astype(self._dtype), None if kept is None else kept.cpu().numpy()
+                results.append(Result(self, array, classes, name, steps_used, known))
         return results
 
     def blocks(
@@ -296,14 +298,12 @@ class LoadedModel:
         [entries] = self._configured.classes([image], [self.experiment.seed], network=model.trajectory_answers)
         return {step_title(step, model.step_unit): classes.cpu().numpy() for step, classes in entries.items()}
 
-    def refine(
-        self, image: np.ndarray, start: np.ndarray, *, probabilities: bool = False
-    ) -> tuple[Result, dict[str, np.ndarray]]:
+    def refine(self, image: np.ndarray, start: np.ndarray) -> tuple[Result, dict[str, np.ndarray]]:
         """Return the result of a run from a start mask on the whole image in one view, and its steps: `start` and the
         classes (H, W) after every denoising step.
 
-        `start` holds classes (H, W); `probabilities` are kept as in a call. Raises UserError when the model cannot
-        start from classes, or with windows or several views.
+        `start` holds classes (H, W). Raises UserError when the model cannot start from classes, or with windows or
+        several views.
         """
         settings, model = self.experiment.evaluate, self._stepwise()
         if settings.mode != "whole" or len(settings.img_ratios) > 1 or settings.flip:
@@ -313,23 +313,22 @@ class LoadedModel:
                 "a run from a start mask is not averaged and goes to its end; leave out --ensemble, "
                 "evaluate.early_exit_threshold and evaluate.ensemble_steps"
             )
-        masks = torch.from_numpy(start)[None]
-        [entries] = self._configured.reduced(
-            [image],
-            [self.experiment.seed],
-            partial(_classes_and, probabilities=probabilities),
-            network=lambda images, seeds: model.refined_answers(images, masks, seeds),
-        )
-        steps = {step: classes.long().cpu().numpy() for step, (classes, _) in entries.items()}
-        return self._result(image, entries), {"start": start, **steps}
+        masks, last = torch.from_numpy(start)[None], list[Scores]()
 
-    def _result(
-        self, image: np.ndarray, entries: Mapping[str, Answer], name: str = "image", used: float | None = None
-    ) -> Result:
-        """Return the result for classes and probabilities by step entry, of which the last is the answer."""
-        classes, kept = list(entries.values())[-1]
-        classes_array = classes.cpu().numpy().astype(self._dtype)
-        return Result(self, image, classes_array, name, used, None if kept is None else kept.cpu().numpy())
+        def classes_of(scores: Scores) -> Iterable[Tensor]:
+            last[:] = [scores]
+            return scores.classes()
+
+        def probabilities() -> np.ndarray:
+            found: np.ndarray = next(iter(last[0].probabilities())).cpu().numpy()
+            return found
+
+        [entries] = self._configured.reduced(
+            [image], [self.experiment.seed], classes_of, network=lambda x, seeds: model.refined_answers(x, masks, seeds)
+        )
+        steps = {step: classes.long().cpu().numpy() for step, classes in entries.items()}
+        answer = list(steps.values())[-1].astype(self._dtype)
+        return Result(self, image, answer, kept=probabilities), {"start": start, **steps}
 
     @property
     def _dtype(self) -> type[np.unsignedinteger[Any]]:

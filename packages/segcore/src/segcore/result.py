@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +33,8 @@ class Result:
     """Stem of the files that `save` writes: that of the image file, if there is one."""
     steps_used: float | None = None
     """Mean number of denoising steps with `evaluate.early_exit_threshold`, else None."""
-    kept: np.ndarray | None = field(default=None, repr=False)
-    """`probabilities`, if the call was asked to keep them."""
+    kept: np.ndarray | Callable[[], np.ndarray] | None = field(default=None, repr=False)
+    """`probabilities`, if the call was asked to keep them, or what computes them without another run."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -41,7 +42,9 @@ class Result:
 
         Unless the call kept them, they are computed on first use, by another run with the same draws.
         """
-        return self.loaded.probabilities(self.image) if self.kept is None else self.kept
+        if self.kept is None:
+            return self.loaded.probabilities(self.image)
+        return self.kept() if callable(self.kept) else self.kept
 
     @cached_property
     def confidence(self) -> np.ndarray:

@@ -105,9 +105,9 @@ def adapt_channels(source: Segmentor, model: Segmentor) -> str:
     """
     from timm.models import adapt_input_conv
 
-    channels = 0
+    state, channels = source.state_dict(), 0
     for name, own in model.state_dict().items():
-        theirs = source.state_dict()[name]
+        theirs = state[name]
         if theirs.shape != own.shape:
             channels = own.shape[1]
             theirs = adapt_input_conv(channels, theirs)

@@ -64,8 +64,8 @@ class Predict(Parallel):
     animate: Flag = field(default=False, metadata=STEPWISE)
     """Also write NAME_animation.gif, the same maps one after the other."""
     start_mask: Path | None = field(default=None, metadata=STEPWISE)
-    """DDPS only: start the denoising from this mask of class indices instead of a random one; 255 stands for no class.
-    For a folder of images, a folder of masks under the results' names."""
+    """DDPS only: start the denoising from this mask of class indices instead of a random one; 255, or 65535 above 255
+    classes, stands for no class. For a folder of images, a folder of masks under the results' names."""
     label_ids: Flag = False
     """Images only: also write what the benchmark server of the data set takes, its values and file names, into the
     folder label_ids (cityscapes, ade20k, loveda, voc2012)."""

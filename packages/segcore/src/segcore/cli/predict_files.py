@@ -143,15 +143,15 @@ def write(job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty:
         write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
 
 
-def start_map(path: Path, image: np.ndarray, background: bool) -> np.ndarray:
-    """Return the start classes (H, W) int64 of an image from a file; with `background`, its 255 is that class.
+def start_map(path: Path, image: np.ndarray, ignored: int | None = None) -> np.ndarray:
+    """Return the start classes (H, W) int64 of an image from a file; where it is `ignored`, they are the background.
 
     Raises UserError when the file cannot be read or has another size than the image.
     """
     found = read_label(path).astype(np.int64)
     if found.shape != image.shape[:2]:
         raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
-    return np.where(found == 255, 0, found + 1) if background else found
+    return found if ignored is None else np.where(found == ignored, 0, found + 1)
 
 
 def step_panels(

@@ -19,6 +19,7 @@ from segcore.cli.common import OUT_OF_MEMORY
 from segcore.cli.predict_files import Job, start_map, write
 from segcore.cli.predict_record import Record, stamp
 from segcore.config.schema import DataConfig
+from segcore.data.labels import ignored_label
 from segcore.data.loader import equal_sized
 from segcore.data.workers import in_threads, worker_count
 from segcore.errors import UserError
@@ -156,8 +157,9 @@ def _answer(seg: LoadedModel, job: Job, image: np.ndarray, result: Result | None
     """Return what the files of a job show; `result` is None if it has a mask to start from."""
     if result is None:
         assert job.start
-        start = start_map(job.start, image, seg.experiment.data.add_background_class)
-        result, maps = seg.refine(image, start, probabilities=bool(job.confidence or job.probabilities))
+        background = seg.experiment.data.add_background_class
+        ignored = ignored_label(len(seg.mask_classes[0])) if background else None  # as `LoadedModel.mask` writes it
+        result, maps = seg.refine(image, start_map(job.start, image, ignored))
     else:
         maps = seg.steps(image) if job.steps or job.animation else {}
     return result, maps, seg.uncertainty(result) if job.uncertainty else None

@@ -20,10 +20,10 @@ HEADER = """# Model zoo
 
 All published configurations, with mIoU in percent on the validation set as their authors publish it: single scale, and
 six scales each also flipped (`--multi-scale`). "Measured by us" and the whole SHA-256 of the weights are what `segcore
-verify CONFIG` finds with the data set ([hub.md](hub.md#verify-published-weights)); until then only the start of the hash
-is known that a file's name or page states. Parameters are those that training builds, auxiliary heads included; crop is
-height x width. `official` weights are downloaded at the first use. Small models that we trained and measured ourselves:
-[CamVid](camvid.md).
+verify CONFIG` finds with the data set ([hub.md](hub.md#verify-published-weights)); until then, only the start of the
+hash is known that a file's name or page states. Parameters are those that training builds, auxiliary heads included;
+crop is height x width. `official` weights are downloaded at the first use. Small models that we trained and measured
+ourselves: [CamVid](camvid.md).
 
 This page is made by `python -m segcore.config.model_zoo > docs/model_zoo.md`.
 """

@@ -79,7 +79,7 @@ class ExportedModel(Segmentor):
     def check_size(self, images: Any) -> None:
         """Raise UserError for images (N, C, H, W) of a size that the file does not take."""
         super().check_size(images)
-        size = tuple(side + -side % self.pad_to for side in images.shape[-2:])
+        size = tuple(self.padded_size(images.shape[-2:]))
         if not self.about.dynamic and size != self.about.size:
             raise UserError(
                 f"{self.path} takes images of {_by(self.about.size)} pixels (height x width), not {_by(size)}; export "

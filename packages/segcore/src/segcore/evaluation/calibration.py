@@ -52,7 +52,9 @@ class CalibrationError:
 
     def update(self, confidence: Tensor, prediction: Tensor, label: Tensor) -> None:
         """Add an image: probability in 0..1 of the predicted class, that class and the label, each (H, W)."""
-        confidence, prediction, label = (x.to(self.sums.device) for x in (confidence, prediction, label))
+        confidence = confidence.to(self.sums.device)
+        # uint16 does not compare with other integers.
+        prediction, label = (x.to(self.sums.device, torch.int32) for x in (prediction, label))
         known = label != self.ignore_index
         confidence, right = confidence[known].clamp(0, 1), (prediction == label)[known]
         bins = (confidence * BINS).long().clamp(max=BINS - 1)

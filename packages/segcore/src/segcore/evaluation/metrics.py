@@ -146,7 +146,7 @@ class BoundaryIoU:
             raise UserError(
                 f"prediction {tuple(p.shape)} does not go with label {tuple(g.shape)}; give two maps (H, W) of one size"
             )
-        p, g = (x.to(torch.int16) for x in (p, g))
+        p, g = (x.to(torch.int16 if self.num_classes < 8000 else torch.int32) for x in (p, g))  # 4 * K has to fit
         band = round(0.02 * (p.shape[0] ** 2 + p.shape[1] ** 2) ** 0.5)
         near = boundaries((p, g), band)
         p, g = self._known(p), self._known(g)

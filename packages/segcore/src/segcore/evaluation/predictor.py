@@ -101,8 +101,8 @@ def check_ensemble(model: Segmentor, ensemble: Sequence[Segmentor]) -> None:
 class Predictor:
     """A model and every setting that its prediction for an image depends on, except the seed.
 
-    Images are (H, W, C) uint8 or uint16, RGB. All models are in evaluation mode and on the device of the first one's
-    parameters. Raises UserError for models that cannot be averaged, see `check_ensemble`.
+    Images are (H, W, C) uint8, uint16 or float32. All models are in evaluation mode and on the device of the first
+    one's parameters. Raises UserError for models that cannot be averaged, see `check_ensemble`.
     """
 
     model: Segmentor

@@ -130,9 +130,3 @@ def averaged(probabilities: Tensor) -> Scores:
 def most_probable(probabilities: Tensor) -> Tensor:
     """Return the classes (H, W) int64 of probabilities (K, H, W); of equal ones the first."""
     return averaged(probabilities[None]).classes()[0].long()
-
-
-def most_confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the classes (H, W) int64 of probabilities (K, H, W), and the probability (H, W) of each."""
-    classes, confidence = averaged(probabilities[None]).classes_and_confidence()
-    return classes[0].long(), confidence[0]

@@ -61,6 +61,7 @@ class AUROC:
 
     def update(self, score: Tensor, prediction: Tensor, label: Tensor) -> None:
         """Add an image: scores in 0..1, predicted and true classes, each (H, W); ignored pixels do not count."""
+        prediction, label = prediction.int(), label.int()  # uint16 does not compare with other integers
         known = label != self.ignore_index
         level = (score[known].clamp(0, 1) * (self.LEVELS - 1)).round().long()
         wrong = prediction[known] != label[known]

@@ -54,7 +54,8 @@ def setup(
 ) -> tuple[Experiment, TrainState, Dataset, Dataset | None, list[str]]:
     """Return `exp` with its epochs resolved, the state to train from, both data sets, and lines for the user.
 
-    Writes only `label_histogram.json`, as the last action. Raises UserError for anything unusable.
+    In the folder of a new run it writes only `label_histogram.json`, as the last action. Raises UserError for anything
+    unusable.
     """
     batch_shares(exp)  # raises for a batch that does not divide
     TrainTransform(exp.data)  # raises for a function that is not there

@@ -34,8 +34,6 @@ class Answer:
     """Size, time and device in one line."""
     count: int | None = None
     """The number of steps that was asked for; None: as configured."""
-    started: bool = False
-    """Whether the denoising started from a given map."""
 
 
 def answer(
@@ -80,7 +78,7 @@ def answer(
     seconds = time.perf_counter() - began
     taken = f", {len(maps) - (start is not None)} denoising steps" if maps else ""
     report = f"{image.shape[1]} x {image.shape[0]} pixels{shrunk}{taken}: {seconds:.2f} s on {seg.predictor.device}"
-    return Answer(result, maps, unsure, report, steps, start is not None)
+    return Answer(result, maps, unsure, report, steps)
 
 
 @contextmanager
@@ -179,9 +177,9 @@ def drawn_start(layer: np.ndarray, found: Answer) -> np.ndarray:
 def files(found: Answer, folder: Path) -> list[Path]:
     """Write mask, overlay and probabilities of the answer into `folder`, see `Result.write`; return the files.
 
-    There are no probabilities for an answer that started from a given map, nor of a file that answers with classes.
+    There are no probabilities of a file that answers with classes.
     """
-    without = found.started or isinstance(found.result.loaded.predictor, ClassPredictor)
+    without = isinstance(found.result.loaded.predictor, ClassPredictor)
     mask, overlay, probabilities = (folder / name for name in ("mask.png", "overlay.png", "probabilities.npz"))
     with number_of_steps(found.result.loaded, found.count):
         found.result.write(mask, overlay, None, None if without else probabilities)
