@@ -21,7 +21,7 @@ from segcore.models.backbones import BackboneSegmentor, build_backbone
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.key_map import rename
 from segcore.models.layers import ConvNorm, pass_without_grad, resize, to_device, use_fast_products
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.noise import draw
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor, last
 
@@ -239,14 +239,10 @@ class DDP(BackboneSegmentor, StepwiseSegmentor):
             targets = torch.where(targets == self.ignore_index, self.num_classes, targets)
         level = to_device(log_snr(times, self.noise_schedule), noise.device)
         logits = self.decode(features, add_noise(self.embed_labels(targets), noise, level), level)
-        criterion = partial(segmentation_loss, loss=loss, ignore_index=self.ignore_index)
-        total, accuracy = criterion(logits, labels)
-        losses = {"loss": total, "decode.loss_ce": total, "decode.acc_seg": accuracy}
+        heads = {"decode": (logits, 1.0)}
         if self.auxiliary_head is not None:
-            auxiliary, accuracy = criterion(self.auxiliary_head(features), labels)
-            losses |= {"aux.loss_ce": AUXILIARY_WEIGHT * auxiliary, "aux.acc_seg": accuracy}
-            losses["loss"] = losses["decode.loss_ce"] + losses["aux.loss_ce"]
-        return losses
+            heads["aux"] = self.auxiliary_head(features), AUXILIARY_WEIGHT
+        return head_losses(heads, labels, loss, ignore_index=self.ignore_index)
 
     def _draw_training(self, features: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         low, high = self.sample_range

@@ -16,7 +16,7 @@ from segcore.models.backbones import BackboneSegmentor
 from segcore.models.heads import FCNHead
 from segcore.models.key_map import AUXILIARY_HEAD, rename
 from segcore.models.layers import check_two_images, use_fast_products
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.segmentor import LoadReport
 
 AUXILIARY_WEIGHT = 0.4
@@ -109,15 +109,10 @@ class BaseModel(EncoderSegmentor):
         self.check_size(images)
         self.check_batch(images)
         maps = self.backbone(images)
-        outputs = {"decode": (self.classifier(self.dropout(self.head(maps))), 1.0)}
+        heads = {"decode": (self.classifier(self.dropout(self.head(maps))), 1.0)}
         if self.auxiliary_head is not None:
-            outputs["aux"] = self.auxiliary_head(maps[2]), AUXILIARY_WEIGHT
-        losses: dict[str, Tensor] = {}
-        for name, (logits, weight) in outputs.items():
-            value, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
-            losses |= {f"{name}.loss_ce": weight * value, f"{name}.acc_seg": accuracy}
-        losses["loss"] = sum(losses[f"{name}.loss_ce"] for name in outputs)  # type: ignore[assignment]
-        return losses
+            heads["aux"] = self.auxiliary_head(maps[2]), AUXILIARY_WEIGHT
+        return head_losses(heads, labels, loss, ignore_index=self.ignore_index)
 
 
 RULES = ((r"^classifier\.", "decode_head.conv_seg."), *AUXILIARY_HEAD)

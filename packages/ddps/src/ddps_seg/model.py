@@ -22,7 +22,7 @@ from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.key_map import rename
 from segcore.models.layers import pass_without_grad, to_device, use_fast_products
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.noise import draw, draw_steps
 from segcore.models.segmentor import LoadReport
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor
@@ -297,8 +297,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             torch.promote_types(logits.dtype, torch.float32)
         )  # as the loss, which finds nothing to resize
         logits = self.resize_to_input(logits, images.shape[-2:])
-        total, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
-        return {"loss": total, "decode.loss_ce": total, "decode.acc_seg": accuracy}
+        return head_losses({"decode": (logits, 1.0)}, labels, loss, ignore_index=self.ignore_index)
 
     @pass_without_grad()
     def _first_prediction(self, condition: Tensor, labels: Tensor, timesteps: Tensor, masks: Tensor) -> Tensor:

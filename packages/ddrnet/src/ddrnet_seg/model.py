@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ddrnet_seg.official import Source, official_name, recognize
 from segcore.config.schema import LossConfig
 from segcore.models.layers import ConvNorm, check_two_images, fused, resize, use_fast_products
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.segmentor import LoadReport, Segmentor
 
 STRIDE = 8
@@ -242,17 +242,15 @@ class DDRNet(Segmentor):
         """
         check_two_images("DDRNet", images, self.context.scales[-1].norm)
         features = self.backbone(self.pad(images))
-        logits = {"decode": (self.decode(features), 1.0)}
+
+        def full(logits: Tensor) -> Tensor:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return self.resize_to_input(logits, labels.shape[-2:])
+
+        heads = {"decode": (full(self.decode(features)), 1.0)}
         if self.auxiliary_head is not None:
-            logits["aux"] = self.auxiliary_head(features.middle), self.auxiliary_weight
-        losses: dict[str, Tensor] = {}
-        for name, (x, weight) in logits.items():
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            full = self.resize_to_input(x, labels.shape[-2:])
-            value, accuracy = segmentation_loss(full, labels, loss, ignore_index=self.ignore_index)
-            losses |= {f"{name}.loss_ce": weight * value, f"{name}.acc_seg": accuracy}
-        losses["loss"] = torch.stack([value for name, value in losses.items() if "loss" in name]).sum()
-        return losses
+            heads["aux"] = full(self.auxiliary_head(features.middle)), self.auxiliary_weight
+        return head_losses(heads, labels, loss, ignore_index=self.ignore_index)
 
     def recomputed_blocks(self) -> list[nn.Module]:
         return [self.backbone.conv1, *(part for part in self.modules() if isinstance(part, Residual | Head))]

@@ -13,7 +13,7 @@ from dgmn2_seg.official import RULES
 from segcore.config.schema import LossConfig
 from segcore.models.key_map import rename
 from segcore.models.layers import ConvNorm, fused, residual_blocks, use_fast_products
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.segmentor import LoadReport, Segmentor
 
 SETR = {"setr_naive": SETRNaive, "setr_pup": SETRPUP, "setr_mla": SETRMLA}
@@ -60,10 +60,8 @@ class DGMN2(Segmentor):
         loss: LossConfig = LossConfig(),  # noqa: B008  (frozen)
     ) -> dict[str, Tensor]:
         """Return the losses of one training step; nothing is drawn from `seeds`. See `Segmentor`."""
-        value, accuracy = segmentation_loss(
-            self.logits(images), labels, loss, ignore_index=self.ignore_index, align_corners=True
-        )
-        return {"decode.loss_ce": value, "decode.acc_seg": accuracy, "loss": value}
+        heads = {"decode": (self.logits(images), 1.0)}
+        return head_losses(heads, labels, loss, ignore_index=self.ignore_index, align_corners=True)
 
     def recomputed_blocks(self) -> list[nn.Module]:
         embeds = [stage.get_submodule("embed") for stage in self.backbone.stages]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -28,6 +28,29 @@ def segmentation_loss(
     found = [LOSSES[kind](loss)(logits, labels, **options) for kind in loss.kinds]
     values = [factor * value for (_, factor), (value, _) in zip(loss.terms, found, strict=True)]
     return torch.stack(values).sum(), found[0][1]
+
+
+def head_losses(
+    heads: Mapping[str, tuple[Tensor, float]],
+    labels: Tensor,
+    loss: LossConfig,
+    *,
+    ignore_index: int,
+    align_corners: bool = False,
+) -> dict[str, Tensor]:
+    """Return what `Segmentor.losses` does for heads by name, each with logits (N, K, h, w) and the factor of its loss.
+
+    The names are MMSegmentation's: HEAD.loss_ce, whatever the loss is, and HEAD.acc_seg; "loss" is the sum of the
+    losses.
+    """
+    losses = dict[str, Tensor]()
+    for name, (logits, factor) in heads.items():
+        value, accuracy = segmentation_loss(
+            logits, labels, loss, ignore_index=ignore_index, align_corners=align_corners
+        )
+        losses |= {f"{name}.loss_ce": factor * value, f"{name}.acc_seg": accuracy}
+    losses["loss"] = torch.stack([losses[f"{name}.loss_ce"] for name in heads]).sum()
+    return losses
 
 
 @cache
