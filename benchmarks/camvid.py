@@ -312,7 +312,7 @@ def curves(folder: Path) -> str:
     miou = [Line(i, [(x["iteration"], 100 * x["mIoU"]) for x in val], True) for i, (_, val) in enumerate(logs.values())]
     svg = panels_svg([Panel("loss", loss), Panel("val mIoU", miou, "%")], "iterations", "loss and val mIoU", width=900)
     style = "".join(f".s{i}{{stroke:{color};fill:{color}}}" for i, color in enumerate(COLORS))
-    style = f"<style>text{{font:13px sans-serif}}path{{fill:none!important;stroke:#bbb}}{style}</style>"
+    style = f"<style>text{{font:12px sans-serif}}path{{fill:none!important;stroke:#bbb}}{style}</style>"
     names = "".join(
         f'<text class="s{i}" style="stroke:none;font-size:11px" x="{120 + 260 * (i % 3)}" y="{10 + 13 * (i // 3)}">'
         f"{name}</text>"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segcore.ops import ms_deform_attn
+from segcore.models.layers import cpu_inference
+from segcore.ops.ms_deform_attn import ms_deform_attn, reset_projections
 
 ROWS = 1024
 """Number of tokens that a CPU processes in a layer at a time."""
@@ -48,18 +49,7 @@ class DeformableAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize with even weights; head k looks in compass direction k, its point i is i + 1 pixels away."""
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
+        reset_projections(self, self.heads, 1, self.points)
 
     def values(self, tokens: Tensor) -> Tensor:
         """Return the values to sample, (N, S, heads, C / heads), for all tokens (N, S, C) of the map."""
@@ -96,7 +86,7 @@ class DecoderLayer(nn.Module):
         """Return tokens (N, S, C) for tokens (N, S, C) and a time embedding (N or 1, time_dim)."""
         values = self.attention.values(tokens)
         scale, shift = self.time(F.silu(time))[:, None].chunk(2, -1)
-        if not _cpu_inference(tokens):
+        if not cpu_inference(tokens):
             return self._block(tokens, values, scale + 1, shift, grid)
         # From here on tokens are independent. Processing some at a time keeps the intermediate tensors, up to four
         # times as wide as the map, in the CPU's caches.
@@ -151,15 +141,9 @@ def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-def _cpu_inference(x: Tensor) -> bool:
-    """Return whether this runs on a CPU and neither autograd nor the compiler nor an exporter records."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    return x.device.type == "cpu" and not recorded
-
-
 def _softmax(x: Tensor) -> Tensor:
     """Return the softmax over the last dimension; for a few points torch's own is five times as slow on a CPU."""
-    if not _cpu_inference(x):
+    if not cpu_inference(x):
         return x.softmax(-1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     shares = (x - x.amax(-1, keepdim=True)).exp_()

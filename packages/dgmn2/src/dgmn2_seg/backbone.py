@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segcore.models.layers import ConvNorm, DropPath, resize
+from segcore.models.layers import ConvNorm, DropPath, cpu_inference, resize
 from segcore.ops import deform_local_attn
 
 TAPS = 9
@@ -128,7 +128,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Return tokens (B, N, C) for tokens (B, N, C)."""
         x = x + self.drop_path(self.attention(self.norm1(x), height, width))
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or x.device.type != "cpu":
+        if self.training or not cpu_inference(x):
             return x + self.drop_path(self.mlp(self.norm2(x)))
         # Process some tokens at a time: the hidden layer, eight times as wide as the map, stays in the CPU's caches.
         parts = x.split(max(ROWS // x.shape[0], 1), 1)

@@ -28,10 +28,15 @@ FEW = 1 << 20
 """Multiplications below which PyTorch's own product is faster: a call of oneDNN's takes 15 µs."""
 
 
+def cpu_inference(x: Tensor) -> bool:
+    """Return whether this runs on a CPU and neither autograd nor the compiler nor an exporter records it."""
+    exported = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or exported)
+
+
 def by_onednn(x: Tensor) -> bool:
     """Return whether products with `x` go to oneDNN: float32 inference on a CPU that nothing records or compiles."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not cpu_inference(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return product_library() == "onednn"
 

@@ -22,10 +22,12 @@ their kernels on every device without a registered one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segcore.errors import UserError
@@ -194,3 +196,23 @@ registry.define(
     reference_backward,
     _shape,
 )
+
+
+def reset_projections(layer: Any, heads: int, levels: int, points: int) -> None:
+    """Initialize the four projections of a layer of deformable attention, under the names of Deformable DETR.
+
+    The weights are even; head k looks in compass direction k, its point i is i + 1 pixels away.
+    """
+    for part in (layer.sampling_offsets, layer.attention_weights):
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+    for part in (layer.value_proj, layer.output_proj):
+        nn.init.xavier_uniform_(part.weight)
+        nn.init.zeros_(part.bias)
+    angle = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, points + 1)
+    bias = (direction[:, None, None] * steps[:, None]).expand(-1, levels, -1, -1)
+    with torch.no_grad():
+        layer.sampling_offsets.bias.copy_(bias.flatten())

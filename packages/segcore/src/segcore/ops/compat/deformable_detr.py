@@ -10,7 +10,6 @@ a CUDA tensor waits for the device, as no other part does, and torch.compile can
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from segcore.errors import UserError
-from segcore.ops.ms_deform_attn import check, ms_deform_attn
+from segcore.ops.ms_deform_attn import check, ms_deform_attn, reset_projections
 
 Shapes = Tensor | Sequence[Sequence[int]]
 Starts = Tensor | Sequence[int] | None
@@ -99,19 +98,7 @@ class MSDeformAttn(nn.Module):
 
     def _reset_parameters(self) -> None:
         """Initialize with even weights; head k looks in compass direction k, its point i is i + 1 pixels away."""
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.n_points + 1)
-        bias = (direction[:, None, None] * steps[:, None]).expand(-1, self.n_levels, -1, -1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(bias.flatten())
+        reset_projections(self, self.n_heads, self.n_levels, self.n_points)
 
     def forward(
         self,
