@@ -175,7 +175,7 @@ def test_invalid_requests(run, tmp_path, capsys):
         "ddrnet_seg", "export", CONFIG, "none.pth", tmp_path / "b.pt2", "--int8"
     )
     for option in ("--max-drop", "--calibrate"):
-        assert f"{option} 2 is for --int8" in refused("ddrnet_seg", *words, tmp_path / "a.onnx", option, "2")
+        assert f"{option} 2.5 is for --int8" in refused("ddrnet_seg", *words, tmp_path / "a.onnx", option, "2.5")
     assert "not for videos" in refused("ddrnet_seg", "predict", run, "a.mp4", tmp_path, "--ensemble", run)
     assert "no such video" in refused("ddrnet_seg", "predict", run, tmp_path / "a.mp4", tmp_path)
     with pytest.raises(SystemExit):

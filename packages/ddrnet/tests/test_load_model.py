@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
@@ -172,6 +173,14 @@ def toy_settings():
 
 
 HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit('imported')\n"
+
+
+@pytest.fixture
+def taken_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
 TEXTS = {"name": "my.py:mine", "dataset": "my.py:data"}
 """They are read, as texts."""
 
@@ -194,7 +203,7 @@ TEXTS = {"name": "my.py:mine", "dataset": "my.py:data"}
     ],
     ids=str,
 )
-def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, capsys):
+def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, capsys, taken_port):
     """A run's folder with a code file next to it: the commands and Python read the run and never import that file."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -215,6 +224,7 @@ def test_nothing_stored_executes(stored, run, photo, tmp_path, monkeypatch, caps
     more = {"predict": [str(photo), str(tmp_path / "out")], "export": [str(tmp_path / "model.pt2"), "--size=64x64"]}
     more |= {"bench": ["--sizes=64x64", "--repeats=1", "--warmup=1"], "train": ["--work-dir", str(tmp_path / "work")]}
     more |= {"push": ["me/model", "--dry-run", str(tmp_path / "shared")]}
+    more |= {"web": ["--port", str(taken_port)]}  # else it would wait for visitors
     refused = bool(stored) and stored != TEXTS
     with suppress(SystemExit):
         main("ddrnet_seg", ["report", str(Path())])  # shows what it can
