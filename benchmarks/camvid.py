@@ -66,9 +66,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "images at their own size, 480x360": {
         "basis": (),
         "in float32": ("train.precision=fp32",),
-        "hard pixels only (OHEM)": ("loss.kind=ohem",),
-        "no photometric distortion": ("data.photometric=False",),
-        "no random scale": ("data.ratio_range=1 1",),
+        "crops and flips only": ("data.photometric=False", "data.ratio_range=1 1"),
         "average of the weights (EMA 0.99)": ("train.ema=0.99",),
         "constant learning rate": ("schedule.power=0",),
         "start from generated street scenes, by class name": (),
