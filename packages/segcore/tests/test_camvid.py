@@ -130,15 +130,15 @@ def test_an_ablation_is_compared_with_the_basis_of_its_precision(camvid, tmp_pat
         (tmp_path / f"ablation_{number:02}.json").write_text(json.dumps(figures))
 
     titles = [title for title, _ in camvid.ABLATIONS]
-    in_float32, without_scale = titles.index("in float32"), titles.index("no random scale")
+    in_float32, augmentation = titles.index("in float32"), titles.index("crops and flips only")
     store(in_float32 - 1, "bf16", 0.5)
     store(in_float32, "fp32", 0.52, bfloat16=False)
-    store(without_scale, "fp32", 0.55, bfloat16=False)
+    store(augmentation, "fp32", 0.55, bfloat16=False)
     lines = camvid.ablation_table(tmp_path).splitlines()
     assert lines[2:5] == [
         "| basis | 0.50 | 50.00 | | 50.00 | |",
         "| in float32 | | 52.00 | +2.00 | 52.00 | +2.00 |",
-        "| no random scale | | 55.00 | +3.00 | 55.00 | +3.00 |",
+        "| crops and flips only | | 55.00 | +3.00 | 55.00 | +3.00 |",
     ]
     slow = "a CPU (no instructions for bfloat16), 2 cores, fp32, torch 2"
     assert lines[6:] == ["a CPU, 2 cores, bf16, torch 2", slow]
