@@ -37,11 +37,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Methods", "A method of your own is a subclass; see [Extending](extending.md#a-method-of-your-own).", (
         "segcore.Segmentor", "segcore.models.segmentor.LoadReport", "segcore.models.stepwise.StepwiseSegmentor",
     )),
-    ("Losses", "See [Extending](extending.md#losses). All but the first return the loss and the accuracy in percent.", (
+    ("Losses", "See [Extending](extending.md#losses). The last six are what `loss.kind` names.", (
         "segcore.models.losses.head_losses", "segcore.models.losses.segmentation_loss",
-        "segcore.models.losses.cross_entropy", "segcore.models.losses.ohem_cross_entropy",
-        "segcore.models.losses.ohem_pyradd", "segcore.models.losses.focal",
-        "segcore.models.losses.dice", "segcore.models.losses.lovasz_softmax",
+        "segcore.models.losses.pixel_accuracy", "segcore.models.losses.cross_entropy",
+        "segcore.models.losses.ohem_cross_entropy", "segcore.models.losses.ohem_pyradd",
+        "segcore.models.losses.focal", "segcore.models.losses.dice", "segcore.models.losses.lovasz_softmax",
     )),
     ("Backbones", "See [Extending](extending.md#backbones).", (
         "segcore.models.backbones.build_backbone", "segcore.models.backbones.Backbone",

@@ -148,9 +148,10 @@ def settings(tag):
 
 def chen(main, aux, labels, tag, align_corners=False):
     """The separate terms: OHEM on either head, and the auxiliary cross entropy over all pixels, as `chen` has them."""
-    options = {"ignore_index": 255, "class_weight": weighted(tag), "align_corners": align_corners}
-    ohem = [ohem_cross_entropy(x, labels, **settings(tag), **options)[0] for x in (main, aux)]
-    return {"ohem_main": ohem[0], "ohem_aux": ohem[1], "ce_aux": cross_entropy(aux, labels, **options)[0]}
+    options = {"ignore_index": 255, "class_weight": weighted(tag)}
+    main, aux = (resize(x, labels.shape[-2:], align_corners=align_corners) for x in (main, aux))
+    ohem = [ohem_cross_entropy(x, labels, **settings(tag), **options) for x in (main, aux)]
+    return {"ohem_main": ohem[0], "ohem_aux": ohem[1], "ce_aux": cross_entropy(aux, labels, **options)}
 
 
 def totals(terms):
@@ -164,12 +165,13 @@ def totals(terms):
 
 def seed_losses(main, aux, labels, tag, align_corners=True):
     """The loss of pyradd/DDRNet-pytorch without and with the auxiliary head."""
-    options = {"ignore_index": -1, "align_corners": align_corners}
+    options = {"ignore_index": -1}
     if tag == "plain_ce":
         options |= {"threshold": 1.0}  # every pixel is hard enough
     else:
         options |= {"class_weight": weighted(tag), **({} if tag == "default" else settings(tag))}
-    first, second = (ohem_pyradd(x, labels, **options)[0] for x in (main, aux))
+    resized = (resize(x, labels.shape[-2:], align_corners=align_corners) for x in (main, aux))
+    first, second = (ohem_pyradd(x, labels, **options) for x in resized)
     return {"off": first, "on": first + 0.4 * second}
 
 
@@ -217,12 +219,12 @@ def test_losses_of_many_pixels(golden):
     logits = torch.from_numpy((2 * random.standard_normal((1, 19, 384, 384))).astype("float32"))
     labels = torch.from_numpy(labels)
     assert (labels >= 0).sum().item() == case["valid"].item()
-    seed = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT)[0]
+    seed = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT)
     assert seed.item() == pytest.approx(case["pyradd_default_aux_off"].item(), rel=1e-5)
-    plain = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT, threshold=1.0)[0]
+    plain = ohem_pyradd(logits, labels, ignore_index=-1, class_weight=WEIGHT, threshold=1.0)
     assert plain.item() == pytest.approx(case["weighted_ce"].item(), rel=1e-5)
     for kept in (131_072, 100_000):
-        loss = ohem_cross_entropy(logits, labels, ignore_index=-1, min_kept=kept, class_weight=WEIGHT)[0]
+        loss = ohem_cross_entropy(logits, labels, ignore_index=-1, min_kept=kept, class_weight=WEIGHT)
         assert loss.item() == pytest.approx(case[f"mmseg_t09_k{kept}"].item(), rel=1e-5)
 
 

@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 
+from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.backbones import build_backbone, shifted_window_mask
 from segcore.models.heads import FPN, FCNHead
 from segcore.models.layers import DropPath
-from segcore.models.losses import cross_entropy
+from segcore.models.losses import cross_entropy, pixel_accuracy, segmentation_loss
 
 IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -169,24 +170,27 @@ def test_fcn_head_starts_near_zero():
 def test_cross_entropy_averages_over_ignored_pixels_too():
     logits = torch.zeros(1, 4, 2, 2)
     labels = torch.tensor([[[0, 255], [255, 255]]])
-    loss, accuracy = cross_entropy(logits, labels, ignore_index=255)
-    assert loss.item() == pytest.approx(math.log(4) / 4)
-    assert accuracy.item() == 100
-    loss, accuracy = cross_entropy(logits, torch.full((1, 2, 2), 255), ignore_index=255)
-    assert loss.item() == 0
-    assert accuracy.isnan()
+    assert cross_entropy(logits, labels, ignore_index=255).item() == pytest.approx(math.log(4) / 4)
+    assert cross_entropy(logits, torch.full((1, 2, 2), 255), ignore_index=255) == 0
+
+
+def test_accuracy_counts_the_labeled_pixels():
+    logits = torch.eye(4)[None, :, :, None]  # pixel i is of class i
+    labels = torch.tensor([[[0], [1], [3], [255]]])
+    assert pixel_accuracy(logits, labels, 255).item() == pytest.approx(200 / 3)
+    assert pixel_accuracy(logits, torch.full_like(labels, 255), 255).isnan()
 
 
 def test_class_weights_leave_the_mean_over_pixels():
     logits = torch.zeros(1, 4, 2, 2)
     labels = torch.tensor([[[0, 1], [1, 255]]])
-    loss, _ = cross_entropy(logits, labels, ignore_index=255, class_weight=torch.tensor([5.0, 0.5, 1, 1]))
+    loss = cross_entropy(logits, labels, ignore_index=255, class_weight=torch.tensor([5.0, 0.5, 1, 1]))
     assert loss.item() == pytest.approx((5 + 0.5 + 0.5) * math.log(4) / 4)
 
 
-def test_cross_entropy_resizes_the_logits_and_computes_in_float32():
+def test_logits_are_resized_and_the_loss_is_computed_in_float32():
     logits = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = cross_entropy(logits, torch.zeros(1, 9, 7, dtype=torch.int64), ignore_index=255)
+    loss, _ = segmentation_loss(logits, torch.zeros(1, 9, 7, dtype=torch.int64), LossConfig(), ignore_index=255)
     assert loss.dtype == torch.float32
     loss.backward()
     assert logits.grad.isfinite().all()

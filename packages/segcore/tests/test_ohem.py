@@ -65,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_plain_form(
     weight = torch.rand(4, generator=generator) + 0.1 if weighted else None
     options = {"threshold": threshold, "min_kept": min_kept, "class_weight": weight}
     with HostReads() as reads:
-        ours, _ = ohem(logits, labels, ignore_index=IGNORE, **options)
+        ours = ohem(logits, labels, ignore_index=IGNORE, **options)
         [gradient] = torch.autograd.grad(ours, logits)
     assert reads.found == []
     theirs = plain(logits, labels, **options)
@@ -91,7 +91,7 @@ def test_host_reads_are_seen():
 def test_a_batch_without_labels_has_loss_0(ohem, plain, min_kept):
     logits = torch.randn(1, 4, 3, 5, requires_grad=True)
     labels = torch.full((1, 3, 5), IGNORE)
-    loss, _ = ohem(logits, labels, ignore_index=IGNORE, min_kept=min_kept)
+    loss = ohem(logits, labels, ignore_index=IGNORE, min_kept=min_kept)
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
