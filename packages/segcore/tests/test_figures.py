@@ -59,3 +59,13 @@ def test_figures_of_camvid():
         line = f"| {sum(found['minutes']):.0f} | {val:.2f} | {test:.2f} |"
         assert f"| `{file.stem}` {line}" in readme
         assert line in page.partition("## What was tried")[2], "the row's setting"
+
+
+def test_figures_of_the_configurations_to_choose_from():
+    zoo = table("docs/model_zoo.md", "[-\\w]+")
+    readme = (ROOT / "README.md").read_text()
+    chosen = re.findall(r"\| `([-\w]+)` \| (?:Cityscapes|ADE20K) ([\d.]+) \| ([\d.]+ M) \|", readme)
+    assert len(chosen) == 6
+    for name, miou, parameters in chosen:
+        cells = [cell.strip() for cell in zoo[name].split("|")]
+        assert (cells[1], cells[3]) == (miou, parameters), name
