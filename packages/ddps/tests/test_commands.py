@@ -243,11 +243,12 @@ def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
     )
 
 
-def test_demo(toy, base, tmp_path, capsys):
+def test_demo(toy, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("segcore.cli.main.demo_experiment", lambda package: segcore.load_experiment(PRIOR))
     folder = tmp_path / "demo"
     shutil.copytree(toy, folder / "scenes")
     shutil.copytree(base, folder / "base")  # an existing first stage is kept
-    main("ddps_seg", ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
+    main(None, ["demo", f"--work-dir={folder}", *SMALL, *NARROW, *ITERATIONS])
     figures = json.loads((folder / "figures.json").read_text())
     assert list(figures["by_step"]) == ["0", "10", "19"]
     for name in ("base_mIoU", "changed", "corrupted", "refined"):

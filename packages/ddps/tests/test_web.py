@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 import segcore
+from segcore.cli.web import Web
+from segcore.demo import toy
 from segcore.evaluation.predictor import Predictor
 from segcore.web import answers
 
@@ -64,6 +66,16 @@ def test_seed_number_of_steps_and_uncertainty_are_those_asked_for(seg, photo):
     assert (found.result.classes != answers.answer(seg, photo, steps=configured + 3).result.classes).any()
     assert found.uncertainty.shape == (64, 96)
     assert answers.configured_steps(seg) == configured
+
+
+def test_only_this_machine_is_shown_photos_of_the_data_set(tmp_path):
+    exp = segcore.load_experiment(NAME)
+    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, root=tmp_path / "data"))
+    toy.generate(tmp_path / "data", train=1, val=1)
+    for options, drawn in (({}, False), ({"host": "0.0.0.0"}, True), ({"share": True}, True)):
+        folder = tmp_path / "drawn" if drawn else tmp_path / "data"
+        photos = Web(exp, checkpoint="x", **options)._examples(tmp_path / "drawn")
+        assert all(folder in photo.parents for photo in photos), options
 
 
 def test_a_large_photo_is_shrunk(seg, photo):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from segcore import ops
 from segcore.cli.main import main
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
 from segcore.deploy import bench
+from segcore.errors import UserError
 from segcore.testing.tiny import Tiny
 
 CPU = torch.device("cpu")
@@ -182,3 +184,19 @@ def test_wrong_input_is_one_line(words, says, capsys):
     assert end.value.code == 1
     assert line.startswith("error: ")
     assert says in line
+
+
+def test_settings_are_refused_without_a_model_too():
+    with pytest.raises(UserError, match="--repeats is 0; it must be at least 1"):
+        bench.check(bench.Settings(((64, 64),), repeats=0))
+    with pytest.raises(UserError, match="--batches -1 is too small"):
+        bench.check(bench.Settings(((64, 64),), batches=(1, -1)))
+
+
+def test_an_exported_file_that_fails_says_so(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("segcore.deploy.bench.load_exported", fails)
+    cell = bench.measure_exported(Path("model.onnx"), "cpu", "fp32", (1, 3, 64, 64), bench.Settings(((64, 64),)))
+    assert (cell["error"], cell["latency_ms"]) == ("out of memory", None)

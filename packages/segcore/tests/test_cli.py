@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import segcore
 from segcore.cli.common import Command
 from segcore.cli.main import COMMANDS, main, offers, parse
 from segcore.config import options, registry
+from segcore.config.record import settings_of
 from segcore.errors import UserError
 
 CONFIG = f"{Path(__file__).parent / 'runs' / 'tiny.py'}:tiny"
@@ -134,6 +136,43 @@ def test_version_and_completion(capsys):
             main(None, words)
         assert not end.value.code
         assert expected in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_hides_no_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cityscapes", "ddrnet_23_slim_to", "runs", "a.pytorch/runs"):
+        Path(name).mkdir(parents=True)
+    assert parse(["train", "ddrnet_23_slim_to"]).experiment.name == "ddrnet_23_slim_toy"
+    assert "configurations have 'cityscapes' in their names" in answer(capsys, "train", "cityscapes", status=1)
+    main(None, ["configs", "cityscapes"])
+    assert "ddrnet_23_slim_cityscapes" in capsys.readouterr().out
+    for command in ("train", "configs"):
+        assert answer(capsys, command, "runs", status=1).startswith("runs: no run or checkpoint")
+    line = answer(capsys, "train", "a.pytorch/runs/typo", status=1)
+    assert line.startswith("a.pytorch/runs/typo: no such run, checkpoint or configuration file")
+
+
+def test_a_configuration_is_written_as_a_file_that_can_be_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = answer(capsys, "configs", "ddrnet_23_slim_toy", "--write", "mine", status=1)
+    assert line == "mine: a configuration is written as .py; choose such a name"
+    line = answer(capsys, "configs", CONFIG, "--write", "mine.py", status=1)
+    assert line == "mine.py: the model is defined in a file of yours; copy that, and edit the copy"
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("words", [["check"], ["bench"], ["test"]])
+def test_a_command_does_not_overwrite_what_says_what_a_run_is(tmp_path, capsys, words):
+    settings = settings_of(segcore.load_experiment("ddrnet_23_slim_toy"))
+    (tmp_path / "experiment.json").write_text(json.dumps({"experiment": settings}))
+    before = (tmp_path / "experiment.json").read_bytes()
+    line = answer(capsys, *words, str(tmp_path), "--json", str(tmp_path / "experiment.json"), status=1)
+    assert line.endswith("experiment.json: would overwrite what this command reads; name another file")
+    assert (tmp_path / "experiment.json").read_bytes() == before
+
+
+def test_the_demo_makes_its_own_data(capsys):
+    assert "leave --data.root out" in answer(capsys, "demo", "--data.root", "elsewhere", status=1)
 
 
 def test_no_word_is_a_command():

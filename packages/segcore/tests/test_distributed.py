@@ -21,6 +21,8 @@ import torch
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.cli.main import main
+from segcore.errors import UserError
+from segcore.inference import find_device
 
 RUNS = Path(__file__).parent / "runs"
 CONFIG = f"{RUNS / 'tiny.py'}:tiny"
@@ -346,6 +348,13 @@ def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: 
     assert counts[0][0] == 10  # 20 iterations of 4 are 10 epochs of 8
     assert counts[0][1] == 6
     assert counts[0][2][0].startswith(f"{broken}/images/val/09.png: cannot be read")
+
+
+def test_processes_do_not_share_a_named_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:0: several processes would share it; leave --device out"):
+        find_device("cuda:0")
+    assert find_device("cpu") == torch.device("cpu")
 
 
 def test_a_process_that_is_done_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:

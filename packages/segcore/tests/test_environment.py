@@ -21,11 +21,13 @@ from segcore.environment import as_text, environment, git_hash, versions
 def test_environment_is_plain_data_without_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("SEG_REFERENCE", str(tmp_path))
+    monkeypatch.setenv("SEGCORE_WEIGHTS", r"C:\Users\me")
     monkeypatch.setenv("HOME_SWEET", "home")
     found = environment()
     assert json.loads(json.dumps(found)) == found
     assert found["variables"]["OMP_NUM_THREADS"] == "3"
     assert found["variables"]["SEG_REFERENCE"] == "(set)"
+    assert found["variables"]["SEGCORE_WEIGHTS"] == "(set)"
     text = as_text(found)
     assert "HOME_SWEET" not in text
     for path in (tmp_path, Path.home(), Path(module.__file__).parent):

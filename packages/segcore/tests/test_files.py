@@ -25,6 +25,7 @@ from segcore.files import (
     parse_json,
     read_json,
     regular_file,
+    replacing,
     umask_permissions,
     utf8_path,
     write,
@@ -213,6 +214,16 @@ def test_a_folder_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch) 
         assert seen == []
     assert seen == [False]
     assert (tmp_path / "out/x").exists()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Two threads, or processes of one number in two containers."""
+    path = tmp_path / "new" / "a.txt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert path.read_text() in ("1", "2")
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from segcore.config.record import settings_of
 from segcore.config.registry import load_experiment
 from segcore.config.schema import DataConfig, Experiment, ModelConfig
+from segcore.data.dataset import Dataset, Sample
 from segcore.data.layouts import open_dataset
 from segcore.data.layouts.files import glob_files, list_files
 from segcore.errors import UserError
@@ -201,8 +202,10 @@ def test_lists_name_images_or_pairs(tmp_path: Path) -> None:
             open_dataset(listed, "train")
     with pytest.raises(UserError, match=r"nowhere.txt: no such list of images, neither here nor in "):
         open_dataset(replace(listed, train_list=Path("nowhere.txt")), "train")
-    with pytest.raises(UserError, match="cannot be read as a list of images"):
-        open_dataset(replace(listed, train_list=tmp_path), "train")
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path, "a folder"), (tmp_path / "fifo", "a FIFO"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(UserError, match=rf"is not a regular file \({kind}\)"):
+            open_dataset(replace(listed, train_list=path), "train")
 
 
 def test_lists_name_images_in_folders(tmp_path: Path) -> None:
@@ -298,6 +301,16 @@ def test_links_are_followed_and_system_files_left_out(tmp_path: Path) -> None:
     assert found == ["a.png", "linked/x.JPG", "y.png"]
     assert [path.name for path in glob_files(data.root, "images/*/*")] == ["a.png", "y.png"]
     assert list(list_files(images, ".jpg")) == ["linked/x"]
+
+
+def test_images_on_another_drive_have_names_that_stay_below_the_folder(monkeypatch) -> None:
+    def no_way(path, start):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr("os.path.relpath", no_way)
+    samples = (Sample(Path("/photos/a.png"), None),)
+    dataset = Dataset(("a",), np.zeros((1, 3), np.uint8), 255, samples, Path("/c"), np.zeros(65536, np.uint16))
+    assert dataset.name(0) == "__/photos/a"
 
 
 def test_a_missing_label_names_both_patterns_and_the_settings(tmp_path: Path) -> None:

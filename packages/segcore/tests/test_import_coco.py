@@ -19,7 +19,7 @@ from segcore.config.label_rows import parse_rows
 from segcore.config.schema import DataConfig
 from segcore.data import coco
 from segcore.data.check import check
-from segcore.data.import_coco import import_coco
+from segcore.data.import_coco import import_coco, link
 from segcore.errors import UserError
 
 coco_mask = pytest.importorskip("pycocotools.mask")
@@ -289,6 +289,28 @@ def test_splits_have_the_same_classes(tmp_path: Path) -> None:
     sources = {"train": (first, tmp_path / "1/photos"), "val": (second, tmp_path / "2/photos")}
     with pytest.raises(UserError, match=r"2/file.json: .*1/file.json has no category 'class 5'"):
         import_coco(sources, tmp_path / "out", "background")
+
+
+def test_names_that_windows_wrote(tmp_path: Path) -> None:
+    path = write(tmp_path, [SQUARE], ("JPEGImages/a.png",))
+    path.write_text(path.read_text().replace("JPEGImages/a", r"JPEGImages\\a"))
+    import_coco({"train": (path, tmp_path / "photos")}, tmp_path / "out", "background")
+    assert (tmp_path / "out/images/train/JPEGImages_a.png").samefile(tmp_path / "photos/JPEGImages/a.png")
+
+
+def test_names_that_are_one_file_on_other_systems(tmp_path: Path) -> None:
+    path = write(tmp_path, [SQUARE], ("img/1.png", "IMG_1.png"))
+    with pytest.raises(UserError, match=r"image 2: IMG_1\.png and img/1\.png have the same stem; rename one"):
+        import_coco({"train": (path, tmp_path / "photos")}, tmp_path / "out", "background")
+
+
+def test_an_existing_link_is_not_written_through(tmp_path: Path) -> None:
+    """The target may be another image's own file, under a name that the file system takes for the same."""
+    for name in ("a", "b", "link"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        link(tmp_path / "a", tmp_path / "link")
+    assert (tmp_path / "link").read_text() == "link"
 
 
 def test_what_to_install_is_named(monkeypatch, capsys) -> None:

@@ -167,6 +167,12 @@ def test_an_item_that_is_no_pair(own: Own, item: str, text: str) -> None:
     assert len(check(data, "val").problems) >= 1
 
 
+def test_images_are_not_cut_into_tiles(own: Own) -> None:
+    data = own("return from_pairs([(IMAGE, MASK)], CLASSES)", tile=2)
+    with pytest.raises(UserError, match=r"data\.tile 2: .*:open_split gives images, not files; cut them"):
+        open_dataset(data, "train")
+
+
 def test_wrong_references() -> None:
     for setting in ("dataset", "augment"):
         with pytest.raises(UserError, match=rf"data\.{setting} is 'my'; it must be .*file\.py:function"):

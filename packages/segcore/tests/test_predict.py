@@ -218,8 +218,9 @@ def test_legend_and_contours_are_in_the_overlay_only(predict):
 @pytest.mark.parametrize(
     ("output", "options", "match"),
     [
-        ("out.tif", {"legend": True}, "--legend and --contours, give a folder"),
-        ("out.tif", {"contours": True}, "--legend and --contours, give a folder"),
+        ("out.tif", {"legend": True}, "--legend, --contours and --opacity, give a folder"),
+        ("out.tif", {"contours": True}, "--legend, --contours and --opacity, give a folder"),
+        ("out.tif", {"opacity": 0.3}, "--legend, --contours and --opacity, give a folder"),
         ("out", {"zip": Path("a.png")}, r"--zip a\.png: does not end in \.zip; name a file that does"),
         ("out", {"zip": Path("in.zip"), "checkpoint": "in.zip"}, "would overwrite what this command reads"),
         ("out", {"frames": 3}, "--frames is for videos and cameras; leave it out"),

@@ -479,11 +479,16 @@ def test_a_row_is_verified_from_the_download_to_the_line_of_the_model_zoo(row, t
     both = json.loads(path.read_text())[ROW]
     assert (both["miou"].keys(), both["reproduced"]) == ({"single scale", "multi scale"}, False)
     assert both["miou"]["single scale"] == figure
-    for stale in ({ROW: {"sha256": "0", "images": 2, "miou": {"multi scale": 1}}}, {ROW: 1}, []):
+    for stale in ({ROW: {"sha256": "0", "images": 2, "miou": {"multi scale": 1}}}, {ROW: 1, "another": {"images": 5}}):
         path.write_text(json.dumps(stale))
         main(None, ["verify", ROW, f"--data.root={toy}", "--device=cpu"])
-        only = json.loads(path.read_text())[ROW]
-        assert (only["miou"], only["reproduced"]) == ({"single scale": figure}, True)
+        found = json.loads(path.read_text())
+        assert (found[ROW]["miou"], found[ROW]["reproduced"]) == ({"single scale": figure}, True)
+        assert found | {ROW: 0} == stale | {ROW: 0}
+    path.write_text("[]")
+    line = refused(None, "verify", ROW, f"--data.root={toy}", "--device=cpu")
+    assert line.endswith("damaged (a list instead of an object); name another file with --json")
+    assert path.read_text() == "[]"
 
 
 def test_what_was_verified_is_expected_of_the_next_download(row, toy, monkeypatch, tmp_path):

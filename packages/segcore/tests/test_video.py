@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from segcore import files
 from segcore.cli import predict_video
 from segcore.config.schema import DataConfig, EvalConfig, Experiment, ModelConfig
 from segcore.data import video
@@ -170,7 +171,7 @@ def test_odd_sides_grow_by_a_pixel(tmp_path, monkeypatch):
 
 def test_a_video_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
     path, synced = tmp_path / "a.mp4", []
-    monkeypatch.setattr(video, "sync", lambda part: synced.append((part.stat().st_size, path.exists())), raising=False)
+    monkeypatch.setattr(files, "sync", lambda part: synced.append((part.stat().st_size, path.exists())))
     with video.writer(path, 5) as write:
         write(np.zeros((50, 64, 3), np.uint8))
     assert synced == [(path.stat().st_size, False)]

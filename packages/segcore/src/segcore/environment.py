@@ -77,7 +77,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "float32 products": product_library(),
             "bfloat16": "in hardware" if has_bfloat16(torch.device("cpu")) else "converted, slow",
         },
-        "variables": {name: os.environ[name] if "/" not in os.environ[name] else "(set)" for name in names},
+        "variables": {name: "(set)" if {"/", "\\"} & set(os.environ[name]) else os.environ[name] for name in names},
         "kernels": _kernels(),
     }
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -40,13 +41,18 @@ def write_zip(path: Path, folder: Path, names: Iterable[str]) -> None:
             archive.write(folder / name, name.encode(errors="backslashreplace").decode())
 
 
+def temporary_path(path: Path, suffix: str = ".tmp") -> Path:
+    """Return a hidden name beside `path` that no other thread, process or machine takes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Yield a temporary name beside `path`; what was written under it is synced and renamed, unless there was an error.
 
     Raises UserError as `write` does.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path, suffix)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -85,7 +91,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: is there already and not empty; name a new folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with writing(path):
         try:
             temporary.mkdir(parents=True)
@@ -198,7 +204,7 @@ def _children(item: Any) -> Iterable[Any]:
 
 def umask_permissions(path: Path) -> None:
     """Give a file that a library made private (0600) the permissions of any new file in its folder."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe = temporary_path(path, ".mode")
     probe.touch()  # the umask can only be read by changing it, for all threads
     try:
         path.chmod(stat.S_IMODE(probe.stat().st_mode))

@@ -153,6 +153,8 @@ def find_device(name: str | torch.device) -> torch.device:
         return distributed.local_device()
     try:
         device = torch.device(name)
+        if device.index is not None and distributed.world_size() > 1:
+            raise UserError(f"--device {name}: several processes would share it; leave --device out")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(

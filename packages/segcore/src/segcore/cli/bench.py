@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from segcore import files
-from segcore.cli.common import PROVIDER, Command, check_file
+from segcore.cli.common import PROVIDER, STEPWISE, Command, check_file
 from segcore.config.options import Flag
 from segcore.errors import UsageError, UserError
 
@@ -32,7 +32,7 @@ class Bench(Command):
     """torch.compile."""
     channels_last: Literal["no", "yes", "both"] = "no"
     """Memory layout of images and convolutions."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] = field(default=(), metadata=STEPWISE)
     """Sampling steps; as the model is configured if not given. Several: a run of each in one pass."""
     warmup: int = 2
     """Passes before the timed ones; compiling happens there."""
@@ -62,20 +62,21 @@ class Bench(Command):
         if (self.exported or self.runtimes) and any(given.values()):
             option = next(name for name in given if given[name])
             raise UserError(f"--{option} is for models in PyTorch; leave it out for exported ones and --runtimes")
-        check_file("json", self.json, ".json")
+        check_file("json", self.json, ".json", [self.record])
         exp = self.experiment
         sizes = tuple(bench.parse_size(size) for size in self.sizes) or (exp.data.crop,)
         settings = bench.Settings(
             sizes, self.batches, self.dtypes, both["both" if self.runtimes else self.compile],
             both[self.channels_last], self.steps, self.warmup, self.repeats,
         )  # fmt: skip
+        bench.check(settings)
         device = find_device("cpu" if self.runtimes or self.exported else self.device)
         if self.exported:
             found = self._of_file(settings)
             header = bench.header(nn.Module(), device) | {"provider": self.provider or "cpu"}
         else:
             model = exp.model.build()
-            bench.check(model, settings)
+            bench.check(settings, model)
             found, header = bench.measure(model, exp.model.in_channels, settings, device), bench.header(model, device)
             if self.runtimes:
                 found = itertools.chain(found, bench.measure_runtimes(model, exp, settings))

@@ -28,7 +28,7 @@ class Check(Command):
         from segcore.data.layouts import source_of
 
         exp = self.experiment
-        check_file("json", self.json, ".json")
+        check_file("json", self.json, ".json", [self.record])
         if self.save_images and self.save_images.exists() and not self.save_images.is_dir():
             raise UserError(f"--save-images {self.save_images}: is a file; name a folder")
         both: tuple[Literal["train", "val"], ...] = ("train", "val")

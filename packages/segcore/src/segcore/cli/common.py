@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segcore.config.options import Flag
+from segcore.config.record import record_of
 from segcore.config.schema import Experiment
 from segcore.errors import UsageError, UserError
 
@@ -42,6 +43,11 @@ class Command:
     def exported(self) -> bool:
         """Whether CONFIG is an exported file."""
         return self.folder is not None and self.folder.suffix == ".onnx"
+
+    @property
+    def record(self) -> Path | None:
+        """The file that CONFIG is read from, if it is a run's folder or an exported file."""
+        return self.folder if self.exported else self.folder and record_of(self.folder)
 
     @property
     def of_run(self) -> bool:

@@ -11,9 +11,10 @@ from segcore import files
 from segcore.config import model_zoo
 from segcore.config.options import Flag, nearest
 from segcore.config.record import settings_of
-from segcore.config.registry import experiments, find_experiment, program
+from segcore.config.registry import experiments, find_experiment, is_config, program
 from segcore.config.schema import Experiment
 from segcore.config.source import source
+from segcore.config.user_code import FROM_FILE, is_reference
 from segcore.errors import UsageError, UserError
 
 
@@ -53,6 +54,10 @@ class ShowConfig(Configs):
             print(json.dumps(settings_of(self.experiment), indent=1))
         elif self.write is None:
             print(source(self.experiment), end="")
+        elif self.write.suffix != ".py":
+            raise UserError(f"{self.write}: a configuration is written as .py; choose such a name")
+        elif type(self.experiment.model).__module__.startswith(FROM_FILE):
+            raise UserError(f"{self.write}: the model is defined in a file of yours; copy that, and edit the copy")
         elif self.write.exists():
             raise UserError(f"{self.write}: exists already; choose another name or remove it")
         else:
@@ -63,7 +68,6 @@ class ShowConfig(Configs):
 def prepare(words: list[str], package: str | None) -> tuple[Configs, list[str]]:
     """Return the command that the words after `configs` begin, and its options: whole names are shown, parts filter."""
     word = words[0] if words and not words[0].startswith("-") else None
-    whole = word and (word.replace("-", "_") in experiments(package) or ".py" in word or Path(word).is_dir())
-    if not (word and whole):
+    if not word or not (is_reference(word) or is_config(word, package)):
         return Configs(), words
     return ShowConfig(experiment=find_experiment(word, package)[0]), words[1:]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from segcore.config.options import Flag
 from segcore.errors import UserError
-from segcore.files import sync, umask_permissions, writing
+from segcore.files import replacing, umask_permissions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,19 +57,13 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         try:
             if path.suffix == ".pth":
                 torch.save({"state_dict": tensors}, temporary)
             else:
                 save_file(tensors, temporary, {"format": "pt"})
-            umask_permissions(temporary)
-            sync(temporary)
-            temporary.replace(path)
         except (SafetensorError, RuntimeError) as error:  # torch's, which a full disk raises
             raise OSError(error) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        umask_permissions(temporary)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segcore.cli.common import Command
+from segcore.config.toy import DATA
+from segcore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,5 +21,7 @@ class Demo(Command):
         from segcore.demo import run as demo
         from segcore.inference import find_device
 
+        if self.experiment.data.root != DATA.root:
+            raise UserError("the demo generates its scenes in --work-dir; leave --data.root out")
         work_dir = self.work_dir or Path("runs/demo", self.experiment.name)
-        demo.run(self.experiment, work_dir, device=find_device(self.device), package=package, offline=self.offline)
+        demo.run(self.experiment, work_dir, device=find_device(self.device), offline=self.offline)

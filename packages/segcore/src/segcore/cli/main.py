@@ -143,7 +143,6 @@ def _show_only_our_lines() -> None:
     warnings.formatwarning = lambda message, *where: (
         f"warning: {message}\n" if str(message).startswith(OUR_WARNINGS) else usual(message, *where)
     )
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "TORCH_LOGS" not in os.environ:
         logging.disable(logging.WARNING)
     if sys.stderr is not None:  # not the number 2, which is silent while images are decoded (segcore.data.silence)

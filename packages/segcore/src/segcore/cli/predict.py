@@ -130,10 +130,10 @@ class Predict(Parallel):
             )
         if self.frames is not None and not moving:
             raise UserError(f"{self.input}: --frames is for videos and cameras; leave it out")
-        if large and (only_images or self.legend or self.contours):
+        if large and (only_images or self.legend or self.contours or self.opacity != Predict.opacity):
             raise UserError(
-                f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip, --legend "
-                "and --contours, give a folder"
+                f"{self.output}: with --uncertainty, --steps, --animate, --start-mask, --label-ids, --zip, --legend, "
+                "--contours and --opacity, give a folder"
             )
         if (self.resume or distributed.world_size() > 1) and not self.input.is_dir():
             raise UserError(f"{self.input}: --resume, --gpus and torchrun are for a folder of images; leave them out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +32,7 @@ class Report:
     """Where to predict the images: auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps …"""
 
     def run(self, package: str | None) -> None:
-        if len({folder.resolve() for folder in self.runs}) < len(self.runs):
+        if len({os.path.realpath(folder) for folder in self.runs}) < len(self.runs):
             raise UsageError(f"{' '.join(map(str, self.runs))}: a run is named twice; name different ones")
         check_file("output", self.output, ".html")
         name = NAME if len(self.runs) == 1 else "comparison.html"

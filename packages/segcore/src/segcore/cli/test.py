@@ -88,8 +88,7 @@ class Test(Parallel):
 
     def _check(self) -> None:
         """Raise UserError for options that need or exclude each other, and for files that would be overwritten."""
-        record = self.folder if self.exported else self.folder and self.folder / "experiment.json"
-        inputs = (record, self.checkpoint, *self.ensemble, *vars(self.experiment.data).values())
+        inputs = (self.record, self.checkpoint, *self.ensemble, *vars(self.experiment.data).values())
         for option, path, suffix in (
             ("json", self.json, ".json"), ("per-image", self.per_image, ".csv"), ("zip", self.zip, ".zip"),
         ):  # fmt: skip

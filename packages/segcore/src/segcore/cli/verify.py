@@ -39,8 +39,8 @@ class Verify(Parallel):
     """Compare the multi-scale figure instead: six scales, each also flipped."""
     json: Path | None = None
     """A file .json for what was found, the row's entry in the method's verified.json, from which the model zoo is made;
-    by default runs/<configuration>.verify.json. Other figures there, as of --multi-scale, of the same weights are
-    kept."""
+    by default runs/<configuration>.verify.json. Other rows there are kept, and so are other figures of the same
+    weights, as of --multi-scale."""
 
     def run_in_process(self) -> Callable[[], None] | None:
         from segcore import distributed
@@ -52,6 +52,7 @@ class Verify(Parallel):
 
         exp, theirs = self.experiment, self._published()
         check_file("json", self.json, ".json", [self.checkpoint])
+        stored_entries(self._output)  # what cannot be added to is said before the evaluation
         path = distributed.main_process_first(
             lambda: find_weights(self.checkpoint or "official", exp.name, offline=self.offline)
         )
@@ -70,6 +71,10 @@ class Verify(Parallel):
                 predictor, dataset, seed=exp.seed, workers=worker_count(exp.data.workers), on_progress=advance
             )
         return None if distributed.rank() else partial(self._compare, theirs, results, path)
+
+    @property
+    def _output(self) -> Path:
+        return self.json or Path("runs") / f"{self.experiment.name}.verify.json"
 
     def _published(self) -> dict[str, float]:
         """Return the published figures to compare with, in percent."""
@@ -98,13 +103,14 @@ class Verify(Parallel):
             print(f"{key}: {ours[key]:.2f}, published {value:.2f} ({results.images} images): {verdict}")
         name = self.experiment.name
         known: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-        output, key = self.json or Path("runs") / f"{name}.verify.json", name.replace("-", "_")
+        output, key = self._output, name.replace("-", "_")
         row = next(row for row in model_zoo.rows() if row.name == name)
         known |= {"images": results.images}
-        miou = stored_figures(output, key, known) | ours
+        stored = stored_entries(output)
+        miou = same_figures(stored.get(key), known) | ours
         reproduced = not differing(miou, row.published.miou if row.published else theirs)
         entry = {"miou": miou, **known, "versions": versions(), "reproduced": reproduced}
-        files.write(output, json.dumps({key: entry}, indent=1) + "\n")
+        files.write(output, json.dumps({**stored, key: entry}, indent=1) + "\n")
         print(f"{path}: sha256 {known['sha256']}\n{output}\n{model_zoo.line(replace(row, verified=entry))}", end="")
         if outside:
             figures = ", ".join(f"{key} {ours[key]:.2f} instead of {theirs[key]:.2f}" for key in outside)
@@ -119,11 +125,20 @@ def differing(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[st
     return [key for key in both if not abs(round(ours[key], 2) - theirs[key]) < TOLERANCE + 1e-6]
 
 
-def stored_figures(path: Path, key: str, known: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures that a file of `verify` has of the same weights and number of images; empty without any."""
+def stored_entries(path: Path) -> dict[str, Any]:
+    """Return the entries by row that a file of `verify` has, empty where there is none; UserError for another file."""
     try:
-        entry = read_json(path)[key]
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        raise UserError(f"{error}; name another file with --json") from None
+
+
+def same_figures(entry: Any, known: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures in an entry if it is of the same weights and number of images, otherwise none."""
+    try:
         same = all(entry[name] == known[name] for name in ("sha256", "images"))
         return {str(name): float(value) for name, value in entry["miou"].items()} if same else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not what `verify` writes
+    except (ValueError, KeyError, TypeError, AttributeError):  # not what `verify` writes
         return {}

@@ -14,6 +14,7 @@ from segcore.config.options import Flag
 from segcore.errors import UserError
 
 EXAMPLES = 4
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class Web(Command):
                 raise UserError(f"cannot listen at {self.host}, {port}; choose another with --port, --host") from None
 
     def _examples(self, folder: Path) -> list[Path]:
-        """Return photos of the validation set if it is there and the page is private, otherwise drawn street scenes."""
+        """Return photos of the validation set if it is there and nobody else sees the page, otherwise drawn scenes."""
         from segcore.data.layouts import open_dataset
         from segcore.demo import toy
 
-        if not self.share:
+        if not self.share and self.host in LOOPBACK:
             with contextlib.suppress(UserError):
                 dataset = open_dataset(self.experiment.data, "val")
                 return [sample.image for sample in dataset.samples[:EXAMPLES]]

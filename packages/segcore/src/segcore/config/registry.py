@@ -20,7 +20,7 @@ from segcore.config.exported import read_exported
 from segcore.config.options import nearest
 from segcore.config.record import SETTINGS, VersionError, from_plain, record_of, settings_of
 from segcore.config.schema import Experiment, ModelConfig, Published
-from segcore.config.user_code import FROM_FILE, cannot_run, find_function
+from segcore.config.user_code import FROM_FILE, cannot_run, find_function, is_reference, split_reference
 from segcore.errors import UnnamedFileError, UserError
 from segcore.files import MAX_RECORD, expanded, read_json
 
@@ -94,20 +94,36 @@ def load_experiment(config: str | Path, package: str | None = None) -> Experimen
 def find_experiment(config: str | Path, package: str | None = None) -> tuple[Experiment, Path | None]:
     """Return what `load_experiment` does, and `config` if it is a run's or checkpoint's folder or an exported file."""
     known, name, path = experiments(package), str(config), expanded(config)
-    stem, is_file, function = name.rpartition(".py")
     if _key(name) in known:
         return known[_key(name)](), None
-    if path.is_dir():
-        return read_experiment(path, record_of(path).name), path
     if path.suffix == ".onnx":
         return read_exported(path)[0], path
-    if is_file and (Path(f"{stem}.py").is_file() or _key(Path(stem).name) not in known):
-        return _from_file(f"{stem}.py", function.removeprefix(":")), None
-    key = _key(Path(stem).name if is_file else name)
-    matches = [key] if key in known else [row for row in known if key in row]
+    if _is_run(path, known):
+        return read_experiment(path, record_of(path).name), path
+    if is_reference(name):
+        file, function = split_reference(name)
+        name = Path(file).stem  # of a published configuration, as the papers have it
+        if Path(file).is_file() or _key(name) not in known:
+            return _from_file(file, function), None
+    matches = [_key(name)] if _key(name) in known else _with_part(name, known)
     if len(matches) != 1:
         raise _unknown(name, matches, known, package)
     return known[matches[0]](), None
+
+
+def is_config(word: str, package: str | None = None) -> bool:
+    """Return whether a word names one configuration in full, or is the folder of a run or an exported model."""
+    known, path = experiments(package), expanded(word)
+    return _key(word) in known or path.suffix == ".onnx" or _is_run(path, known)
+
+
+def _is_run(path: Path, known: Iterable[str]) -> bool:
+    """Return whether a folder is meant: any but one without settings that has a part of a name, as `cityscapes`."""
+    return path.is_dir() and (record_of(path).is_file() or not _with_part(str(path), known))
+
+
+def _with_part(name: str, known: Iterable[str]) -> list[str]:
+    return [row for row in known if _key(name) in row]
 
 
 def _unknown(name: str, matches: list[str], known: Iterable[str], package: str | None) -> UserError:

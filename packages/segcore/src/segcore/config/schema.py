@@ -215,7 +215,7 @@ class EvalConfig(Section):
     steps: tuple[int, ...] = setting((), least=0, stepwise=True)
     """What to report of the sampling, one column each. DDP: numbers of denoising steps, a run of its own each, in place
     of `model.num_inference_steps`. DDPS: timesteps of the one run that `model.num_inference_steps` configures. Empty:
-    the configured answer. Models without steps ignore it."""
+    the configured answer; so do `predict` and `web` without `ensemble_steps`. Models without steps ignore it."""
     early_exit_threshold: float | None = setting(None, above=0, most=100, stepwise=True)
     """A further entry that ends an image's denoising once a step changes fewer than this percentage of its pixels."""
     ensemble_steps: bool = setting(False, stepwise=True)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,16 +203,16 @@ def _whole(where: str, entry: Mapping[str, Any], key: str, least: float = -math.
 
 
 def _file_name(where: str, name: Any) -> str:
-    """Return the path of an image as the file has it, if it lies below the folder of the images."""
+    """Return the path of an image with `/`, whatever system wrote it, if it lies below the folder of the images."""
     if not isinstance(name, str) or not name or _CONTROL.search(name):
         raise UserError(f"{where}: file_name is {_short(name)}; {_AGAIN}")
     parts = re.split(r"[/\\]", name)
     if ".." in parts or name.startswith(("/", "\\")) or PureWindowsPath(name).drive:
         raise UserError(f"{where}: file_name is {_short(name)}; write it relative to the folder of the images")
-    hidden = [part for part in PurePosixPath(name).parts if part.startswith(".") or part in SYSTEM]
-    if hidden or not PurePosixPath(name).parts:
+    parts = [part for part in parts if part not in ("", ".")]
+    if not parts or any(part.startswith(".") or part in SYSTEM for part in parts):
         raise UserError(f"{where}: file_name is {_short(name)}, a hidden or system file, which are not read; rename it")
-    return name
+    return "/".join(parts)
 
 
 def _short(value: Any) -> str:

@@ -78,12 +78,16 @@ class Dataset:
         """Return the image's path below the image folder, with `/` and without its suffix, to name outputs.
 
         The name of a part of an image ends in the row and column of its upper left corner. For an image outside the
-        folder, which a list may name, every step up to a folder above becomes `__`: no name leads out of a folder.
+        folder, which a list may name, every step up to a folder above becomes `__`, and so does another drive: no name
+        leads out of a folder.
         """
         sample = self.samples[index]
         corner = "_{}_{}".format(*sample.box) if sample.box else ""
-        path = Path(os.path.relpath(sample.image, self.image_root)).with_suffix("")
-        return "/".join("__" if part == ".." else part for part in path.parts) + corner
+        try:
+            path = Path(os.path.relpath(sample.image, self.image_root)).with_suffix("")
+        except ValueError:  # of Windows: on another drive
+            path = sample.image.with_suffix("")
+        return "/".join("__" if part in ("..", path.anchor) else part for part in path.parts) + corner
 
     def image(self, index: int) -> np.ndarray:
         """Return (H, W, C) RGB, uint8, uint16 or float32 by bit depth. Raises UserError as `read_image` does."""

@@ -7,7 +7,7 @@ import io
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -100,8 +100,8 @@ def image_files(coco: Coco, folder: Path) -> list[tuple[str, Path]]:
     """
     found, stems = list[tuple[str, Path]](), dict[str, str]()
     for image in coco.images:
-        source, name = folder / image.name, "_".join(PurePosixPath(image.name).parts)
-        stem = short_stem(Path(name))
+        source, name = folder / image.name, image.name.replace("/", "_")
+        stem = short_stem(Path(name)).casefold()  # on some systems `A` and `a` are one file
         if not source.is_file():
             raise UserError(f"{image.where}: there is no file {source}; give the folder where file_name begins")
         if source.suffix.lower() not in IMAGE_SUFFIXES:
@@ -134,5 +134,7 @@ def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; a copy where the file system does not allow that."""
     try:
         target.hardlink_to(source.resolve())
+    except FileExistsError:  # may be a link to another image
+        raise
     except OSError:
         shutil.copyfile(source, target)

@@ -24,7 +24,7 @@ import tifffile
 
 from segcore.data.formats import TIFF, codec_of
 from segcore.data.images import MAX_PIXELS, as_configured, label_values, read_image, read_label_colors, reading
-from segcore.files import sync, writing
+from segcore.files import replacing
 
 Box = tuple[int, int, int, int]
 CACHE = 1 << 28
@@ -330,9 +330,8 @@ def _writer(
 ) -> Iterator[Put]:  # fmt: skip
     """Yield `put` for an array of `shape` that waits as `kept` in a file and becomes a TIFF of `dtype`."""
     height, width = shape[-2:]
-    temporary, stored = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "raw"))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        stored = temporary.with_suffix(".raw")
         try:
             with stored.open("w+b") as file:
                 if hasattr(os, "posix_fallocate"):  # a full disk is reported now
@@ -351,10 +350,7 @@ def _writer(
                     compression="zlib", metadata=None, bigtiff=math.prod(shape) * dtype.itemsize > 1 << 31,
                     extratags=[*tags, (GDAL_NODATA, "s", 0, str(nodata), True)], **how,
                 )  # fmt: skip
-            sync(temporary)
-            temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
             stored.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from segcore.data.images import IMAGE_SUFFIXES
 from segcore.errors import UserError
-from segcore.files import sync, writing
+from segcore.files import replacing
 
 ENCODERS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv"), ("libx264", {"crf": "18"})),
@@ -134,27 +134,19 @@ def writer(path: Path, rate: Fraction) -> Iterator[Any]:
     """Yield a function that appends a frame (H, W, 3) uint8 RGB; the file appears only on success."""
     import av
 
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     stream: Any = None
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with av.open(str(temporary), "w") as container:
+    with replacing(path, f".tmp{path.suffix}") as temporary, av.open(str(temporary), "w") as container:
 
-                def write(image: np.ndarray) -> None:
-                    nonlocal stream
-                    height, width = image.shape[:2]
-                    if stream is None:
-                        codec, options = ENCODERS[path.suffix.lower()]
-                        stream = container.add_stream(codec, rate=rate, options=options)
-                        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
-                    even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        def write(image: np.ndarray) -> None:
+            nonlocal stream
+            height, width = image.shape[:2]
+            if stream is None:
+                codec, options = ENCODERS[path.suffix.lower()]
+                stream = container.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+            even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
 
-                yield write
-                if stream is not None:
-                    container.mux(stream.encode())
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield write
+        if stream is not None:
+            container.mux(stream.encode())

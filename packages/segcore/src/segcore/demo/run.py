@@ -55,13 +55,11 @@ class Answer:
     """(H, W) float32, 0..1, of the classes at the final step, on the CPU; None for a model without steps."""
 
 
-def run(
-    exp: Experiment, work_dir: Path, *, device: torch.device, package: str | None = None, offline: bool = False
-) -> Path:
+def run(exp: Experiment, work_dir: Path, *, device: torch.device, offline: bool = False) -> Path:
     """Run the demo in `work_dir` and return its page. Finished parts are kept, so an interrupted demo continues.
 
-    If the experiment starts from the run of a base model, that model is trained first; `<package>.demo.compare`, of the
-    method's import package, then adds values and sentences that compare the two.
+    If the experiment starts from the run of a base model, that model is trained first; `demo.compare` of the method's
+    package then adds values and sentences that compare the two.
     """
     with writing(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -96,6 +94,7 @@ def run(
             "(0.5 is chance, 1 is perfect)"
         )
     if base is not None:
+        package = type(exp.model).__module__.partition(".")[0]
         more, sentences = importlib.import_module(f"{package}.demo").compare(predictor, exp, base, base_dir)
         figures |= {"by_step": {step: metrics["mIoU"] for step, metrics in results.entries.items()}, **more}
         notes += sentences

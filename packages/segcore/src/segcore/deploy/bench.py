@@ -78,16 +78,17 @@ def parse_size(text: str, option: str = "--sizes") -> tuple[int, int]:
     return int(height), int(width)
 
 
-def check(model: Segmentor, settings: Settings) -> None:
-    """Raise a one-line UserError for settings that no cell can be measured with."""
+def check(settings: Settings, model: Segmentor | None = None) -> None:
+    """Raise a one-line UserError for settings that no cell can be measured with, and sizes that the model cannot."""
     for name in ("warmup", "repeats"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
     for name in ("batches", "steps"):
         if any(value < 1 for value in getattr(settings, name)):
             raise UserError(f"--{name} {min(getattr(settings, name))} is too small; it must be at least 1")
-    for height, width in settings.sizes:
-        model.check_size(torch.empty(1, 1, height, width, device="meta"))
+    if model is not None:
+        for height, width in settings.sizes:
+            model.check_size(torch.empty(1, 1, height, width, device="meta"))
 
 
 def header(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def measure(model: Segmentor, channels: int, settings: Settings, device: torch.d
 
     A model that `fuse` changes is measured before and after fusing. The given model is moved but not changed otherwise.
     """
-    check(model, settings)
+    check(settings, model)
     model = model.eval().to(device)
     fused_model = model.fuse()
     variants = [(False, model)] if fused_model is model else [(False, model), (True, fused_model)]
@@ -173,8 +174,8 @@ def measure_exported(
         images = torch.randn(shape) if not model.about.normalize else torch.randint(256, shape)
         model.check_size(images)
         return cell | time_forward(model.answer, images, settings) | {"error": None}
-    except (UserError, MemoryError) as caught:
-        text = "out of memory" if isinstance(caught, MemoryError) else str(caught)
+    except (UserError, MemoryError, RuntimeError) as caught:
+        text = str(caught) if isinstance(caught, UserError) else reason(caught)
         return cell | dict.fromkeys(MEASURED) | {"error": text}
 
 

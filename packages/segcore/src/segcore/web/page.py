@@ -24,7 +24,7 @@ STYLE = """
 .legend li { margin: 0; }
 .swatch { display: inline-block; width: 1em; height: 1em; margin-right: .4em; border-radius: 2px; }
 """
-PRIVACY = f"Photos stay on the machine that runs this page, which deletes them after {LIFETIME // 60} minutes."
+PRIVACY = f"Photos stay on the machine that runs this page, which deletes them within {LIFETIME // 60 + 1} minutes."
 SHARED = "This page has a public address: photos pass through a server of gradio's."
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """The browser's own: gradio's would be fetched from elsewhere."""
@@ -54,7 +54,7 @@ def build(
     if (data.channels, data.bit_depth) != (3, 8):
         raise UserError(f"the page takes photos, but the model {data.bit_depth}-bit images of {data.channels} channels")
     act, (names, colors), stepwise = _Actions(seg, max_side), seg.mask_classes, answers.is_stepwise(seg)
-    with gr.Blocks(title=seg.experiment.name, analytics_enabled=False, delete_cache=(LIFETIME, LIFETIME)) as page:
+    with gr.Blocks(title=seg.experiment.name, analytics_enabled=False, delete_cache=(60, LIFETIME)) as page:
         found = gr.State(None, time_to_live=LIFETIME)
         gr.Markdown(
             f"# {seg.experiment.name}\nSegments a photo into {len(names)} classes. {SHARED if share else PRIVACY}"

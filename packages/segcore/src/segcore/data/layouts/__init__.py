@@ -19,6 +19,7 @@ from segcore.data.images import read_size
 from segcore.data.labels import FORBIDDEN, add_background
 from segcore.data.layouts import ade20k, cityscapes, folder, own, sets, toy
 from segcore.data.layouts.also import join
+from segcore.data.pairs import PairDataset
 from segcore.data.rasters import is_tiff, tiff_size, tile_boxes
 from segcore.errors import UserError
 from segcore.files import expanded
@@ -96,6 +97,8 @@ def find_files(data: DataConfig, split: Split, cache: Path | None = None) -> Dat
         opened_by=partial(find_files, data, split, cache) if layout is OWN else None,
     )
     dataset = with_background(dataset) if data.add_background_class else dataset
+    if data.tile and isinstance(dataset, PairDataset):
+        raise UserError(f"data.tile {data.tile}: {data.dataset} gives images, not files; cut them in your function")
     dataset = replace(dataset, samples=tuple(tiles(dataset.samples, data.tile))) if data.tile else dataset
     if split != "train" or not data.also:
         return dataset

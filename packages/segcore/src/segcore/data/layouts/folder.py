@@ -25,7 +25,7 @@ from segcore.data.images import IMAGE_SUFFIXES
 from segcore.data.labels import FORBIDDEN, distinct_colors, ignored_label, label_lut
 from segcore.data.layouts.files import fixed_part, glob_files, pair_files
 from segcore.errors import UserError
-from segcore.files import expanded
+from segcore.files import expanded, regular_file
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif"), (".jpg", ".jpeg")
 """Suffixes of masks: lossless formats, else JPEG, whose values are refused where it has changed them."""
@@ -112,6 +112,7 @@ def _lines_of(path: Path, root: Path) -> list[str]:
     path = expanded(path)
     for place in (path, root / path):
         try:
+            regular_file(place)
             return [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
         except FileNotFoundError:
             continue
