@@ -15,7 +15,7 @@ from segcore.config import toy
 from segcore.config.fields import setting
 from segcore.config.schema import LossConfig, ModelConfig, OptimizerConfig
 from segcore.models.layers import ConvNorm, resize
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 
 
 def block(channels: int, width: int) -> nn.Sequential:
@@ -41,8 +41,7 @@ class UNet(Segmentor):
         return self.classifier(x)
 
     def losses(self, images, labels, *, seeds=None, draws=None, loss=LossConfig()):  # noqa: B008
-        value, accuracy = segmentation_loss(self.logits(images), labels, loss, ignore_index=self.ignore_index)
-        return {"loss": value, "decode.loss_ce": value, "decode.acc_seg": accuracy}
+        return head_losses({"decode": (self.logits(images), 1.0)}, labels, loss, ignore_index=self.ignore_index)
 
 
 @dataclass(frozen=True)

@@ -117,4 +117,6 @@ def test_too_few_draws_are_refused():
     start, noise = torch.randn(1, 32, 4, 4), torch.randn(3, 1, 32, 4, 4)
     with pytest.raises(ValueError, match="2 draws for a run of 4 steps; it takes 3"):
         model.denoise(features, start, steps=4, sampler="ddpm", step_noise=noise[:2])
+    with pytest.raises(ValueError, match="sampler is 'dpm'; it must be ddim or ddpm"):
+        model.denoise(features, start, steps=1, sampler="dpm")
     assert model.denoise(features, start, steps=4, sampler="ddpm", step_noise=noise).isfinite().all()

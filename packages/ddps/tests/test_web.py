@@ -56,7 +56,17 @@ def test_the_answer_is_the_configured_one(seg, photo, settings):
     seg = dataclasses.replace(seg, experiment=exp, predictor=Predictor.of(seg.model, exp))
     found = answers.answer(seg, photo)
     np.testing.assert_array_equal(found.result.classes, seg(photo).classes)
-    assert len(found.steps) == 3
+    assert [*found.steps][3:] == ["answer"]
+    np.testing.assert_array_equal(answers.paint(found), answers.paint(found, step=3))
+    steps = seg(photo).steps_used or 3
+    assert f"96 x 64 pixels, {steps} denoising steps" in found.report
+
+
+def test_the_mean_over_the_steps_is_that_of_the_configured_ones(seg, photo):
+    exp = seg.experiment
+    exp = dataclasses.replace(exp, evaluate=dataclasses.replace(exp.evaluate, ensemble_steps=True))
+    seg = dataclasses.replace(seg, experiment=exp, predictor=Predictor.of(seg.model, exp))
+    np.testing.assert_array_equal(answers.answer(seg, photo, steps=5).result.classes, seg(photo).classes)
 
 
 def test_seed_number_of_steps_and_uncertainty_are_those_asked_for(seg, photo):

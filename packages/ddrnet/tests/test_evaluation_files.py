@@ -1,10 +1,12 @@
 """What `test` and `predict` write for others: figures of every image, masks, and the files of benchmark servers."""
 
+import copy
 import csv
 import json
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -131,7 +133,13 @@ def test_another_evaluation_has_another_file(run, toy):
 
 def test_a_model_knows_the_settings_of_those_that_it_is_averaged_with(run):
     other = segcore.load_model(run, device="cpu")
-    assert segcore.load_model(run, device="cpu", ensemble=[other]).ensemble == (other.experiment,)
+    both = segcore.load_model(run, device="cpu", ensemble=[other])
+    assert both.ensemble == (other.experiment,)
+    with pytest.raises(ValueError, match="is an ensemble itself; give its models one by one"):
+        segcore.load_model(run, device="cpu", ensemble=[both])
+    elsewhere = replace(other, predictor=replace(other.predictor, model=copy.deepcopy(other.model).to("meta")))
+    with pytest.raises(ValueError, match="is on meta, the model on cpu"):
+        segcore.load_model(run, device="cpu", ensemble=[elsewhere])
 
 
 def test_the_test_split(run, toy, tmp_path, capsys):

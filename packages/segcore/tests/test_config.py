@@ -143,7 +143,6 @@ def test_wrong_override_is_one_line_that_names_it(override, words, capsys):
         ("model.in_channels=4", "model.in_channels is 4 but data.channels is 3"),
         ("data.mean=1 2", "data.mean and data.std have 2 and 3 values"),
         ("data.bit_depth=16", "data.photometric"),
-        ("train.device_batch_size=3", "train.batch_size 16 does not divide"),
         ("data.flip=1.5", "data.flip is 1.5; it must be from 0 to 1"),
         ("data.flip=nan", "data.flip is nan"),
         ("data.ratio_range=2 0.5", "data.ratio_range is 2.0 to 0.5; give the smaller ratio first"),

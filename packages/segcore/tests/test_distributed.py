@@ -21,8 +21,10 @@ import torch
 from segcore import distributed
 from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.cli.main import main
+from segcore.config.registry import load_experiment
 from segcore.errors import UserError
 from segcore.inference import find_device
+from segcore.training.setup import batch_shares
 
 RUNS = Path(__file__).parent / "runs"
 CONFIG = f"{RUNS / 'tiny.py'}:tiny"
@@ -355,6 +357,15 @@ def test_processes_do_not_share_a_named_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="--device cuda:0: several processes would share it; leave --device out"):
         find_device("cuda:0")
     assert find_device("cpu") == torch.device("cpu")
+
+
+def test_processes_share_a_batch_in_equal_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    exp = load_experiment("ddrnet_23_slim_toy").with_overrides(["train.batch_size=12", "train.device_batch_size=8"])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    assert batch_shares(exp) == (4, 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    with pytest.raises(UserError, match=r"train\.batch_size 12 on 1 devices does not divide into passes of"):
+        batch_shares(exp)
 
 
 def test_a_process_that_is_done_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:

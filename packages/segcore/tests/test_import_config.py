@@ -290,6 +290,15 @@ def test_1x_warms_up_to_the_base_rate(folder):
     assert changes("segformer_mit-b0_512x512_160k_ade20k", imported) == ["schedule.warmup: scheduled -> linear"]
 
 
+def test_a_warm_up_to_a_rate_that_has_a_floor_is_refused(folder):
+    """MMEngine's begins at start_factor * lr, ours for 1.x above the floor."""
+    name = "segformer_mit-b0_8xb2-160k_ade20k-512x512"
+    path = folder / "floor.py"
+    path.write_text((folder / f"{name}.py").read_text().replace("eta_min=0.0", "eta_min=1e-5"))
+    with pytest.raises(UserError, match=r"floor\.py: .*a linear warm-up before a rate that ends at eta_min 1e-05"):
+        import_config(path)
+
+
 def leaves(value, path=()):
     """Yield the path of every key and list item in a value, and what is there."""
     items = value.items() if isinstance(value, Table) else enumerate(value) if isinstance(value, tuple) else ()

@@ -301,6 +301,12 @@ def test_start_weights_from_an_imagenet_checkpoint(tmp_path):
 TAG = "mobilenetv3_small_050.lamb_in1k"  # the smallest one in every supported timm
 
 
+def test_a_stem_that_is_not_of_rgb_is_not_adapted():
+    """Of networks that fold pixels into channels, such as TResNet."""
+    with torch.no_grad(), pytest.raises(UserError, match="weight takes 48 channels, not R, G and B"):
+        load.adapt_channels(torch.nn.Conv2d(48, 4, 3), torch.nn.Conv2d(64, 4, 3))
+
+
 def test_start_weights_from_timm(tmp_path, weights_folder, server, monkeypatch):
     source = timm.create_model("mobilenetv3_small_050").state_dict()
     save_file(source, tmp_path / "served")

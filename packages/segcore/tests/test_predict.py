@@ -261,5 +261,10 @@ def test_a_mask_of_more_than_255_classes_starts_a_run_as_it_was_written(tmp_path
     mask = np.array([[0, 255, 299, 65535]], np.uint16)
     cv2.imwrite(str(tmp_path / "mask.png"), mask)
     image = np.zeros((1, 4, 3), np.uint8)
-    assert start_map(tmp_path / "mask.png", image, 65535).tolist() == [[1, 256, 300, 0]]
-    assert start_map(tmp_path / "mask.png", image).tolist() == mask.tolist()
+    assert start_map(tmp_path / "mask.png", image, 300, True).tolist() == [[1, 256, 300, 0]]
+    with pytest.raises(UserError, match=r"mask\.png: has the value 65535; give 0 to 299$"):
+        start_map(tmp_path / "mask.png", image, 300, False)
+    with pytest.raises(UserError, match=r"mask\.png: has the value 299; give 0 to 298, or 65535 for no class$"):
+        start_map(tmp_path / "mask.png", image, 299, True)
+    cv2.imwrite(str(tmp_path / "mask.png"), np.array([[0, 2, 1, 1]], np.uint8))
+    assert start_map(tmp_path / "mask.png", image, 3, False).tolist() == [[0, 2, 1, 1]]

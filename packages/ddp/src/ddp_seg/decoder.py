@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segcore.models.layers import cpu_inference
+from segcore.models.layers import cpu_inference, widened
 from segcore.ops.ms_deform_attn import ms_deform_attn, reset_projections
 
 ROWS = 1024
@@ -145,7 +145,7 @@ def _softmax(x: Tensor) -> Tensor:
     """Return the softmax over the last dimension; for a few points torch's own is five times as slow on a CPU."""
     if not cpu_inference(x):
         return x.softmax(-1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widened(x)
     shares = (x - x.amax(-1, keepdim=True)).exp_()
     return shares.div_(shares.sum(-1, keepdim=True))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,8 @@ class DDP(BackboneSegmentor, StepwiseSegmentor):
 
         Raises ValueError for shapes that do not fit, an unknown sampler, and too few draws.
         """
+        if sampler is not None and sampler not in get_args(Sampler):
+            raise ValueError(f"sampler is {sampler!r}; it must be {' or '.join(get_args(Sampler))}")
         count = self.num_inference_steps if steps is None else steps
         if step_noise is not None and len(step_noise) < count - 1:
             raise ValueError(f"{len(step_noise)} draws for a run of {count} steps; it takes {count - 1}")

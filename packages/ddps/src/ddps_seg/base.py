@@ -40,7 +40,10 @@ class EncoderSegmentor(BackboneSegmentor):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the condition (N, width, H/4, W/4) of normalized images (N, C, H, W); sides are rounded up."""
+        """Return the condition (N, width, H/4, W/4) of normalized images (N, C, H, W).
+
+        Sides are rounded up, by ConvNeXt down.
+        """
         self.check_size(images)
         return self.head(self.backbone(images))
 
@@ -90,7 +93,7 @@ class BaseModel(EncoderSegmentor):
         use_fast_products(self)
 
     def logits(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Return logits (N, K, H/4, W/4), sides rounded up; nothing is drawn."""
+        """Return logits (N, K, H/4, W/4), sides rounded as by `encode`; nothing is drawn."""
         return self.classifier(self.encode(images))
 
     def losses(

@@ -21,7 +21,7 @@ from ddps_seg.diffusion import Mode, NoiseSchedule, Schedule, log_q_posterior, m
 from segcore.config.schema import LossConfig
 from segcore.errors import UserError
 from segcore.models.key_map import rename
-from segcore.models.layers import pass_without_grad, to_device, use_fast_products
+from segcore.models.layers import pass_without_grad, to_device, use_fast_products, widened
 from segcore.models.losses import head_losses
 from segcore.models.noise import draw, draw_steps
 from segcore.models.segmentor import LoadReport
@@ -292,11 +292,7 @@ class DDPS(EncoderSegmentor, StepwiseSegmentor):
             timesteps = draws["timesteps"]
             first = self._first_prediction(condition, labels, drawn["timesteps"], draws["masks"])
             mask = q_pred(first, self.num_train_timesteps - 1 - timesteps, self.schedule, draws["uniforms"])
-        logits = self.denoise(condition, mask, timesteps)
-        logits = logits.to(
-            torch.promote_types(logits.dtype, torch.float32)
-        )  # as the loss, which finds nothing to resize
-        logits = self.resize_to_input(logits, images.shape[-2:])
+        logits = self.resize_to_input(widened(self.denoise(condition, mask, timesteps)), images.shape[-2:])
         return head_losses({"decode": (logits, 1.0)}, labels, loss, ignore_index=self.ignore_index)
 
     @pass_without_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segcore.models.layers import by_onednn, linear
+from segcore.models.layers import by_onednn, linear, widened
 
 HEADS, HEAD_WIDTH, GROUPS, EPS = 4, 32, 8, 1e-5
 
@@ -134,7 +134,7 @@ class ChannelNorm(nn.Module):
         if by_onednn(x) and x.is_contiguous(memory_format=torch.channels_last):
             gain = self.gain.flatten()
             return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain, None, EPS).permute(0, 3, 1, 2)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         centered = wide - wide.mean(1, keepdim=True)
         variance = centered.square().mean(1, keepdim=True)  # much faster than torch.var over strided memory
         return (centered * (variance + EPS).rsqrt() * self.gain).to(x.dtype)

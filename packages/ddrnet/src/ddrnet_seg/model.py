@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ddrnet_seg.official import Source, official_name, recognize
 from segcore.config.schema import LossConfig
-from segcore.models.layers import ConvNorm, check_two_images, fused, resize, use_fast_products
+from segcore.models.layers import ConvNorm, check_two_images, fused, resize, use_fast_products, widened
 from segcore.models.losses import head_losses
 from segcore.models.segmentor import LoadReport, Segmentor
 
@@ -244,8 +244,7 @@ class DDRNet(Segmentor):
         features = self.backbone(self.pad(images))
 
         def full(logits: Tensor) -> Tensor:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return self.resize_to_input(logits, labels.shape[-2:])
+            return self.resize_to_input(widened(logits), labels.shape[-2:])
 
         heads = {"decode": (full(self.decode(features)), 1.0)}
         if self.auxiliary_head is not None:

@@ -83,7 +83,7 @@ def load_model(
             "`weights`, or the folder of a run or checkpoint instead of the name"
         )
     target = find_device(device)
-    others, settings = _ensemble(exp, ensemble)
+    others, settings = _ensemble(exp, ensemble, target)
     if isinstance(exp.model, ExportedConfig):
         exported = load_exported(Path(weights), provider, precision_of(exp)).eval().to(target)
         predictor = predictor_of(exported, exp, others)
@@ -135,12 +135,19 @@ def _check_exported(exp: Experiment, folder: Path | None, weights: str | Path | 
         raise UserError(f"--provider {provider} is for exported models; name a file .onnx as the configuration")
 
 
-def _ensemble(exp: Experiment, members: Sequence[LoadedModel]) -> tuple[list[Segmentor], tuple[Experiment, ...]]:
-    """Return the further models of an ensemble and their settings, which must normalize as `exp` does."""
+def _ensemble(
+    exp: Experiment, members: Sequence[LoadedModel], device: torch.device
+) -> tuple[list[Segmentor], tuple[Experiment, ...]]:
+    """Return the further models of an ensemble, on this device, and their settings, which must normalize as `exp`."""
     for other in members:
         data = other.experiment.data
         if (data.mean, data.std, data.channels) != (exp.data.mean, exp.data.std, exp.data.channels):
             raise UserError(f"the ensemble's {other.experiment.name} has another data.mean, data.std or data.channels")
+        weights = next(other.model.parameters(), None)
+        if weights is not None and weights.device != torch.empty(0, device=device).device:  # with its number
+            raise UserError(f"the ensemble's {other.experiment.name} is on {weights.device}, the model on {device}")
+        if other.ensemble:
+            raise UserError(f"the ensemble's {other.experiment.name} is an ensemble itself; give its models one by one")
     return [other.model for other in members], tuple(other.experiment for other in members)
 
 

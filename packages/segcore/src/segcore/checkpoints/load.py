@@ -101,7 +101,7 @@ def adapt_channels(source: Segmentor, model: Segmentor) -> str:
     """Copy the weights of a model of RGB images into the same model of images with other channels; report it.
 
     The first convolutions repeat the filters of R, G and B, scaled by 3 / channels; for one channel they are added up
-    (timm's `adapt_input_conv`).
+    (timm's `adapt_input_conv`). Raises UserError for other inputs, such as those of space-to-depth stems.
     """
     from timm.models import adapt_input_conv
 
@@ -109,6 +109,8 @@ def adapt_channels(source: Segmentor, model: Segmentor) -> str:
     for name, own in model.state_dict().items():
         theirs = state[name]
         if theirs.shape != own.shape:
+            if theirs.ndim != 4 or theirs.shape[1] != 3:
+                raise UserError(f"{name} takes {theirs.shape[1]} channels, not R, G and B, and cannot be adapted")
             channels = own.shape[1]
             theirs = adapt_input_conv(channels, theirs)
         own.copy_(theirs)

@@ -143,15 +143,21 @@ def write(job: Job, result: Result, maps: Mapping[str, np.ndarray], uncertainty:
         write_animation(job.animation, [hstack_panels([panel], [name]) for name, panel in panels.items()])
 
 
-def start_map(path: Path, image: np.ndarray, ignored: int | None = None) -> np.ndarray:
-    """Return the start classes (H, W) int64 of an image from a file; where it is `ignored`, they are the background.
+def start_map(path: Path, image: np.ndarray, classes: int, background: bool) -> np.ndarray:
+    """Return the start classes (H, W) int64 of an image from a mask as `predict` writes it.
 
-    Raises UserError when the file cannot be read or has another size than the image.
+    With a background class in front, they are one more than in the mask, and 0 where it has the ignored label. Raises
+    UserError when the file cannot be read, has another size than the image, or values of no class.
     """
     found = read_label(path).astype(np.int64)
     if found.shape != image.shape[:2]:
         raise UserError(f"{path}: is {found.shape[1]}x{found.shape[0]} pixels; give a mask of the image's size")
-    return found if ignored is None else np.where(found == ignored, 0, found + 1)
+    ignored = ignored_label(classes)
+    wrong = found[(found >= classes) & ~(background & (found == ignored))]
+    if wrong.size:
+        more = f", or {ignored} for no class" if background else ""
+        raise UserError(f"{path}: has the value {wrong[0]}; give 0 to {classes - 1}{more}")
+    return np.where(found == ignored, 0, found + 1) if background else found
 
 
 def step_panels(

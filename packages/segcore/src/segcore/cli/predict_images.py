@@ -19,7 +19,6 @@ from segcore.cli.common import OUT_OF_MEMORY
 from segcore.cli.predict_files import Job, start_map, write
 from segcore.cli.predict_record import Record, stamp
 from segcore.config.schema import DataConfig
-from segcore.data.labels import ignored_label
 from segcore.data.loader import equal_sized
 from segcore.data.workers import in_threads, worker_count
 from segcore.errors import UserError
@@ -157,9 +156,10 @@ def _answer(seg: LoadedModel, job: Job, image: np.ndarray, result: Result | None
     """Return what the files of a job show; `result` is None if it has a mask to start from."""
     if result is None:
         assert job.start
-        background = seg.experiment.data.add_background_class
-        ignored = ignored_label(len(seg.mask_classes[0])) if background else None  # as `LoadedModel.mask` writes it
-        result, maps = seg.refine(image, start_map(job.start, image, ignored))
+        start = start_map(job.start, image, len(seg.mask_classes[0]), seg.experiment.data.add_background_class)
+        result, maps = seg.refine(image, start)
+        if job.confidence or job.probabilities:
+            _ = result.probabilities  # computed here, where it is handled that the device's memory runs out
     else:
         maps = seg.steps(image) if job.steps or job.animation else {}
     return result, maps, seg.uncertainty(result) if job.uncertainty else None

@@ -111,7 +111,7 @@ def _part(settings: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def _check(settings: dict[str, Any]) -> None:
-    """Raise UserError unless labels are read as the data set's are here, and the rate decays after its warm-up."""
+    """Raise UserError unless labels and the rate in the warm-up are those that these settings have here."""
     data = settings["data.dataset"], settings["data.add_background_class"]
     labels = settings.get("_labels"), settings.get("_pad")
     if LABELS[data] != labels:
@@ -119,6 +119,9 @@ def _check(settings: dict[str, Any]) -> None:
             f"labels of {data[0]} {'with' if data[1] else 'without'} a background class are not read here with "
             f"reduce_zero_label {labels[0]} and padded with {labels[1]}"
         )
+    floor = settings.get("schedule.min_lr", 0.0)
+    if settings.get("schedule.warmup") == "linear" and floor:
+        raise UserError(f"a linear warm-up before a rate that ends at eta_min {floor}: here it would begin there")
     begin, end = settings.get("_begin", 0), settings.get("schedule.warmup_iterations", 0)
     if "_begin" in settings and begin != end:
         raise UserError(f"the learning rate decays from iteration {begin}, not from the end of the warm-up, {end}")

@@ -115,7 +115,7 @@ class ScheduleConfig(Section):
     warmup_iterations: int = setting(0, least=0, stated=True)
     """Iterations of the warm-up; 0: none."""
     warmup_ratio: float = setting(0.1, least=0, most=1)
-    """The warm-up starts at this fraction of the rate that it leads to."""
+    """The warm-up starts at this fraction of the rate that it leads to, of what is above `min_lr` if it is linear."""
     warmup: Literal["scheduled", "linear", "constant"] = "linear"
     """scheduled: linearly to the schedule's rate, which decays from iteration 0, as in MMSegmentation; linear: to the
     base rate, then decay; constant: at the fraction of the base rate, then decay."""
@@ -176,11 +176,6 @@ class TrainConfig(Section):
         super().__post_init__()
         for name in self.log:
             check_reference("train.log", name, ("wandb",))
-        if self.device_batch_size < self.batch_size and self.batch_size % self.device_batch_size:
-            raise UserError(
-                f"train.batch_size {self.batch_size} does not divide into passes of train.device_batch_size "
-                f"{self.device_batch_size}"
-            )
         if self.patience and not self.evaluate_every:
             raise UserError("train.patience counts evaluations, but train.evaluate_every is 0; set it to iterations")
         if self.checkpoint_activations and self.compile:

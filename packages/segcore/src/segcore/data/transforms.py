@@ -1,8 +1,8 @@
 """Training transforms on numpy arrays with the semantics of MMSegmentation 0.x, which DDP, DDPS and DGMN2 train with.
 
-Images are (H, W, C) uint8 or uint16 RGB, labels (H, W) uint8. Randomness comes from a numpy RandomState, whose
-streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets, flip, photometric
-distortion, blur.
+Images are (H, W, C) uint8, uint16 or float32, labels (H, W) uint8 or uint16. Randomness comes from a numpy
+RandomState, whose streams are frozen across numpy versions, and is drawn in the published order: ratio, crop offsets,
+flip, photometric distortion, blur.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class TrainTransform:
     Not published, and without a draw unless it is set: a vertical flip and quarter turns after the flip, the user's
     function before the normalization.
     `Batch` does the last two steps: labels are padded with `ignore_index`, images with 0 after normalization (the mean
-    color). The crop's class limit
-    always excludes only 255, so a `background` class counts, as published.
+    color). The crop's class limit always excludes the label without a class alone (255, or 65535 in 16 bits), so a
+    `background` class counts, as published.
     """
 
     def __init__(self, data: DataConfig, ignore_index: int = IGNORE, num_classes: int | None = None) -> None:

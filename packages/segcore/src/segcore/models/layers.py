@@ -16,6 +16,11 @@ from segcore.errors import UserError
 M = TypeVar("M", bound=nn.Module)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return `x` in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Return `x` (N, C, H, W) resized bilinearly, without antialiasing, to `size` (height, width)."""
     symbolic = any(isinstance(side, torch.SymInt) for side in (*x.shape[-2:], *size))  # comparing specializes them

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segcore.config.schema import LossConfig
-from segcore.models.layers import resize
+from segcore.models.layers import resize, widened
 
 
 def segmentation_loss(
@@ -23,20 +23,19 @@ def segmentation_loss(
     times its factor; every function of this module describes one. The accuracy is `pixel_accuracy`.
     """
     weight = None if loss.class_weight is None else class_weight_tensor(loss.class_weight, logits.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = resize(logits, labels.shape[-2:], align_corners=align_corners)
+    logits = resize(widened(logits), labels.shape[-2:], align_corners=align_corners)
     options = {"ignore_index": ignore_index, "class_weight": weight}
     terms = [factor * LOSSES[kind](loss)(logits, labels, **options) for kind, factor in loss.terms]
     return torch.stack(terms).sum(), pixel_accuracy(logits, labels, ignore_index)
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Return the percentage of correct pixels among the non-ignored ones, without gradient; NaN when all are ignored.
+    """Return the percentage of correct pixels among the non-ignored ones, without gradient; 0 when all are ignored.
 
     Logits (N, K, H, W), labels (N, H, W) int64.
     """
     valid = labels != ignore_index
-    return 100 * ((logits.detach().max(1).indices == labels) & valid).sum() / valid.sum()
+    return 100 * ((logits.detach().max(1).indices == labels) & valid).sum() / valid.sum().clamp(min=1)
 
 
 def head_losses(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from segcore.config.schema import NoiseDevice
 from segcore.errors import UserError
+from segcore.models.layers import widened
 from segcore.models.noise import Generators, generators
 from segcore.models.segmentor import Segmentor
 
@@ -333,7 +334,7 @@ def last(answers: Answers) -> Tensor:
 
 def _probabilities(logits: Tensor) -> Tensor:
     """Return the softmax in float32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+    return widened(logits).softmax(1)
 
 
 def _mean_over_starts(maps: Tensor, images: int) -> Tensor:

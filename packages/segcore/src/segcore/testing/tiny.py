@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segcore.config.schema import LossConfig
-from segcore.models.losses import segmentation_loss
+from segcore.models.losses import head_losses
 from segcore.models.noise import generators
 from segcore.models.segmentor import Segmentor
 from segcore.models.stepwise import Step, Steps, StepwiseSegmentor
@@ -63,8 +63,7 @@ class Tiny(Segmentor):
     ) -> dict[str, Tensor]:
         """Return the configured loss; draws: "noise" (N, C, H, W)."""
         logits = self.network(images, seeds, draws["noise"] if draws else None)
-        value, accuracy = segmentation_loss(logits, labels, loss, ignore_index=self.ignore_index)
-        return {"loss": value, "decode.loss_ce": value, "decode.acc_seg": accuracy}
+        return head_losses({"decode": (logits, 1.0)}, labels, loss, ignore_index=self.ignore_index)
 
 
 class TinyStepwise(Tiny, StepwiseSegmentor):

@@ -27,7 +27,8 @@ class Answer:
     result: Result
     """The configured output."""
     steps: dict[str, np.ndarray]
-    """Classes (H, W) after every denoising step by title; empty for models without steps."""
+    """Classes (H, W) after every denoising step by title, the last ones those of the result, which is called "answer"
+    if it is more than the last step; empty for models without steps."""
     uncertainty: np.ndarray | None
     """Probability (H, W) of any other class in 0..1, if it was asked for."""
     report: str
@@ -48,8 +49,9 @@ def answer(
 ) -> Answer:
     """Return the model's answer to a photo, a file or (H, W, 3) uint8, whose longer side is at most `max_side` pixels.
 
-    A larger one is shrunk. `seed` is that of the noise. For stepwise models: `steps` is the number of steps (None: as
-    configured), and `start` a map of classes (H, W) in which the denoising starts instead of noise.
+    A larger one is shrunk. `seed` is that of the noise. For stepwise models: `steps` is the number of steps (None, or
+    with `evaluate.ensemble_steps`: as configured), and `start` a map of classes (H, W) in which the denoising starts
+    instead of noise.
 
     Raises UserError for a photo that cannot be read or is too small for the model.
     """
@@ -60,6 +62,8 @@ def answer(
         size = [max(round(side * max_side / max(height, width)), 1) for side in (width, height)]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], -1)
     seg = replace(seg, experiment=replace(seg.experiment, seed=seed))
+    if seg.experiment.evaluate.ensemble_steps:
+        steps = None  # the mean is that of the configured ones
     with number_of_steps(seg, steps):
         if start is not None:
             result, maps = seg.refine(image, start)
@@ -67,7 +71,8 @@ def answer(
             maps = seg.steps(image)
             evaluate = seg.experiment.evaluate
             if evaluate.early_exit_threshold is not None or evaluate.ensemble_steps:
-                result = seg(image)  # which is not the last of the maps
+                result = seg(image)
+                maps |= {"answer": result.classes}  # which is not the last of the maps
             else:
                 last = list(maps.values())[-1]
                 result = Result(seg, image, last.astype(np.min_scalar_type(seg.model.num_classes - 1)))
@@ -76,7 +81,7 @@ def answer(
         unsure = seg.uncertainty(result) if uncertainty and maps else None
     shrunk = "" if image.shape[:2] == (height, width) else f", shrunk from {width} x {height}"
     seconds = time.perf_counter() - began
-    taken = f", {len(maps) - (start is not None)} denoising steps" if maps else ""
+    taken = f", {result.steps_used or len(maps.keys() - {'start', 'answer'})} denoising steps" if maps else ""
     report = f"{image.shape[1]} x {image.shape[0]} pixels{shrunk}{taken}: {seconds:.2f} s on {seg.predictor.device}"
     return Answer(result, maps, unsure, report, steps)
 

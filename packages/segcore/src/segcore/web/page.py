@@ -65,8 +65,10 @@ def build(
                 if examples:
                     gr.Examples([[str(path)] for path in examples], photo, label="Examples", **PRIVATE)
                 with gr.Group(visible=stepwise):
-                    steps = answers.configured_steps(seg)
-                    count = gr.Slider(1, max(steps, 20), steps, step=1, label="Number of denoising steps")
+                    steps, fixed = answers.configured_steps(seg), seg.experiment.evaluate.ensemble_steps
+                    count = gr.Slider(
+                        1, max(steps, 20), steps, step=1, label="Number of denoising steps", visible=not fixed
+                    )
                     seed = gr.Number(seg.experiment.seed, precision=0, minimum=0, label="Seed of the noise")
                     unsure = gr.Checkbox(False, label="Uncertainty, from several more runs")
                 run = gr.Button("Segment", variant="primary")
