@@ -57,14 +57,14 @@ BASIS = (
 )
 """What all ablations have in place of the row's settings."""
 TABLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "images scaled to 720x540": {
-        "basis": (),
+    "images scaled to 540x720": {
+        "baseline": (),
         "no class weights": ("loss.class_weight=None",),
         "class weights in full (auto)": ("loss.class_weight=auto",),
         "twice the learning rate": ("optimizer.lr=0.004",),
     },
-    "images at their own size, 480x360": {
-        "basis": (),
+    "images at their own size, 360x480": {
+        "baseline": (),
         "in float32": ("train.precision=fp32",),
         "crops and flips only": ("data.photometric=False", "data.ratio_range=1 1"),
         "average of the weights (EMA 0.99)": ("train.ema=0.99",),
@@ -253,7 +253,8 @@ def table(folder: Path) -> str:
 def ablation_table(folder: Path) -> str:
     """Return the tables of all ablations measured so far, in percent.
 
-    Differences are to the first line of the same table that was computed in the same precision.
+    Differences are to the first line of the same table that was computed in the same precision, which is named where it
+    is not that of the first line.
     """
     parts, machines, start = list[str](), dict[str, None](), 0
     for title, changes in TABLES.items():
@@ -269,15 +270,17 @@ def ablation_table(folder: Path) -> str:
 
 
 def _ablations(title: str, lines: list[dict[str, Any]]) -> str:
+    head = f"{lines[0]['iterations']} iterations, {title}"
     text = [
-        f"| {lines[0]['iterations']} iterations, {title} | s / iteration | val mIoU | | test mIoU | |",
+        f"| {head} | s / iteration | val mIoU | difference | test mIoU | difference |",
         "|---|---|---|---|---|---|",
     ]
     for each in lines:
         alike = [x for x in lines if x["precision"] == each["precision"]]
         usual = alike[0] if each is not alike[0] else lines[0]
         there = all(each[key] == lines[0][key] for key in PLACE)  # else times do not compare
-        cells = [each["name"], f"{each['seconds']:.2f}" if there else ""]
+        how = "" if usual is lines[0] else f", {each['precision']}"
+        cells = [each["name"] + how, f"{each['seconds']:.2f}" if there else ""]
         for split in SPLITS:
             miou, before = (100 * x[split]["entries"][x[split]["main"]]["mIoU"] for x in (each, usual))
             cells += [f"{miou:.2f}", f"{miou - before:+.2f}" if each is not lines[0] else ""]

@@ -118,7 +118,7 @@ def test_an_ablation_and_start_weights_by_class_name(camvid, monkeypatch, data, 
     results = run(camvid, monkeypatch, data, f"--ablation={last}", *SMALL)
     assert "5 of 11 classes new" in capfd.readouterr().out
     lines = (results / "ablations.md").read_text().splitlines()
-    assert lines[0].startswith("| 3 iterations, images scaled to 720x540 |")
+    assert lines[0].startswith("| 3 iterations, images scaled to 540x720 |")
     assert [lines[i].split(" | ")[0].strip("| ") for i in (2, 6)] == [camvid.ABLATIONS[i][0] for i in (0, last)]
 
 
@@ -136,9 +136,9 @@ def test_an_ablation_is_compared_with_the_basis_of_its_precision(camvid, tmp_pat
     store(augmentation, "fp32", 0.55, bfloat16=False)
     lines = camvid.ablation_table(tmp_path).splitlines()
     assert lines[2:5] == [
-        "| basis | 0.50 | 50.00 | | 50.00 | |",
+        "| baseline | 0.50 | 50.00 | | 50.00 | |",
         "| in float32 | | 52.00 | +2.00 | 52.00 | +2.00 |",
-        "| crops and flips only | | 55.00 | +3.00 | 55.00 | +3.00 |",
+        "| crops and flips only, fp32 | | 55.00 | +3.00 | 55.00 | +3.00 |",
     ]
     slow = "a CPU (no instructions for bfloat16), 2 cores, fp32, torch 2"
     assert lines[6:] == ["a CPU, 2 cores, bf16, torch 2", slow]

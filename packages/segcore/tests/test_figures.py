@@ -24,9 +24,10 @@ def test_figures_of_the_operators():
     )
     for name, lines in zip(printed[1::2], printed[2::2], strict=True):
         speed = re.findall(r"compiled .* ([\d.]+x)$", lines, re.MULTILINE)
+        plain = re.findall(r"plain .*? ([\d.]+x)", lines)
         threads = re.findall(r"on 2, ([\d.]+x)$", lines, re.MULTILINE)
         cells = table("packages/cuda-ops/README.md", "\\w+")[name].split(" | ")
-        assert cells[-3:-1] == speed, name
+        assert cells[-4:-1] == [" / ".join(plain), *speed], name
         assert cells[-1].strip() == " / ".join(threads), name
 
 
@@ -69,3 +70,13 @@ def test_figures_of_the_configurations_to_choose_from():
     for name, miou, parameters in chosen:
         cells = [cell.strip() for cell in zoo[name].split("|")]
         assert (cells[1], cells[3]) == (miou, parameters), name
+
+
+def test_figures_of_the_benchmarks_at_a_glance():
+    page = (ROOT / "benchmarks/README.md").read_text()
+    rows = re.findall(r"^\| (.*) \| `results/(\w+\.txt)` \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for cells, file in rows:
+        figures = re.findall(r"\d+\.?\d*", cells.split(" | ", 1)[1])
+        assert len(figures) == 3, cells
+        assert set(figures) <= set(re.findall(r"\d+\.?\d*", (RESULTS / file).read_text())), cells
