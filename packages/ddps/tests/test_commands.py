@@ -232,6 +232,7 @@ def test_bad_input_gives_a_one_line_error(run, base, toy, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 30, np.uint8))
     line = refused("ddps_seg", *predict, f"--start-mask={tmp_path / 'start.png'}")
     assert "start.png: has the value 30; give 0 to 18, or 255 for no class" in line
+    cv2.imwrite(str(tmp_path / "start.png"), np.full((50, 70), 3, np.uint8))
     assert "leave out --ensemble" in refused(
         "ddps_seg", *predict, f"--start-mask={tmp_path / 'start.png'}", "--evaluate.early-exit-threshold=1"
     )

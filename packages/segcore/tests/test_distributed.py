@@ -23,7 +23,6 @@ from segcore.checkpoints import run_checkpoint as checkpoint
 from segcore.cli.main import main
 from segcore.config.registry import load_experiment
 from segcore.errors import UserError
-from segcore.inference import find_device
 from segcore.training.setup import batch_shares
 
 RUNS = Path(__file__).parent / "runs"
@@ -355,8 +354,8 @@ def test_unreadable_images_are_skipped_and_counted_by_all(root: Path, tmp_path: 
 def test_processes_do_not_share_a_named_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--device cuda:0: several processes would share it; leave --device out"):
-        find_device("cuda:0")
-    assert find_device("cpu") == torch.device("cpu")
+        distributed.find_device("cuda:0")
+    assert distributed.find_device("cpu") == torch.device("cpu")
 
 
 def test_processes_share_a_batch_in_equal_passes(monkeypatch: pytest.MonkeyPatch) -> None:

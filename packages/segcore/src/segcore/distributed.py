@@ -111,6 +111,25 @@ def local_device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device for a name; auto and cuda are this process's own GPU, auto without a GPU is the CPU.
+
+    Raises UserError when the device is not available.
+    """
+    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
+        return local_device()
+    try:
+        device = torch.device(name)
+        if device.index is not None and world_size() > 1:
+            raise UserError(f"--device {name}: several processes would share it; leave --device out")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"--device {name} is not available here; use cpu, or cuda with an NVIDIA GPU and driver"
+        ) from None
+    return device
+
+
 def on_main_process(function: Callable[[], T]) -> T:
     """Call `function` on rank 0; return its (picklable) result, or raise its UserError, on all ranks."""
     if world_size() == 1:

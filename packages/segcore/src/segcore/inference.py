@@ -82,7 +82,7 @@ def load_model(
             f"{config}: which weights? give `official` for the published ones, a weights file or a run folder as "
             "`weights`, or the folder of a run or checkpoint instead of the name"
         )
-    target = find_device(device)
+    target = distributed.find_device(device)
     others, settings = _ensemble(exp, ensemble, target)
     if isinstance(exp.model, ExportedConfig):
         exported = load_exported(Path(weights), provider, precision_of(exp)).eval().to(target)
@@ -149,25 +149,6 @@ def _ensemble(
         if other.ensemble:
             raise UserError(f"the ensemble's {other.experiment.name} is an ensemble itself; give its models one by one")
     return [other.model for other in members], tuple(other.experiment for other in members)
-
-
-def find_device(name: str | torch.device) -> torch.device:
-    """Return the device for a name; auto and cuda are this process's own GPU, auto without a GPU is the CPU.
-
-    Raises UserError when the device is not available.
-    """
-    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
-        return distributed.local_device()
-    try:
-        device = torch.device(name)
-        if device.index is not None and distributed.world_size() > 1:
-            raise UserError(f"--device {name}: several processes would share it; leave --device out")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"--device {name} is not available here; use cpu, or cuda with an NVIDIA GPU and driver"
-        ) from None
-    return device
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -49,7 +49,7 @@ class Bench(Command):
         from torch import nn
 
         from segcore.deploy import bench
-        from segcore.inference import find_device
+        from segcore.distributed import find_device
 
         both = {"no": (False,), "yes": (True,), "both": (False, True)}
         if not (self.batches and self.dtypes):

@@ -19,7 +19,7 @@ class Demo(Command):
 
     def run(self, package: str | None) -> None:
         from segcore.demo import run as demo
-        from segcore.inference import find_device
+        from segcore.distributed import find_device
 
         if self.experiment.data.root != DATA.root:
             raise UserError("the demo generates its scenes in --work-dir; leave --data.root out")

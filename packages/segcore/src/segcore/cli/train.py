@@ -39,7 +39,7 @@ class Train(Parallel):
 
     def run_in_process(self) -> Callable[[], None] | None:
         from segcore import distributed
-        from segcore.inference import find_device
+        from segcore.distributed import find_device
         from segcore.training.loop import train
 
         complete_toy_set(self)
