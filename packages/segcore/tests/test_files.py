@@ -218,7 +218,7 @@ def test_a_folder_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch) 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """Two threads, or processes of one number in two containers."""
-    path = tmp_path / "new" / "a.txt"
+    path = tmp_path / "new" / f"{'a' * 251}.txt"  # the longest name that most systems know
     with replacing(path) as first, replacing(path) as second:
         first.write_text("1")
         second.write_text("2")

@@ -226,7 +226,7 @@ def test_only_parts_of_results_are_deleted(photos: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of this kind")
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_name_that_is_too_long_costs_a_line(photos: Path, threads: int) -> None:
-    name = f"{'a' * 240}.png"
+    name = f"{'a' * 250}.png"
     (photos / name).write_bytes(photos.joinpath("below/0.png").read_bytes())
     with pytest.raises(UserError, match=r"_overlay\.png: cannot be written \(File name too long\)") as caught:
         predict(photos, threaded(threads))

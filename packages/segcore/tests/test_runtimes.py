@@ -272,7 +272,7 @@ def test_commands(exp, files, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "provider: cpu\n" in text
     assert "32x64     2  fp32 ONNX Runtime" in text
-    for option in ("--device=cuda", "--compile=both", "--channels-last=yes", "--steps=2"):
+    for option in ("--device=cuda", "--compile=both", "--channels-last=yes"):
         assert f"{option.partition('=')[0]} is for models in PyTorch" in refused(capsys, "bench", path, option)
     assert "--batches 1 4: " in refused(capsys, "bench", path, "--batches", 1, 4)
     assert "--dtypes bf16: ONNX Runtime computes as the file says" in refused(capsys, "bench", path, "--dtypes", "bf16")

@@ -42,8 +42,8 @@ def write_zip(path: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def temporary_path(path: Path, suffix: str = ".tmp") -> Path:
-    """Return a hidden name beside `path` that no other thread, process or machine takes."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+    """Return a hidden name beside `path` that no other thread, process or machine takes, and that is never too long."""
+    return path.with_name(f".{path.name[:30]}.{secrets.token_hex(4)}{suffix}")
 
 
 @contextlib.contextmanager
