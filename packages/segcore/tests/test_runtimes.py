@@ -275,6 +275,7 @@ def test_commands(exp, files, tmp_path, capsys):
     for option in ("--device=cuda", "--compile=both", "--channels-last=yes"):
         assert f"{option.partition('=')[0]} is for models in PyTorch" in refused(capsys, "bench", path, option)
     assert "--batches 1 4: " in refused(capsys, "bench", path, "--batches", 1, 4)
+    assert "--repeats is 0; it must be at least 1" in refused(capsys, "bench", path, "--repeats", 0)
     assert "--dtypes bf16: ONNX Runtime computes as the file says" in refused(capsys, "bench", path, "--dtypes", "bf16")
     classes = files("classes")
     main(None, ["test", str(classes), "--device=cpu"])

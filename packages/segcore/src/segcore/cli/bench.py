@@ -69,9 +69,9 @@ class Bench(Command):
             sizes, self.batches, self.dtypes, both["both" if self.runtimes else self.compile],
             both[self.channels_last], self.steps, self.warmup, self.repeats,
         )  # fmt: skip
-        bench.check(settings)
         device = find_device("cpu" if self.runtimes or self.exported else self.device)
         if self.exported:
+            bench.check(settings)
             found = self._of_file(settings)
             header = bench.header(nn.Module(), device) | {"provider": self.provider or "cpu"}
         else:
